@@ -1,0 +1,82 @@
+"""The errors a user of loopfast can cause or meet.
+
+Each is meant to be read as one line: the command line prints ``error: <message>`` and exits with ``exit_code``.
+Anything that is not a `LoopfastError` is a defect of loopfast and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Interrupted",
+    "LoopfastError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "RewardError",
+]
+
+
+class LoopfastError(Exception):
+    """Base of every error with a message written for the user."""
+
+    exit_code: int = 1
+
+
+class ConfigError(LoopfastError):
+    """The configuration or the command line cannot be used as given."""
+
+    exit_code = 2
+
+
+class RewardError(LoopfastError):
+    """A reward raised, or returned something that is not one finite number per image.
+
+    Args:
+        message: what to tell the user.
+        images_index: positions, in the batch that was scored, of the samples at fault. Every position when the
+            reward failed as a whole.
+    """
+
+    def __init__(self, message: str, images_index: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.images_index: tuple[int, ...] = tuple(images_index)
+
+
+class CheckpointError(LoopfastError):
+    """A checkpoint cannot be written, or one on disk is damaged."""
+
+
+class NonFiniteError(LoopfastError):
+    """A loss, gradient or log-probability is NaN or infinite."""
+
+
+class MissingExtraError(LoopfastError):
+    """A command or feature needs packages that the base install does not bring.
+
+    Args:
+        feature: what was asked for, such as ``"loopfast train"``.
+        extra: the extra of the distribution that brings the missing packages.
+        package: the module that could not be imported, if known.
+    """
+
+    def __init__(self, feature: str, extra: str = "train", package: str | None = None) -> None:
+        missing = f" (no module named '{package}')" if package else ""
+        super().__init__(f"{feature} needs more than the base install{missing}: pip install 'loopfast[{extra}]'")
+        self.extra = extra
+        self.package = package
+
+
+class Interrupted(LoopfastError):
+    """The run was stopped by a signal, after its state was saved.
+
+    Args:
+        message: what to tell the user, normally where the state was saved.
+        exit_code: 130 for SIGINT, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
