@@ -1,9 +1,9 @@
 """Checkpoints that survive a kill, a full disk and a damaged file.
 
-A checkpoint is a folder of safetensors and JSON files; nothing in it is executed when it is read. It is written
-under a temporary name beside its final place, synced to the disk and renamed, so a folder with a final name is
-complete unless something damaged it later. Its manifest holds the size and SHA-256 of every file, and reading
-checks them, so that damage is found before training goes on from it:
+A checkpoint is a folder of safetensors and JSON files; nothing in it is executed when it is read. It is
+written under a temporary name beside its final place, synced to the disk and renamed, so a folder with a
+final name is complete unless something damaged it later. Its manifest holds the size and SHA-256 of every
+file, and reading checks them, so that damage is found before training goes on from it:
 
     checkpoints/
       iteration-000020/             20 iterations are complete
@@ -87,7 +87,8 @@ class CheckpointStore:
         """The folders of all checkpoints, oldest first. Their contents are not looked at."""
         if not self.directory.is_dir():
             return []
-        return sorted((path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)), key=_position)
+        paths = (path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
+        return sorted(paths, key=_position)
 
     def save(
         self,
@@ -99,8 +100,8 @@ class CheckpointStore:
     ) -> Path:
         """Write a checkpoint, then remove those that need not be kept.
 
-        Nothing is removed before the new checkpoint is in its place. Checkpoints of a later point of the run go
-        too: they are there only when the run was resumed from before them, and this is its history now.
+        Nothing is removed before the new checkpoint is in its place. Checkpoints of a later point of the run
+        go too: they are there only when the run was resumed from before them, and this is its history now.
 
         Args:
             iteration: the number of complete iterations.
@@ -181,7 +182,7 @@ class CheckpointStore:
         """Load the newest checkpoint that is whole.
 
         Args:
-            warn: called with one line for each newer checkpoint that had to be passed over, naming it and its fault.
+            warn: called with one line for each newer checkpoint passed over, naming it and its fault.
 
         Returns:
             The checkpoint, or None when there is none that can be used.
@@ -212,7 +213,8 @@ class CheckpointStore:
     def _put_in_place(self, temporary: Path, name: str) -> Path:
         final = self.directory / name
         replaced = self.directory / f"{_REPLACED}{name}"
-        if final.exists():  # a folder cannot be renamed over another; `_recover` undoes this if we die in between
+        if final.exists():
+            # A folder cannot be renamed over another. `_recover` puts it back if we are killed in between.
             final.rename(replaced)
         temporary.rename(final)
         _sync(self.directory)
@@ -249,7 +251,8 @@ class CheckpointStore:
     def _remove(self, path: Path) -> None:
         doomed = self.directory / f"{_TEMPORARY}{path.name}"
         try:
-            path.rename(doomed)  # first, so that being killed here leaves no half-emptied folder with a final name
+            # Renamed first, so that a kill in the middle leaves no half-emptied folder with a final name.
+            path.rename(doomed)
         except OSError:
             return
         shutil.rmtree(doomed, ignore_errors=True)
@@ -271,9 +274,9 @@ def _storable(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     seen: set[int] = set()
     result: dict[str, torch.Tensor] = {}
     for name, tensor in named.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if storage in seen else tensor
+        local = tensor.detach().cpu().contiguous()
+        storage = local.untyped_storage().data_ptr()
+        result[name] = local.clone() if storage in seen else local
         seen.add(storage)
     return result
 
@@ -287,13 +290,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} is incomplete: {_MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {_MANIFEST} cannot be read ({error})") from error
+        raise CheckpointError(f"checkpoint {path}: {_MANIFEST} cannot be read ({_reason(error)})") from error
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise CheckpointError(f"checkpoint {path} is damaged: {_MANIFEST} is not a manifest")
     if manifest["format"] != _FORMAT:
         raise CheckpointError(
-            f"checkpoint {path} has format {manifest['format']} (written by loopfast {manifest.get('loopfast')}); "
-            f"this is loopfast {__version__}, which reads format {_FORMAT}"
+            f"checkpoint {path} has format {manifest['format']} and was written by loopfast "
+            f"{manifest.get('loopfast')}; this is loopfast {__version__}, which reads format {_FORMAT}"
         )
     files = manifest.get("files")
     well_formed = (
@@ -314,10 +317,12 @@ def _verify(path: Path, name: str, expected: Mapping[str, Any]) -> None:
         size = file.stat().st_size
         if size != expected.get("bytes"):
             raise CheckpointError(
-                f"checkpoint {path} is damaged: {name} has {size} bytes, the manifest says {expected.get('bytes')}"
+                f"checkpoint {path} is damaged: {name} has {size} bytes instead of {expected.get('bytes')}"
             )
         if _sha256(file) != expected.get("sha256"):
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} does not have the hash the manifest says")
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {name} is not what was written (SHA-256 differs)"
+            )
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing") from None
     except OSError as error:

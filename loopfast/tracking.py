@@ -1,0 +1,269 @@
+"""The record of a run: ``metrics.jsonl``, TensorBoard and, if asked for, Weights & Biases.
+
+``metrics.jsonl`` is the run's own record and is always written: one JSON object an iteration, flushed as it
+is written, with the names of `METRICS` and nothing else. The first object, iteration 0, holds the evaluation
+before any training. A number that is not finite is written as null, so that every line is plain JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from loopfast.errors import LoopfastError, MissingExtraError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["METRICS", "Metric", "Tracker", "describe", "read_metrics"]
+
+
+class Metric(NamedTuple):
+    """What a number in ``metrics.jsonl`` means, its unit, and the section that trackers show it under."""
+
+    description: str
+    unit: str
+    section: str
+
+
+METRICS: dict[str, Metric] = {
+    "iteration": Metric("complete iterations; 0 is before any training", "count", "run"),
+    "images": Metric("images sampled for training so far", "count", "run"),
+    "seconds": Metric("time since training began, evaluation and earlier sessions included", "s", "time"),
+    "reward_mean": Metric("mean over the iteration's images of the total reward", "reward", "reward"),
+    "reward_std": Metric(
+        "standard deviation over the iteration's images of the total reward", "reward", "reward"
+    ),
+    "group_spread": Metric(
+        "standard deviation among one prompt's images, mean over prompts", "reward", "reward"
+    ),
+    "eval_reward": Metric("mean over the evaluation's images of the total reward", "reward", "evaluation"),
+    "ratio_max_deviation": Metric("max |ratio - 1| over the first update's pairs, before it", "1", "policy"),
+    "ratio_outside_clip": Metric("share of pairs whose ratio is outside the clip range", "1", "policy"),
+    "clip_fraction": Metric("share of pairs that the clip leaves without a gradient", "1", "policy"),
+    "kl": Metric("mean divergence of the policy's transitions from the reference's", "nat", "policy"),
+    "logprob_change": Metric("mean |log-probability - the one at sampling| over the pairs", "nat", "policy"),
+    "loss": Metric("mean loss over the iteration's updates", "1", "optimization"),
+    "grad_norm": Metric("mean norm of the gradient over the updates, before clipping", "1", "optimization"),
+    "learning_rate": Metric("learning rate of the last update", "1", "optimization"),
+    "seconds_rollout": Metric("time spent sampling", "s", "time"),
+    "seconds_reward": Metric("time spent scoring the images", "s", "time"),
+    "seconds_replay": Metric("time spent replaying trajectories and updating the weights", "s", "time"),
+    "seconds_eval": Metric("time spent evaluating", "s", "time"),
+    "peak_memory_bytes": Metric(
+        "most memory held so far: the device's, or on a CPU the process's", "byte", "run"
+    ),
+}
+"""Every name of ``metrics.jsonl`` but those of single rewards, which `describe` knows by their prefix."""
+
+_PREFIXES = {
+    "reward_": Metric("mean over the iteration's images of the reward of that name", "reward", "reward"),
+    "eval_": Metric("mean over the evaluation's images of the reward of that name", "reward", "evaluation"),
+}
+
+
+def describe(name: str) -> Metric:
+    """What the metric ``name`` is, ``reward_<name>`` and ``eval_<name>`` of single rewards included.
+
+    Raises:
+        KeyError: there is no metric of that name.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    for prefix, metric in _PREFIXES.items():
+        if name.startswith(prefix) and name != prefix:
+            return metric
+    raise KeyError(f"no metric is called {name!r}")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a ``metrics.jsonl``.
+
+    A last line that is half written, because the process was killed or is writing now, is left out.
+
+    Returns:
+        One dict a line, in the order of the file. Empty when there is no file.
+
+    Raises:
+        LoopfastError: a line other than the last is not a JSON object; the message says which.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    result = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            if number == len(lines):  # what follows the last newline
+                break
+            raise LoopfastError(f"{path} is damaged: line {number} is not JSON") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
+            raise LoopfastError(f"{path} is damaged: line {number} is not an object with an iteration")
+        result.append(entry)
+    return result
+
+
+class Tracker:
+    """Writes a run's metrics and images.
+
+    Args:
+        directory: the run's folder; created if need be.
+        trackers: any of ``tensorboard`` and ``wandb``, besides ``metrics.jsonl``.
+        resume_at: the number of complete iterations the run goes on from: what was recorded for later ones is
+            removed. None begins a new record in place of any that was there.
+
+    Raises:
+        MissingExtraError: a tracker's package is not installed.
+        LoopfastError: the record to go on from is damaged, or the disk is full.
+        ValueError: a tracker's name is not known.
+    """
+
+    def __init__(self, directory: Path, trackers: Sequence[str], *, resume_at: int | None) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in trackers:
+            if name not in _SINKS:
+                raise ValueError(f"trackers: no tracker is called {name!r}; there are {', '.join(_SINKS)}")
+        self._path = directory / "metrics.jsonl"
+        kept = []
+        if resume_at is not None:
+            kept = [line for line in read_metrics(self._path) if line["iteration"] <= resume_at]
+        with self._writing():
+            _replace(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._sinks: list[_Sink] = [_SINKS[name](directory, resume_at) for name in trackers]
+            self._file = self._path.open("a", encoding="utf-8")
+
+    def record(self, metrics: Mapping[str, Any]) -> None:
+        """Record one iteration.
+
+        Args:
+            metrics: numbers, or tensors of one element, by the names of `METRICS`; None is left out.
+                ``iteration`` must be there.
+
+        Raises:
+            KeyError: a name is not documented in `METRICS`, or ``iteration`` is missing.
+            LoopfastError: the disk is full or cannot be written.
+        """
+        numbers = {name: _number(value) for name, value in metrics.items() if value is not None}
+        iteration = int(metrics["iteration"])
+        for name in numbers:
+            describe(name)
+        finite = {name: value for name, value in numbers.items() if value is not None and name != "iteration"}
+        with self._writing():
+            self._file.write(json.dumps(numbers) + "\n")
+            self._file.flush()
+            for sink in self._sinks:
+                sink.scalars(iteration, finite)
+
+    def image(self, tag: str, iteration: int, image: Image.Image) -> None:
+        """Show an image in the trackers that can; ``metrics.jsonl`` holds numbers only.
+
+        Raises:
+            LoopfastError: the disk is full or cannot be written.
+        """
+        with self._writing():
+            for sink in self._sinks:
+                sink.image(tag, iteration, image)
+
+    def close(self) -> None:
+        """Write out what is buffered. Nothing can be recorded after that.
+
+        Raises:
+            LoopfastError: the disk is full or cannot be written.
+        """
+        with self._writing():
+            self._file.close()
+            for sink in self._sinks:
+                sink.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            folder = self._path.parent
+            raise LoopfastError(f"cannot write the metrics in {folder}: {error.strerror or error}") from error
+
+
+class _Sink(Protocol):
+    def __init__(self, directory: Path, resume_at: int | None) -> None: ...
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None: ...
+    def image(self, tag: str, iteration: int, image: Image.Image) -> None: ...
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path, resume_at: int | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingExtraError("the tracker 'tensorboard'", "train", error.name) from error
+        purge = None if resume_at is None else resume_at + 1
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{describe(name).section}/{name}", value, iteration)
+        self._writer.flush()
+
+    def image(self, tag: str, iteration: int, image: Image.Image) -> None:
+        import numpy as np
+
+        self._writer.add_image(tag, np.asarray(image.convert("RGB")), iteration, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, directory: Path, resume_at: int | None) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingExtraError("the tracker 'wandb'", "wandb", error.name) from error
+        self._wandb = wandb
+        marker = directory / "wandb-run-id"
+        known = None
+        if resume_at is not None and marker.exists():
+            known = marker.read_text(encoding="utf-8")
+        self._run = self._wandb.init(
+            project="loopfast", name=directory.name, dir=str(directory), id=known, resume="allow"
+        )
+        self._run.define_metric("*", step_metric="iteration")
+        marker.write_text(self._run.id, encoding="utf-8")
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        named = {f"{describe(name).section}/{name}": value for name, value in values.items()}
+        self._run.log({"iteration": iteration, **named})
+
+    def image(self, tag: str, iteration: int, image: Image.Image) -> None:
+        self._run.log({"iteration": iteration, tag: self._wandb.Image(image)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_SINKS: dict[str, type[_Sink]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
+
+
+def _number(value: Any) -> float | int | None:
+    number = value if isinstance(value, (int, float)) else value.item()
+    return number if math.isfinite(number) else None
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
