@@ -1,7 +1,7 @@
 """The errors a user of loopfast can cause or meet.
 
-Each is meant to be read as one line: the command line prints ``error: <message>`` and exits with ``exit_code``.
-Anything that is not a `LoopfastError` is a defect of loopfast and keeps its traceback.
+The command line prints ``error: <message>`` and exits with ``exit_code``. Anything that is not a `LoopfastError`
+is a defect of loopfast and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class RewardError(LoopfastError):
 
     Args:
         message: what to tell the user.
-        images_index: positions, in the batch that was scored, of the samples at fault. Every position when the
-            reward failed as a whole.
+        images_index: positions, in the batch that was scored, of the samples at fault. Every position when
+            the reward failed as a whole.
     """
 
     def __init__(self, message: str, images_index: Sequence[int] = ()) -> None:
@@ -63,13 +63,13 @@ class MissingExtraError(LoopfastError):
     """
 
     def __init__(self, feature: str, extra: str = "train", package: str | None = None) -> None:
-        missing = f" (no module named '{package}')" if package else ""
-        super().__init__(f"{feature} needs more than the base install{missing}: pip install 'loopfast[{extra}]'")
+        missing = f" (no module named {package!r})" if package else ""
+        super().__init__(f"{feature} needs the extra {extra!r}{missing}: pip install 'loopfast[{extra}]'")
         self.extra = extra
         self.package = package
 
 
-class Interrupted(LoopfastError):
+class Interrupted(LoopfastError):  # noqa: N818 - being stopped is not an error
     """The run was stopped by a signal, after its state was saved.
 
     Args:
