@@ -1,7 +1,7 @@
 """The errors a user of loopfast can cause or meet.
 
-The command line prints ``error: <message>`` and exits with ``exit_code``. Anything that is not a `LoopfastError`
-is a defect of loopfast and keeps its traceback.
+The command line prints ``error: <message>`` and exits with ``exit_code``. Anything that is not a
+`LoopfastError` is a defect of loopfast and keeps its traceback.
 """
 
 from __future__ import annotations

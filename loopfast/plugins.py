@@ -1,0 +1,51 @@
+"""The user's own code, named in a configuration as ``module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loopfast.errors import ConfigError
+
+__all__ = ["import_function", "is_reference"]
+
+_REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+
+
+def is_reference(text: str) -> bool:
+    """Whether ``text`` has the form ``module:function``; the module may have dots."""
+    return _REFERENCE.fullmatch(text) is not None
+
+
+def import_function(reference: str) -> Callable[..., Any]:
+    """The callable that ``module:function`` names.
+
+    Modules in the current directory can be imported, as under ``python -m``.
+
+    Raises:
+        ConfigError: the text has another form, the module cannot be imported, or it has no such callable.
+    """
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise ConfigError(f"{reference!r}: allowed: module:function")
+    module_name, function_name = match.groups()
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{reference!r}: cannot import {module_name!r} (searched from {here}): {reason}"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        state = "is not a function" if hasattr(module, function_name) else "does not exist"
+        origin = getattr(module, "__file__", None) or module_name
+        raise ConfigError(f"{reference!r}: {function_name!r} {state} in {origin}")
+    return function

@@ -1,0 +1,11 @@
+"""Rewards: functions that say how good each image is.
+
+A reward takes the images of a batch, their prompts and the prompts' metadata, and gives one number per image;
+see `Reward`. The package's own have a file each and a name in `REWARDS`; the user's own are named
+``module:function`` in the configuration.
+"""
+
+from loopfast.rewards.base import Reward, RewardSet, RewardTerm, Scores
+from loopfast.rewards.registry import REWARDS, build_rewards
+
+__all__ = ["REWARDS", "Reward", "RewardSet", "RewardTerm", "Scores", "build_rewards"]

@@ -1,0 +1,45 @@
+"""Size of an image as a JPEG file: the two rewards of DDPO that need no model.
+
+As defined by Black et al., *Training Diffusion Models with Reinforcement Learning* (arXiv 2305.13301): the
+size in kB (1000 bytes) at quality 95, with a minus for compressibility.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from loopfast.rewards.base import Reward
+
+__all__ = ["jpeg_compressibility", "jpeg_incompressibility"]
+
+
+def jpeg_compressibility(quality: int = 95) -> Reward:
+    """Minus the size in kB of the image as a JPEG of the given quality (1 to 100): smooth images win."""
+    return _size(-1.0, quality)
+
+
+def jpeg_incompressibility(quality: int = 95) -> Reward:
+    """The size in kB of the image as a JPEG of the given quality (1 to 100): detailed images win."""
+    return _size(1.0, quality)
+
+
+def _size(sign: float, quality: int) -> Reward:
+    if not isinstance(quality, int) or isinstance(quality, bool) or not 1 <= quality <= 100:
+        raise ValueError(f"quality: found {quality!r}, allowed: a whole number from 1 to 100")
+
+    def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+        return [sign * _kilobytes(image.numpy(), quality) for image in pixels.permute(0, 2, 3, 1).cpu()]
+
+    return reward
+
+
+def _kilobytes(pixels: Any, quality: int) -> float:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="JPEG", quality=quality)
+    return file.tell() / 1000

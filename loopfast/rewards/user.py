@@ -1,0 +1,42 @@
+"""A reward of the user's own, named ``module:function``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from loopfast.errors import ConfigError
+from loopfast.plugins import import_function
+from loopfast.rewards.base import Reward
+
+__all__ = ["user_reward"]
+
+
+def user_reward(reference: str, options: Mapping[str, Any]) -> Reward:
+    """The function that ``module:function`` names, with ``options`` as keyword arguments.
+
+    It is called as ``function(images, prompts, metadata, **options)``; see `Reward`. Any callable will do, an
+    object that holds a model in memory for example.
+
+    Raises:
+        ConfigError: the function cannot be imported or cannot be called like that.
+    """
+    try:
+        function = import_function(reference)
+    except ConfigError as error:
+        raise ConfigError(f"reward {error}") from error.__cause__
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        pass  # a builtin without a signature; what is wrong with it shows at the first call
+    else:
+        try:
+            signature.bind("images", "prompts", "metadata", **options)
+        except TypeError as error:
+            arguments = ", ".join(["images", "prompts", "metadata", *(f"{key}=..." for key in options)])
+            raise ConfigError(
+                f"reward {reference!r} with signature {signature} cannot be called with ({arguments}): {error}"
+            ) from None
+    return functools.partial(function, **options) if options else function
