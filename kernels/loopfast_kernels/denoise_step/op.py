@@ -1,0 +1,185 @@
+"""Registration of ``loopfast::denoise_step`` and its in-place form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..transition_logprob.reference import arithmetic_dtype
+from ..validation import LATENT_DTYPES, REAL_DTYPES, check_tensor, check_transition
+from . import reference
+
+_IMPLEMENTATIONS = {"reference": reference.denoise_step}
+_IN_PLACE = {"reference": reference.denoise_step_}
+
+
+@torch.library.custom_op(
+    "loopfast::denoise_step",
+    mutates_args=(),
+    schema=(
+        "(Tensor model_output, Tensor sample, Tensor table, Tensor step, Tensor seed, Tensor? uncond_output, "
+        "float guidance_scale, str reduction) -> (Tensor, Tensor)"
+    ),
+)
+def _denoise_step(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return backends.choose(_IMPLEMENTATIONS)(*arguments)
+
+
+@_denoise_step.register_fake
+def _(model_output: Tensor, sample: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = arithmetic_dtype(model_output, sample)
+    return torch.empty_like(sample), model_output.new_empty(model_output.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op(
+    "loopfast::denoise_step_",
+    mutates_args=("trajectory", "logprob", "model_input", "step"),
+    schema=(
+        "(Tensor model_output, Tensor(a!) trajectory, Tensor(b!) logprob, Tensor(c!) model_input, "
+        "Tensor(d!) step, Tensor table, Tensor seed, Tensor? uncond_output, float guidance_scale, "
+        "str reduction) -> ()"
+    ),
+)
+def _denoise_step_(*arguments: Any) -> None:
+    backends.choose(_IN_PLACE)(*arguments)
+
+
+@_denoise_step_.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def denoise_step(
+    model_output: Tensor,
+    sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seed: Tensor,
+    *,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """Sample ``x_{t-1}`` from ``x_t`` and say how probable it was.
+
+    ``x_{t-1} = a x_t + b m + sigma z`` with ``m = u + g (c - u)`` and ``z`` the noise of `philox_normal` for the
+    row's seed and step. The result is rounded to the dtype of `sample`, and the log-probability is that of the
+    rounded value: `transition_logprob` of what was stored gives the same number, bit for bit.
+
+    Args:
+        model_output: ``[N, *L]``, float32, float16, bfloat16 or float64; the conditional output ``c``.
+        sample: ``[N, *L]``, ``x_t``.
+        table: float32 (or float64) ``[T, 3]``, columns a, b, sigma of every step.
+        step: int64 ``[N]``, the row of `table` each sample is at.
+        seed: int64 ``[N]``, one per row.
+        uncond_output: ``[N, *L]``, the unconditional output ``u``.
+        guidance_scale: ``g``; other than 1 it needs `uncond_output`.
+        reduction: ``"mean"`` (over a row's elements) or ``"sum"``.
+
+    Returns:
+        ``x_{t-1}`` like `sample`, and its log-probability, float32 ``[N]`` (float64 for float64 inputs).
+        Neither is differentiable: a sample is data.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: a wrong shape, device or value; on the CPU also a step outside the table.
+    """
+    latents = {"sample": sample, "uncond_output": uncond_output}
+    check_transition(model_output, latents, table, step, guidance_scale, reduction)
+    check_tensor(
+        "seed", seed, dtypes=(torch.int64,), shape=(model_output.shape[0],), device=model_output.device
+    )
+    result: tuple[Tensor, Tensor] = _denoise_step(
+        model_output.detach().contiguous(),
+        sample.detach().contiguous(),
+        table.contiguous(),
+        step.contiguous(),
+        seed.contiguous(),
+        None if uncond_output is None else uncond_output.detach().contiguous(),
+        float(guidance_scale),
+        reduction,
+    )
+    return result
+
+
+def denoise_step_(
+    model_output: Tensor,
+    trajectory: Tensor,
+    logprob: Tensor,
+    model_input: Tensor,
+    step: Tensor,
+    table: Tensor,
+    seed: Tensor,
+    *,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    reduction: str = "mean",
+) -> None:
+    """Advance a whole batch by one step inside its trajectory store.
+
+    For loops that are captured once and replayed: where to read and write follows from `step` on the device, so the
+    same launch serves every step. Reads ``trajectory[step]``, writes ``trajectory[step + 1]``, ``logprob[step]`` and
+    `model_input`, then adds 1 to `step`.
+
+    Args:
+        model_output: ``[N, *L]``, the conditional output for ``trajectory[step]``.
+        trajectory: ``[T + 1, N, *L]``, contiguous; written in place.
+        logprob: float32 (or float64) ``[T, N]``, contiguous; written in place.
+        model_input: ``[M N, *L]``, contiguous; every block of N rows receives ``x_{t-1}`` (M = 2 where guidance
+            evaluates both halves in one batch). Written in place.
+        step: int64 ``[1]``, the step all rows are at; advanced in place.
+        table: float32 (or float64) ``[T, 3]``.
+        seed: int64 ``[N]``.
+        uncond_output: as in `denoise_step`.
+        guidance_scale: as in `denoise_step`.
+        reduction: as in `denoise_step`.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: a wrong shape, device or value; on the CPU also a step outside the table.
+    """
+    check_tensor("step", step, dtypes=(torch.int64,), shape=(1,))
+    rows = model_output.shape[:1]
+    check_transition(
+        model_output,
+        {"uncond_output": uncond_output},
+        table,
+        step.expand(rows),
+        guidance_scale,
+        reduction,
+    )
+    device = model_output.device
+    steps = table.shape[0]
+    check_tensor("seed", seed, dtypes=(torch.int64,), shape=rows, device=device)
+    check_tensor(
+        "trajectory", trajectory, dtypes=LATENT_DTYPES, shape=(steps + 1, *model_output.shape), device=device
+    )
+    check_tensor("logprob", logprob, dtypes=REAL_DTYPES, shape=(steps, *rows), device=device)
+    check_tensor("model_input", model_input, dtypes=LATENT_DTYPES, device=device)
+    if (
+        model_input.shape[1:] != model_output.shape[1:]
+        or model_input.shape[0] == 0
+        or model_input.shape[0] % rows[0] != 0
+    ):
+        raise ValueError(
+            f"model_input must have shape [M * {rows[0]}, {', '.join(map(str, model_output.shape[1:]))}], "
+            f"got {list(model_input.shape)}"
+        )
+    for name, value in {"trajectory": trajectory, "logprob": logprob, "model_input": model_input}.items():
+        if not value.is_contiguous():
+            raise ValueError(f"{name} is written in place and must be contiguous")
+    _denoise_step_(
+        model_output.detach().contiguous(),
+        trajectory,
+        logprob,
+        model_input,
+        step,
+        table.contiguous(),
+        seed.contiguous(),
+        None if uncond_output is None else uncond_output.detach().contiguous(),
+        float(guidance_scale),
+        reduction,
+    )

@@ -1,0 +1,92 @@
+"""Philox4x32-10 in torch's integer arithmetic, and normal noise from it.
+
+Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..validation import check_tensor
+
+ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
+    """Encrypt counters: the ten rounds of Philox4x32.
+
+    Args:
+        counter: four words, int64 tensors with values in ``[0, 2**32)``; they and the key broadcast together.
+        key: two words of the same kind.
+
+    Returns:
+        Four words of the same kind, uniformly distributed over counters.
+    """
+    x0, x1, x2, x3 = counter
+    k0, k1 = key
+    for round_index in range(ROUNDS):
+        if round_index > 0:
+            k0 = (k0 + _KEY_INCREMENTS[0]) & _WORD
+            k1 = (k1 + _KEY_INCREMENTS[1]) & _WORD
+        # The 64-bit products wrap around in int64. Their low words are right as they are; the shift that leaves the
+        # high words copies the sign upward, which the mask takes off.
+        product0 = x0 * _MULTIPLIERS[0]
+        product1 = x2 * _MULTIPLIERS[1]
+        x0 = ((product1 >> 32) ^ x1 ^ k0).bitwise_and_(_WORD)
+        x2 = ((product0 >> 32) ^ x3 ^ k1).bitwise_and_(_WORD)
+        x1 = product1.bitwise_and_(_WORD)
+        x3 = product0.bitwise_and_(_WORD)
+    return x0, x1, x2, x3
+
+
+def _normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    # Each uniform is the word rounded to float32, then scaled by a power of two: every IEEE machine gets the same
+    # bits. The offset keeps the logarithm's argument in (0, 1].
+    uniform = radius_word.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
+    radius = uniform.log_().mul_(-2.0).sqrt_()
+    angle = angle_word.to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
+    return radius * angle.cos(), radius * angle.sin_()
+
+
+def philox_normal(seed: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise as a pure function of seed, step and element.
+
+    Rows are independent: row ``i`` depends on ``seed[i]``, ``step[i]`` and `shape`'s number of elements per row,
+    and its first elements do not change when the rows get longer.
+
+    Args:
+        seed: int64 ``[N]``, each row's 64-bit key.
+        step: int64 ``[N]``, the second word of the counter, taken modulo 2**32.
+        shape: ``(N, *L)``.
+
+    Returns:
+        float32 tensor of `shape` on the device of `seed`.
+
+    Raises:
+        TypeError: `seed` or `step` is not an int64 tensor.
+        ValueError: their shapes or devices do not go together, or `shape` has no elements.
+    """
+    shape = tuple(shape)
+    elements = math.prod(shape[1:])
+    if len(shape) < 2 or shape[0] < 1 or elements < 1:
+        raise ValueError(f"shape must be (N, ...) with elements in it, got {shape}")
+    check_tensor("seed", seed, dtypes=(torch.int64,), shape=shape[:1])
+    check_tensor("step", step, dtypes=(torch.int64,), shape=shape[:1])
+    if step.device != seed.device:
+        raise ValueError(f"step is on {step.device}, seed on {seed.device}")
+
+    zero = seed.new_zeros(1, 1)
+    block = torch.arange((elements + 3) // 4, dtype=torch.int64, device=seed.device)[None, :]
+    key = seed[:, None]
+    words = philox_4x32((block, step[:, None] & _WORD, zero, zero), (key & _WORD, (key >> 32) & _WORD))
+    noise = torch.stack((*_normal_pair(words[0], words[1]), *_normal_pair(words[2], words[3])), dim=-1)
+    return noise.flatten(1)[:, :elements].reshape(shape)

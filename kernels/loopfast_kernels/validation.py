@@ -1,0 +1,96 @@
+"""Checks of arguments, shared by the ops.
+
+Types, dtypes, shapes and devices are checked where an op is called; they cost no synchronization and hold under
+`torch.compile`. The values inside a tensor are checked where an op runs, and only on the CPU: on a GPU looking
+would stall the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+REAL_DTYPES = (torch.float32, torch.float64)
+REDUCTIONS = ("mean", "sum")
+
+
+def check_tensor(
+    name: str,
+    value: Tensor,
+    *,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Check one tensor argument.
+
+    Raises:
+        TypeError: `value` is not a tensor, or of none of `dtypes`.
+        ValueError: its shape or device is not the one given.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {allowed}, got {str(value.dtype).removeprefix('torch.')}")
+    if shape is not None and tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the model output on {device}")
+
+
+def check_transition(
+    model_output: Tensor,
+    latents: dict[str, Tensor | None],
+    table: Tensor,
+    step: Tensor,
+    guidance_scale: float,
+    reduction: str,
+) -> None:
+    """Check what every op on transitions takes.
+
+    Args:
+        model_output: ``[N, *L]``, whose shape and device the others must share.
+        latents: the other arguments of that shape, by name; None where an optional one was not given.
+        table: ``[T, 3]``.
+        step: int64 ``[N]``.
+        guidance_scale: other than 1 it needs ``uncond_output`` among `latents`.
+        reduction: one of `REDUCTIONS`.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong shape, device or value.
+    """
+    check_tensor("model_output", model_output, dtypes=LATENT_DTYPES)
+    if model_output.dim() < 2 or model_output.numel() == 0:
+        raise ValueError(
+            f"model_output must have shape [N, ...] with elements in it, got {list(model_output.shape)}"
+        )
+    device = model_output.device
+    for name, value in latents.items():
+        if value is not None:
+            check_tensor(name, value, dtypes=LATENT_DTYPES, shape=model_output.shape, device=device)
+    check_tensor("table", table, dtypes=REAL_DTYPES, device=device)
+    if table.dim() != 2 or table.shape[0] == 0 or table.shape[1] != 3:
+        raise ValueError(f"table must have shape [T, 3], got {list(table.shape)}")
+    check_tensor("step", step, dtypes=(torch.int64,), shape=(model_output.shape[0],), device=device)
+    if guidance_scale != 1.0 and latents.get("uncond_output") is None:
+        raise ValueError(f"guidance_scale={guidance_scale} needs uncond_output")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_index(name: str, index: Tensor, size: int) -> None:
+    """Check that a CPU tensor of indices lies in ``[0, size)``; on other devices, nothing.
+
+    Raises:
+        ValueError: an index lies outside.
+    """
+    if index.device.type != "cpu":
+        return
+    low, high = (int(bound) for bound in torch.aminmax(index))
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must lie in [0, {size}), got values from {low} to {high}")
