@@ -33,7 +33,7 @@ def load_prompts(source: str) -> list[Prompt]:
     Args:
         source: one of
 
-            * ``embedded:<category>`` or ``embedded:<category>-heldout``: prompts of the embedded world; the
+            * ``embedded:<category>`` or ``embedded:<category>-heldout``: prompts of the embedded world;
               categories are ``color``, ``shape``, ``texture``, ``spatial``, ``numeracy``, ``complex``, ``all``;
             * the path of a UTF-8 text file, one prompt a line, empty lines left out;
             * ``module:function``: a function without arguments that returns texts or `Prompt`\\ s. Modules in

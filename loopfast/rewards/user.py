@@ -37,6 +37,6 @@ def user_reward(reference: str, options: Mapping[str, Any]) -> Reward:
         except TypeError as error:
             arguments = ", ".join(["images", "prompts", "metadata", *(f"{key}=..." for key in options)])
             raise ConfigError(
-                f"reward {reference!r} with signature {signature} cannot be called with ({arguments}): {error}"
+                f"reward {reference!r}, which takes {signature}, cannot be called with ({arguments}): {error}"
             ) from None
     return functools.partial(function, **options) if options else function

@@ -1,0 +1,81 @@
+"""The console script ``loopfast``, also ``python -m loopfast``.
+
+Needs the standard library only, so that a base install can say what it lacks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from loopfast.errors import LoopfastError, MissingExtraError
+
+__all__ = ["main"]
+
+# Modules that come with an extra and not with the base install.
+_EXTRA_OF_MODULE = {
+    **dict.fromkeys(
+        (
+            "PIL",
+            "accelerate",
+            "diffusers",
+            "jinja2",
+            "matplotlib",
+            "numpy",
+            "nvtx",
+            "peft",
+            "pydantic",
+            "rich",
+            "safetensors",
+            "tensorboard",
+            "transformers",
+            "typer",
+            "yaml",
+        ),
+        "train",
+    ),
+    "wandb": "wandb",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None for those the process was started with.
+
+    Returns:
+        The exit code: 0 success, 1 failure, 2 wrong usage or configuration, 130 or 143 stopped by a signal.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        try:
+            from loopfast.cli import app
+        except ModuleNotFoundError as error:
+            if arguments != ["doctor"] or error.name not in _EXTRA_OF_MODULE:
+                raise
+            from loopfast.doctor import examine
+
+            print(examine())
+            return 0
+        app(args=arguments, prog_name="loopfast")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except LoopfastError as error:
+        return _fail(error)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _EXTRA_OF_MODULE:
+            raise
+        command = " ".join(["loopfast", *arguments[:1]])
+        return _fail(MissingExtraError(command, _EXTRA_OF_MODULE[module], module))
+    return 0
+
+
+def _fail(error: LoopfastError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""The command line. Heavy imports happen inside the commands, so that help and errors are immediate."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+import loopfast
+from loopfast.errors import ConfigError, Interrupted
+
+if TYPE_CHECKING:
+    from loopfast.config import Config
+
+__all__ = ["app"]
+
+
+class _Commands(TyperGroup):
+    """Ctrl-C outside of training, which saves first, ends with the code that shells expect."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted") from None
+
+
+_EXAMPLES = """
+**Examples**
+
+* `loopfast train --config tiny`
+
+* `loopfast train --config tiny --set run.seed=1 --set run.name=tiny-1`
+
+* `loopfast train --config runs/tiny/config.yaml --resume auto`
+
+* `loopfast sample runs/tiny "a red circle and a blue square"`
+
+* `loopfast config show tiny > mine.yaml`
+"""
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Reinforcement learning for diffusion models: LOOP, PPO and their relatives.",
+    epilog=_EXAMPLES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(
+    help="Print, check and document configurations.", no_args_is_help=True, rich_markup_mode="markdown"
+)
+app.add_typer(config_app, name="config")
+
+_ConfigOption = Annotated[
+    str,
+    typer.Option(
+        "--config", "-c", metavar="NAME|FILE", help="A recipe's name, such as tiny, or a YAML file."
+    ),
+]
+_ConfigArgument = Annotated[
+    str, typer.Argument(metavar="NAME|FILE", help="A recipe's name, such as tiny, or a YAML file.")
+]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Change one key, such as train.learning_rate=1e-4. May be given several times.",
+    ),
+]
+_Seed = Annotated[
+    int, typer.Option("--seed", min=0, help="Seed of the noise; the same seed, the same images.")
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"loopfast {loopfast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="**Example:** `loopfast train --config tiny --set algorithm.name=ppo --set run.name=tiny-ppo`"
+)
+def train(
+    config: _ConfigOption,
+    overrides: _Overrides = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|PATH",
+            help="Go on from a checkpoint: the newest good one (auto; none yet: start), or that at PATH.",
+        ),
+    ] = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Train a model.
+
+    Everything the run makes goes to a folder of its own, `runs/<name>` unless the configuration says
+    otherwise: checkpoints, metrics, images and `report.html`. Ctrl-C finishes the update at hand, saves and
+    stops; `--resume auto` goes on from there as if nothing had happened.
+    """
+    settings = _load(config, overrides)
+    _quiet_libraries()
+    from loopfast.console import Display
+    from loopfast.train import train as run
+
+    with Display(quiet=quiet) as display:
+        run(settings, resume=resume, display=display)
+
+
+@app.command(epilog='**Example:** `loopfast sample runs/tiny "a red circle and a blue square" --count 8`')
+def sample(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, a pipeline's folder, or a hub name.")
+    ],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="More prompts: embedded:CATEGORY, a text file, or module:function."
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
+    seed: _Seed = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; default: as in training.")
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Noise of the DDIM sampler; default: as in training.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance; default: as in training.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path("samples"),
+    quiet: _Quiet = False,
+) -> None:
+    """Draw images with a trained model, or with any pipeline."""
+    wanted = list(texts or [])
+    if prompts is not None:
+        from loopfast.prompts import load_prompts
+
+        wanted += [prompt.text for prompt in load_prompts(prompts)]
+    if not wanted:
+        raise ConfigError("nothing to draw; give a prompt, or a source of prompts with --prompts")
+    _quiet_libraries()
+    from loopfast.console import Display
+    from loopfast.evaluation import sample_images
+
+    with Display(quiet=quiet) as display:
+        paths = sample_images(
+            target,
+            wanted,
+            count=count,
+            seed=seed,
+            steps=steps,
+            eta=eta,
+            guidance_scale=guidance_scale,
+            output=output,
+            display=display,
+        )
+    print(f"{len(paths)} file(s) in {output}")
+
+
+@app.command(name="eval", epilog="**Example:** `loopfast eval runs/tiny --prompts embedded:all-heldout`")
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Prompts to draw; default: those the run was evaluated on."),
+    ] = None,
+    images_per_prompt: Annotated[
+        int | None, typer.Option(min=1, help="Images for each prompt; default: as in the run.")
+    ] = None,
+    seed: _Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write the scores as JSON.")
+    ] = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Measure the reward of a run's model."""
+    _quiet_libraries()
+    from loopfast.console import Display
+    from loopfast.evaluation import evaluate_checkpoint
+
+    with Display(quiet=quiet) as display:
+        result = evaluate_checkpoint(
+            target,
+            prompts=prompts,
+            images_per_prompt=images_per_prompt,
+            seed=seed,
+            output=output,
+            display=display,
+        )
+    parts = list(result["parts"])
+    table = Table("category", "reward", *parts, "images")
+    rows = {**result["by_category"], "all": {**result, "count": len(result["items"])}}
+    for category, scores in rows.items():
+        values = (f"{value:.3f}" for value in (scores["reward"], *(scores["parts"][part] for part in parts)))
+        table.add_row(category, *values, str(scores["count"]))
+    Console().print(table)
+
+
+@app.command(epilog="**Example:** `loopfast report runs/tiny`")
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+    """Write a run's `report.html`, also while it is going on."""
+    from loopfast.reporting import write_report
+
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{str(run)!r} is not a run's folder: there is no config.yaml in it")
+    print(write_report(run))
+
+
+@app.command(
+    epilog="**Example:** `loopfast schedule --config tiny --set rollout.steps=20 --plot schedule.png`"
+)
+def schedule(
+    config: _ConfigOption,
+    overrides: _Overrides = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw it, as PNG, SVG or PDF by the file's ending."),
+    ] = None,
+) -> None:
+    """Show a sampler's transitions and which of them are trained on.
+
+    Each step draws the next latent from a normal distribution with mean `a·latent + b·model output` and
+    standard deviation `σ`. The sensitivity `(b/σ)²` is how strongly the log-probability reacts to the model
+    output; steps far above the others dominate the gradient, and `train.steps: auto` leaves them out.
+    """
+    settings = _load(config, overrides)
+    _quiet_libraries()
+    from loopfast.policies import load_scheduler
+    from loopfast.schedules import transition_schedule
+
+    try:
+        transitions = transition_schedule(
+            load_scheduler(settings.model),
+            settings.rollout.steps,
+            eta=settings.rollout.eta,
+            noise_level=settings.rollout.noise_level,
+        )
+        trained = transitions.trained_steps(settings.train.steps)
+    except ValueError as error:
+        raise ConfigError(f"the scheduler of {settings.model.pretrained!r} cannot be used: {error}") from None
+    table = Table("step", "timestep", "a", "b", "σ", "(b/σ)²", "trained")
+    columns = zip(
+        transitions.timesteps.tolist(),
+        transitions.table64.tolist(),
+        transitions.sensitivity.tolist(),
+        strict=True,
+    )
+    for step, (timestep, (a, b, sigma), sensitivity) in enumerate(columns):
+        numbers = (f"{timestep:g}", f"{a:.5f}", f"{b:.5f}", f"{sigma:.5f}", f"{sensitivity:.3g}")
+        table.add_row(str(step), *numbers, "yes" if step in trained else "no")
+    Console().print(table)
+    print(
+        f"train.steps {settings.train.steps}: {len(trained)} of {settings.rollout.steps} steps are trained on"
+    )
+    if plot is not None:
+        from loopfast.reporting import schedule_plot
+
+        print(schedule_plot(transitions, trained, plot))
+
+
+@config_app.command(
+    "show", epilog="**Example:** `loopfast config show tiny --set model.tune=lora > mine.yaml`"
+)
+def config_show(config: _ConfigArgument, overrides: _Overrides = None) -> None:
+    """Print a configuration with every default filled in."""
+    from loopfast.config import config_to_yaml
+
+    print(config_to_yaml(_load(config, overrides)), end="")
+
+
+@config_app.command("check", epilog="**Example:** `loopfast config check mine.yaml`")
+def config_check(config: _ConfigArgument, overrides: _Overrides = None) -> None:
+    """Check a configuration, its prompts and its rewards without loading the model."""
+    settings = _load(config, overrides)
+    from loopfast.prompts import load_prompts
+    from loopfast.rewards import build_rewards
+
+    for source in dict.fromkeys([settings.prompts.source, settings.evaluation.prompts]):
+        if source is not None:
+            print(f"prompts {source}: {len(load_prompts(source))}")
+    for term in build_rewards(settings.reward).terms:
+        print(f"reward {term.name}: weight {term.weight:g}")
+    print(f"{config}: no problem found")
+
+
+@config_app.command("schema", epilog="**Example:** `loopfast config schema > loopfast.schema.json`")
+def config_schema() -> None:
+    """Print the JSON Schema of configurations, for editors: every key, its default and its meaning."""
+    from loopfast.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices and backends, and what is missing and how to get it."""
+    from loopfast.doctor import examine
+
+    print(examine())
+
+
+def _load(source: str, overrides: list[str] | None) -> Config:
+    from loopfast.config import load_config
+
+    return load_config(source, overrides or [])
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' warnings and loading bars from between our lines, unless asked for by ``-W``."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
