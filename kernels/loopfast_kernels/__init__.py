@@ -1,7 +1,7 @@
 """Ops for reinforcement learning on diffusion models, made to be embedded in other codebases.
 
-They need torch and nothing else. Every op works on ``N`` independent rows of latents and one table of transition
-coefficients; ``kernels/README.md`` shows how to call them.
+They need torch and nothing else. Every op works on ``N`` independent rows of latents and one table of
+transition coefficients; ``kernels/README.md`` shows how to call them.
 """
 
 from .backends import AVAILABLE, BACKENDS, BackendUnavailableError, backend, info

@@ -94,9 +94,8 @@ def info() -> dict[str, str]:
         if library is None:
             described = "not built (the package was not installed)"
         else:
-            described = (
-                f"{library.version} ({' '.join(library.cpu_features) or 'no known processor features'})"
-            )
+            features = " ".join(library.cpu_features) or "no known processor features"
+            described = f"{library.version} ({features})"
     return {
         "backends": ", ".join(AVAILABLE),
         "requested": _override or os.environ.get(VARIABLE) or "by device",

@@ -8,10 +8,10 @@ from torch import Tensor
 def row_sum(values: Tensor) -> Tensor:
     """Sum every row by halving it again and again.
 
-    `torch.sum` vectorizes differently for one row than for many, and splits a row among threads, so a row's last
-    bits depend on its neighbors. Here the order is fixed: the row is folded to the largest power of two that fits,
-    then its second half is added to its first until one element is left. The error grows with the logarithm of the
-    length.
+    `torch.sum` vectorizes differently for one row than for many, and splits a row among threads, so a row's
+    last bits depend on its neighbors. Here the order is fixed: the row is folded to the largest power of two
+    that fits, then its second half is added to its first until one element is left. The error grows with the
+    logarithm of the length.
 
     Args:
         values: ``[N, E]``, ``E >= 1``.

@@ -1,8 +1,8 @@
 """Checks of arguments, shared by the ops.
 
-Types, dtypes, shapes and devices are checked where an op is called; they cost no synchronization and hold under
-`torch.compile`. The values inside a tensor are checked where an op runs, and only on the CPU: on a GPU looking
-would stall the stream.
+Types, dtypes, shapes and devices are checked where an op is called; they cost no synchronization and hold
+under `torch.compile`. The values inside a tensor are checked where an op runs, and only on the CPU: on a GPU
+looking would stall the stream.
 """
 
 from __future__ import annotations

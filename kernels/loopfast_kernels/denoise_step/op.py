@@ -65,9 +65,9 @@ def denoise_step(
 ) -> tuple[Tensor, Tensor]:
     """Sample ``x_{t-1}`` from ``x_t`` and say how probable it was.
 
-    ``x_{t-1} = a x_t + b m + sigma z`` with ``m = u + g (c - u)`` and ``z`` the noise of `philox_normal` for the
-    row's seed and step. The result is rounded to the dtype of `sample`, and the log-probability is that of the
-    rounded value: `transition_logprob` of what was stored gives the same number, bit for bit.
+    ``x_{t-1} = a x_t + b m + sigma z`` with ``m = u + g (c - u)`` and ``z`` the noise of `philox_normal` for
+    the row's seed and step. The result is rounded to the dtype of `sample`, and the log-probability is that
+    of the rounded value: `transition_logprob` of what was stored gives the same number, bit for bit.
 
     Args:
         model_output: ``[N, *L]``, float32, float16, bfloat16 or float64; the conditional output ``c``.
@@ -120,16 +120,16 @@ def denoise_step_(
 ) -> None:
     """Advance a whole batch by one step inside its trajectory store.
 
-    For loops that are captured once and replayed: where to read and write follows from `step` on the device, so the
-    same launch serves every step. Reads ``trajectory[step]``, writes ``trajectory[step + 1]``, ``logprob[step]`` and
-    `model_input`, then adds 1 to `step`.
+    For loops that are captured once and replayed: where to read and write follows from `step` on the device,
+    so the same launch serves every step. Reads ``trajectory[step]``, writes ``trajectory[step + 1]``,
+    ``logprob[step]`` and `model_input`, then adds 1 to `step`.
 
     Args:
         model_output: ``[N, *L]``, the conditional output for ``trajectory[step]``.
         trajectory: ``[T + 1, N, *L]``, contiguous; written in place.
         logprob: float32 (or float64) ``[T, N]``, contiguous; written in place.
-        model_input: ``[M N, *L]``, contiguous; every block of N rows receives ``x_{t-1}`` (M = 2 where guidance
-            evaluates both halves in one batch). Written in place.
+        model_input: ``[M N, *L]``, contiguous; every block of N rows receives ``x_{t-1}`` (M = 2 where
+            guidance evaluates both halves in one batch). Written in place.
         step: int64 ``[1]``, the step all rows are at; advanced in place.
         table: float32 (or float64) ``[T, 3]``.
         seed: int64 ``[N]``.

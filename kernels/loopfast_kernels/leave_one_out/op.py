@@ -41,7 +41,8 @@ def leave_one_out(rewards: Tensor) -> Tensor:
         rewards: float32 or float64 ``[..., K]``; the last dimension is the group.
 
     Returns:
-        Advantages, like `rewards`. Each group's sum is 0; a group of equal rewards gives exactly 0. Differentiable.
+        Advantages, like `rewards`. Each group's sum is 0; a group of equal rewards gives exactly 0.
+        Differentiable.
 
     Raises:
         TypeError: `rewards` is not a float32 or float64 tensor.

@@ -1,7 +1,7 @@
 """Registration of ``loopfast::loop_loss`` and ``loopfast::clipped_loss``.
 
-The gradient by the guided output is one more result of the forward pass. The backward pass scales it; nothing else is
-kept for it.
+The gradient by the guided output is one more result of the forward pass. The backward pass scales it; nothing
+else is kept for it.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def loop_loss(
     """The objective of LOOP: leave-one-out advantages in PPO's clipped surrogate (Gupta et al., 2025).
 
     ``loss = mean_N(max(-A r, -A clip(r, 1 - eps, 1 + eps)) + kl_weight KL)`` with
-    ``r = exp(logprob - old_logprob)``, the exponent clamped to +-20. Without `clip_range` it is the surrogate of RLOO
-    (with ``r = 1`` its gradient is REINFORCE's).
+    ``r = exp(logprob - old_logprob)``, the exponent clamped to +-20. Without `clip_range` it is the surrogate
+    of RLOO (with ``r = 1`` its gradient is REINFORCE's).
 
     Args:
         model_output: ``[N, *L]``, float32, float16, bfloat16 or float64; the conditional output ``c``.
@@ -189,7 +189,8 @@ def loop_loss(
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: a wrong shape, device or value (``K = 1`` among them); on the CPU also an index out of range.
+        ValueError: a wrong shape, device or value (``K = 1`` among them); on the CPU also an index out of
+            range.
     """
     check_tensor("rewards", rewards, dtypes=REAL_DTYPES, device=model_output.device)
     if rewards.dim() != 2:
@@ -251,9 +252,10 @@ def clipped_loss(
     kl_weight: float = 0.0,
     reduction: str = "mean",
 ) -> LoopLoss:
-    """PPO's clipped surrogate with advantages from elsewhere (Schulman et al., 2017; DDPO, Black et al., 2023).
+    """PPO's clipped surrogate with advantages from elsewhere.
 
-    As `loop_loss`, for baselines other than leave-one-out.
+    Schulman et al., 2017; for diffusion models DDPO, Black et al., 2023. As `loop_loss`, for baselines other
+    than leave-one-out.
 
     Args:
         model_output: ``[N, *L]``, float32, float16, bfloat16 or float64; the conditional output ``c``.

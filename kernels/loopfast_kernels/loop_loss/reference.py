@@ -24,7 +24,10 @@ LOG_RATIO_LIMIT = 20.0
 
 
 class LossAndGradient(NamedTuple):
-    """Results of the loss ops; ``grad`` is that of the loss by the guided output, empty unless it was asked for."""
+    """Results of the loss ops.
+
+    ``grad`` is the loss's gradient by the guided output, empty unless it was asked for.
+    """
 
     loss: Tensor
     logprob: Tensor

@@ -37,8 +37,8 @@ def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
         if round_index > 0:
             k0 = (k0 + _KEY_INCREMENTS[0]) & _WORD
             k1 = (k1 + _KEY_INCREMENTS[1]) & _WORD
-        # The 64-bit products wrap around in int64. Their low words are right as they are; the shift that leaves the
-        # high words copies the sign upward, which the mask takes off.
+        # The 64-bit products wrap around in int64. Their low words are right as they are; the shift that
+        # leaves the high words copies the sign upward, which the mask takes off.
         product0 = x0 * _MULTIPLIERS[0]
         product1 = x2 * _MULTIPLIERS[1]
         x0 = ((product1 >> 32) ^ x1 ^ k0).bitwise_and_(_WORD)
@@ -49,8 +49,8 @@ def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def _normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    # Each uniform is the word rounded to float32, then scaled by a power of two: every IEEE machine gets the same
-    # bits. The offset keeps the logarithm's argument in (0, 1].
+    # Each uniform is the word rounded to float32, then scaled by a power of two: every IEEE machine gets the
+    # same bits. The offset keeps the logarithm's argument in (0, 1].
     uniform = radius_word.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
     radius = uniform.log_().mul_(-2.0).sqrt_()
     angle = angle_word.to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
@@ -60,8 +60,8 @@ def _normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tenso
 def philox_normal(seed: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal noise as a pure function of seed, step and element.
 
-    Rows are independent: row ``i`` depends on ``seed[i]``, ``step[i]`` and `shape`'s number of elements per row,
-    and its first elements do not change when the rows get longer.
+    Rows are independent: row ``i`` depends on ``seed[i]``, ``step[i]`` and `shape`'s number of elements per
+    row, and its first elements do not change when the rows get longer.
 
     Args:
         seed: int64 ``[N]``, each row's 64-bit key.

@@ -15,8 +15,8 @@ _FORWARD = {"reference": reference.transition_logprob}
 _BACKWARD = {"reference": reference.transition_logprob_backward}
 
 _ARGUMENTS = (
-    "Tensor model_output, Tensor sample, Tensor prev_sample, Tensor table, Tensor step, Tensor? uncond_output, "
-    "float guidance_scale, str reduction"
+    "Tensor model_output, Tensor sample, Tensor prev_sample, Tensor table, Tensor step, "
+    "Tensor? uncond_output, float guidance_scale, str reduction"
 )
 
 
@@ -85,8 +85,9 @@ def transition_logprob(
 ) -> Tensor:
     """Log-probability of the step from ``x_t`` to ``x_{t-1}``.
 
-    The transition is ``N(a x_t + b m, sigma^2)`` with ``m = u + g (c - u)``; its log-density is summed or averaged
-    over a row's elements. The mean is the convention of DDPO (Black et al., 2023), the sum is the density.
+    The transition is ``N(a x_t + b m, sigma^2)`` with ``m = u + g (c - u)``; its log-density is summed or
+    averaged over a row's elements. The mean is the convention of DDPO (Black et al., 2023), the sum is the
+    density.
 
     Args:
         model_output: ``[N, *L]``, float32, float16, bfloat16 or float64; the conditional output ``c``.

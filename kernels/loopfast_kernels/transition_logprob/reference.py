@@ -1,8 +1,8 @@
 """The Gaussian transition and its log-probability in plain torch.
 
-Everything here works on rows: latents are flattened to ``[N, E]`` in the dtype of the arithmetic, coefficients are
-``[N, 1]``. Each result is put together from elementwise operations and `row_sum`, so that a row's bits depend on
-nothing but the row.
+Everything here works on rows: latents are flattened to ``[N, E]`` in the dtype of the arithmetic,
+coefficients are ``[N, 1]``. Each result is put together from elementwise operations and `row_sum`, so that a
+row's bits depend on nothing but the row.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 class Coefficients(NamedTuple):
     """The rows of the transition table that the samples are at, each ``[N, 1]``.
 
-    Where ``sigma`` is 0 the step is deterministic: ``stochastic`` is False and ``slope`` 0, and ``divisor`` is 1 so
-    that nothing divides by 0.
+    Where ``sigma`` is 0 the step is deterministic: ``stochastic`` is False and ``slope`` 0, and ``divisor``
+    is 1 so that nothing divides by 0.
     """
 
     a: Tensor
@@ -61,13 +61,10 @@ def gather_coefficients(table: Tensor, step: Tensor, dtype: torch.dtype) -> Coef
     stochastic = sigma > 0
     divisor = torch.where(stochastic, sigma, 1.0)
     # The logarithm is taken of the table, not of the gathered rows: the same T numbers whatever N is.
-    columns = torch.stack(
-        (a, b, sigma, divisor, divisor.log(), torch.where(stochastic, b / divisor, 0.0)), dim=1
-    )
-    gathered = columns.index_select(0, step).unbind(1)
-    return Coefficients(
-        *(column[:, None] for column in gathered), stochastic=stochastic.index_select(0, step)[:, None]
-    )
+    slope = torch.where(stochastic, b / divisor, 0.0)
+    columns = torch.stack((a, b, sigma, divisor, divisor.log(), slope), dim=1)
+    a, b, sigma, divisor, log_sigma, slope = columns.index_select(0, step)[:, :, None].unbind(1)
+    return Coefficients(a, b, sigma, divisor, log_sigma, slope, stochastic.index_select(0, step)[:, None])
 
 
 def guided_output(
