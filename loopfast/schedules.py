@@ -113,8 +113,8 @@ def transition_schedule(
         timesteps, table = _flow(scheduler, num_steps, 0.7 if noise_level is None else noise_level)
     else:
         raise ValueError(
-            f"{type(scheduler).__name__} has no Gaussian first-order transition here; supported are {_DDIM}
-            (for " f"many models by {_DDIM}.from_config(scheduler.config)) and {_FLOW}"
+            f"{type(scheduler).__name__} has no Gaussian first-order transition here; supported are "
+            f"{_FLOW} and {_DDIM} (for many models by {_DDIM}.from_config(scheduler.config))"
         )
     _, b, sigma = table.unbind(1)
     sensitivity = torch.where(sigma > 0, b / torch.where(sigma > 0, sigma, 1.0), 0.0).square()
@@ -163,8 +163,8 @@ def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
     if prediction == "epsilon":
         if bool((now == 0).any()):
             raise ValueError(
-                "with rescale_betas_zero_snr the first timestep holds no signal, and prediction_type='epsilon'
-                " "cannot recover it; v_prediction and sample can"
+                "prediction_type='epsilon' cannot start from a timestep that holds no signal "
+                "(rescale_betas_zero_snr); v_prediction and sample can"
             )
         a = (then / now).sqrt()
         b = direction - (then * (1 - now) / now).sqrt()
@@ -175,14 +175,15 @@ def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
         a = direction / (1 - now).sqrt()
         b = then.sqrt() - direction * (now / (1 - now)).sqrt()
     else:
-        raise ValueError(f"prediction_type={prediction!r} has no transition; known: epsilon, v_prediction,
-        sample")
+        raise ValueError(
+            f"prediction_type={prediction!r} has no transition; known: epsilon, v_prediction, sample"
+        )
     return timesteps, torch.stack((a, b, sigma), dim=1)
 
 
 def _flow(scheduler: Any, num_steps: int, noise_level: float) -> tuple[Tensor, Tensor]:
-    """The SDE with the marginals of the flow (Liu et al., "Flow-GRPO", 2025), one Euler-Maruyama step
-    each.""" _refuse_options(
+    """Liu et al., "Flow-GRPO", 2025: the SDE with the flow's marginals, in Euler-Maruyama steps."""
+    _refuse_options(
         scheduler,
         {
             "invert_sigmas": "reverses time, which has no transition here",
