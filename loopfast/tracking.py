@@ -34,7 +34,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "iteration": Metric("complete iterations; 0 is before any training", "count", "run"),
     "images": Metric("images sampled for training so far", "count", "run"),
-    "seconds": Metric("time since training began, evaluation and earlier sessions included", "s", "time"),
+    "seconds": Metric("time since the run began, evaluation and earlier sessions included", "s", "time"),
     "reward_mean": Metric("mean over the iteration's images of the total reward", "reward", "reward"),
     "reward_std": Metric(
         "standard deviation over the iteration's images of the total reward", "reward", "reward"
@@ -46,15 +46,26 @@ METRICS: dict[str, Metric] = {
     "ratio_max_deviation": Metric("max |ratio - 1| over the first update's pairs, before it", "1", "policy"),
     "ratio_outside_clip": Metric("share of pairs whose ratio is outside the clip range", "1", "policy"),
     "clip_fraction": Metric("share of pairs that the clip leaves without a gradient", "1", "policy"),
-    "kl": Metric("mean divergence of the policy's transitions from the reference's", "nat", "policy"),
+    "kl": Metric(
+        "estimate of the divergence from the policy that sampled: mean of ratio - 1 - log ratio",
+        "nat",
+        "policy",
+    ),
+    "kl_reference": Metric(
+        "mean divergence of the transitions from those of the model before training, where its weight is not 0",
+        "nat",
+        "policy",
+    ),
     "logprob_change": Metric("mean |log-probability - the one at sampling| over the pairs", "nat", "policy"),
     "loss": Metric("mean loss over the iteration's updates", "1", "optimization"),
     "grad_norm": Metric("mean norm of the gradient over the updates, before clipping", "1", "optimization"),
     "learning_rate": Metric("learning rate of the last update", "1", "optimization"),
-    "seconds_rollout": Metric("time spent sampling", "s", "time"),
-    "seconds_reward": Metric("time spent scoring the images", "s", "time"),
-    "seconds_replay": Metric("time spent replaying trajectories and updating the weights", "s", "time"),
-    "seconds_eval": Metric("time spent evaluating", "s", "time"),
+    "seconds_rollout": Metric("time the iteration spent sampling", "s", "time"),
+    "seconds_reward": Metric("time the iteration spent scoring images", "s", "time"),
+    "seconds_replay": Metric(
+        "time the iteration spent replaying trajectories and updating weights", "s", "time"
+    ),
+    "seconds_eval": Metric("time the iteration spent evaluating", "s", "time"),
     "peak_memory_bytes": Metric(
         "most memory held so far: the device's, or on a CPU the process's", "byte", "run"
     ),

@@ -24,7 +24,7 @@ class Series:
 
     Attributes:
         label: its name, for tooltips.
-        x, y: its points, all finite, x ascending.
+        x, y: its points, all finite, x ascending from 0 or more.
         color: the CSS custom property it is drawn in.
         spread: half the height of a band around each point, or None for no band.
         faint: draw it thin and pale, as the background of another.
@@ -71,16 +71,14 @@ def line_chart(
     lows = [y - s for one in drawn for y, s in zip(one.y, one.spread or [0.0] * len(one.y), strict=True)]
     highs = [y + s for one in drawn for y, s in zip(one.y, one.spread or [0.0] * len(one.y), strict=True)]
     y_ticks = ticks(0.0 if from_zero else min(lows), max(highs), max(2, height // 60))
-    x_ticks = ticks(min(one.x[0] for one in drawn), max(one.x[-1] for one in drawn), max(2, width // 130))
     # The horizontal axis ends where the data does; only the vertical one is rounded outward.
-    x_low, x_high = min(one.x[0] for one in drawn), max(one.x[-1] for one in drawn)
-    if x_high == x_low:
-        x_low, x_high = x_ticks[0], x_ticks[-1]
+    x_high = max(one.x[-1] for one in drawn) or 1.0
+    x_ticks = ticks(0.0, x_high, max(4, width // 130))
     labels = [_number(value, y_ticks[1] - y_ticks[0]) for value in y_ticks]
     left, right, top, bottom = 12 + 6.2 * max(map(len, labels)), width - 12.0, 10.0, height - 36.0
 
     def px(x: float) -> float:
-        return left + (x - x_low) / (x_high - x_low) * (right - left)
+        return left + x / x_high * (right - left)
 
     def py(y: float) -> float:
         return bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top)
@@ -94,7 +92,7 @@ def line_chart(
             f'<text class="tick" x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
         )
     for value in x_ticks:
-        if x_low <= value <= x_high:
+        if value <= x_high:
             x, label = px(value), _number(value, x_ticks[1] - x_ticks[0])
             parts.append(
                 f'<text class="tick" x="{x:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{label}</text>'
@@ -155,7 +153,7 @@ def _number(value: float, step: float) -> str:
         return "0"
     if abs(step) < 1e-3 or abs(value) >= 1e7:
         mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", "−")
     if abs(value) >= 10_000 and step >= 100:
         return f"{value / 1000:.10g}k"
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -163,4 +161,4 @@ def _number(value: float, step: float) -> str:
         step, decimals + 1
     ):  # a step of 0.25 needs its second digit
         decimals += 1
-    return f"{value:.{decimals}f}"
+    return f"{value:,.{decimals}f}".replace("-", "−")

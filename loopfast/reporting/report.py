@@ -44,21 +44,15 @@ class _Diagnostic(NamedTuple):
 
 
 _DIAGNOSTICS = (
-    _Diagnostic(
-        "ratio_max_deviation", "Ratio before the first update", "max |ratio − 1|; 0 means replay is exact"
-    ),
-    _Diagnostic("clip_fraction", "Clip fraction", "share of pairs that the clip leaves without a gradient"),
+    _Diagnostic("ratio_max_deviation", "Ratio deviation", "max |ratio − 1| before the first update"),
+    _Diagnostic("clip_fraction", "Clip fraction", "share of pairs left without a gradient"),
     _Diagnostic("ratio_outside_clip", "Ratio outside the clip range", "share of pairs, clipped or not"),
     _Diagnostic("kl", "KL to the reference", "mean over transitions, in nats"),
-    _Diagnostic(
-        "logprob_change", "Log-probability change", "mean absolute difference from sampling, in nats"
-    ),
+    _Diagnostic("logprob_change", "Log-probability change", "mean absolute, from sampling, in nats"),
     _Diagnostic("grad_norm", "Gradient norm", "before clipping"),
     _Diagnostic("loss", "Loss", "mean over the iteration's updates"),
     _Diagnostic("learning_rate", "Learning rate", "of the last update"),
-    _Diagnostic(
-        "group_spread", "Spread within a prompt", "standard deviation of reward; at 0 nothing is learned"
-    ),
+    _Diagnostic("group_spread", "Spread within a prompt", "of the reward; where it is 0 nothing is learned"),
 )
 _PHASES = (
     ("seconds_rollout", "Sampling", "phase-1"),
@@ -228,34 +222,31 @@ class _Stat(NamedTuple):
     after: float
     note: str
 
+    @classmethod
+    def of(cls, label: str, values: Sequence[float], note: str) -> _Stat:
+        return cls(label, values[0] if len(values) > 1 else None, values[-1], note)
+
 
 def _stats(run: _Run) -> list[_Stat]:
     stats = []
     _, held_out = run.column("eval_reward")
     _, training = run.column("reward_mean")
     if held_out:
-        note = ""
+        notes = []
         if run.first_and_last and (error := _paired_error(*run.first_and_last, None)) is not None:
-            note = f"± {_score(error)} standard error of the change"
-        best = max(held_out)
-        if best > held_out[-1]:
-            note += f"{'; ' if note else ''}best so far {_score(best)}"
-        stats.append(_Stat("Held-out reward", held_out[0] if len(held_out) > 1 else None, held_out[-1], note))
+            notes.append(f"± {_score(error)} standard error")
+        if max(held_out) > held_out[-1]:
+            notes.append(f"highest {_score(max(held_out))}")
+        stats.append(_Stat.of("Held-out reward", held_out, " · ".join(notes)))
         for part in _parts(run):
             _, values = run.column(f"eval_{part}")
             if values:
-                stats.append(
-                    _Stat(f"Held-out {part}", values[0] if len(values) > 1 else None, values[-1], "")
-                )
+                stats.append(_Stat.of(f"Held-out {part}", values, ""))
     if training:
-        stats.append(
-            _Stat(
-                "Training reward",
-                training[0] if len(training) > 1 else None,
-                training[-1],
-                "first to last iteration",
-            )
-        )
+        note = "first to last iteration"
+        if len(training) >= _SMOOTH_FROM:
+            training, note = _smooth(training), "moving average"
+        stats.append(_Stat.of("Training reward", training, note))
     return stats
 
 
@@ -358,8 +349,10 @@ def _category_section(run: _Run) -> _CategorySection | None:
     first, last = run.first_and_last
     parts = _parts(run)
     everything = {"reward": last.reward, "parts": last.parts, "count": len(last.items)}
-    after = {**last.by_category, "all prompts": everything}
     before = {**first.by_category, "all prompts": {"reward": first.reward, "parts": first.parts}}
+    after = dict(last.by_category)
+    if len(after) != 1:  # of a single category, the row of all prompts would say the same again
+        after["all prompts"] = everything
     rewards = [entry["reward"] for entry in [*after.values(), *before.values()]]
     low, high = _scale(rewards)
     rows = []
@@ -444,7 +437,7 @@ def _diagnostics(run: _Run) -> list[_DiagnosticChart]:
             height=_SMALL[1],
             from_zero=min(y) >= 0,
         )
-        last = "0 throughout" if not any(y) else f"{y[-1]:.3g}"
+        last = "0 throughout" if not any(y) else f"{y[-1]:.3g}".replace("-", "−")
         charts.append(_DiagnosticChart(title, note, last, chart))
     return charts
 
@@ -553,7 +546,9 @@ def _signed(value: float) -> str:
 def _duration(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.2g} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -49,6 +49,7 @@ def schedule_plot(schedule: TransitionSchedule, trained: Collection[int], path: 
         strength.set_yscale("log")
     strength.set_ylabel("sensitivity (b/σ)²")
     strength.set_xlabel("step (first to last of the sampler)")
+    strength.set_xlim(-0.6, len(table) - 0.4)
     strength.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (mean, noise, strength):
         axes.grid(axis="y", color="#e4e0d8", linewidth=0.8)
