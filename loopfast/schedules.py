@@ -135,6 +135,12 @@ def _with_timesteps(scheduler: Any, num_steps: int) -> Any:
         raise ValueError(f"num_steps must lie between 1 and {limit}, got {num_steps}")
     prepared = copy.deepcopy(scheduler)
     prepared.set_timesteps(num_steps)
+    if len(prepared.timesteps) != num_steps:
+        # Trailing spacing counts in floating point; 61 steps of 1000 come out as 62.
+        raise ValueError(
+            f"the scheduler makes {len(prepared.timesteps)} timesteps for num_steps={num_steps}; "
+            "choose another number"
+        )
     return prepared
 
 
@@ -150,6 +156,11 @@ def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
     # Where the step leads is given by the average stride, as in diffusers, whatever the next timestep is.
     previous = timesteps - scheduler.config["num_train_timesteps"] // num_steps
     alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
+    if int(timesteps.max()) >= len(alphas):
+        raise ValueError(
+            f"steps_offset={scheduler.config['steps_offset']} puts the first of {num_steps} steps at timestep "
+            f"{int(timesteps.max())}, beyond the model's {len(alphas)}"
+        )
     final = torch.as_tensor(scheduler.final_alpha_cumprod, dtype=torch.float64, device="cpu")
     now = alphas[timesteps]
     then = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Arguments of the ops for N rows, each at some step of a table of T."""
+
+    model_output: Tensor
+    uncond_output: Tensor
+    reference_output: Tensor
+    sample: Tensor
+    prev_sample: Tensor
+    table: Tensor
+    step: Tensor
+    seed: Tensor
+
+    def rows(self, index: Tensor | slice) -> Transition:
+        """Some of the rows, in storage of their own."""
+        taken = {
+            name: getattr(self, name)[index].clone() for name in self.__dataclass_fields__ if name != "table"
+        }
+        return replace(self, **taken)
+
+
+MakeTransition = Callable[..., Transition]
+
+
+@pytest.fixture(scope="session")
+def make_transition() -> MakeTransition:
+    def make(
+        rows: int = 5,
+        shape: tuple[int, ...] = (4, 3, 3),
+        steps: int = 4,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> Transition:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        table = torch.stack((1 + 0.1 * normal(steps), normal(steps), 0.3 + normal(steps).abs()), dim=1)
+        step = torch.randint(steps, (rows,), generator=generator)
+        output, uncond, sample = normal(rows, *shape), normal(rows, *shape), normal(rows, *shape)
+        a, b, sigma = (column.reshape(-1, *(1 for _ in shape)) for column in table[step].unbind(1))
+        # Near the transition's mean, so that ratios between slightly different outputs stay moderate.
+        prev = a * sample + b * output + sigma * normal(rows, *shape)
+        return Transition(
+            model_output=output.to(dtype),
+            uncond_output=uncond.to(dtype),
+            reference_output=(output + 0.3 * normal(rows, *shape)).to(dtype),
+            sample=sample.to(dtype),
+            prev_sample=prev.to(dtype),
+            table=table if dtype == torch.float64 else table.to(torch.float32),
+            step=step,
+            seed=torch.randint(-(2**62), 2**62, (rows,), generator=generator),
+        )
+
+    return make
+
+
+@pytest.fixture
+def transition(make_transition: MakeTransition) -> Transition:
+    return make_transition()
