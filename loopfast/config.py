@@ -257,7 +257,8 @@ class CheckpointConfig(_Section):
     """Also keep the one with the best evaluation reward."""
 
 
-_Rewards = Annotated[tuple[RewardConfig, ...], Field(min_length=1, strict=False)]
+# pydantic's own min_length counts valid items only, and so adds a second error to that of an item.
+_Rewards = Annotated[tuple[RewardConfig, ...], Field(strict=False, json_schema_extra={"minItems": 1})]
 
 
 class Config(_Section):
@@ -423,7 +424,10 @@ class _Document:
             if last:
                 for known in [known for known in self.places if known[: len(path)] == path]:
                     del self.places[known]
-                target[index] = self._parse(value, lambda line: place, path)
+                parsed = self._parse(value, lambda line: place, path)
+                # "5:" and "a: b" are text here; a mapping is written in braces.
+                is_text = isinstance(parsed, dict) and not value.lstrip().startswith("{")
+                target[index] = value.strip() if is_text else parsed
                 self.places[path] = place
             else:
                 if isinstance(target, dict) and target.get(part) is None:
@@ -455,13 +459,15 @@ class _Document:
             raise ConfigError(f"{place(1)}: not valid YAML: {str(error).splitlines()[0]}") from None
         except RecursionError:
             raise ConfigError(f"{place(1)}: nested too deeply") from None
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             # PyYAML lets a malformed escape or version number through to int() and chr().
             raise ConfigError(f"{place(1)}: not valid YAML: {error}") from None
         seen: set[int] = set()
 
         def plain(node: yaml.Node, path: _Path) -> Any:
-            where = self.places[path] = place(node.start_mark.line + 1)
+            where = place(node.start_mark.line + 1)
+            if path:
+                self.places[path] = where
             if id(node) in seen:
                 raise ConfigError(f"{where}: anchors and aliases are not supported; write the value out")
             seen.add(id(node))
@@ -485,7 +491,7 @@ class _Document:
                 try:
                     return _SCALARS[kind](node.value)
                 except ValueError:
-                    raise ConfigError(f"{where}: {_short(node.value)} is not of type {kind}") from None
+                    raise ConfigError(f"{where}: {_short(node.value)!r} is not of type {kind}") from None
             raise ConfigError(f"{where}: YAML tag {node.tag!r} is not supported")
 
         return None if root is None else plain(root, path)
@@ -550,7 +556,9 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
     for index, name in enumerate(names):
         if name in names[:index]:
             yield _problem(("reward", index, "name"), name, "each reward once")
-    if not any(term.weight for term in config.reward):
+    if not config.reward:
+        yield _problem(("reward",), [], _allowed(_schema_at(("reward",))[1]))
+    elif not any(term.weight for term in config.reward):
         yield _problem(("reward", 0, "weight"), 0, "a weight other than 0 for at least one reward")
 
 
@@ -630,7 +638,7 @@ def _dotted(path: Sequence[str | int]) -> str:
 
 
 def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _found(value: object) -> str:
@@ -640,5 +648,5 @@ def _found(value: object) -> str:
     if isinstance(value, list):
         return "a list"
     if isinstance(value, str):
-        return _short(value)
-    return yaml.dump(value, Dumper=_Dumper).splitlines()[0]
+        return repr(_short(value))
+    return _short(yaml.dump(value, Dumper=_Dumper).splitlines()[0])

@@ -124,12 +124,12 @@ def _as_tensor(found: object) -> Tensor | None:
     if isinstance(found, list | tuple):
         try:
             numbers = [None if isinstance(item, str | bytes) else float(item) for item in found]
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             return None
         return None if None in numbers else torch.tensor(numbers, dtype=torch.float64)
     try:
         values = found.detach() if isinstance(found, Tensor) else torch.as_tensor(found)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
     return None if values.is_complex() else values
 

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loopfast.embedded import world
+from loopfast.errors import ConfigError
+from loopfast.prompts import Prompt, load_prompts
+
+MODULE = """
+from loopfast.prompts import Prompt
+
+constant = 3
+
+def texts():
+    return ("a cat", "a dog")
+
+def prompts():
+    yield Prompt("a cat", {"legs": 4})
+    yield "a bird"
+
+def nothing():
+    return []
+
+def one_text():
+    return "a cat"
+
+def number():
+    return 3
+
+def mixed():
+    return ["a cat", 3]
+
+def blank():
+    return ["a cat", "  "]
+
+def fails():
+    raise OSError("the disk is gone")
+
+def fails_midway():
+    yield "a cat"
+    raise OSError("the disk is gone")
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module in the current directory, under a name that no other test has imported."""
+    name = f"prompts_of_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+@pytest.mark.parametrize("category", [*world.CATEGORIES, "all"])
+def test_embedded_prompts_of_a_category(category: str) -> None:
+    train, heldout = load_prompts(f"embedded:{category}"), load_prompts(f"embedded:{category}-heldout")
+    assert [prompt.text for prompt in train] == [
+        caption.text for caption in world.prompts(category, heldout=False)
+    ]
+    assert [prompt.text for prompt in heldout] == [
+        caption.text for caption in world.prompts(category, heldout=True)
+    ]
+    assert not {prompt.text for prompt in train} & {prompt.text for prompt in heldout}
+    categories = {prompt.metadata["category"] for prompt in train + heldout}
+    assert categories == (set(world.CATEGORIES) if category == "all" else {category})
+
+
+def test_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa cat\r\n\n  a dog: très bon  \na cat".encode())
+    assert load_prompts(str(file)) == [Prompt("a cat"), Prompt("a dog: très bon"), Prompt("a cat")]
+
+
+def test_file_whose_name_looks_like_a_function_is_read_as_a_file(module: str) -> None:
+    Path(f"{module}:texts").write_text("a horse")
+    assert load_prompts(f"{module}:texts") == [Prompt("a horse")]
+
+
+def test_function_in_the_current_directory(module: str) -> None:
+    assert load_prompts(f"{module}:texts") == [Prompt("a cat"), Prompt("a dog")]
+    assert load_prompts(f"{module}:prompts") == [Prompt("a cat", {"legs": 4}), Prompt("a bird")]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("nothing", "there is no prompt in it"),
+        ("one_text", "returned str; allowed: a list of texts or Prompts"),
+        ("number", "returned int; allowed: a list of texts or Prompts"),
+        ("mixed", "item 1 is int"),
+        ("blank", "item 1 is empty"),
+        ("fails", "raised OSError: the disk is gone"),
+        ("fails_midway", "raised OSError: the disk is gone"),
+        ("absent", "'absent' does not exist in"),
+        ("constant", "'constant' is not a function in"),
+    ],
+)
+def test_unusable_function_is_reported_by_name(module: str, function: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_prompts(f"{module}:{function}")
+    assert f"'{module}:{function}'" in str(caught.value)
+    assert reason in str(caught.value)
+
+
+def make_empty(folder: Path) -> str:
+    (folder / "empty.txt").write_text("\n \n")
+    return str(folder / "empty.txt")
+
+
+def make_binary(folder: Path) -> str:
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\xfd")
+    return str(folder / "binary.txt")
+
+
+def make_broken_module(folder: Path) -> str:
+    (folder / "broken_prompts.py").write_text("import a_module_that_is_not_there")
+    return "broken_prompts:texts"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (make_empty, "there is no prompt in it"),
+        (make_binary, "cannot be read"),
+        (make_broken_module, "No module named 'a_module_that_is_not_there'"),
+        (lambda folder: str(folder), "no such file; allowed: embedded:<category>"),
+        (lambda folder: "prompts.txt", "no such file; allowed: embedded:<category>"),
+        (lambda folder: "a\0b", "no such file; allowed: embedded:<category>"),
+        (lambda folder: "no_such_module:texts", "No module named 'no_such_module'"),
+        (lambda folder: "embedded:colour", "no category 'colour'; allowed: color, shape"),
+        (lambda folder: "embedded:", "no category ''; allowed: color, shape"),
+        (lambda folder: "embedded", "no category ''; allowed: color, shape"),
+    ],
+)
+def test_unusable_source_is_reported_by_name(
+    make: Callable[[Path], str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = make(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_prompts(source)
+    assert repr(source) in str(caught.value)
+    assert reason in str(caught.value)
