@@ -108,7 +108,8 @@ class CheckpointStore:
             update: the number of updates done in the iteration after those.
             tensors: named tensors by group, of any dtype and device. A group's name becomes a file name.
             state: what else is needed to go on; anything JSON can hold.
-            score: what `best` goes by, higher is better. None when this point was not evaluated.
+            score: what `best` goes by, higher is better. None when this point was not evaluated; a checkpoint of
+                the same point that is replaced passes its score on.
 
         Returns:
             The checkpoint's folder.
@@ -122,6 +123,8 @@ class CheckpointStore:
                 raise ValueError(f"tensors: a group's name is letters, digits, '-' and '_', got {group!r}")
         name = f"iteration-{iteration:06d}" + (f"-update-{update}" if update else "")
         temporary = self.directory / f"{_TEMPORARY}{name}"
+        if score is None or not math.isfinite(score):
+            score = self._score(self.directory / name)
         try:
             self._recover()
             temporary.mkdir(parents=True)
@@ -133,7 +136,7 @@ class CheckpointStore:
                 "loopfast": __version__,
                 "iteration": iteration,
                 "update": update,
-                "score": score if score is not None and math.isfinite(score) else None,
+                "score": score,
                 "files": {
                     path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
                     for path in sorted(temporary.iterdir())
@@ -202,13 +205,16 @@ class CheckpointStore:
         """
         best: tuple[float, Path] | None = None
         for path in self.paths():
-            try:
-                score = _read_manifest(path)["score"]
-            except CheckpointError:
-                continue
+            score = self._score(path)
             if score is not None and (best is None or score >= best[0]):
                 best = (score, path)
         return best[1] if best else None
+
+    def _score(self, path: Path) -> float | None:
+        try:
+            return _read_manifest(path)["score"]
+        except CheckpointError:
+            return None
 
     def _put_in_place(self, temporary: Path, name: str) -> Path:
         final = self.directory / name

@@ -52,7 +52,7 @@ METRICS: dict[str, Metric] = {
         "policy",
     ),
     "kl_reference": Metric(
-        "mean divergence of the transitions from those of the model before training, where its weight is not 0",
+        "mean divergence of the transitions from those of the model before training, where it is penalized",
         "nat",
         "policy",
     ),
