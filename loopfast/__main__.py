@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             from loopfast.cli import app
         except ModuleNotFoundError as error:
-            if arguments != ["doctor"] or error.name not in _EXTRA_OF_MODULE:
+            if arguments != ["doctor"] or _top_level(error) not in _EXTRA_OF_MODULE:
                 raise
             from loopfast.doctor import examine
 
@@ -64,12 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoopfastError as error:
         return _fail(error)
     except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
+        module = _top_level(error)
         if module not in _EXTRA_OF_MODULE:
             raise
         command = " ".join(["loopfast", *arguments[:1]])
         return _fail(MissingExtraError(command, _EXTRA_OF_MODULE[module], module))
     return 0
+
+
+def _top_level(error: ModuleNotFoundError) -> str:
+    return (error.name or "").partition(".")[0]
 
 
 def _fail(error: LoopfastError) -> int:

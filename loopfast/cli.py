@@ -252,19 +252,10 @@ def schedule(
     """
     settings = _load(config, overrides)
     _quiet_libraries()
-    from loopfast.policies import load_scheduler
-    from loopfast.schedules import transition_schedule
+    from loopfast.policies import load_schedule, trained_steps
 
-    try:
-        transitions = transition_schedule(
-            load_scheduler(settings.model),
-            settings.rollout.steps,
-            eta=settings.rollout.eta,
-            noise_level=settings.rollout.noise_level,
-        )
-        trained = transitions.trained_steps(settings.train.steps)
-    except ValueError as error:
-        raise ConfigError(f"the scheduler of {settings.model.pretrained!r} cannot be used: {error}") from None
+    transitions = load_schedule(settings.model, settings.rollout)
+    trained = trained_steps(transitions, settings.train.steps)
     table = Table("step", "timestep", "a", "b", "σ", "(b/σ)²", "trained")
     columns = zip(
         transitions.timesteps.tolist(),
@@ -302,12 +293,10 @@ def config_check(config: _ConfigArgument, overrides: _Overrides = None) -> None:
     from loopfast.prompts import load_prompts
     from loopfast.rewards import build_rewards
 
-    for source in dict.fromkeys([settings.prompts.source, settings.evaluation.prompts]):
-        if source is not None:
-            print(f"prompts {source}: {len(load_prompts(source))}")
-    for term in build_rewards(settings.reward).terms:
-        print(f"reward {term.name}: weight {term.weight:g}")
-    print(f"{config}: no problem found")
+    sources = dict.fromkeys([settings.prompts.source, settings.evaluation.prompts or settings.prompts.source])
+    lines = [f"prompts {source}: {len(load_prompts(source))}" for source in sources]
+    lines += [f"reward {term.name}: weight {term.weight:g}" for term in build_rewards(settings.reward).terms]
+    print(*lines, f"{config}: no problem found", sep="\n")
 
 
 @config_app.command("schema", epilog="**Example:** `loopfast config schema > loopfast.schema.json`")

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import loopfast
+import loopfast.evaluation
+import loopfast.reporting
+import loopfast.train
+from loopfast.__main__ import main
+from loopfast.config import Config, config_to_yaml, load_config
+from loopfast.errors import Interrupted, LoopfastError, MissingExtraError, RewardError
+from loopfast.policies import load_schedule, trained_steps
+
+COMMANDS = ["train", "sample", "eval", "report", "schedule", "config", "doctor"]
+
+
+class Calls(list[tuple[tuple[Any, ...], dict[str, Any]]]):
+    """Stands in for a function: keeps the arguments of each call, and answers or raises."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.append((args, kwargs))
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+def test_entry_point_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "loopfast", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"loopfast {loopfast.__version__}\n", "")
+
+
+def test_help_shows_every_command_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f" {command} " in shown
+    assert "loopfast train --config tiny" in shown
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "config show", "config check", "config schema"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    assert f"Usage: loopfast {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["train"], "--config"),
+        (["trian"], "trian"),
+        (["train", "--config", "tiny", "--frobnicate"], "--frobnicate"),
+        (["sample", "runs/tiny", "a cat", "--count", "none"], "--count"),
+        (["sample", "runs/tiny", "a cat", "--eta", "2"], "--eta"),
+        (["sample", "runs/tiny"], "give a prompt"),
+        (["train", "--config", "nope"], "error: no configuration 'nope'"),
+        (["train", "--config", "tiny", "--set", "train.lr=3"], "nearest known key: 'train.learning_rate'"),
+        (["train", "--config", "tiny", "--set", "prompts.source=nope.txt"], "error: prompts 'nope.txt'"),
+        (["config", "check", "tiny", "-s", "reward.0.name=nope"], "error: no reward 'nope'"),
+        (["config", "check", "tiny", "-s", "evaluation.prompts=embedded:x"], "error: prompts 'embedded:x'"),
+        (["report", "nowhere"], "error: 'nowhere' is not a run's folder"),
+        (["schedule", "--config", "tiny", "-s", "model.pretrained=./nowhere"], "error: model.pretrained"),
+    ],
+)
+def test_wrong_usage_or_configuration_exits_with_2(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert reason in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_train_passes_configuration_and_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    train = Calls(tmp_path)
+    monkeypatch.setattr(loopfast.train, "train", train)
+    options = ["--set", "run.seed=3", "-s", "train.iterations=2", "--resume", "auto"]
+    assert main(["train", "--config", "tiny", *options]) == 0
+    [((config,), keywords)] = train
+    assert config == load_config("tiny", ["run.seed=3", "train.iterations=2"])
+    assert keywords["resume"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Interrupted("saved in runs/tiny", exit_code=143), 143),
+        (Interrupted("saved in runs/tiny"), 130),
+        (RewardError("reward 'mine' raised", [0]), 1),
+        (LoopfastError("the disk is full"), 1),
+        (MissingExtraError("the tracker wandb", "wandb"), 1),
+        (ModuleNotFoundError("No module named 'wandb'", name="wandb"), 1),
+        (ModuleNotFoundError("No module named 'diffusers.x'", name="diffusers.x"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_failure_is_one_line_and_an_exit_code(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loopfast.train, "train", Calls(error))
+    assert main(["train", "--config", "tiny"]) == code
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    if isinstance(error, LoopfastError):
+        assert line == f"error: {error}"
+    elif isinstance(error, ModuleNotFoundError):
+        extra = "wandb" if error.name == "wandb" else "train"
+        assert line.startswith("error: loopfast train needs the extra ")
+        assert line.endswith(f"pip install 'loopfast[{extra}]'")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), ModuleNotFoundError("No module named 'x'", name="x")])
+def test_defect_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loopfast.train, "train", Calls(error))
+    with pytest.raises(type(error)):
+        main(["train", "--config", "tiny"])
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich.console"])
+def test_base_install_names_the_extra(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "loopfast.cli", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["train", "--config", "tiny"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"error: loopfast train needs the extra 'train' (no module named '{missing.partition('.')[0]}'): "
+        "pip install 'loopfast[train]'"
+    )
+
+
+def test_doctor_works_in_a_base_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor"]) == 0
+    complete = capsys.readouterr().out
+    monkeypatch.delitem(sys.modules, "loopfast.cli", raising=False)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out == complete
+    assert "kernels" in complete
+
+
+def test_sample_passes_prompts_and_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = Calls([tmp_path / "a.png", tmp_path / "b.png"])
+    monkeypatch.setattr(loopfast.evaluation, "sample_images", sample)
+    (tmp_path / "more.txt").write_text("a dog\na bird\n")
+    options = {
+        "count": 2,
+        "seed": 5,
+        "steps": 20,
+        "eta": 0.5,
+        "guidance_scale": 3.0,
+        "output": tmp_path / "out",
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["sample", "runs/tiny", "a cat", "--prompts", str(tmp_path / "more.txt"), *flags]) == 0
+    [(positional, keywords)] = sample
+    assert positional == ("runs/tiny", ["a cat", "a dog", "a bird"])
+    assert {name: keywords[name] for name in options} == options
+    assert capsys.readouterr().out.endswith(f"2 file(s) in {tmp_path / 'out'}\n")
+
+
+def test_eval_passes_options_and_shows_rewards(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scores(reward: float, exact: float, **more: Any) -> dict[str, Any]:
+        return {"reward": reward, "parts": {"exact": exact}, **more}
+
+    by_category = {"color": scores(0.5, 0.25, count=3), "shape": scores(0.75, 0.125, count=1)}
+    result = scores(0.5625, 0.21875, by_category=by_category, items=[{}] * 4)
+    evaluate = Calls(result)
+    monkeypatch.setattr(loopfast.evaluation, "evaluate_checkpoint", evaluate)
+    flags = [
+        "--prompts",
+        "embedded:all",
+        "--images-per-prompt",
+        "2",
+        "--seed",
+        "7",
+        "-o",
+        str(tmp_path / "x.json"),
+    ]
+    assert main(["eval", "runs/tiny", *flags]) == 0
+    [(positional, keywords)] = evaluate
+    assert positional == (Path("runs/tiny"),)
+    del keywords["display"]
+    assert keywords == {
+        "prompts": "embedded:all",
+        "images_per_prompt": 2,
+        "seed": 7,
+        "output": tmp_path / "x.json",
+    }
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["color", "0.500", "0.250", "3"] in rows
+    assert ["shape", "0.750", "0.125", "1"] in rows
+    assert ["all", "0.562", "0.219", "4"] in rows
+
+
+def test_report_writes_a_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = Calls(tmp_path / "report.html")
+    monkeypatch.setattr(loopfast.reporting, "write_report", report)
+    (tmp_path / "config.yaml").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 0
+    assert report == [((tmp_path,), {})]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "report.html")]
+
+
+def test_schedule_shows_every_step_and_whether_it_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "schedule.png"
+    assert main(["schedule", "--config", "tiny", "-s", "train.steps=1:4", "--plot", str(plot)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    config = load_config("tiny", ["train.steps=1:4"])
+    schedule = load_schedule(config.model, config.rollout)
+    assert [int(row[0]) for row in rows] == list(range(config.rollout.steps))
+    assert [int(row[1]) for row in rows] == schedule.timesteps.tolist()
+    for column, cells in enumerate(zip(*(row[2:5] for row in rows), strict=True)):
+        assert [float(cell) for cell in cells] == pytest.approx(
+            schedule.table64[:, column].tolist(), abs=1e-5
+        )
+    assert [float(row[5]) for row in rows] == pytest.approx(schedule.sensitivity.tolist(), rel=1e-2)
+    trained = [step for step, row in enumerate(rows) if row[6] == "yes"]
+    assert trained == list(trained_steps(schedule, "1:4")) == [1, 2, 3]
+    assert f"3 of {config.rollout.steps} steps are trained on" in lines[-2]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_config_show_prints_what_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["config", "show", "tiny", "--set", "run.seed=9"]) == 0
+    shown = capsys.readouterr().out
+    assert shown == config_to_yaml(load_config("tiny", ["run.seed=9"]))
+    (tmp_path / "mine.yaml").write_text(shown)
+    assert load_config(tmp_path / "mine.yaml").run.seed == 9
+
+
+def test_config_check_counts_prompts_and_names_rewards(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    document = {"model": {"pretrained": "some/model"}, "prompts": {"source": str(tmp_path / "prompts.txt")}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(document))
+    assert (
+        main(["config", "check", str(tmp_path / "mine.yaml"), "-s", "reward.0.name=jpeg_compressibility"])
+        == 2
+    )
+    assert main(["config", "check", str(tmp_path / "mine.yaml")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [
+        f"prompts {tmp_path / 'prompts.txt'}: 2",
+        "reward embedded: weight 1",
+        f"{tmp_path / 'mine.yaml'}: no problem found",
+    ]
+
+
+def test_config_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "schema"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["properties"]) == set(Config.model_fields)
