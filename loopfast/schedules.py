@@ -158,8 +158,8 @@ def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
     alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
     if int(timesteps.max()) >= len(alphas):
         raise ValueError(
-            f"steps_offset={scheduler.config['steps_offset']} puts the first of {num_steps} steps at timestep "
-            f"{int(timesteps.max())}, beyond the model's {len(alphas)}"
+            f"steps_offset={scheduler.config['steps_offset']} puts the first of {num_steps} steps at "
+            f"timestep {int(timesteps.max())}, beyond the model's {len(alphas)}"
         )
     final = torch.as_tensor(scheduler.final_alpha_cumprod, dtype=torch.float64, device="cpu")
     now = alphas[timesteps]

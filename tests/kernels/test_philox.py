@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from loopfast_kernels import philox_normal
 from loopfast_kernels.philox import philox_4x32
+from loopfast_kernels.philox.reference import _normal_pair
 
 # The known answers that come with Random123 (kat_vectors, "philox4x32 10").
 KNOWN_ANSWERS = [
@@ -71,8 +72,6 @@ def test_noise_follows_its_definition(seed, step, shape):
 
 def test_extreme_words_stay_finite():
     # Word 0 gives the largest radius there is, word 2**32 - 1 the uniform 1 and radius 0.
-    from loopfast_kernels.philox.reference import _normal_pair
-
     largest, zero = _normal_pair(torch.tensor([0, 2**32 - 1]), torch.tensor([0, 0]))[0].tolist()
     assert largest == pytest.approx(math.sqrt(66 * math.log(2)))
     assert zero == 0.0

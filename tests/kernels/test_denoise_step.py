@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loopfast_kernels import denoise_step, denoise_step_, philox_normal, transition_logprob
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def test_is_the_affine_mean_and_the_philox_noise(make_transition):
+    case = make_transition(dtype=torch.float64)
+    a, b, sigma = (column.reshape(-1, 1, 1, 1) for column in case.table[case.step].unbind(1))
+    noise = philox_normal(case.seed, case.step, case.sample.shape).double()
+    output = case.uncond_output + 2.5 * (case.model_output - case.uncond_output)
+
+    prev, _ = denoise_step(case.model_output, case.sample, case.table, case.step, case.seed)
+    torch.testing.assert_close(
+        prev, a * case.sample + b * case.model_output + sigma * noise, rtol=1e-13, atol=1e-13
+    )
+    prev, _ = denoise_step(
+        case.model_output,
+        case.sample,
+        case.table,
+        case.step,
+        case.seed,
+        uncond_output=case.uncond_output,
+        guidance_scale=2.5,
+    )
+    torch.testing.assert_close(prev, a * case.sample + b * output + sigma * noise, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_scores_what_it_stores(make_transition, dtype, reduction, guided):
+    case = make_transition(rows=33, dtype=dtype)
+    options = {"uncond_output": case.uncond_output, "guidance_scale": 4.0} if guided else {}
+    prev, logprob = denoise_step(
+        case.model_output, case.sample, case.table, case.step, case.seed, reduction=reduction, **options
+    )
+    assert prev.dtype == dtype
+    assert logprob.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    order = torch.randperm(33)[:20]
+    part = case.rows(order)
+    options = {"uncond_output": part.uncond_output, "guidance_scale": 4.0} if guided else {}
+    again = transition_logprob(
+        part.model_output, part.sample, prev[order], part.table, part.step, reduction=reduction, **options
+    )
+    assert torch.equal(again, logprob[order])
+
+
+def test_same_result_for_any_split_of_the_batch(make_transition):
+    case = make_transition(rows=128, shape=(4, 5, 5))
+    whole = denoise_step(case.model_output, case.sample, case.table, case.step, case.seed)
+    for size in (1, 3, 32, 100):
+        parts = [case.rows(slice(start, start + size)) for start in range(0, 128, size)]
+        results = [denoise_step(p.model_output, p.sample, p.table, p.step, p.seed) for p in parts]
+        assert torch.equal(torch.cat([prev for prev, _ in results]), whole[0])
+        assert torch.equal(torch.cat([logprob for _, logprob in results]), whole[1])
+
+
+def test_deterministic_step_is_the_mean(transition):
+    table = transition.table.clone()
+    table[:, 2] = 0.0
+    prev, logprob = denoise_step(
+        transition.model_output, transition.sample, table, transition.step, transition.seed
+    )
+    a, b, _ = (column.reshape(-1, 1, 1, 1) for column in table[transition.step].unbind(1))
+    assert torch.equal(prev, a * transition.sample + b * transition.model_output)
+    assert torch.equal(logprob, torch.zeros(5))
+
+
+def test_a_sample_is_data(transition):
+    prev, logprob = denoise_step(
+        transition.model_output.requires_grad_(),
+        transition.sample.requires_grad_(),
+        transition.table,
+        transition.step,
+        transition.seed,
+    )
+    assert not prev.requires_grad
+    assert not logprob.requires_grad
+
+
+def test_inputs_are_left_alone(transition):
+    before = transition.rows(slice(None))
+    denoise_step(
+        transition.model_output, transition.sample, transition.table, transition.step, transition.seed
+    )
+    for name in ("model_output", "sample", "step", "seed"):
+        assert torch.equal(getattr(transition, name), getattr(before, name))
+
+
+def test_opcheck(transition):
+    data = (transition.sample, transition.table, transition.step, transition.seed)
+    op = torch.ops.loopfast.denoise_step.default
+    torch.library.opcheck(op, (transition.model_output, *data, transition.uncond_output, 2.0, "mean"))
+    torch.library.opcheck(op, (transition.model_output, *data, None, 1.0, "sum"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("halves", [1, 2])
+def test_in_place_form_walks_the_same_trajectory(make_transition, dtype, halves):
+    rows, steps = 3, 4
+    case = make_transition(rows, steps=steps, dtype=dtype)
+    outputs = torch.randn(steps, *case.sample.shape).to(dtype)
+
+    trajectory = torch.full((steps + 1, *case.sample.shape), torch.nan, dtype=dtype)
+    trajectory[0] = case.sample
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    logprob = torch.full((steps, rows), torch.nan, dtype=precision)
+    model_input = torch.full((halves * rows, *case.sample.shape[1:]), torch.nan, dtype=dtype)
+    counter = torch.zeros(1, dtype=torch.int64)
+
+    sample = case.sample
+    for index in range(steps):
+        options = {"uncond_output": case.uncond_output, "guidance_scale": 2.0, "reduction": "sum"}
+        denoise_step_(
+            outputs[index], trajectory, logprob, model_input, counter, case.table, case.seed, **options
+        )
+        step = torch.full((rows,), index)
+        sample, expected = denoise_step(outputs[index], sample, case.table, step, case.seed, **options)
+        assert counter.item() == index + 1
+        assert torch.equal(trajectory[index + 1], sample)
+        assert torch.equal(logprob[index], expected)
+        assert torch.equal(model_input, torch.cat([sample] * halves))
+        assert trajectory[index + 2 :].isnan().all()
+    with pytest.raises(ValueError, match=r"step must lie in \[0, 4\)"):
+        denoise_step_(outputs[0], trajectory, logprob, model_input, counter, case.table, case.seed)
+
+
+def in_place_arguments(case):
+    return {
+        "model_output": case.model_output,
+        "trajectory": torch.zeros(5, *case.sample.shape),
+        "logprob": torch.zeros(4, 5),
+        "model_input": torch.zeros_like(case.sample),
+        "step": torch.zeros(1, dtype=torch.int64),
+        "table": case.table,
+        "seed": case.seed,
+    }
+
+
+def test_in_place_opcheck(transition):
+    arguments = tuple(in_place_arguments(transition).values())
+    torch.library.opcheck(torch.ops.loopfast.denoise_step_.default, (*arguments, None, 1.0, "mean"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"seed": torch.zeros(5)}, TypeError, "seed must be int64"),
+        ({"seed": torch.zeros(4, dtype=torch.int64)}, ValueError, r"seed must have shape \[5\]"),
+        ({"sample": torch.zeros(5, 1)}, ValueError, "sample must have shape"),
+        ({"step": torch.full((5,), 9)}, ValueError, "step must lie in"),
+    ],
+)
+def test_errors_name_the_argument(transition, change, error, message):
+    arguments = {
+        name: getattr(transition, name) for name in ("model_output", "sample", "table", "step", "seed")
+    }
+    with pytest.raises(error, match=message):
+        denoise_step(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"step": torch.zeros(5, dtype=torch.int64)}, ValueError, r"step must have shape \[1\]"),
+        ({"step": torch.zeros(1)}, TypeError, "step must be int64"),
+        ({"seed": torch.zeros(4, dtype=torch.int64)}, ValueError, r"seed must have shape \[5\]"),
+        (
+            {"trajectory": torch.zeros(4, 5, 4, 3, 3)},
+            ValueError,
+            r"trajectory must have shape \[5, 5, 4, 3, 3\]",
+        ),
+        (
+            {"trajectory": torch.zeros(5, 5, 4, 3, 6)[..., ::2]},
+            ValueError,
+            "trajectory .* must be contiguous",
+        ),
+        ({"logprob": torch.zeros(5, 5)}, ValueError, r"logprob must have shape \[4, 5\]"),
+        ({"logprob": torch.zeros(4, 5, dtype=torch.int64)}, TypeError, "logprob must be float32 or float64"),
+        (
+            {"model_input": torch.zeros(7, 4, 3, 3)},
+            ValueError,
+            r"model_input must have shape \[M \* 5, 4, 3, 3\]",
+        ),
+        ({"model_input": torch.zeros(5, 4, 3)}, ValueError, "model_input must have shape"),
+    ],
+)
+def test_in_place_errors_name_the_argument(transition, change, error, message):
+    with pytest.raises(error, match=message):
+        denoise_step_(**(in_place_arguments(transition) | change))
