@@ -108,8 +108,8 @@ class CheckpointStore:
             update: the number of updates done in the iteration after those.
             tensors: named tensors by group, of any dtype and device. A group's name becomes a file name.
             state: what else is needed to go on; anything JSON can hold.
-            score: what `best` goes by, higher is better. None when this point was not evaluated; a checkpoint of
-                the same point that is replaced passes its score on.
+            score: what `best` goes by, higher is better. None when this point was not evaluated; then the
+                checkpoint has the score of the one of the same point that it replaces, if any.
 
         Returns:
             The checkpoint's folder.

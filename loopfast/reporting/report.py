@@ -123,7 +123,7 @@ class _Evaluation:
 
     @classmethod
     def read(cls, path: Path) -> _Evaluation:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = _mapping(json.loads(path.read_text(encoding="utf-8")))
         return cls(
             data["iteration"],
             data["images"],
@@ -137,13 +137,16 @@ class _Evaluation:
 
     @cached_property
     def tiles(self) -> dict[int, Image.Image]:
-        """The preview's tiles by the index of their item; empty where there is no preview."""
-        if not self.preview.get("items") or not self.sheet.exists():
+        """The preview's tiles by the index of their item; empty where there is no preview that can be read."""
+        if not self.preview:
             return {}
         indexes = self.preview["items"]
-        with Image.open(self.sheet) as sheet:
-            cut = tiles(sheet, tuple(self.preview["tile"]), self.preview["columns"], len(indexes))
-        return dict(zip(indexes, cut, strict=False))
+        try:
+            with Image.open(self.sheet) as sheet:
+                cut = tiles(sheet, tuple(self.preview["tile"]), self.preview["columns"], len(indexes))
+        except OSError:  # missing, or being written at this moment
+            return {}
+        return {index: tile for index, tile in zip(indexes, cut, strict=False) if index < len(self.items)}
 
 
 @dataclass(frozen=True)
@@ -166,9 +169,9 @@ class _Run:
         summary_file = directory / "summary.json"
         file = config_file
         try:
-            config = yaml.safe_load(text) or {}
+            config = _mapping(yaml.safe_load(text) or {})
             file = summary_file
-            summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            summary = _mapping(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
             evaluations = []
             for file in sorted((directory / "evaluation").glob("iteration-*.json")):
                 evaluations.append(_Evaluation.read(file))
@@ -466,6 +469,12 @@ def _phases(run: _Run) -> list[_Phase]:
     if other > 0.005 * whole:
         phases.append(_Phase("Other", "phase-5", other, other / whole, other / len(run.metrics)))
     return phases
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("not a mapping")
+    return value
 
 
 def _parts(run: _Run) -> list[str]:
