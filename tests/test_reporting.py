@@ -424,6 +424,17 @@ def test_a_chart_is_well_formed_and_stays_within_its_frame(points: list[tuple[fl
     assert len(corners) <= 400 * 3 + 1
 
 
+def test_a_long_run_is_drawn_with_few_points_that_keep_its_shape() -> None:
+    x = list(range(10_000))
+    series = Series("ramp", x, [float(y) for y in x], "train", [1.0] * len(x))
+    svg = ElementTree.fromstring(line_chart([series], title="t", x_label="x", width=1000, height=340))
+    line = next(svg.iter("polyline")).get("points", "").split()
+    corners = np.array([[float(value) for value in corner.split(",")] for corner in line])
+    assert 300 <= len(corners) <= 400
+    assert np.ptp(np.diff(corners[:, 1]) / np.diff(corners[:, 0])) < 0.2
+    assert len(list(svg.iter("circle"))) <= 120
+
+
 def test_a_grid_shows_each_image_enlarged_where_it_belongs() -> None:
     images = torch.zeros(5, 3, 32, 32)
     images[3, 1] = 1.0
