@@ -81,7 +81,7 @@ _Overrides = Annotated[
     ),
 ]
 _Seed = Annotated[
-    int, typer.Option("--seed", min=0, help="Seed of the noise; the same seed, the same images.")
+    int, typer.Option("--seed", metavar="N", min=0, help="Seed of the noise; the same seed, the same images.")
 ]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
 
@@ -134,27 +134,34 @@ def train(
 @app.command(epilog='**Example:** `loopfast sample runs/tiny "a red circle and a blue square" --count 8`')
 def sample(
     target: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, a pipeline's folder, or a hub name.")
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="A run's folder, a pipeline's folder, embedded, or a hub name."
+        ),
     ],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE", help="More prompts: embedded:CATEGORY, a text file, or module:function."
         ),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Images for each prompt.")] = 4,
     seed: _Seed = 0,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps; default: as in training.")
+        int | None, typer.Option(metavar="N", min=1, help="Denoising steps; default: the run's, or 50.")
     ] = None,
     eta: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Noise of the DDIM sampler; default: as in training.")
+        float | None,
+        typer.Option(metavar="X", min=0, max=1, help="Noise of the DDIM sampler; default: the run's, or 0."),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="Classifier-free guidance; default: as in training.")
+        float | None,
+        typer.Option(metavar="X", min=0, help="Classifier-free guidance; default: the run's, or 7.5."),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path("samples"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the images.")
+    ] = Path("samples"),
     quiet: _Quiet = False,
 ) -> None:
     """Draw images with a trained model, or with any pipeline."""
@@ -192,11 +199,11 @@ def evaluate(
         typer.Option(metavar="SOURCE", help="Prompts to draw; default: those the run was evaluated on."),
     ] = None,
     images_per_prompt: Annotated[
-        int | None, typer.Option(min=1, help="Images for each prompt; default: as in the run.")
+        int | None, typer.Option(metavar="N", min=1, help="Images for each prompt; default: as in the run.")
     ] = None,
     seed: _Seed = 0,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write the scores as JSON.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write the scores as JSON.")
     ] = None,
     quiet: _Quiet = False,
 ) -> None:

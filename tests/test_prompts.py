@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"prompts_of_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", sys.path[:])
     return name
 
 
@@ -130,6 +131,8 @@ def make_broken_module(folder: Path) -> str:
         (lambda folder: str(folder), "no such file; allowed: embedded:<category>"),
         (lambda folder: "prompts.txt", "no such file; allowed: embedded:<category>"),
         (lambda folder: "a\0b", "no such file; allowed: embedded:<category>"),
+        (lambda folder: "a" * 5000, "no such file; allowed: embedded:<category>"),
+        (lambda folder: "not a module:texts", "no such file; allowed: embedded:<category>"),
         (lambda folder: "no_such_module:texts", "No module named 'no_such_module'"),
         (lambda folder: "embedded:colour", "no category 'colour'; allowed: color, shape"),
         (lambda folder: "embedded:", "no category ''; allowed: color, shape"),
@@ -140,7 +143,7 @@ def test_unusable_source_is_reported_by_name(
     make: Callable[[Path], str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", sys.path[:])
     source = make(tmp_path)
     with pytest.raises(ConfigError) as caught:
         load_prompts(source)

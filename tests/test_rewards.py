@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"rewards_of_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", sys.path[:])
     return name
 
 
@@ -264,6 +265,12 @@ def test_unusable_user_reward_is_reported_by_name(
     assert reason in str(caught.value)
 
 
+def test_function_without_a_signature_is_reported_when_it_fails() -> None:
+    rewards = build_rewards([RewardConfig(name="builtins:max")])
+    with pytest.raises(RewardError, match="'builtins:max' raised TypeError"):
+        rewards.score(images(), PROMPTS)
+
+
 @pytest.mark.parametrize(
     ("term", "reason"),
     [
@@ -271,6 +278,7 @@ def test_unusable_user_reward_is_reported_by_name(
             RewardConfig(name="embeded"),
             "no reward 'embeded'; nearest: 'embedded'; allowed: " + ", ".join(REWARDS),
         ),
+        (RewardConfig(name="my-rewards:reward"), "no reward 'my-rewards:reward'"),
         (RewardConfig(name="no_such_module:reward"), "No module named 'no_such_module'"),
         (
             RewardConfig(name="embedded", options={"size": 3}),
