@@ -50,7 +50,16 @@ class CheckpointError(LoopfastError):
 
 
 class NonFiniteError(LoopfastError):
-    """A loss, gradient or log-probability is NaN or infinite."""
+    """A loss, gradient or log-probability is NaN or infinite.
+
+    Args:
+        message: what to tell the user.
+        rows: the trajectories of the iteration that were involved.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rows: tuple[int, ...] = tuple(rows)
 
 
 class MissingExtraError(LoopfastError):

@@ -64,13 +64,13 @@ def _is_file(source: str) -> bool:
 
 
 def _from_embedded_world(source: str, name: str) -> list[Prompt]:
-    category = name.removesuffix("-heldout")
+    category, _, split = name.partition("-")
     try:
-        captions = world.prompts(category, heldout=name != category)
-    except ValueError:
+        captions = world.prompts(category, split or "train")
+    except ValueError as error:
         known = ", ".join((*world.CATEGORIES, "all"))
         raise ConfigError(
-            f"prompts {source!r}: no category {category!r}; allowed: {known}, each also with -heldout"
+            f"prompts {source!r}: {error}; allowed: {known}, each also with -validation or -heldout"
         ) from None
     return [Prompt(caption.text, {"category": caption.category}) for caption in captions]
 

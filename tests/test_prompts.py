@@ -58,15 +58,15 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("category", [*world.CATEGORIES, "all"])
 def test_embedded_prompts_of_a_category(category: str) -> None:
-    train, heldout = load_prompts(f"embedded:{category}"), load_prompts(f"embedded:{category}-heldout")
-    assert [prompt.text for prompt in train] == [
-        caption.text for caption in world.prompts(category, heldout=False)
-    ]
-    assert [prompt.text for prompt in heldout] == [
-        caption.text for caption in world.prompts(category, heldout=True)
-    ]
-    assert not {prompt.text for prompt in train} & {prompt.text for prompt in heldout}
-    categories = {prompt.metadata["category"] for prompt in train + heldout}
+    found = {
+        split: load_prompts(f"embedded:{category}{suffix}")
+        for split, suffix in (("train", ""), ("validation", "-validation"), ("heldout", "-heldout"))
+    }
+    for split, prompts in found.items():
+        assert [prompt.text for prompt in prompts] == [c.text for c in world.prompts(category, split)]
+    texts = [prompt.text for prompts in found.values() for prompt in prompts]
+    assert len(set(texts)) == len(texts)
+    categories = {prompt.metadata["category"] for prompts in found.values() for prompt in prompts}
     assert categories == (set(world.CATEGORIES) if category == "all" else {category})
 
 

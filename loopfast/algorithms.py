@@ -1,0 +1,144 @@
+"""The policy-gradient algorithms: a row of a table each, and how a row turns rewards into advantages.
+
+=================  =======================  ====================  =======  ===================================
+name               baseline                 normalize             clipped  source
+=================  =======================  ====================  =======  ===================================
+loop               mean of the other K−1    batch std             yes      LOOP, arXiv 2503.00897
+ppo                prompt's running mean    prompt's running std  yes      DDPO-IS, arXiv 2305.13301
+rloo               mean of the other K−1    none                  no       RLOO, arXiv 2402.14740
+reinforce          batch mean               none                  no       Williams 1992; DDPO-SF with baseline
+reinforce_plain    none                     none                  no       Williams 1992
+grpo               group mean               group std             yes      GRPO, arXiv 2402.03300
+=================  =======================  ====================  =======  ===================================
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loopfast_kernels import leave_one_out
+
+Baseline = Literal["leave_one_out", "group_mean", "batch_mean", "prompt_running_mean", "none"]
+Normalize = Literal["batch_std", "group_std", "prompt_running_std", "none"]
+
+# keeps a group or batch of equal rewards from dividing zero by zero
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One row of the table.
+
+    ``clip_range`` None: the ratio is not clipped, and the surrogate is trusted for one pass over the samples only.
+    """
+
+    name: str
+    baseline: Baseline
+    normalize: Normalize
+    clip_range: float | None
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether a single sample per prompt has nothing to be compared with."""
+        return self.baseline in ("leave_one_out", "group_mean")
+
+    @property
+    def single_epoch(self) -> bool:
+        """Whether samples are used for one pass only."""
+        return self.clip_range is None
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    row.name: row
+    for row in (
+        Algorithm("loop", "leave_one_out", "batch_std", clip_range=0.2),
+        Algorithm("ppo", "prompt_running_mean", "prompt_running_std", clip_range=0.2),
+        Algorithm("rloo", "leave_one_out", "none", clip_range=None),
+        Algorithm("reinforce", "batch_mean", "none", clip_range=None),
+        Algorithm("reinforce_plain", "none", "none", clip_range=None),
+        Algorithm("grpo", "group_mean", "group_std", clip_range=0.2),
+    )
+}
+
+
+class PromptStatistics:
+    """Running mean and standard deviation of each prompt's latest rewards, as DDPO keeps them.
+
+    A prompt seen fewer than ``min_count`` times takes the statistics of the current batch. (Source: DDPO, arXiv
+    2305.13301, section 5; ``PerPromptStatTracker`` of its published code.)
+    """
+
+    def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
+        self.min_count = min_count
+        self._rewards: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=buffer_size))
+
+    def update(self, prompts: list[str], rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds rewards ``[G, K]`` of G prompts; returns each prompt's mean and standard deviation, ``[G, 1]`` each."""
+        batch = rewards.double()
+        for prompt, row in zip(prompts, batch.tolist(), strict=True):
+            self._rewards[prompt].extend(row)
+        means, stds = [], []
+        for prompt in prompts:
+            seen = torch.tensor(self._rewards[prompt], dtype=torch.float64)
+            source = seen if len(seen) >= self.min_count else batch
+            means.append(source.mean())
+            stds.append(source.std(correction=0))
+        return torch.stack(means).float().unsqueeze(1), torch.stack(stds).float().unsqueeze(1)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The buffers, as JSON can hold them."""
+        return {prompt: list(seen) for prompt, seen in self._rewards.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Takes back what `state_dict` gave."""
+        self._rewards.clear()
+        for prompt, seen in state.items():
+            self._rewards[prompt].extend(seen)
+
+
+def advantages(
+    algorithm: Algorithm,
+    rewards: Tensor,
+    prompts: list[str],
+    statistics: PromptStatistics,
+    *,
+    normalize: Literal["auto", "std", "none"] = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Advantages before scaling, and their scale.
+
+    Args:
+        algorithm: the row of the table.
+        rewards: float32 ``[G, K]``.
+        prompts: the G prompts.
+        statistics: the prompts' history; updated where the algorithm keeps one.
+        normalize: ``auto`` as the row says; ``std``: by the batch's; ``none``.
+
+    Returns:
+        ``(difference [G, K], scale [G, 1] or [])``, both float32; the advantage is their product. For leave-one-out
+        rows the difference is what the ``loop_loss`` op computes by itself from the rewards.
+    """
+    mean = std = torch.zeros(())
+    if algorithm.baseline == "prompt_running_mean":
+        mean, std = statistics.update(prompts, rewards)
+    if algorithm.baseline == "leave_one_out":
+        difference = leave_one_out(rewards)
+    elif algorithm.baseline == "group_mean":
+        difference = rewards - rewards.mean(1, keepdim=True)
+    elif algorithm.baseline == "batch_mean":
+        difference = rewards - rewards.mean()
+    else:
+        difference = rewards - mean
+
+    kind = {"auto": algorithm.normalize, "std": "batch_std", "none": "none"}[normalize]
+    if kind == "none":
+        return difference, torch.ones(())
+    if kind == "batch_std":
+        std = difference.std(correction=0)
+    elif kind == "group_std":
+        std = rewards.std(1, correction=0, keepdim=True)
+    return difference, 1.0 / (std + EPSILON)

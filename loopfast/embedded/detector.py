@@ -1,0 +1,230 @@
+"""Scores a picture against a caption of the embedded world.
+
+The picture is segmented into connected components; each is compared with every color of the palette, with every
+shape (overlap with a template of the component's own size) and with every texture. A caption's objects are then
+matched with components, one to one. The score is
+
+    ( Σ matches / max(objects asked for, objects found) )²  ·  relation
+
+so that a missing object, a wrong attribute and a superfluous object all cost, and nothing is gained by drawing more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .render import SIZE, coverage, signed_distance
+from .world import BACKGROUND, COLORS, SHAPES, TEXTURES, Caption, Item, parse
+
+MAX_COMPONENTS = 6
+FOREGROUND = 0.28  # distance from the background's color at which a pixel belongs to an object
+COLOR_WIDTH = 0.13  # standard deviation of a color match, in RGB distance
+SHAPE_WIDTH = 0.025  # temperature of the contest between shapes, in overlap
+FITS = (0.92, 1.0, 1.08, 1.16)  # sizes a template is tried at, relative to the component's measured extent
+CORE_DEPTH = 3.0  # pixels from the outline at which a texture shows
+OBJECT_AREA = 20.0  # pixels from which a component counts as a whole object
+GAP = (2.0, 6.0)  # pixels between centers at which a relation begins to hold, and holds fully
+
+
+@dataclass(frozen=True)
+class Components:
+    """What was found in ``N`` pictures, up to ``M`` components each, largest first.
+
+    ``area`` [N, M] in pixels; ``color`` [N, M, 8], ``shape`` [N, M, 5], ``texture`` [N, M, 3]: soft matches in
+    [0, 1]; ``x``, ``y`` [N, M]: centers in pixels; ``found`` [N]: how many objects there are, specks in part.
+    """
+
+    area: Tensor
+    color: Tensor
+    shape: Tensor
+    texture: Tensor
+    x: Tensor
+    y: Tensor
+    found: Tensor
+
+
+def detect(images: Tensor) -> Components:
+    """Finds the objects in float images ``[N, 3, 32, 32]`` in [0, 1]."""
+    images = images.detach().float().cpu()
+    background = torch.tensor(BACKGROUND).view(1, 3, 1, 1)
+    contrast = (images - background).norm(dim=1)
+    labels = _label(contrast > FOREGROUND)
+    count = images.shape[0]
+
+    sizes = torch.zeros(count, SIZE * SIZE + 1)
+    sizes.scatter_add_(1, labels.flatten(1), torch.ones(count, SIZE * SIZE))
+    sizes[:, 0] = 0
+    found = (sizes / OBJECT_AREA).clamp(max=1.0).sum(1)
+    area, label = sizes.topk(MAX_COMPONENTS, dim=1)
+    masks = (labels.unsqueeze(1) == label.view(count, -1, 1, 1)) & (area > 0).view(count, -1, 1, 1)
+
+    # the pixels farthest from the background carry the color, its blurred rim does not
+    weight = masks * contrast.unsqueeze(1) ** 4
+    weight = weight / weight.sum((2, 3), keepdim=True).clamp(min=1e-12)
+    color = torch.einsum("nmhw,nchw->nmc", weight, images)
+    strength = (color - background.view(1, 1, 3)).norm(dim=-1).clamp(min=FOREGROUND)
+
+    # coverage, the rim just outside the mask included
+    reach = F.max_pool2d(masks.float(), 3, 1, 1)
+    alpha = (contrast.unsqueeze(1) / strength[..., None, None]).clamp(max=1.0) * reach
+    silhouette = torch.maximum(alpha, _holes(masks))
+
+    columns, rows = silhouette.amax(2), silhouette.amax(3)
+    axis = torch.arange(SIZE) + 0.5
+    width, height = columns.sum(-1).clamp(min=1.0), rows.sum(-1).clamp(min=1.0)
+    x, y = (columns * axis).sum(-1) / width, (rows * axis).sum(-1) / height
+    dx = axis.view(1, 1, 1, -1) - x[..., None, None]
+    dy = axis.view(1, 1, -1, 1) - y[..., None, None]
+    rx, ry = (width / 2)[..., None, None], (height / 2)[..., None, None]
+
+    overlaps, cores = [], []
+    for name in SHAPES:
+        fits = []
+        for scale in FITS:
+            template = coverage(signed_distance(name, dx, dy, rx * scale, ry * scale))
+            common = torch.minimum(template, silhouette).sum((2, 3))
+            fits.append(common / (template.sum((2, 3)) + silhouette.sum((2, 3)) - common))
+        overlaps.append(torch.stack(fits).amax(0))
+        cores.append(coverage(signed_distance(name, dx, dy, rx, ry) + CORE_DEPTH))
+    overlap = torch.stack(overlaps, -1)
+    contest = torch.softmax(overlap / SHAPE_WIDTH, -1)
+    shape = (
+        contest
+        * _ramp(overlap, 0.45, 0.75)
+        * _ramp(torch.minimum(width / height, height / width), 0.4, 0.7)[..., None]
+    )
+
+    palette = torch.tensor(list(COLORS.values()))
+    distance = torch.cdist(color, palette.expand(count, -1, -1))
+    contest = torch.softmax(-(distance**2) / (2 * COLOR_WIDTH**2), -1)
+    color_match = contest * torch.exp(-((distance - COLOR_WIDTH).clamp(min=0) ** 2) / (2 * COLOR_WIDTH**2))
+
+    # inside the likeliest shape: how much is painted, and how unevenly from row to row
+    best = overlap.argmax(-1)[..., None, None, None].expand(-1, -1, 1, SIZE, SIZE)
+    core = torch.stack(cores, 2).gather(2, best).squeeze(2)
+    total = core.sum((2, 3)).clamp(min=1e-6)
+    painted = (alpha * core).sum((2, 3)) / total
+    row_weight = core.sum(3)
+    row = (alpha * core).sum(3) / row_weight.clamp(min=1e-6)
+    uneven = ((row_weight * (row - painted.unsqueeze(-1)) ** 2).sum(-1) / total).sqrt()
+    banded = _ramp(uneven, 0.12, 0.22)
+    filled = _ramp(painted, 0.7, 0.9) * (1 - banded)
+    outlined = 1 - _ramp(painted, 0.25, 0.5)
+    striped = banded * _ramp(painted, 0.2, 0.4) * (1 - _ramp(painted, 0.8, 0.95))
+    texture = torch.stack([filled, outlined, striped], -1)
+    return Components(area, color_match, shape, texture, x, y, found)
+
+
+def _label(mask: Tensor) -> Tensor:
+    """Connected components of ``[N, H, W]`` masks: int64 labels, 0 outside."""
+    labels = torch.arange(1, mask[0].numel() + 1, dtype=torch.float32).view(1, *mask.shape[1:]) * mask
+    while True:
+        grown = F.max_pool2d(labels.unsqueeze(1), 3, 1, 1).squeeze(1) * mask
+        if torch.equal(grown, labels):
+            return labels.long()
+        labels = grown
+
+
+def _holes(masks: Tensor) -> Tensor:
+    """1 where a pixel is enclosed by its ``[N, M, H, W]`` mask, or part of it."""
+    free = ~masks.flatten(0, 1).unsqueeze(1)
+    outside = torch.zeros_like(free)
+    outside[..., 0, :] = outside[..., -1, :] = outside[..., :, 0] = outside[..., :, -1] = True
+    outside &= free
+    while True:
+        # four neighbors, so that the outside does not leak through a diagonal line
+        spread = outside.float()
+        across = F.max_pool2d(spread, (1, 3), 1, (0, 1))
+        along = F.max_pool2d(spread, (3, 1), 1, (1, 0))
+        grown = (torch.maximum(across, along) > 0) & free
+        if torch.equal(grown, outside):
+            return (~outside).float().view(masks.shape)
+        outside = grown
+
+
+def _ramp(value: Tensor, low: float, high: float) -> Tensor:
+    return ((value - low) / (high - low)).clamp(0.0, 1.0)
+
+
+def _captions(captions: Sequence[str | Caption]) -> list[Caption]:
+    return [parse(caption) if isinstance(caption, str) else caption for caption in captions]
+
+
+def score(images: Tensor, captions: Sequence[str | Caption]) -> Tensor:
+    """How well each picture shows its caption: float32 ``[N]`` in [0, 1].
+
+    Args:
+        images: float ``[N, 3, 32, 32]`` in [0, 1].
+        captions: N captions of the embedded world.
+
+    Raises:
+        ValueError: a caption is not of this world.
+    """
+    seen = detect(images)
+    return torch.tensor([_score(seen, row, caption) for row, caption in enumerate(_captions(captions))])
+
+
+def _score(seen: Components, row: int, caption: Caption) -> float:
+    matches = [_matches(seen, row, item) for item in caption.items]
+    asked = len(caption.objects())
+    total = max(float(asked), float(seen.found[row]))
+    if len(matches) == 1:
+        return (sum(sorted(matches[0])[-asked:]) / total) ** 2
+    x, y = seen.x[row].tolist(), seen.y[row].tolist()
+    best = 0.0
+    for i, j in itertools.permutations(range(MAX_COMPONENTS), 2):
+        value = ((matches[0][i] + matches[1][j]) / total) ** 2
+        if caption.relation and value > best:
+            # a relation holds between two objects that are both there
+            value *= _relation(caption.relation, x[j] - x[i], y[j] - y[i]) * min(
+                1.0, 2 * matches[0][i], 2 * matches[1][j]
+            )
+        best = max(best, value)
+    return best
+
+
+def _matches(seen: Components, row: int, item: Item) -> list[float]:
+    """How well each component of a picture passes for the item."""
+    match = (seen.area[row] / OBJECT_AREA).clamp(max=1.0)
+    for likeness in _likenesses(seen, row, item):
+        match = match * likeness
+    return match.tolist()
+
+
+def _likenesses(seen: Components, row: int, item: Item) -> list[Tensor]:
+    found = [seen.color[row, :, list(COLORS).index(item.color)], seen.shape[row, :, SHAPES.index(item.shape)]]
+    if item.texture:
+        found.append(seen.texture[row, :, TEXTURES.index(item.texture)])
+    return found
+
+
+def _relation(relation: str, dx: float, dy: float) -> float:
+    """How far "a RELATION b" holds, from the offset of b's center from a's in pixels."""
+    offset = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation]
+    return min(1.0, max(0.0, (offset - GAP[0]) / (GAP[1] - GAP[0])))
+
+
+def exact(images: Tensor, captions: Sequence[str | Caption]) -> Tensor:
+    """1 where a picture shows just what its caption says, else 0: float32 ``[N]``. Arguments as in :func:`score`."""
+    seen = detect(images)
+    return torch.tensor([float(_exact(seen, i, caption)) for i, caption in enumerate(_captions(captions))])
+
+
+def _exact(seen: Components, row: int, caption: Caption) -> bool:
+    wanted = caption.objects()
+    present = [j for j in range(MAX_COMPONENTS) if seen.area[row, j] >= OBJECT_AREA / 2]
+    if len(present) != len(wanted):
+        return False
+    is_item = [(torch.stack(_likenesses(seen, row, item)).amin(0) >= 0.5).tolist() for item in wanted]
+    for order in itertools.permutations(present):
+        if all(is_item[i][j] for i, j in enumerate(order)):
+            offset = [float(center[row, order[-1]] - center[row, order[0]]) for center in (seen.x, seen.y)]
+            if not caption.relation or _relation(caption.relation, *offset) >= 0.5:
+                return True
+    return False

@@ -1,0 +1,182 @@
+"""Measures a policy's reward on fixed prompts and fixed noise."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from loopfast.config import EvaluationConfig
+from loopfast.prompts import Prompt
+from loopfast.reporting import image_grid
+from loopfast.rewards import Scores
+from loopfast.rollout import Sampler, slices
+from loopfast.seeds import row_seeds
+
+PREVIEW_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of N images and the few images kept of them.
+
+    ``items``: one dict per image with prompt, category, seed, reward and parts. ``preview``: indices of the items
+    whose images, float32 ``[P, 3, H, W]`` in [0, 1], are kept in ``images``.
+    """
+
+    items: list[dict[str, Any]]
+    preview: list[int]
+    images: Tensor
+
+    @property
+    def reward(self) -> float:
+        """Mean of the total reward."""
+        return _mean(item["reward"] for item in self.items)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Mean of each reward by name."""
+        return {name: _mean(item["parts"][name] for item in self.items) for name in self.items[0]["parts"]}
+
+    def by_category(self) -> dict[str, dict[str, Any]]:
+        """Mean reward, parts and number of images of each category."""
+        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for item in self.items:
+            groups[item["category"]].append(item)
+        return {
+            category: {
+                "reward": _mean(item["reward"] for item in items),
+                "parts": {name: _mean(item["parts"][name] for item in items) for name in items[0]["parts"]},
+                "count": len(items),
+            }
+            for category, items in groups.items()
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """All scores, as JSON can hold them."""
+        return {
+            "reward": self.reward,
+            "parts": self.parts,
+            "by_category": self.by_category(),
+            "items": self.items,
+        }
+
+    def save(self, folder: Path, iteration: int, images: int) -> Image.Image | None:
+        """Writes ``evaluation/iteration-N.json`` and, where images were kept, their pictures.
+
+        Args:
+            folder: the run's.
+            iteration: complete iterations.
+            images: sampled for training so far.
+
+        Returns:
+            The labeled grid that was written to ``images/iteration-N.png``.
+        """
+        stem = f"iteration-{iteration:06d}"
+        record = {"iteration": iteration, "images": images, **self.as_dict()}
+        grid = None
+        if self.preview:
+            tiles = self.images
+            columns = min(PREVIEW_COLUMNS, len(tiles))
+            height, width = tiles.shape[2:]
+            record["preview"] = {"tile": [width, height], "columns": columns, "items": self.preview}
+            _write_image(_sheet(tiles, columns), folder / "evaluation" / f"{stem}.png")
+            items = [self.items[index] for index in self.preview]
+            grid = image_grid(tiles, [i["prompt"] for i in items], [i["reward"] for i in items], columns)
+            _write_image(grid, folder / "images" / f"{stem}.png")
+        _write(folder / "evaluation" / f"{stem}.json", json.dumps(record).encode())
+        return grid
+
+
+def evaluate(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    score: Callable[[Tensor, Sequence[Prompt]], Scores],
+    config: EvaluationConfig,
+    *,
+    between: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Draws ``config.images_per_prompt`` images of each prompt and scores them.
+
+    The noise is a function of the evaluation's seed, the prompt's position and the image's number, so that two models
+    are compared on the same noise.
+
+    Args:
+        sampler: the policy and how to sample it.
+        prompts: what to draw.
+        score: gives the rewards of images ``[N, 3, H, W]`` of N prompts.
+        config: the section ``evaluation``.
+        between: called before each batch; it may raise to stop.
+    """
+    chosen = list(prompts[: config.limit_prompts])
+    samples = config.images_per_prompt
+    seeds = row_seeds(config.seed, "evaluation", 0, list(range(len(chosen))), samples)
+    owner = torch.arange(len(chosen)).repeat_interleave(samples)
+    preview = _spread(len(chosen), config.preview_images, samples)
+    items: list[dict[str, Any]] = []
+    kept: list[Tensor] = []
+    for rows in slices(len(owner), sampler.microbatch):
+        between()
+        batch = [chosen[index] for index in owner[rows].tolist()]
+        texts = list(dict.fromkeys(prompt.text for prompt in batch))
+        position = {text: index for index, text in enumerate(texts)}
+        conditioning = sampler.policy.encode(texts)
+        indices = torch.tensor([position[prompt.text] for prompt in batch])
+        images = sampler.decode(sampler.sample(conditioning, indices, seeds[rows]).final)
+        scores = score(images, batch)
+        for offset, prompt in enumerate(batch):
+            items.append(
+                {
+                    "prompt": prompt.text,
+                    "category": str(prompt.metadata.get("category", "all")),
+                    "seed": int(seeds[rows.start + offset]),
+                    "reward": float(scores.total[offset]),
+                    "parts": {name: float(part[offset]) for name, part in scores.parts.items()},
+                }
+            )
+        kept += [images[index - rows.start].cpu() for index in preview if rows.start <= index < rows.stop]
+    return Evaluation(items, preview, torch.stack(kept) if kept else torch.empty(0))
+
+
+def _spread(prompts: int, wanted: int, samples: int) -> list[int]:
+    """Items to keep images of: the first image of prompts spread evenly over the list."""
+    count = min(prompts, wanted)
+    return [prompts * index // count * samples for index in range(count)]
+
+
+def _sheet(tiles: Tensor, columns: int) -> Image.Image:
+    """All tiles without gaps, row by row, white where the last row ends early."""
+    rows = math.ceil(len(tiles) / columns)
+    count, channels, height, width = tiles.shape
+    sheet = torch.ones(rows * columns, channels, height, width)
+    sheet[:count] = tiles
+    pixels = sheet.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    pixels = pixels.reshape(rows * height, columns * width, channels)
+    return Image.fromarray((pixels * 255).round().to(torch.uint8).numpy())
+
+
+def _write_image(image: Image.Image, path: Path) -> None:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    _write(path, file.getvalue())
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _mean(values: Any) -> float:
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers)

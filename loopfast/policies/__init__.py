@@ -1,0 +1,15 @@
+"""Diffusion pipelines as policies: encode prompts, predict model outputs, decode latents."""
+
+from loopfast.policies.base import Conditioning, Policy, expand, pad_rows
+from loopfast.policies.loading import load_policy, load_schedule, load_scheduler, trained_steps
+
+__all__ = [
+    "Conditioning",
+    "Policy",
+    "expand",
+    "load_policy",
+    "load_schedule",
+    "load_scheduler",
+    "pad_rows",
+    "trained_steps",
+]

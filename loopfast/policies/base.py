@@ -1,0 +1,71 @@
+"""What the rest of the engine may ask of a policy, whatever pipeline is behind it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Conditioning = dict[str, Tensor]
+"""What a prompt becomes: tensors by name, a row each per prompt."""
+
+
+class Policy(Protocol):
+    """A text-to-image diffusion pipeline whose denoiser is trained.
+
+    Attributes:
+        scheduler: the diffusers scheduler whose transitions are sampled.
+        latent_shape: ``*L``, the shape of one latent.
+        device, dtype: where the denoiser is, and the type its latents have.
+    """
+
+    scheduler: Any
+    latent_shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    def describe(self) -> str:
+        """One line that names the model and what of it is trained."""
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that training changes, by name."""
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Conditioning of P prompts: rows ``[P, ...]``."""
+
+    def predict(
+        self, sample: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """The denoiser's outputs for M latents ``[M, *L]`` at timesteps ``[M]``, conditioned row by row.
+
+        Returns:
+            ``(conditional, unconditional)``, each ``[M, *L]``, from one call of the denoiser; the second is None
+            when ``guidance_scale`` is 1.
+        """
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, :meth:`predict` answers for the model before training."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images float32 ``[M, 3, H, W]`` in [0, 1] of latents ``[M, *L]``."""
+
+    def export(self, directory: Path) -> None:
+        """Writes what was trained in the form that diffusers opens by itself."""
+
+
+def expand(conditioning: Conditioning, rows: Tensor) -> Conditioning:
+    """The conditioning of each of M rows, from indices ``[M]`` into the prompts'."""
+    return {name: value[rows] for name, value in conditioning.items()}
+
+
+def pad_rows(tensor: Tensor, rows: int) -> Tensor:
+    """The tensor with its first row repeated at the end until there are ``rows``.
+
+    Model calls of one batch size use the same kernels for every row, so a row's output depends neither on its
+    neighbors nor on how many there are: the ratio before the first update is then exactly 1.
+    """
+    missing = rows - tensor.shape[0]
+    return tensor if missing <= 0 else torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])])

@@ -1,0 +1,172 @@
+"""Stable Diffusion 1.x and 2.x: one text encoder, a UNet, an autoencoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor
+from typing_extensions import override
+
+from loopfast.config import ModelConfig
+from loopfast.errors import ConfigError
+from loopfast.policies.base import Conditioning, Policy
+from loopfast.policies.loading import first_line, locate, torch_device
+from loopfast.seeds import derive
+
+ADAPTER = "loopfast"
+ATTENTION_PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0")
+
+
+class StableDiffusionPolicy(Policy):
+    """A ``StableDiffusionPipeline`` whose UNet, or a LoRA of it, is trained; see :class:`loopfast.policies.Policy`.
+
+    Under full fine-tuning the UNet's weights stay in float32 and ``dtype`` is what it computes in (autocast); under
+    LoRA the frozen weights have ``dtype`` and the adapter's are float32. Text encoder and autoencoder are frozen, and
+    the autoencoder computes in float32.
+
+    Raises:
+        ConfigError: the pipeline cannot be loaded, or no module matches ``model.lora.targets``.
+    """
+
+    def __init__(self, config: ModelConfig, scheduler: Any, *, seed: int, keep_reference: bool) -> None:
+        self.scheduler = scheduler
+        self.device = torch_device(config.device)
+        self.dtype = getattr(torch, config.dtype)
+        self._config = config
+        try:
+            self.pipeline = StableDiffusionPipeline.from_pretrained(
+                locate(config),
+                revision=config.revision,
+                variant=config.variant,
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.pretrained: cannot load {config.pretrained!r}: {first_line(error)}"
+            ) from error
+        self.pipeline.scheduler = scheduler
+        self._unet = self.pipeline.unet.requires_grad_(False).eval()
+        self._text_encoder = (
+            self.pipeline.text_encoder.requires_grad_(False).eval().to(self.device, self.dtype)
+        )
+        self._vae = self.pipeline.vae.requires_grad_(False).eval().to(self.device)
+        size = self._unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.latent_shape = (self._unet.config.in_channels, height, width)
+
+        self._base: torch.nn.Module | None = None
+        if config.tune == "full":
+            if keep_reference:
+                self._base = copy.deepcopy(self._unet).to(self.device, self.dtype)
+            self._unet.requires_grad_(True)
+            self._unet.to(self.device)
+        else:
+            self._unet.to(self.device, self.dtype)
+            self._add_adapter(seed)
+        self._active: torch.nn.Module = self._unet
+        self._autocast = config.tune == "full" and self.dtype != torch.float32
+        self._unconditional: Conditioning | None = None
+
+    def _add_adapter(self, seed: int) -> None:
+        lora = self._config.lora
+        targets = list(lora.targets or ATTENTION_PROJECTIONS)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "adapter"))
+            # peft annotates lora_alpha as an int and divides it by the rank
+            adapter = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)  # type: ignore[arg-type]
+            try:
+                self._unet.add_adapter(adapter, adapter_name=ADAPTER)
+            except ValueError as error:
+                raise ConfigError(f"model.lora.targets: {targets}: {first_line(error)}") from error
+        for parameter in self._unet.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    @override
+    def describe(self) -> str:
+        count = sum(parameter.numel() for parameter in self.trainable().values())
+        total = sum(parameter.numel() for parameter in self._unet.parameters())
+        what = "UNet" if self._config.tune == "full" else f"LoRA rank {self._config.lora.rank}"
+        return f"{self._config.pretrained} ({what}: {count / 1e6:.2f} M of {total / 1e6:.2f} M parameters trained)"
+
+    @override
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self._unet.named_parameters() if p.requires_grad}
+
+    @override
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        tokenizer = self.pipeline.tokenizer
+        ids = tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return {"encoder_hidden_states": self._text_encoder(ids.to(self.device))[0].to(self.dtype)}
+
+    @override
+    def predict(
+        self, sample: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        text = conditioning["encoder_hidden_states"]
+        if guidance_scale == 1.0:
+            return self._denoise(sample, timestep, text), None
+        if self._unconditional is None:
+            self._unconditional = self.encode([""])
+        empty = self._unconditional["encoder_hidden_states"].expand_as(text)
+        both = self._denoise(
+            torch.cat([sample, sample]), torch.cat([timestep, timestep]), torch.cat([text, empty])
+        )
+        conditional, unconditional = both.chunk(2)
+        return conditional, unconditional
+
+    def _denoise(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self._autocast, cache_enabled=False):
+            return self._active(sample, timestep, encoder_hidden_states=text, return_dict=False)[0].to(
+                self.dtype
+            )
+
+    @override
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        if self._config.tune == "lora":
+            self._unet.disable_adapters()
+            try:
+                yield
+            finally:
+                self._unet.enable_adapters()
+            return
+        if self._base is None:
+            raise RuntimeError("the policy was loaded with keep_reference=False")
+        self._active = self._base
+        try:
+            yield
+        finally:
+            self._active = self._unet
+
+    @override
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        images = self._vae.decode(latents.float() / self._vae.config.scaling_factor, return_dict=False)[0]
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @override
+    def export(self, directory: Path) -> None:
+        if self._config.tune == "full":
+            self.pipeline.save_pretrained(directory)
+            return
+        StableDiffusionPipeline.save_lora_weights(
+            directory, unet_lora_layers=get_peft_model_state_dict(self._unet, adapter_name=ADAPTER)
+        )

@@ -1,0 +1,172 @@
+"""A run's folder: where everything a run leaves behind is, and what may be resumed there."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from loopfast.checkpoints import Checkpoint, CheckpointStore
+from loopfast.config import Config, config_to_yaml, load_config
+from loopfast.console import Display
+from loopfast.errors import CheckpointError, ConfigError, LoopfastError
+from loopfast_kernels import info
+
+if TYPE_CHECKING:
+    from loopfast.train import Trainer
+
+# What may differ between a run and its continuation: nothing that changes what came before.
+_CHANGEABLE = {
+    "run.directory",
+    "run.trackers",
+    "model.device",
+    "train.iterations",
+    "train.on_policy_check",
+    "evaluation.every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.keep_best",
+}
+
+
+class RunFolder:
+    """``<run.directory>/<run.name>`` of a configuration."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.run.directory).expanduser() / config.run.name
+        self.checkpoints = CheckpointStore(
+            self.path / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_best
+        )
+        self._config = config
+
+    def open(self, resume: str | None, display: Display) -> Checkpoint | None:
+        """Prepares the folder for a new run, or finds the checkpoint to go on from.
+
+        Args:
+            resume: None for a new run; ``auto`` for the newest good checkpoint of this folder, if any; or the path of
+                a checkpoint.
+
+        Raises:
+            ConfigError: a new run would overwrite another, or the configuration is not that of the run to resume.
+            CheckpointError: the checkpoint cannot be used.
+            LoopfastError: the folder cannot be written.
+        """
+        checkpoint = None
+        if resume is None:
+            if self.checkpoints.paths() or (self.path / "metrics.jsonl").exists():
+                raise ConfigError(
+                    f"{self.path} already holds a run: go on with it (--resume auto), or give this one another name "
+                    f"(--set run.name=...)"
+                )
+        elif resume == "auto":
+            checkpoint = self.checkpoints.latest(display.warning)
+            if checkpoint is None and self.checkpoints.paths():
+                raise CheckpointError(f"none of the checkpoints in {self.checkpoints.directory} can be used")
+        else:
+            checkpoint = self.checkpoints.load(Path(resume))
+        if checkpoint is not None:
+            self._require_same(checkpoint.path.parent.parent / "config.yaml")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "config.yaml").write_text(config_to_yaml(self._config), encoding="utf-8")
+        except OSError as error:
+            raise LoopfastError(f"cannot write in {self.path}: {error.strerror or error}") from error
+        return checkpoint
+
+    def _require_same(self, file: Path) -> None:
+        if not file.is_file():
+            raise CheckpointError(f"{file.parent} is not a run's folder: there is no config.yaml in it")
+        before, now = (_flatten(c.model_dump(mode="json")) for c in (load_config(file), self._config))
+        changed = [
+            f"{key} (was {before.get(key)}, is {now.get(key)})"
+            for key in sorted({*before, *now} - _CHANGEABLE - {"run.name"})
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ConfigError(f"cannot resume {file.parent} with another configuration: {', '.join(changed)}")
+
+    def write_summary(self, facts: Sequence[tuple[str, str]]) -> None:
+        """Keeps the header's lines for the report."""
+        (self.path / "summary.json").write_text(json.dumps({"facts": facts}, indent=1), encoding="utf-8")
+
+    def save_failure(self, iteration: int, images: Sequence[Tensor], prompts: Sequence[str]) -> Path:
+        """Keeps the images that a run stopped at, with their prompts.
+
+        Args:
+            iteration: the one it stopped in.
+            images: N float ``[3, H, W]`` in [0, 1]; NaN is drawn black.
+            prompts: N texts.
+
+        Returns:
+            The folder they are in.
+        """
+        folder = self.path / "failures" / f"iteration-{iteration:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [f"{index:03d}.png" for index in range(len(prompts))]
+        for name, image in zip(names, images, strict=True):
+            save_image(image, folder / name)
+        (folder / "prompts.json").write_text(json.dumps(dict(zip(names, prompts, strict=True)), indent=1))
+        return folder
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Writes one float image ``[3, H, W]`` in [0, 1]; NaN is drawn black."""
+    pixels = (image.float().nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
+    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(path)
+
+
+def _flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(section, dict):
+        return {prefix: section}
+    return {
+        key: value
+        for name, part in section.items()
+        for key, value in _flatten(part, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by torch on a CUDA device, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
+    """The header's lines: what is trained, how, on what, and where it goes."""
+    config, sampler = trainer.config, trainer.sampler
+    policy, algorithm, settings = sampler.policy, config.algorithm, config.train
+    steps = config.rollout.steps
+    images = config.rollout.prompts_per_iteration * algorithm.samples_per_prompt
+    pairs = images * len(trainer.trained_steps) // settings.updates_per_iteration
+    left_out = [str(step) for step in range(steps) if step not in trainer.trained_steps]
+    reason = {"auto": " (each would outweigh the others)", "all": " (deterministic)"}.get(settings.steps, "")
+    threads = f", {torch.get_num_threads()} threads" if policy.device.type == "cpu" else ""
+    return [
+        ("model", policy.describe()),
+        ("device", f"{policy.device}{threads}, {config.model.dtype}, kernels: {info()['backends']}"),
+        (
+            "algorithm",
+            f"{algorithm.name}, K = {algorithm.samples_per_prompt}, learning rate {settings.learning_rate:g}",
+        ),
+        ("prompts", f"{len(trainer.prompts)} from {config.prompts.source}"),
+        ("reward", ", ".join(f"{term.weight:g} x {term.name}" for term in config.reward)),
+        (
+            "an iteration",
+            f"{images} images, {settings.updates_per_iteration * settings.inner_epochs} updates of {pairs} pairs",
+        ),
+        (
+            "steps",
+            f"{len(trainer.trained_steps)} of {steps} trained"
+            + (f", not {', '.join(left_out)}{reason}" if left_out else ""),
+        ),
+        ("run", str(trainer.folder.path)),
+    ]

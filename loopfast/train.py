@@ -1,0 +1,403 @@
+"""The algorithm, on one page: sample, score, update, record."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from loopfast.algorithms import PromptStatistics
+from loopfast.checkpoints import Checkpoint
+from loopfast.config import Config
+from loopfast.console import Display
+from loopfast.engines import LocalEngine
+from loopfast.errors import CheckpointError, Interrupted, LoopfastError, NonFiniteError, RewardError
+from loopfast.evaluation import evaluate
+from loopfast.interrupts import StopRequest
+from loopfast.policies import Conditioning, load_policy, load_schedule, trained_steps
+from loopfast.prompts import Prompt, load_prompts
+from loopfast.reporting import write_report
+from loopfast.rewards import Scores, build_rewards
+from loopfast.rollout import Sampler, automatic_microbatch
+from loopfast.runs import RunFolder, describe_run, peak_memory
+from loopfast.seeds import derive, row_seeds
+from loopfast.tracking import Tracker, read_metrics
+from loopfast.trajectories import Trajectories, shuffled_pairs
+from loopfast.update import Surrogate, UpdateStatistics, update
+
+# Rollout and replay call the model alike, so the ratio before the first update is 1 exactly; where other batch sizes
+# make the model round otherwise, it may differ by this much.
+ON_POLICY_TOLERANCE = 1e-3
+
+
+def train(config: Config, *, resume: str | None = None, display: Display) -> Path:
+    """Trains a policy as a configuration says.
+
+    Args:
+        config: the run.
+        resume: None for a new run, ``auto`` for its newest good checkpoint, or a checkpoint's path. A resumed run
+            continues as if it had not stopped.
+        display: where progress is shown.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        LoopfastError: the run cannot start or go on; the message says why. What was saved stays.
+        Interrupted: a signal stopped the run, which is saved.
+    """
+    with StopRequest() as stop:
+        trainer = Trainer(config, resume, display, stop)
+        try:
+            trainer.start()
+            while not trainer.finished:
+                if trainer.progress.trajectories is None:
+                    trainer.sample()
+                trainer.update()
+                trainer.record()
+            trainer.finish()
+        except BaseException as error:
+            # on a full disk this fails too, and what came first says more
+            with suppress(LoopfastError):
+                trainer.tracker.close()
+            if not isinstance(error, Stopped):
+                raise
+            path = trainer.save()
+            raise Interrupted(
+                f"stopped; {path} is saved, --resume auto goes on from there", stop.exit_code
+            ) from None
+    trainer.tracker.close()
+    return trainer.folder.path
+
+
+class Stopped(Exception):  # noqa: N818 - being stopped is not an error
+    """Unwinds to where the state is saved, after a signal."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands between two updates; with the weights and the optimizer, all that a checkpoint holds.
+
+    Attributes:
+        iteration: complete iterations.
+        images: sampled for training so far.
+        seconds: spent so far, earlier sessions included.
+        pending: metrics of the latest iteration (0: before training) as long as it is not evaluated and recorded.
+        metrics: of the iteration under way.
+        updates: statistics of the updates done in it.
+        trajectories, rewards: what was sampled for it, and float32 ``[G, K]``.
+    """
+
+    iteration: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    pending: dict[str, Any] | None = field(default_factory=lambda: {"iteration": 0, "images": 0})
+    metrics: dict[str, Any] = field(default_factory=dict)
+    updates: list[dict[str, float]] = field(default_factory=list)
+    trajectories: Trajectories | None = None
+    rewards: Tensor | None = None
+
+
+class Trainer:
+    """A run in progress: its parts, and the four things it does with them."""
+
+    def __init__(self, config: Config, resume: str | None, display: Display, stop: StopRequest) -> None:
+        self.config, self.display, self._stop = config, display, stop
+        self.prompts = load_prompts(config.prompts.source)
+        self.evaluation_prompts = load_prompts(config.evaluation.prompts or config.prompts.source)
+        self.rewards = build_rewards(config.reward)
+        self.schedule = load_schedule(config.model, config.rollout)
+        self.trained_steps = trained_steps(self.schedule, config.train.steps)
+        self.folder = RunFolder(config)
+        checkpoint = self.folder.open(resume, display)
+
+        policy = load_policy(
+            config.model, seed=config.run.seed, keep_reference=config.algorithm.kl_weight > 0
+        )
+        images = config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt
+        automatic = automatic_microbatch(images, policy.latent_shape)
+        self.sampler = Sampler(
+            policy,
+            self.schedule.to(policy.device),
+            config.rollout.guidance_scale,
+            config.algorithm.logprob,
+            automatic if config.rollout.microbatch == "auto" else config.rollout.microbatch,
+        )
+        self.microbatch = automatic if config.train.microbatch == "auto" else config.train.microbatch
+        self.engine = LocalEngine(policy, config.train)
+        self.statistics = PromptStatistics()
+        self.progress = Progress()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self._began = time.perf_counter() - self.progress.seconds
+        resume_at = None
+        if checkpoint is not None:
+            resume_at = self.progress.iteration - (self.progress.pending is not None)
+        self.tracker = Tracker(self.folder.path, config.run.trackers, resume_at=resume_at)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all iterations are done."""
+        return self.progress.iteration >= self.config.train.iterations
+
+    def start(self) -> None:
+        """Shows what is about to run, and measures the model before training."""
+        facts = describe_run(self)
+        self.display.header("loopfast train", facts)
+        self.folder.write_summary(facts)
+        self.display.start(self.config.train.iterations, self.progress.iteration)
+        if self.progress.pending is not None:
+            self.record()
+
+    def sample(self) -> None:
+        """Draws the iteration's prompts, samples K trajectories of each, and scores the images."""
+        config, progress = self.config, self.progress
+        batch, conditioning, owner = self._batch()
+        seeds = row_seeds(
+            config.run.seed,
+            "rollout",
+            progress.iteration,
+            list(range(len(batch))),
+            config.algorithm.samples_per_prompt,
+        )
+        with self._phase("rollout"):
+            trajectories = self.sampler.sample(conditioning, owner, seeds, between=self._check_stop)
+        with self._phase("reward"):
+            images = self.sampler.decode(trajectories.final)
+            scores = self._score(images, [batch[index] for index in owner.tolist()])
+        rewards = scores.total.view(len(batch), -1)
+        progress.metrics |= {
+            "reward_mean": rewards.mean().item(),
+            "reward_std": rewards.std(correction=0).item(),
+            "group_spread": rewards.std(1, correction=0).mean().item(),
+            **{f"reward_{name}": part.mean().item() for name, part in scores.parts.items()},
+        }
+        progress.images += len(seeds)
+        progress.trajectories, progress.rewards = trajectories, rewards
+
+    def update(self) -> None:
+        """Takes the iteration's updates on the (row, step) pairs of what was sampled."""
+        config, progress = self.config, self.progress
+        trajectories, rewards = progress.trajectories, progress.rewards
+        assert trajectories is not None
+        assert rewards is not None
+        batch, conditioning, owner = self._batch()
+        texts = [prompt.text for prompt in batch]
+        surrogate = Surrogate(config.algorithm, rewards, texts, self.statistics, trajectories.latents.device)
+        parts = [
+            pairs
+            for epoch in range(config.train.inner_epochs)
+            for pairs in shuffled_pairs(
+                trajectories.count,
+                self.trained_steps,
+                config.train.updates_per_iteration,
+                config.run.seed,
+                progress.iteration,
+                epoch,
+            )
+        ]
+        for pairs in parts[len(progress.updates) :]:
+            with self._phase("replay"), self._explained():
+                done = update(
+                    self.sampler,
+                    self.engine,
+                    surrogate,
+                    trajectories,
+                    conditioning,
+                    owner,
+                    pairs,
+                    microbatch=self.microbatch,
+                    with_reference=config.algorithm.kl_weight > 0,
+                    before_step=self._check_ratio,
+                )
+            progress.updates.append(asdict(done))
+            self._check_stop()
+        progress.iteration += 1
+        progress.pending = {"iteration": progress.iteration, "images": progress.images, **self._summary()}
+        progress.metrics, progress.updates, progress.trajectories, progress.rewards = {}, [], None, None
+
+    def record(self) -> None:
+        """Evaluates where it is due, writes the iteration's metrics, and saves a checkpoint where it is due."""
+        config, progress = self.config, self.progress
+        metrics = progress.pending
+        assert metrics is not None
+        iteration = progress.iteration
+        score = None
+        if iteration == 0 or self.finished or _due(iteration, config.evaluation.every):
+            began = time.perf_counter()
+            self.display.phase("evaluation")
+            result = evaluate(
+                self.sampler,
+                self.evaluation_prompts,
+                self._score,
+                config.evaluation,
+                between=self._check_stop,
+            )
+            grid = result.save(self.folder.path, iteration, progress.images)
+            if grid is not None:
+                self.tracker.image("samples", iteration, grid)
+            score = result.reward
+            metrics |= {
+                "eval_reward": score,
+                **{f"eval_{name}": value for name, value in result.parts.items()},
+            }
+            metrics["seconds_eval"] = time.perf_counter() - began
+        metrics["seconds"] = time.perf_counter() - self._began
+        metrics["peak_memory_bytes"] = peak_memory(self.sampler.policy.device)
+        self.tracker.record(metrics)
+        self.display.advance(metrics)
+        progress.pending = None
+        if self.finished or _due(iteration, config.checkpoint.every):
+            self.save(score)
+        self._check_stop()
+
+    def finish(self) -> None:
+        """Exports the model, writes the report, and says what came out."""
+        path = self.folder.path
+        exported = path / ("model" if self.config.model.tune == "full" else "lora")
+        self.sampler.policy.export(exported)
+        evaluated = [line for line in read_metrics(path / "metrics.jsonl") if "eval_reward" in line]
+        report = write_report(path)
+        base, final = evaluated[0]["eval_reward"], evaluated[-1]["eval_reward"]
+        self.display.finish(
+            [
+                ("base reward", f"{base:.3f}"),
+                ("final reward", f"{final:.3f} ({final - base:+.3f})"),
+                ("images", f"{self.progress.images}"),
+                ("time", f"{evaluated[-1]['seconds']:.0f} s"),
+                ("model", str(exported)),
+                ("report", str(report)),
+            ]
+        )
+
+    def save(self, score: float | None = None) -> Path:
+        """Writes a checkpoint of the present state, which is that between two updates."""
+        progress = self.progress
+        progress.seconds = time.perf_counter() - self._began
+        tensors, engine = self.engine.state()
+        if progress.trajectories is not None and progress.rewards is not None:
+            tensors["trajectories"] = {
+                "latents": progress.trajectories.latents,
+                "logprob": progress.trajectories.logprob,
+                "rewards": progress.rewards,
+            }
+        state = {
+            "engine": engine,
+            "prompt_statistics": self.statistics.state_dict(),
+            **{name: getattr(progress, name) for name in _PLAIN},
+        }
+        return self.folder.checkpoints.save(progress.iteration, len(progress.updates), tensors, state, score)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state, tensors = checkpoint.state, checkpoint.tensors
+        try:
+            self.engine.load_state(tensors, state["engine"])
+            self.statistics.load_state_dict(state["prompt_statistics"])
+            self.progress = Progress(**{name: state[name] for name in _PLAIN})
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {checkpoint.path} cannot be resumed: {error}") from error
+        if stored := tensors.get("trajectories"):
+            device = self.sampler.policy.device
+            self.progress.trajectories = Trajectories(
+                stored["latents"].to(device), stored["logprob"].to(device)
+            )
+            self.progress.rewards = stored["rewards"]
+
+    def _batch(self) -> tuple[list[Prompt], Conditioning, Tensor]:
+        """The iteration's prompts, their conditioning, and each row's prompt; a function of seed and iteration."""
+        wanted, available = self.config.rollout.prompts_per_iteration, len(self.prompts)
+        rng = random.Random(derive(self.config.run.seed, "prompts", self.progress.iteration))
+        rounds = [
+            rng.sample(self.prompts, min(available, wanted - done)) for done in range(0, wanted, available)
+        ]
+        batch = [prompt for part in rounds for prompt in part]
+        conditioning = self.sampler.policy.encode([prompt.text for prompt in batch])
+        return (
+            batch,
+            conditioning,
+            torch.arange(wanted).repeat_interleave(self.config.algorithm.samples_per_prompt),
+        )
+
+    def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Scores a batch; what a reward cannot score is saved before the run stops."""
+        try:
+            return self.rewards.score(images, [p.text for p in prompts], [p.metadata for p in prompts])
+        except RewardError as error:
+            self._fail(error, [(images[index], prompts[index].text) for index in error.images_index])
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Adds the prompts and the images to an error about a loss that is not finite."""
+        try:
+            yield
+        except NonFiniteError as error:
+            trajectories = self.progress.trajectories
+            assert trajectories is not None
+            batch, _, owner = self._batch()
+            rows = list(error.rows[: self.sampler.microbatch])
+            images = self.sampler.decode(trajectories.final[rows])
+            self._fail(
+                error, [(image, batch[owner[row]].text) for image, row in zip(images, rows, strict=True)]
+            )
+
+    def _fail(self, error: LoopfastError, involved: Sequence[tuple[Tensor, str]]) -> NoReturn:
+        iteration = self.progress.iteration + (self.progress.pending is None)
+        kept = self.folder.save_failure(
+            iteration, [image for image, _ in involved], [text for _, text in involved]
+        )
+        raise type(error)(f"iteration {iteration}: {error}; images and prompts are in {kept}") from error
+
+    def _check_ratio(self, done: UpdateStatistics) -> None:
+        """Before an iteration's first update, the policy is the one that sampled."""
+        check = self.config.train.on_policy_check
+        if self.progress.updates or check == "off" or done.ratio_max_deviation <= ON_POLICY_TOLERANCE:
+            return
+        message = (
+            f"iteration {self.progress.iteration + 1}: before the first update the ratio differs from 1 by up to "
+            f"{done.ratio_max_deviation:.2g}; rollout and replay disagree. Give rollout.microbatch "
+            f"({self.sampler.microbatch}) and train.microbatch ({self.microbatch}) the same value"
+        )
+        if check == "error":
+            raise LoopfastError(message)
+        self.display.warning(message)
+
+    def _check_stop(self) -> None:
+        if self._stop.requested:
+            raise Stopped
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Shows a phase and adds its time to the iteration's metrics."""
+        self.display.phase(name)
+        began = time.perf_counter()
+        yield
+        key = f"seconds_{name}"
+        self.progress.metrics[key] = self.progress.metrics.get(key, 0.0) + time.perf_counter() - began
+
+    def _summary(self) -> dict[str, Any]:
+        """The iteration's metrics: those of the sampling, and the means over its updates."""
+        updates = self.progress.updates
+        means = {name: statistics.fmean(update[name] for update in updates) for name in updates[0]}
+        if self.config.algorithm.kl_weight == 0:
+            del means["kl_reference"]
+        return {
+            **self.progress.metrics,
+            **means,
+            "ratio_max_deviation": updates[0]["ratio_max_deviation"],
+            "learning_rate": updates[-1]["learning_rate"],
+        }
+
+
+_PLAIN = ("iteration", "images", "seconds", "pending", "metrics", "updates")
+
+
+def _due(iteration: int, every: int) -> bool:
+    return every > 0 and iteration > 0 and iteration % every == 0

@@ -1,0 +1,202 @@
+"""One policy update: replays (row, step) pairs of stored trajectories through the policy and steps the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from loopfast.algorithms import ALGORITHMS, PromptStatistics, advantages
+from loopfast.config import AlgorithmConfig
+from loopfast.engines import LocalEngine
+from loopfast.errors import NonFiniteError
+from loopfast.policies import Conditioning, expand, pad_rows
+from loopfast.rollout import Sampler, slices
+from loopfast.trajectories import Trajectories
+from loopfast_kernels import LoopLoss, clipped_loss, loop_loss
+
+
+@dataclass(frozen=True)
+class UpdateStatistics:
+    """Means over an update's pairs, except ``ratio_max_deviation`` (a maximum) and ``grad_norm``."""
+
+    loss: float
+    kl: float
+    kl_reference: float
+    clip_fraction: float
+    ratio_outside_clip: float
+    ratio_max_deviation: float
+    logprob_change: float
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+
+
+class Surrogate:
+    """The loss of one iteration's pairs, by an algorithm's row of the table.
+
+    Leave-one-out algorithms hand the rewards to the kernel, which works out the advantage itself; the others hand it
+    their advantages.
+
+    Args:
+        config: the section ``algorithm``.
+        rewards: float32 ``[G, K]``.
+        prompts: the G prompts.
+        statistics: the prompts' history; updated by algorithms that keep one.
+        device: where the latents are.
+    """
+
+    def __init__(
+        self,
+        config: AlgorithmConfig,
+        rewards: Tensor,
+        prompts: list[str],
+        statistics: PromptStatistics,
+        device: torch.device,
+    ) -> None:
+        row = ALGORITHMS[config.name]
+        self.clip_range = row.clip_range if config.clip_range is None else config.clip_range
+        self._config = config
+        difference, scale = advantages(
+            row, rewards, prompts, statistics, normalize=config.advantage.normalize
+        )
+        self._fused = row.baseline == "leave_one_out" and scale.dim() == 0
+        self._rewards = rewards.to(device)
+        self._scale = scale.to(device)
+        advantage = difference * scale
+        if config.advantage.clip is not None:
+            advantage = advantage.clamp(-config.advantage.clip, config.advantage.clip)
+        self._advantage = advantage.flatten().to(device)
+
+    def __call__(
+        self,
+        sampler: Sampler,
+        output: Tensor,
+        unconditional: Tensor | None,
+        reference: Tensor | None,
+        trajectories: Trajectories,
+        rows: Tensor,
+        steps: Tensor,
+    ) -> LoopLoss:
+        """The loss of M pairs (``rows``, ``steps`` int64 ``[M]``) from the policy's and the reference's outputs."""
+        sample, prev_sample, old_logprob = trajectories.pairs(rows, steps)
+        if self._fused:
+            op = partial(
+                loop_loss,
+                rewards=self._rewards,
+                trajectory=rows,
+                advantage_scale=self._scale,
+                advantage_clip=self._config.advantage.clip,
+            )
+        else:
+            op = partial(clipped_loss, advantage=self._advantage[rows])
+        return op(
+            output,
+            sample,
+            prev_sample,
+            sampler.schedule.table,
+            steps,
+            old_logprob,
+            clip_range=self.clip_range,
+            uncond_output=unconditional,
+            guidance_scale=sampler.guidance_scale,
+            reference_output=reference,
+            kl_weight=self._config.kl_weight,
+            reduction=sampler.reduction,
+        )
+
+
+def update(
+    sampler: Sampler,
+    engine: LocalEngine,
+    surrogate: Surrogate,
+    trajectories: Trajectories,
+    conditioning: Conditioning,
+    prompts: Tensor,
+    pairs: tuple[Tensor, Tensor],
+    *,
+    microbatch: int,
+    with_reference: bool,
+    before_step: Callable[[UpdateStatistics], None] = lambda statistics: None,
+) -> UpdateStatistics:
+    """One optimizer step on the mean loss of M pairs.
+
+    Args:
+        sampler: the policy and its transitions.
+        engine: owns the policy's weights.
+        surrogate: the loss.
+        trajectories: what was sampled.
+        conditioning: of the iteration's prompts.
+        prompts: int64 ``[N]``, each row's prompt.
+        pairs: ``(rows [M], steps [M])``, which transitions to train on.
+        microbatch: pairs per model call; it changes the result by no more than the rounding of a sum.
+        with_reference: also compare with the policy before training.
+        before_step: called with the statistics before the weights change; it may raise to keep them.
+
+    Raises:
+        NonFiniteError: a loss or the gradient is NaN or infinite; the weights are as they were. ``rows`` of the error
+            holds the trajectories at fault.
+    """
+    rows, steps = (index.to(trajectories.latents.device) for index in pairs)
+    losses = []
+    for part in slices(len(rows), microbatch):
+        size = part.stop - part.start
+        # every call has the batch size of the rollout's; see `pad_rows`
+        row, step = pad_rows(rows[part], microbatch), pad_rows(steps[part], microbatch)
+        sample = trajectories.latents[step, row]
+        text = expand(conditioning, prompts.to(row.device)[row])
+        timestep = sampler.schedule.timesteps[step]
+        reference = _reference(sampler, sample, timestep, text, size) if with_reference else None
+        output, unconditional = sampler.policy.predict(sample, timestep, text, sampler.guidance_scale)
+        unconditional = None if unconditional is None else unconditional[:size]
+        result = surrogate(
+            sampler, output[:size], unconditional, reference, trajectories, rows[part], steps[part]
+        )
+        engine.backward(result.loss * (size / len(rows)))
+        losses.append(LoopLoss(*(value.detach() for value in result)))
+    statistics = _statistics(losses, trajectories.logprob[steps, rows], surrogate.clip_range)
+    if not torch.isfinite(torch.tensor([statistics.loss, statistics.ratio_max_deviation])).all():
+        finite = torch.cat([loss.logprob for loss in losses]).isfinite()
+        at_fault = rows[~finite].unique().tolist() or rows.unique().tolist()
+        raise NonFiniteError("the loss is not finite", at_fault)
+    before_step(statistics)
+    learning_rate = engine.learning_rate
+    try:
+        norm = engine.update()
+    except NonFiniteError as error:
+        raise NonFiniteError(str(error), rows.unique().tolist()) from error
+    return replace(statistics, grad_norm=norm, learning_rate=learning_rate)
+
+
+@torch.no_grad()
+def _reference(sampler: Sampler, sample: Tensor, timestep: Tensor, text: Conditioning, size: int) -> Tensor:
+    """The guided output of the policy before training, ``[size, *L]``."""
+    with sampler.policy.reference():
+        output, unconditional = sampler.policy.predict(sample, timestep, text, sampler.guidance_scale)
+    if unconditional is not None:
+        output = torch.lerp(unconditional, output, sampler.guidance_scale)
+    return output[:size]
+
+
+def _statistics(
+    losses: Sequence[LoopLoss], old_logprob: Tensor, clip_range: float | None
+) -> UpdateStatistics:
+    """Of an update's microbatches, in the order of its pairs."""
+    ratio = torch.cat([loss.ratio for loss in losses]).double()
+    logprob = torch.cat([loss.logprob for loss in losses]).double()
+    change = logprob - old_logprob.double()
+    deviation = (ratio - 1).abs()
+    sizes = torch.tensor([len(loss.ratio) for loss in losses], dtype=torch.float64)
+    means = torch.stack([loss.loss.double().cpu() for loss in losses])
+    return UpdateStatistics(
+        loss=float((means * sizes).sum() / sizes.sum()),
+        # E[r − 1 − log r], an estimate of KL(sampling policy ‖ present policy) that is never negative
+        kl=float((ratio - 1 - change.clamp(-20, 20)).mean()),
+        kl_reference=float(torch.cat([loss.kl for loss in losses]).double().mean()),
+        clip_fraction=float(torch.cat([loss.clipped for loss in losses]).double().mean()),
+        ratio_outside_clip=float((deviation > clip_range).double().mean()) if clip_range is not None else 0.0,
+        ratio_max_deviation=float(deviation.max()),
+        logprob_change=float(change.abs().mean()),
+    )
