@@ -67,10 +67,10 @@ def _from_embedded_world(source: str, name: str) -> list[Prompt]:
     category, _, split = name.partition("-")
     try:
         captions = world.prompts(category, split or "train")
-    except ValueError as error:
+    except ValueError:
         known = ", ".join((*world.CATEGORIES, "all"))
         raise ConfigError(
-            f"prompts {source!r}: {error}; allowed: {known}, each also with -validation or -heldout"
+            f"prompts {source!r}: no category {name!r}; allowed: {known}, each also with -validation or -heldout"
         ) from None
     return [Prompt(caption.text, {"category": caption.category}) for caption in captions]
 
