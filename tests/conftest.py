@@ -5,12 +5,33 @@ import os
 # Before torch is imported: two busy processes with two threads each slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from hypothesis import settings
 
+if TYPE_CHECKING:
+    from loopfast.config import Config
+
 settings.register_profile("loopfast", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("loopfast")
+
+MakeConfig = Callable[..., "Config"]
+
+# Three iterations take about a second: 8 images of 32x32 each, 4 denoising steps, 2 updates.
+SMALL_RUN = """\
+run: {name: small, trackers: []}
+prompts: {source: "embedded:color"}
+reward: [{name: jpeg_compressibility}, {name: embedded, weight: 0}]
+algorithm: {samples_per_prompt: 2}
+rollout: {prompts_per_iteration: 4, steps: 4}
+train: {iterations: 3, updates_per_iteration: 2, steps: all, learning_rate: 1e-4, warmup_updates: 0}
+evaluation: {every: 2, images_per_prompt: 1, limit_prompts: 4, preview_images: 2}
+checkpoint: {every: 1}
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,3 +45,58 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion pipeline with random weights: 32x32 images, 8x8x4 latents, the embedded vocabulary."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    from loopfast.embedded.pretrain import Recipe, build, save
+
+    vae, text_encoder, _, scheduler, tokenizer = build(Recipe())
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("pipeline") / "model"
+    save(pipeline, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_config(pipeline_folder: Path) -> MakeConfig:
+    """``make_config(directory, "section.key=value", ...)``: a small run whose folder will be in ``directory``."""
+    from loopfast.config import parse_config
+
+    def make(directory: Path, *overrides: str) -> Config:
+        given = (f"model={{pretrained: {pipeline_folder}, device: cpu}}", f"run.directory={directory}")
+        return parse_config(SMALL_RUN, (*given, *overrides))
+
+    return make
+
+
+@pytest.fixture
+def small_config(tmp_path: Path, make_config: MakeConfig) -> MakeConfig:
+    """As `make_config`, in the test's own folder."""
+
+    def make(*overrides: str) -> Config:
+        return make_config(tmp_path, *overrides)
+
+    return make
