@@ -230,14 +230,22 @@ def evaluate(
     Console().print(table)
 
 
-@app.command(epilog="**Example:** `loopfast report runs/tiny`")
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+@app.command(epilog="**Example:** `loopfast report runs/tiny --picture tiny.png`")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the run in one picture: before, after, and the reward."),
+    ] = None,
+) -> None:
     """Write a run's `report.html`, also while it is going on."""
-    from loopfast.reporting import write_report
+    from loopfast.reporting import run_picture, write_report
 
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{str(run)!r} is not a run's folder: there is no config.yaml in it")
     print(write_report(run))
+    if picture is not None:
+        print(run_picture(run, picture))
 
 
 @app.command(
