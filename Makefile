@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .PHONY: demo test lint bench study clean help
 
 demo: $(VENV)/.train ## train the embedded model with LOOP and write a report (ARGS="--set run.seed=1" adds options)
-	$(BIN)/loopfast train --config tiny $(ARGS)
+	$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
 
 test: lint ## lint, then every test, with coverage (ARGS="-k philox" selects)
 	$(PYTEST) -n 2 --cov --cov-report=term $(ARGS)

@@ -45,7 +45,6 @@ class StableDiffusionPolicy(Policy):
                 locate(config),
                 revision=config.revision,
                 variant=config.variant,
-                torch_dtype=torch.float32,
                 use_safetensors=True,
                 safety_checker=None,
                 requires_safety_checker=False,
@@ -55,11 +54,11 @@ class StableDiffusionPolicy(Policy):
                 f"model.pretrained: cannot load {config.pretrained!r}: {first_line(error)}"
             ) from error
         self.pipeline.scheduler = scheduler
-        self._unet = self.pipeline.unet.requires_grad_(False).eval()
+        self._unet = self.pipeline.unet.requires_grad_(False).eval().float()
         self._text_encoder = (
             self.pipeline.text_encoder.requires_grad_(False).eval().to(self.device, self.dtype)
         )
-        self._vae = self.pipeline.vae.requires_grad_(False).eval().to(self.device)
+        self._vae = self.pipeline.vae.requires_grad_(False).eval().to(self.device, torch.float32)
         size = self._unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape = (self._unet.config.in_channels, height, width)
