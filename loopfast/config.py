@@ -171,7 +171,7 @@ class AlgorithmConfig(_Section):
     """The algorithm."""
     samples_per_prompt: _Count = 4
     """K, the number of images drawn for each prompt."""
-    clip_range: _Positive | None = None
+    clip_range: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The ratio is clipped to 1 ± clip_range; null: the algorithm's own value."""
     logprob: Literal["sum", "mean"] = "sum"
     """Reduction of the log-probability over a latent's elements; sum is the density."""
