@@ -43,13 +43,14 @@ class LocalEngine:
         config = self._config
         if self._updates < config.warmup_updates:
             return config.learning_rate * (self._updates + 1) / config.warmup_updates
-        progress = (self._updates - config.warmup_updates) / max(1, self._total - config.warmup_updates)
+        course = max(1, self._total - config.warmup_updates)
+        progress = min(1.0, (self._updates - config.warmup_updates) / course)
         factor = {
             "constant": 1.0,
             "linear": 1.0 - progress,
             "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
         }[config.lr_schedule]
-        return config.learning_rate * max(0.0, factor)
+        return config.learning_rate * factor
 
     def backward(self, loss: Tensor) -> None:
         """Adds the loss's gradient to what is accumulated for the next update."""

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loopfast.config import TrainConfig
+from loopfast.engines import LocalEngine
+from loopfast.errors import NonFiniteError
+
+
+def make(seed: int = 0, **options: Any) -> tuple[LocalEngine, dict[str, torch.nn.Parameter]]:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {
+        "layer.weight": torch.nn.Parameter(torch.randn(3, 2, generator=generator)),
+        "layer.bias": torch.nn.Parameter(torch.randn(3, generator=generator)),
+    }
+    policy: Any = SimpleNamespace(
+        trainable=lambda: parameters, device=torch.device("cpu"), dtype=torch.float32
+    )
+    return LocalEngine(
+        policy, TrainConfig(**{"learning_rate": 0.1, "warmup_updates": 0, **options})
+    ), parameters
+
+
+def loss(parameters: dict[str, torch.nn.Parameter], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 + seed)
+    return sum(  # type: ignore[return-value]
+        ((p - torch.randn(p.shape, generator=generator)) ** 2).sum() for p in parameters.values()
+    )
+
+
+def copies(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def learning_rates(count: int, **options: Any) -> list[float]:
+    engine, parameters = make(**options)
+    rates = []
+    for step in range(count):
+        rates.append(engine.learning_rate)
+        engine.backward(loss(parameters, step))
+        engine.update()
+    return rates
+
+
+TWELVE = {"iterations": 3, "updates_per_iteration": 2, "inner_epochs": 2}
+
+
+def test_learning_rate_warms_up_and_stays() -> None:
+    assert learning_rates(6, **TWELVE, warmup_updates=4) == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "course"),
+    [("linear", lambda part: 1 - part), ("cosine", lambda part: (1 + math.cos(math.pi * part)) / 2)],
+)
+def test_learning_rate_falls_to_zero_at_the_end_of_the_run(schedule: str, course: Any) -> None:
+    rates = learning_rates(14, **TWELVE, warmup_updates=2, lr_schedule=schedule)
+    assert rates[:2] == pytest.approx([0.05, 0.1])
+    assert rates[2:12] == pytest.approx([0.1 * course(done / 10) for done in range(10)])
+    assert rates[12:] == pytest.approx([0.0, 0.0])
+
+
+def test_the_learning_rate_is_the_one_the_update_used() -> None:
+    engine, parameters = make(warmup_updates=10, beta1=0.0, beta2=0.0, max_grad_norm=1e9)
+    before = copies(parameters)
+    engine.backward(loss(parameters, 0))
+    engine.update()
+    for name, parameter in parameters.items():
+        # without moments Adam moves every weight by the learning rate
+        torch.testing.assert_close((parameter - before[name]).abs(), torch.full_like(before[name], 0.01))
+
+
+def test_updates_are_adamws_with_the_gradient_clipped() -> None:
+    options = {"beta1": 0.8, "beta2": 0.9, "weight_decay": 0.3, "max_grad_norm": 0.5}
+    engine, parameters = make(**options)
+    theirs = {name: torch.nn.Parameter(value) for name, value in copies(parameters).items()}
+    adamw = torch.optim.AdamW(theirs.values(), lr=0.1, betas=(0.8, 0.9), weight_decay=0.3)
+    for step in range(4):
+        engine.backward(loss(parameters, step) / 2)
+        engine.backward(loss(parameters, step) / 2)
+        norm = engine.update()
+        adamw.zero_grad()
+        loss(theirs, step).backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in theirs.values()])  # type: ignore[union-attr]
+        assert norm == pytest.approx(gradient.norm().item(), rel=1e-5)
+        for parameter in theirs.values():
+            parameter.grad *= min(1.0, 0.5 / norm)
+        adamw.step()
+        for name in parameters:
+            torch.testing.assert_close(parameters[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_state_goes_on_bitwise() -> None:
+    engine, parameters = make(lr_schedule="cosine", **TWELVE)
+    for step in range(3):
+        engine.backward(loss(parameters, step))
+        engine.update()
+    tensors, state = engine.state()
+    saved = {
+        group: {name: value.clone() for name, value in named.items()} for group, named in tensors.items()
+    }
+    restored, others = make(seed=1, lr_schedule="cosine", **TWELVE)
+    restored.load_state(saved, state)
+    for step in range(3, 6):
+        for each, its in ((engine, parameters), (restored, others)):
+            each.backward(loss(its, step))
+            each.update()
+        assert engine.learning_rate == restored.learning_rate
+        assert all(torch.equal(parameters[name], others[name]) for name in parameters)
+    for group, named in engine.state()[0].items():
+        assert all(torch.equal(value, restored.state()[0][group][name]) for name, value in named.items())
+
+
+def test_state_before_any_update_can_be_taken_back() -> None:
+    engine, parameters = make()
+    restored, others = make(seed=1)
+    restored.load_state(*engine.state())
+    assert all(torch.equal(parameters[name], others[name]) for name in parameters)
+    assert restored.learning_rate == engine.learning_rate
+
+
+@pytest.mark.parametrize("change", ["shape", "name"])
+def test_weights_of_another_model_are_refused(change: str) -> None:
+    engine, parameters = make()
+    before = copies(parameters)
+    tensors, state = engine.state()
+    if change == "shape":
+        tensors["policy"]["layer.bias"] = torch.zeros(4)
+    else:
+        tensors["policy"]["layer.gain"] = tensors["policy"].pop("layer.bias")
+    with pytest.raises(ValueError, match="not those of this configuration's model"):
+        engine.load_state(tensors, state)
+    assert all(torch.equal(parameters[name], before[name]) for name in parameters)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_leaves_the_weights(bad: float) -> None:
+    engine, parameters = make()
+    engine.backward(loss(parameters, 0))
+    engine.update()
+    before = copies(parameters)
+    moments = {name: value.clone() for name, value in engine.state()[0]["optimizer"].items()}
+    engine.backward(parameters["layer.bias"].sum() * bad)
+    with pytest.raises(NonFiniteError, match=r"the gradient's norm is (nan|inf)"):
+        engine.update()
+    assert all(torch.equal(parameters[name], before[name]) for name in parameters)
+    assert all(torch.equal(value, moments[name]) for name, value in engine.state()[0]["optimizer"].items())
+    # what was wrong with it does not reach the next update either
+    engine.backward(loss(parameters, 1))
+    engine.update()
+    assert all(parameter.isfinite().all() for parameter in parameters.values())

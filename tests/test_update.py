@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loopfast.algorithms import PromptStatistics
+from loopfast.config import AlgorithmConfig
+from loopfast.errors import NonFiniteError
+from loopfast.rollout import Sampler
+from loopfast.schedules import TransitionSchedule
+from loopfast.trajectories import Trajectories
+from loopfast.update import Surrogate, UpdateStatistics, update
+
+GROUPS, SAMPLES, STEPS, SHAPE = 2, 3, 3, (2, 2)
+ROWS = GROUPS * SAMPLES
+REWARDS = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+LEAVE_ONE_OUT = torch.tensor([-3.0, -1.5, 4.5, -1.5, -1.5, 3.0], dtype=torch.float64)
+
+
+class ToyPolicy:
+    """One weight matrix on the latent, one on the prompt, in float64."""
+
+    latent_shape = SHAPE
+    device = torch.device("cpu")
+    dtype = torch.float64
+
+    def __init__(self) -> None:
+        self.weight = torch.nn.Parameter(0.3 * torch.randn(4, 4, dtype=torch.float64))
+        self.prompt = torch.nn.Parameter(0.3 * torch.randn(4, dtype=torch.float64))
+        self._initial = [self.weight.detach().clone(), self.prompt.detach().clone()]
+        self._inside_reference = False
+        self.batches: list[int] = []
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {"weight": self.weight, "prompt": self.prompt}
+
+    def predict(
+        self, sample: Tensor, timestep: Tensor, conditioning: dict[str, Tensor], guidance_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        self.batches.append(len(sample))
+        weight, prompt = self._initial if self._inside_reference else (self.weight, self.prompt)
+        plain = (sample.flatten(1) @ weight + timestep[:, None] / 10).view_as(sample)
+        told = plain + (conditioning["text"][:, None] * prompt).view_as(sample)
+        return told, None if guidance_scale == 1.0 else plain
+
+    @contextmanager
+    def reference(self) -> Any:
+        self._inside_reference = True
+        yield
+        self._inside_reference = False
+
+
+class Gradients:
+    """An engine that keeps its gradients and takes no step."""
+
+    learning_rate = 0.5
+
+    def __init__(self) -> None:
+        self.updates = 0
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def update(self) -> float:
+        self.updates += 1
+        return 2.5
+
+
+class Case:
+    """Trajectories of a policy, and the policy after its weights have moved on."""
+
+    def __init__(self, *, guidance_scale: float = 1.0, reduction: str = "sum", moved: float = 0.05) -> None:
+        self.policy = ToyPolicy()
+        table = torch.tensor([[1.1, -0.2, 0.5], [0.9, 0.4, 0.7], [1.0, 0.3, 0.4]], dtype=torch.float64)
+        schedule = TransitionSchedule(torch.tensor([9, 5, 1]), table, table, (table[:, 1] / table[:, 2]) ** 2)
+        policy: Any = self.policy
+        self.sampler = Sampler(policy, schedule, guidance_scale, reduction, ROWS)
+        self.text = torch.randn(GROUPS, dtype=torch.float64)
+        self.prompts = torch.arange(GROUPS).repeat_interleave(SAMPLES)
+        sampled = self.sampler.sample({"text": self.text}, self.prompts, torch.arange(ROWS))
+        self.trajectories = Trajectories(sampled.latents, sampled.logprob.double())
+        with torch.no_grad():
+            for parameter in self.policy.trainable().values():
+                parameter += moved * torch.randn_like(parameter)
+        order = torch.randperm(ROWS * STEPS)[:11]
+        self.rows, self.steps = order % ROWS, order // ROWS
+
+    def update(self, algorithm: AlgorithmConfig, microbatch: int = 4, **options: Any) -> UpdateStatistics:
+        self.policy.batches.clear()
+        for parameter in self.policy.trainable().values():
+            parameter.grad = None
+        engine: Any = Gradients()
+        surrogate = Surrogate(algorithm, REWARDS, ["a", "b"], PromptStatistics(), torch.device("cpu"))
+        done = update(
+            self.sampler,
+            engine,
+            surrogate,
+            self.trajectories,
+            {"text": self.text},
+            self.prompts,
+            (self.rows, self.steps),
+            microbatch=microbatch,
+            with_reference=algorithm.kl_weight > 0,
+            **options,
+        )
+        assert engine.updates == 1
+        return done
+
+    def gradients(self) -> list[Tensor]:
+        found = [parameter.grad for parameter in self.policy.trainable().values()]
+        assert all(gradient is not None for gradient in found)
+        return [gradient.clone() for gradient in found if gradient is not None]
+
+    def plain(
+        self, advantage: Tensor, clip_range: float | None, kl_weight: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, ratios and gradients by autograd of the textbook formula, a pair at a time."""
+        g, mean = self.sampler.guidance_scale, self.sampler.reduction == "mean"
+        losses, ratios = [], []
+        for row, step in zip(self.rows.tolist(), self.steps.tolist(), strict=True):
+            a, b, sigma = self.sampler.schedule.table64[step]
+            x, y = self.trajectories.latents[step, row], self.trajectories.latents[step + 1, row]
+
+            def output(x: Tensor = x, row: int = row, step: int = step) -> Tensor:
+                text = {"text": self.text[self.prompts[row]].view(1)}
+                time = self.sampler.schedule.timesteps[step].view(1)
+                told, plain = self.policy.predict(x[None], time, text, g)
+                return (told if plain is None else plain + g * (told - plain))[0]
+
+            density = torch.distributions.Normal(a * x + b * output(), sigma).log_prob(y)
+            ratio = torch.exp(
+                (density.mean() if mean else density.sum()) - self.trajectories.logprob[step, row]
+            )
+            loss = -advantage[row] * ratio
+            if clip_range is not None:
+                loss = torch.maximum(loss, -advantage[row] * ratio.clamp(1 - clip_range, 1 + clip_range))
+            if kl_weight:
+                with torch.no_grad(), self.policy.reference():
+                    before = output()
+                shift = 0.5 * (b * (output() - before) / sigma) ** 2
+                loss = loss + kl_weight * (shift.mean() if mean else shift.sum())
+            losses.append(loss)
+            ratios.append(ratio)
+        total = torch.stack(losses).mean()
+        return total, torch.stack(ratios), torch.autograd.grad(total, self.policy.trainable().values())
+
+
+def config(name: str, **options: Any) -> AlgorithmConfig:
+    advantage = {"normalize": options.pop("normalize", "none"), "clip": options.pop("clip", None)}
+    return AlgorithmConfig(name=name, samples_per_prompt=SAMPLES, advantage=advantage, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+@pytest.mark.parametrize(("name", "clip_range"), [("loop", 0.2), ("loop", 0.01), ("rloo", None)])
+def test_the_gradient_is_that_of_the_plain_formula(
+    name: str, clip_range: float | None, kl_weight: float, reduction: str, guidance_scale: float
+) -> None:
+    case = Case(guidance_scale=guidance_scale, reduction=reduction)
+    done = case.update(config(name, clip_range=clip_range, kl_weight=kl_weight))
+    loss, ratio, gradients = case.plain(LEAVE_ONE_OUT, clip_range, kl_weight)
+    assert done.loss == pytest.approx(loss.item(), rel=1e-9)
+    for found, expected in zip(case.gradients(), gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert done.ratio_max_deviation == pytest.approx((ratio - 1).abs().max().item(), rel=1e-9)
+    assert done.kl == pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-9)
+    assert done.logprob_change == pytest.approx(ratio.log().abs().mean().item(), rel=1e-9)
+    assert (done.kl_reference > 0) == (kl_weight > 0)
+    assert (done.grad_norm, done.learning_rate) == (2.5, 0.5)
+
+
+def test_advantages_given_to_the_op_are_treated_alike() -> None:
+    case = Case()
+    case.update(config("grpo", clip_range=0.2, normalize="auto", clip=0.8))
+    centered = REWARDS.double() - REWARDS.double().mean(1, keepdim=True)
+    advantage = (centered / REWARDS.double().std(1, correction=0, keepdim=True)).clamp(-0.8, 0.8).flatten()
+    _, _, gradients = case.plain(advantage, 0.2, 0.0)
+    for found, expected in zip(case.gradients(), gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_fused_advantages_are_scaled_and_clipped() -> None:
+    case = Case()
+    case.update(config("loop", clip_range=0.2, normalize="auto", clip=1.2))
+    advantage = (LEAVE_ONE_OUT / LEAVE_ONE_OUT.std(correction=0)).clamp(-1.2, 1.2)
+    _, _, gradients = case.plain(advantage, 0.2, 0.0)
+    for found, expected in zip(case.gradients(), gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_clip_takes_the_gradient_of_pairs_that_went_far_enough() -> None:
+    case = Case(moved=0.5)
+    clipped = case.update(config("loop", clip_range=0.05))
+    _, ratio, _ = case.plain(LEAVE_ONE_OUT, None, 0.0)
+    advantage = LEAVE_ONE_OUT[case.rows]
+    far = ((advantage > 0) & (ratio > 1.05)) | ((advantage < 0) & (ratio < 0.95))
+    assert 0 < far.sum() < len(far)
+    assert clipped.clip_fraction == pytest.approx(far.double().mean().item())
+    outside = ((ratio - 1).abs() > 0.05).double().mean().item()
+    assert clipped.ratio_outside_clip == pytest.approx(outside)
+    unclipped = case.update(config("rloo"))
+    assert (unclipped.clip_fraction, unclipped.ratio_outside_clip) == (0.0, 0.0)
+    assert unclipped.loss < clipped.loss
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 5, 11, 64])
+def test_the_microbatch_changes_nothing_but_the_size_of_calls(microbatch: int) -> None:
+    case = Case(guidance_scale=2.0)
+    algorithm = config("loop", kl_weight=0.1)
+    whole = case.update(algorithm, microbatch=11)
+    expected = case.gradients()
+    found = case.update(algorithm, microbatch=microbatch)
+    calls = math.ceil(11 / microbatch)
+    assert case.policy.batches == [microbatch] * (2 * calls)
+    for name, value in vars(found).items():
+        assert value == pytest.approx(vars(whole)[name], rel=1e-9), name
+    for gradient, other in zip(case.gradients(), expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-12)
+
+
+def test_statistics_are_shown_before_the_step_and_can_prevent_it() -> None:
+    case = Case()
+    shown: list[UpdateStatistics] = []
+
+    def refuse(statistics: UpdateStatistics) -> None:
+        shown.append(statistics)
+        raise InterruptedError
+
+    engine = Gradients()
+    surrogate = Surrogate(config("loop"), REWARDS, ["a", "b"], PromptStatistics(), torch.device("cpu"))
+    with pytest.raises(InterruptedError):
+        update(
+            case.sampler,
+            engine,  # type: ignore[arg-type]
+            surrogate,
+            case.trajectories,
+            {"text": case.text},
+            case.prompts,
+            (case.rows, case.steps),
+            microbatch=4,
+            with_reference=False,
+            before_step=refuse,
+        )
+    assert engine.updates == 0
+    assert shown[0].ratio_max_deviation > 0
+
+
+def test_a_loss_that_is_not_finite_names_its_trajectories() -> None:
+    case = Case()
+    case.trajectories.latents[2, 4] = math.nan
+    case.rows, case.steps = torch.tensor([0, 4, 3, 4]), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(NonFiniteError, match="the loss is not finite") as caught:
+        case.update(config("loop"), microbatch=3)
+    assert caught.value.rows == (4,)
+
+
+def test_a_gradient_that_is_not_finite_names_all_trajectories(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+    case.rows, case.steps = torch.tensor([5, 2, 5]), torch.tensor([0, 1, 2])
+
+    def fail(self: Gradients) -> float:
+        raise NonFiniteError("the gradient's norm is nan")
+
+    monkeypatch.setattr(Gradients, "update", fail)
+    with pytest.raises(NonFiniteError, match="norm is nan") as caught:
+        case.update(config("loop"))
+    assert caught.value.rows == (2, 5)
