@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .render import SIZE, coverage, signed_distance
@@ -62,89 +61,111 @@ def detect(images: Tensor) -> Components:
     sizes[:, 0] = 0
     found = (sizes / OBJECT_AREA).clamp(max=1.0).sum(1)
     area, label = sizes.topk(MAX_COMPONENTS, dim=1)
-    masks = (labels.unsqueeze(1) == label.view(count, -1, 1, 1)) & (area > 0).view(count, -1, 1, 1)
+
+    # most pictures have fewer components than there is room for: from here on, a row for each one there is
+    picture, place = torch.nonzero(area > 0, as_tuple=True)
+    masks = labels[picture] == label[picture, place].view(-1, 1, 1)
+    contrast = contrast[picture]
 
     # the pixels farthest from the background carry the color, its blurred rim does not
-    weight = masks * contrast.unsqueeze(1) ** 4
-    weight = weight / weight.sum((2, 3), keepdim=True).clamp(min=1e-12)
-    color = torch.einsum("nmhw,nchw->nmc", weight, images)
-    strength = (color - background.view(1, 1, 3)).norm(dim=-1).clamp(min=FOREGROUND)
+    weight = masks * contrast**4
+    weight = weight / weight.sum((1, 2), keepdim=True).clamp(min=1e-12)
+    color = torch.einsum("phw,pchw->pc", weight, images[picture])
+    strength = (color - background.view(1, 3)).norm(dim=-1).clamp(min=FOREGROUND)
 
     # coverage, the rim just outside the mask included
-    reach = F.max_pool2d(masks.float(), 3, 1, 1)
-    alpha = (contrast.unsqueeze(1) / strength[..., None, None]).clamp(max=1.0) * reach
-    silhouette = torch.maximum(alpha, _holes(masks))
+    alpha = (contrast / strength.view(-1, 1, 1)).clamp(max=1.0) * _dilate(masks.float())
+    silhouette = torch.maximum(alpha, _filled(masks).float())
 
-    columns, rows = silhouette.amax(2), silhouette.amax(3)
+    columns, rows = silhouette.amax(1), silhouette.amax(2)
     axis = torch.arange(SIZE) + 0.5
     width, height = columns.sum(-1).clamp(min=1.0), rows.sum(-1).clamp(min=1.0)
     x, y = (columns * axis).sum(-1) / width, (rows * axis).sum(-1) / height
-    dx = axis.view(1, 1, 1, -1) - x[..., None, None]
-    dy = axis.view(1, 1, -1, 1) - y[..., None, None]
-    rx, ry = (width / 2)[..., None, None], (height / 2)[..., None, None]
+    dx = axis.view(1, 1, -1) - x.view(-1, 1, 1)
+    dy = axis.view(1, -1, 1) - y.view(-1, 1, 1)
+    rx, ry = (width / 2).view(-1, 1, 1), (height / 2).view(-1, 1, 1)
 
     overlaps, cores = [], []
+    total = silhouette.sum((1, 2))
     for name in SHAPES:
         fits = []
         for scale in FITS:
             template = coverage(signed_distance(name, dx, dy, rx * scale, ry * scale))
-            common = torch.minimum(template, silhouette).sum((2, 3))
-            fits.append(common / (template.sum((2, 3)) + silhouette.sum((2, 3)) - common))
+            common = torch.minimum(template, silhouette).sum((1, 2))
+            fits.append(common / (template.sum((1, 2)) + total - common))
         overlaps.append(torch.stack(fits).amax(0))
         cores.append(coverage(signed_distance(name, dx, dy, rx, ry) + CORE_DEPTH))
     overlap = torch.stack(overlaps, -1)
-    contest = torch.softmax(overlap / SHAPE_WIDTH, -1)
     shape = (
-        contest
+        torch.softmax(overlap / SHAPE_WIDTH, -1)
         * _ramp(overlap, 0.45, 0.75)
-        * _ramp(torch.minimum(width / height, height / width), 0.4, 0.7)[..., None]
+        * _ramp(torch.minimum(width / height, height / width), 0.4, 0.7).unsqueeze(-1)
     )
 
     palette = torch.tensor(list(COLORS.values()))
-    distance = torch.cdist(color, palette.expand(count, -1, -1))
+    distance = torch.cdist(color, palette)
     contest = torch.softmax(-(distance**2) / (2 * COLOR_WIDTH**2), -1)
     color_match = contest * torch.exp(-((distance - COLOR_WIDTH).clamp(min=0) ** 2) / (2 * COLOR_WIDTH**2))
 
     # inside the likeliest shape: how much is painted, and how unevenly from row to row
-    best = overlap.argmax(-1)[..., None, None, None].expand(-1, -1, 1, SIZE, SIZE)
-    core = torch.stack(cores, 2).gather(2, best).squeeze(2)
-    total = core.sum((2, 3)).clamp(min=1e-6)
-    painted = (alpha * core).sum((2, 3)) / total
-    row_weight = core.sum(3)
-    row = (alpha * core).sum(3) / row_weight.clamp(min=1e-6)
-    uneven = ((row_weight * (row - painted.unsqueeze(-1)) ** 2).sum(-1) / total).sqrt()
+    core = torch.stack(cores, 1)[torch.arange(len(overlap)), overlap.argmax(-1)]
+    room = core.sum((1, 2)).clamp(min=1e-6)
+    painted = (alpha * core).sum((1, 2)) / room
+    row_weight = core.sum(2)
+    row = (alpha * core).sum(2) / row_weight.clamp(min=1e-6)
+    uneven = ((row_weight * (row - painted.unsqueeze(-1)) ** 2).sum(-1) / room).sqrt()
     banded = _ramp(uneven, 0.12, 0.22)
     filled = _ramp(painted, 0.7, 0.9) * (1 - banded)
     outlined = 1 - _ramp(painted, 0.25, 0.5)
     striped = banded * _ramp(painted, 0.2, 0.4) * (1 - _ramp(painted, 0.8, 0.95))
     texture = torch.stack([filled, outlined, striped], -1)
-    return Components(area, color_match, shape, texture, x, y, found)
+
+    def by_picture(values: Tensor) -> Tensor:
+        spread = values.new_zeros(count, MAX_COMPONENTS, *values.shape[1:])
+        spread[picture, place] = values
+        return spread
+
+    return Components(area, *map(by_picture, (color_match, shape, texture, x, y)), found)
+
+
+def _dilate(values: Tensor) -> Tensor:
+    """The maximum over each pixel of ``[..., H, W]`` and its eight neighbors."""
+    for dim in (-1, -2):
+        last = values.shape[dim] - 1
+        grown = values.clone()
+        for here, there in ((0, 1), (1, 0)):
+            part = grown.narrow(dim, here, last)
+            torch.maximum(part, values.narrow(dim, there, last), out=part)
+        values = grown
+    return values
 
 
 def _label(mask: Tensor) -> Tensor:
     """Connected components of ``[N, H, W]`` masks: int64 labels, 0 outside."""
-    labels = torch.arange(1, mask[0].numel() + 1, dtype=torch.float32).view(1, *mask.shape[1:]) * mask
+    labels = torch.arange(1, mask[0].numel() + 1, dtype=torch.int16).view(1, *mask.shape[1:]) * mask
     while True:
-        grown = F.max_pool2d(labels.unsqueeze(1), 3, 1, 1).squeeze(1) * mask
+        grown = _dilate(labels) * mask
         if torch.equal(grown, labels):
             return labels.long()
         labels = grown
 
 
-def _holes(masks: Tensor) -> Tensor:
-    """1 where a pixel is enclosed by its ``[N, M, H, W]`` mask, or part of it."""
-    free = ~masks.flatten(0, 1).unsqueeze(1)
-    outside = torch.zeros_like(free)
-    outside[..., 0, :] = outside[..., -1, :] = outside[..., :, 0] = outside[..., :, -1] = True
-    outside &= free
+def _filled(masks: Tensor) -> Tensor:
+    """True where a pixel is enclosed by its ``[P, H, W]`` mask, or part of it."""
+    # a row of pixels is the bits of one integer
+    bits = 1 << torch.arange(SIZE)
+    free = (~masks * bits).sum(-1)
+    border = torch.full((SIZE,), int(bits[0] | bits[-1]))
+    border[0] = border[-1] = int(bits.sum())
+    outside = free & border
     while True:
         # four neighbors, so that the outside does not leak through a diagonal line
-        spread = outside.float()
-        across = F.max_pool2d(spread, (1, 3), 1, (0, 1))
-        along = F.max_pool2d(spread, (3, 1), 1, (1, 0))
-        grown = (torch.maximum(across, along) > 0) & free
+        grown = outside | outside << 1 | outside >> 1
+        grown[:, 1:] |= outside[:, :-1]
+        grown[:, :-1] |= outside[:, 1:]
+        grown &= free
         if torch.equal(grown, outside):
-            return (~outside).float().view(masks.shape)
+            return (outside.unsqueeze(-1) & bits) == 0
         outside = grown
 
 
