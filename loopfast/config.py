@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -368,8 +368,6 @@ _TAG = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """Resolves plain scalars by the core schema of YAML 1.2."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
 
 class _Dumper(yaml.SafeDumper):
     """Quotes text that either version of YAML would read as something else."""
@@ -377,6 +375,9 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+
+# Without those of PyYAML; of the class's own, so that PyYAML's loader keeps its.
+_Loader.yaml_implicit_resolvers = {}
 
 for _tag, _regexp, _first in _CORE_SCHEMA:
     for _class in (_Loader, _Dumper):

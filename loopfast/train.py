@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import statistics
 import time
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import nvtx
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from loopfast.prompts import Prompt, load_prompts
 from loopfast.reporting import write_report
 from loopfast.rewards import Scores, build_rewards
 from loopfast.rollout import Sampler, automatic_microbatch
-from loopfast.runs import RunFolder, describe_run, peak_memory
+from loopfast.runs import RunFolder, describe_run, peak_memory, writing
 from loopfast.seeds import derive, row_seeds
 from loopfast.tracking import Tracker, read_metrics
 from loopfast.trajectories import Trajectories, shuffled_pairs
@@ -191,7 +193,9 @@ class Trainer:
         assert rewards is not None
         batch, conditioning, owner = self._batch()
         texts = [prompt.text for prompt in batch]
-        surrogate = Surrogate(config.algorithm, rewards, texts, self.statistics, trajectories.latents.device)
+        # joins the history when the iteration is complete, so that one resumed halfway counts its rewards once
+        history = copy.deepcopy(self.statistics)
+        surrogate = Surrogate(config.algorithm, rewards, texts, history, trajectories.latents.device)
         parts = [
             pairs
             for epoch in range(config.train.inner_epochs)
@@ -220,6 +224,7 @@ class Trainer:
                 )
             progress.updates.append(asdict(done))
             self._check_stop()
+        self.statistics = history
         progress.iteration += 1
         progress.pending = {"iteration": progress.iteration, "images": progress.images, **self._summary()}
         progress.metrics, progress.updates, progress.trajectories, progress.rewards = {}, [], None, None
@@ -241,7 +246,8 @@ class Trainer:
                 config.evaluation,
                 between=self._check_stop,
             )
-            grid = result.save(self.folder.path, iteration, progress.images)
+            with writing(self.folder.path):
+                grid = result.save(self.folder.path, iteration, progress.images)
             if grid is not None:
                 self.tracker.image("samples", iteration, grid)
             score = result.reward
@@ -263,9 +269,10 @@ class Trainer:
         """Exports the model, writes the report, and says what came out."""
         path = self.folder.path
         exported = path / ("model" if self.config.model.tune == "full" else "lora")
-        self.sampler.policy.export(exported)
+        with writing(path):
+            self.sampler.policy.export(exported)
+            report = write_report(path)
         evaluated = [line for line in read_metrics(path / "metrics.jsonl") if "eval_reward" in line]
-        report = write_report(path)
         base, final = evaluated[0]["eval_reward"], evaluated[-1]["eval_reward"]
         self.display.finish(
             [
@@ -350,10 +357,12 @@ class Trainer:
 
     def _fail(self, error: LoopfastError, involved: Sequence[tuple[Tensor, str]]) -> NoReturn:
         iteration = self.progress.iteration + (self.progress.pending is None)
-        kept = self.folder.save_failure(
-            iteration, [image for image, _ in involved], [text for _, text in involved]
-        )
-        raise type(error)(f"iteration {iteration}: {error}; images and prompts are in {kept}") from error
+        images, texts = [image for image, _ in involved], [text for _, text in involved]
+        try:
+            kept = f"images and prompts are in {self.folder.save_failure(iteration, images, texts)}"
+        except LoopfastError as unwritten:
+            kept = f"the images could not be kept: {unwritten}"
+        raise type(error)(f"iteration {iteration}: {error}; {kept}") from error
 
     def _check_ratio(self, done: UpdateStatistics) -> None:
         """Before an iteration's first update, the policy is the one that sampled."""
@@ -375,10 +384,11 @@ class Trainer:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Shows a phase and adds its time to the iteration's metrics."""
+        """Shows a phase, here and to Nsight, and adds its time to the iteration's metrics."""
         self.display.phase(name)
         began = time.perf_counter()
-        yield
+        with nvtx.annotate(name, domain="loopfast"):
+            yield
         key = f"seconds_{name}"
         self.progress.metrics[key] = self.progress.metrics.get(key, 0.0) + time.perf_counter() - began
 
