@@ -26,6 +26,10 @@ FOREGROUND = 0.28  # distance from the background's color at which a pixel belon
 COLOR_WIDTH = 0.13  # standard deviation of a color match, in RGB distance
 SHAPE_WIDTH = 0.025  # temperature of the contest between shapes, in overlap
 FITS = (0.92, 1.0, 1.08, 1.16)  # sizes a template is tried at, relative to the component's measured extent
+EXTENT = (
+    18.0,
+    24.0,
+)  # width in pixels from which a shape passes for a painted canvas rather than for an object
 CORE_DEPTH = 3.0  # pixels from the outline at which a texture shows
 OBJECT_AREA = 20.0  # pixels from which a component counts as a whole object
 GAP = (2.0, 6.0)  # pixels between centers at which a relation begins to hold, and holds fully
@@ -100,6 +104,7 @@ def detect(images: Tensor) -> Components:
         torch.softmax(overlap / SHAPE_WIDTH, -1)
         * _ramp(overlap, 0.45, 0.75)
         * _ramp(torch.minimum(width / height, height / width), 0.4, 0.7).unsqueeze(-1)
+        * (1 - _ramp(torch.maximum(width, height), *EXTENT)).unsqueeze(-1)
     )
 
     palette = torch.tensor(list(COLORS.values()))
@@ -125,7 +130,15 @@ def detect(images: Tensor) -> Components:
         spread[picture, place] = values
         return spread
 
-    return Components(area, *map(by_picture, (color_match, shape, texture, x, y)), found)
+    return Components(
+        area,
+        by_picture(color_match),
+        by_picture(shape),
+        by_picture(texture),
+        by_picture(x),
+        by_picture(y),
+        found,
+    )
 
 
 def _dilate(values: Tensor) -> Tensor:
@@ -142,7 +155,8 @@ def _dilate(values: Tensor) -> Tensor:
 
 def _label(mask: Tensor) -> Tensor:
     """Connected components of ``[N, H, W]`` masks: int64 labels, 0 outside."""
-    labels = torch.arange(1, mask[0].numel() + 1, dtype=torch.int16).view(1, *mask.shape[1:]) * mask
+    height, width = mask.shape[1:]
+    labels = torch.arange(1, height * width + 1, dtype=torch.int16).view(1, height, width) * mask
     while True:
         grown = _dilate(labels) * mask
         if torch.equal(grown, labels):
