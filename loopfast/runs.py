@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from loopfast.checkpoints import Checkpoint, CheckpointStore
@@ -60,25 +63,40 @@ class RunFolder:
         """
         checkpoint = None
         if resume is None:
-            if self.checkpoints.paths() or (self.path / "metrics.jsonl").exists():
-                raise ConfigError(
-                    f"{self.path} already holds a run: go on with it (--resume auto), or give this one another name "
-                    f"(--set run.name=...)"
-                )
+            self._require_unused()
         elif resume == "auto":
             checkpoint = self.checkpoints.latest(display.warning)
             if checkpoint is None and self.checkpoints.paths():
                 raise CheckpointError(f"none of the checkpoints in {self.checkpoints.directory} can be used")
         else:
-            checkpoint = self.checkpoints.load(Path(resume))
+            checkpoint = self.checkpoints.load(Path(resume).resolve())
+        origin = checkpoint.path.resolve().parent.parent if checkpoint else self.path.resolve()
         if checkpoint is not None:
-            self._require_same(checkpoint.path.parent.parent / "config.yaml")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(config_to_yaml(self._config), encoding="utf-8")
-        except OSError as error:
-            raise LoopfastError(f"cannot write in {self.path}: {error.strerror or error}") from error
+            self._require_same(origin / "config.yaml")
+        with writing(self.path):
+            if checkpoint is not None and origin != self.path.resolve():
+                self._require_unused()
+                self._continue_record(origin, checkpoint.iteration)
+            write_file(self.path / "config.yaml", config_to_yaml(self._config).encode())
         return checkpoint
+
+    def _require_unused(self) -> None:
+        if self.checkpoints.paths() or (self.path / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"{self.path} already holds a run: go on with it (--resume auto), or give this one another name "
+                f"(--set run.name=...)"
+            )
+
+    def _continue_record(self, origin: Path, iteration: int) -> None:
+        """Copies what another run recorded up to the iteration that this one goes on from."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (origin / "metrics.jsonl").exists():
+            shutil.copy(origin / "metrics.jsonl", self.path)  # the tracker cuts off what came later
+        for name in ("evaluation", "images"):
+            for file in sorted((origin / name).glob("iteration-*")):
+                if int(file.stem.removeprefix("iteration-")) <= iteration:
+                    (self.path / name).mkdir(exist_ok=True)
+                    shutil.copy(file, self.path / name)
 
     def _require_same(self, file: Path) -> None:
         if not file.is_file():
@@ -94,7 +112,8 @@ class RunFolder:
 
     def write_summary(self, facts: Sequence[tuple[str, str]]) -> None:
         """Keeps the header's lines for the report."""
-        (self.path / "summary.json").write_text(json.dumps({"facts": facts}, indent=1), encoding="utf-8")
+        with writing(self.path):
+            write_file(self.path / "summary.json", json.dumps({"facts": facts}, indent=1).encode())
 
     def save_failure(self, iteration: int, images: Sequence[Tensor], prompts: Sequence[str]) -> Path:
         """Keeps the images that a run stopped at, with their prompts.
@@ -106,14 +125,37 @@ class RunFolder:
 
         Returns:
             The folder they are in.
+
+        Raises:
+            LoopfastError: the folder cannot be written.
         """
         folder = self.path / "failures" / f"iteration-{iteration:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
         names = [f"{index:03d}.png" for index in range(len(prompts))]
-        for name, image in zip(names, images, strict=True):
-            save_image(image, folder / name)
-        (folder / "prompts.json").write_text(json.dumps(dict(zip(names, prompts, strict=True)), indent=1))
+        with writing(folder):
+            write_file(
+                folder / "prompts.json", json.dumps(dict(zip(names, prompts, strict=True)), indent=1).encode()
+            )
+            for name, image in zip(names, images, strict=True):
+                save_image(image, folder / name)
         return folder
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes a disk that is full or cannot be written a :class:`LoopfastError` that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise LoopfastError(f"cannot write in {folder}: {reason}") from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file so that it is there whole or not at all, and the folder it is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def save_image(image: Tensor, path: Path) -> None:

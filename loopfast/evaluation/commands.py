@@ -14,13 +14,13 @@ from torch import Tensor
 from loopfast.checkpoints import CheckpointStore
 from loopfast.config import Config, ModelConfig, RolloutConfig, load_config
 from loopfast.console import Display
-from loopfast.errors import CheckpointError, ConfigError, LoopfastError
+from loopfast.errors import CheckpointError, ConfigError
 from loopfast.evaluation.evaluate import evaluate
 from loopfast.policies import Policy, load_policy, load_schedule
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.rewards import Scores, build_rewards
 from loopfast.rollout import Sampler, automatic_microbatch, slices
-from loopfast.runs import save_image
+from loopfast.runs import save_image, writing
 from loopfast.seeds import row_seeds
 
 
@@ -69,8 +69,9 @@ def evaluate_checkpoint(
 
     result = evaluate(sampler, source, score, settings).as_dict()
     if output is not None:
-        _writable(output.parent)
-        output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        with writing(output.parent):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(result, indent=1), encoding="utf-8")
         display.message(f"scores of {len(result['items'])} images written to {output}")
     return result
 
@@ -127,7 +128,8 @@ def sample_images(
     policy = _trained_policy(folder, config, display) if is_run else load_policy(config.model)
     sampler = _sampler(config, policy)
 
-    _writable(output)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     seeds = row_seeds(seed, "sample", 0, list(range(len(prompts))), count)
     owner = torch.arange(len(prompts)).repeat_interleave(count)
     conditioning = policy.encode(list(prompts))
@@ -140,7 +142,8 @@ def sample_images(
             text = prompts[int(owner[index])]
             name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "prompt"
             path = output / f"{int(owner[index]):03d}-{name}-{index % count:02d}.png"
-            save_image(image, path)
+            with writing(output):
+                save_image(image, path)
             paths.append(path)
         display.message(f"{len(paths)}/{len(owner)} images")
     return paths
@@ -184,10 +187,3 @@ def _sampler(config: Config, policy: Policy) -> Sampler:
         config.algorithm.logprob,
         microbatch,
     )
-
-
-def _writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LoopfastError(f"cannot write in {folder}: {error.strerror or error}") from error

@@ -20,6 +20,7 @@ from loopfast.prompts import Prompt
 from loopfast.reporting import image_grid
 from loopfast.rewards import Scores
 from loopfast.rollout import Sampler, slices
+from loopfast.runs import write_file
 from loopfast.seeds import row_seeds
 
 PREVIEW_COLUMNS = 8
@@ -93,7 +94,7 @@ class Evaluation:
             items = [self.items[index] for index in self.preview]
             grid = image_grid(tiles, [i["prompt"] for i in items], [i["reward"] for i in items], columns)
             _write_image(grid, folder / "images" / f"{stem}.png")
-        _write(folder / "evaluation" / f"{stem}.json", json.dumps(record).encode())
+        write_file(folder / "evaluation" / f"{stem}.json", json.dumps(record).encode())
         return grid
 
 
@@ -167,14 +168,7 @@ def _sheet(tiles: Tensor, columns: int) -> Image.Image:
 def _write_image(image: Image.Image, path: Path) -> None:
     file = io.BytesIO()
     image.save(file, format="PNG")
-    _write(path, file.getvalue())
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    write_file(path, file.getvalue())
 
 
 def _mean(values: Any) -> float:

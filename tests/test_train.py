@@ -1,0 +1,593 @@
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+import loopfast.train as training
+from loopfast.algorithms import ALGORITHMS
+from loopfast.config import Config, load_config
+from loopfast.console import Display
+from loopfast.errors import (
+    CheckpointError,
+    ConfigError,
+    LoopfastError,
+    MissingExtraError,
+    NonFiniteError,
+    RewardError,
+)
+from loopfast.interrupts import StopRequest
+from loopfast.policies import load_policy
+from loopfast.policies.sd import StableDiffusionPolicy
+from loopfast.tracking import describe, read_metrics
+from loopfast.update import Surrogate
+
+MakeConfig = Callable[..., Config]
+Weights = dict[str, Tensor]
+
+
+def run(config: Config, resume: str | None = None) -> Path:
+    return training.train(config, resume=resume, display=Display(quiet=True))
+
+
+def weights(folder: Path, iteration: int) -> Weights:
+    return load_file(folder / "checkpoints" / f"iteration-{iteration:06d}" / "policy.safetensors")
+
+
+def initial_weights(config: Config) -> Weights:
+    policy = load_policy(config.model, seed=config.run.seed)
+    return {name: parameter.detach().clone() for name, parameter in policy.trainable().items()}
+
+
+def relative_distance(found: Weights, expected: Weights) -> float:
+    """Of all weights together: a tensor that was zero before training is the noise of its gradient's sign."""
+    assert found.keys() == expected.keys()
+    difference, norm = (
+        torch.cat([part.flatten() for part in parts]).norm()
+        for parts in ([found[name] - expected[name] for name in expected], expected.values())
+    )
+    return float(difference / norm)
+
+
+def same(found: Weights, expected: Weights) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+@contextmanager
+def predictions_in_training(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, what the policy predicts where it is trained is changed; where it samples it is not."""
+    predict = StableDiffusionPolicy.predict
+
+    def changed(self: StableDiffusionPolicy, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, unconditional = predict(self, *args, **kwargs)
+        return change(output) if torch.is_grad_enabled() else output, unconditional
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StableDiffusionPolicy, "predict", changed)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, make_config: MakeConfig) -> Path:
+    return run(make_config(tmp_path_factory.mktemp("runs"), "run.trackers=[tensorboard]"))
+
+
+def test_metrics_have_a_line_per_iteration_and_one_before_training(finished: Path) -> None:
+    lines = read_metrics(finished / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
+    assert [line["images"] for line in lines] == [0, 8, 16, 24]
+    assert ["eval_reward" in line for line in lines] == [True, False, True, True]
+    always = {"iteration", "images", "seconds", "peak_memory_bytes"}
+    trained = {
+        "reward_mean",
+        "reward_std",
+        "group_spread",
+        "reward_jpeg_compressibility",
+        "reward_embedded",
+        "loss",
+        "kl",
+        "clip_fraction",
+        "ratio_max_deviation",
+        "ratio_outside_clip",
+        "logprob_change",
+        "grad_norm",
+        "learning_rate",
+        "seconds_rollout",
+        "seconds_reward",
+        "seconds_replay",
+    }
+    evaluated = {"eval_reward", "eval_jpeg_compressibility", "eval_embedded", "seconds_eval"}
+    for line in lines:
+        expected = always | (trained if line["iteration"] else set())
+        assert set(line) == expected | (evaluated if "eval_reward" in line else set())
+        assert all(describe(name) for name in line)
+        assert all(isinstance(value, int | float) and math.isfinite(value) for value in line.values())
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+    assert lines[1]["reward_mean"] == pytest.approx(lines[1]["reward_jpeg_compressibility"], rel=1e-6)
+    assert lines[1]["peak_memory_bytes"] > 1e8
+
+
+def test_a_finished_run_leaves_everything_a_user_was_promised(finished: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "summary.json", "model/model_index.json"):
+        assert (finished / name).stat().st_size > 0, name
+    assert {path.stem for path in (finished / "images").iterdir()} == {
+        f"iteration-{iteration:06d}" for iteration in (0, 2, 3)
+    }
+    assert list((finished / "tensorboard").glob("events.out.*"))
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir())[-1] == "iteration-000003"
+    assert load_config(finished / "config.yaml").train.iterations == 3
+    assert not (finished / "failures").exists()
+    assert "<html" in (finished / "report.html").read_text("utf-8")
+
+
+def test_evaluations_are_of_the_same_prompts_and_noise(finished: Path) -> None:
+    first, last = (
+        json.loads((finished / "evaluation" / f"iteration-{iteration:06d}.json").read_text("utf-8"))
+        for iteration in (0, 3)
+    )
+    assert (first["iteration"], first["images"], last["iteration"], last["images"]) == (0, 0, 3, 24)
+    assert [(item["prompt"], item["seed"]) for item in first["items"]] == [
+        (item["prompt"], item["seed"]) for item in last["items"]
+    ]
+    assert len({item["seed"] for item in first["items"]}) == len(first["items"]) == 4
+    assert first["reward"] == read_metrics(finished / "metrics.jsonl")[0]["eval_reward"] != last["reward"]
+    assert set(first["by_category"]) == {"color"}
+    with Image.open(finished / "evaluation" / "iteration-000000.png") as sheet:
+        assert sheet.size == (2 * 32, 32)
+
+
+def test_the_export_is_what_was_trained(finished: Path) -> None:
+    exported = load_file(finished / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert same(exported, weights(finished, 3))
+
+
+def test_the_same_configuration_trains_the_same_run(finished: Path, small_config: MakeConfig) -> None:
+    again = run(small_config())
+    assert same(weights(again, 3), weights(finished, 3))
+    other = run(small_config("run.seed=1", "run.name=other", "train.iterations=1"))
+    assert not same(weights(other, 1), weights(finished, 1))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param((), id="plain"),
+        pytest.param(("rollout.guidance_scale=2.0",), id="guidance"),
+        pytest.param(("model.tune=lora", "model.lora.rank=2"), id="lora"),
+        pytest.param(("rollout.microbatch=3", "train.microbatch=3"), id="padding"),
+        pytest.param(
+            ("model.tune=lora", "rollout.guidance_scale=2.0", "rollout.microbatch=5", "train.microbatch=5"),
+            id="all-at-once",
+        ),
+        pytest.param(("algorithm.name=grpo", "algorithm.logprob=mean", "train.steps=1:3"), id="grpo"),
+    ],
+)
+def test_the_ratio_is_one_for_every_pair_before_the_first_update(
+    overrides: tuple[str, ...], small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates: list[list[Tensor]] = []
+
+    class Recorded(Surrogate):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().__call__(*args, **kwargs)
+            updates[-1].append(result.ratio.detach().clone())
+            return result
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        updates.append([])
+        return original(*args, **kwargs)
+
+    original = training.update
+    monkeypatch.setattr(training, "Surrogate", Recorded)
+    monkeypatch.setattr(training, "update", update)
+    config = small_config("train.iterations=2", *overrides)
+    folder = run(config)
+    first, second, third, fourth = (torch.cat(ratios) for ratios in updates)
+    pairs = 8 * (2 if config.train.steps == "1:3" else 4) // 2
+    for ratios in (first, third):
+        assert torch.equal(ratios, torch.ones(pairs))
+    for ratios in (second, fourth):
+        assert not torch.equal(ratios, torch.ones(pairs))
+    assert [line["ratio_max_deviation"] for line in read_metrics(folder / "metrics.jsonl")[1:]] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_trains(name: str, small_config: MakeConfig) -> None:
+    config = small_config("train.iterations=2", f"algorithm.name={name}")
+    before = initial_weights(config)
+    folder = run(config)
+    after = weights(folder, 2)
+    assert not same(after, before)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert all(line["grad_norm"] > 0 for line in lines[1:])
+    assert (lines[-1]["ratio_outside_clip"] == 0) or ALGORITHMS[name].clip_range is not None
+
+
+def test_samples_are_used_for_several_epochs(small_config: MakeConfig) -> None:
+    config = small_config("train.iterations=1", "train.inner_epochs=2", "train.lr_schedule=linear")
+    folder = run(config)
+    [_, line] = read_metrics(folder / "metrics.jsonl")
+    # four updates; the last one has a quarter of the rate left
+    assert line["learning_rate"] == pytest.approx(0.25e-4)
+    assert line["ratio_max_deviation"] == 0.0
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_the_divergence_from_the_model_before_training_is_penalized(
+    tune: str, small_config: MakeConfig
+) -> None:
+    options = ("train.iterations=2", "train.updates_per_iteration=1", f"model.tune={tune}")
+    free = run(small_config(*options, "run.name=free"))
+    held = run(small_config(*options, "run.name=held", "algorithm.kl_weight=0.5"))
+    first, second = read_metrics(held / "metrics.jsonl")[1:]
+    assert first["kl_reference"] == pytest.approx(0.0, abs=1e-7)
+    assert second["kl_reference"] > 1e-6
+    assert "kl_reference" not in read_metrics(free / "metrics.jsonl")[1]
+    # in the first update there is nothing to hold back yet
+    assert relative_distance(weights(held, 1), weights(free, 1)) < 1e-6
+    assert not same(weights(held, 2), weights(free, 2))
+
+
+def test_lora_trains_and_exports_the_adapter_alone(small_config: MakeConfig) -> None:
+    folder = run(small_config("model.tune=lora", "model.lora.rank=2", "train.iterations=1"))
+    trained = weights(folder, 1)
+    assert all("lora_" in name for name in trained)
+    assert all(tensor.abs().max() > 0 for tensor in trained.values())
+    exported = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    assert len(exported) == len(trained)
+    assert not (folder / "model").exists()
+
+
+def test_replay_that_disagrees_with_the_rollout_stops_the_run(small_config: MakeConfig) -> None:
+    config = small_config()
+    with predictions_in_training(lambda output: output + 0.01), pytest.raises(LoopfastError) as caught:
+        run(config)
+    message = str(caught.value)
+    assert message.startswith("iteration 1: before the first update the ratio differs from 1 by up to")
+    assert "rollout.microbatch" in message
+    folder = Path(config.run.directory, "small")
+    assert [line["iteration"] for line in read_metrics(folder / "metrics.jsonl")] == [0]
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("check", ["warn", "off"])
+def test_the_on_policy_check_can_be_weakened(check: str, small_config: MakeConfig) -> None:
+    warnings = io.StringIO()
+    display = Display(quiet=True, errors=Console(file=warnings, width=400))
+    config = small_config("train.iterations=1", f"train.on_policy_check={check}")
+    with predictions_in_training(lambda output: output + 0.01):
+        folder = training.train(config, display=display)
+    assert read_metrics(folder / "metrics.jsonl")[1]["ratio_max_deviation"] > 1e-3
+    if check == "warn":
+        assert warnings.getvalue().startswith(
+            "warning: iteration 1: before the first update the ratio differs"
+        )
+    else:
+        assert warnings.getvalue() == ""
+
+
+def test_a_loss_that_is_not_finite_is_explained_and_changes_nothing(
+    small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count()
+    trainers = []
+
+    class Kept(training.Trainer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            trainers.append(self)
+
+    def spoil(output: Tensor) -> Tensor:
+        # the second call of the second iteration's training, that is, its second update
+        if next(calls) != 3:
+            return output
+        return torch.cat([output[:1] * math.nan, output[1:]])
+
+    monkeypatch.setattr(training, "Trainer", Kept)
+    config = small_config("train.microbatch=16", "rollout.microbatch=16")
+    snapshots = []
+    original = training.update
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        parameters = trainers[0].sampler.policy.trainable()
+        snapshots.append({name: value.detach().clone() for name, value in parameters.items()})
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(training, "update", update)
+    with predictions_in_training(spoil), pytest.raises(NonFiniteError) as caught:
+        run(config)
+    folder = Path(config.run.directory, "small")
+    failures = folder / "failures" / "iteration-000002"
+    assert str(caught.value) == (f"iteration 2: the loss is not finite; images and prompts are in {failures}")
+    [(image, prompt)] = json.loads((failures / "prompts.json").read_text("utf-8")).items()
+    assert Image.open(failures / image).size == (32, 32)
+    assert prompt in {p.text for p in trainers[0].prompts}
+    assert len(snapshots) == 4
+    assert same(dict(trainers[0].sampler.policy.trainable()), snapshots[-1])
+    assert [line["iteration"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 1]
+    # what went wrong is over: the run goes on from its last checkpoint
+    resumed = run(config, "auto")
+    assert read_metrics(resumed / "metrics.jsonl")[-1]["iteration"] == 3
+
+
+REWARD = """\
+import torch
+
+calls = 0
+
+def reward(images, prompts, metadata, fail_at, how):
+    global calls
+    calls += 1
+    assert images.shape == (len(prompts), 3, 32, 32) and images.dtype == torch.float32
+    assert 0 <= images.min() and images.max() <= 1
+    assert all(entry["category"] == "color" for entry in metadata)
+    values = images.mean((1, 2, 3))
+    if calls == fail_at:
+        if how == "raises":
+            raise ZeroDivisionError("no luck")
+        if how == "length":
+            return values[1:]
+        if how == "type":
+            return "good"
+        values[2] = float(how)
+    return values
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Writes a module of the user's into the current folder, and returns its name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(text: str) -> str:
+        name = f"user_module_{tmp_path.name}".replace("-", "_")
+        (tmp_path / f"{name}.py").write_text(text)
+        return name
+
+    return write
+
+
+def test_the_microbatch_changes_no_result(
+    small_config: MakeConfig, user_module: Callable[[str], str]
+) -> None:
+    # smooth, unlike the size of a file, which a rounding in a pixel changes by a whole byte
+    module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    options = (f"reward=[{{name: '{module}:reward'}}]", "train.iterations=1", "rollout.guidance_scale=2.0")
+    whole = weights(run(small_config(*options)), 1)
+    for rollout, replay in ((3, 3), (8, 2), (1, 5)):
+        sizes = (f"rollout.microbatch={rollout}", f"train.microbatch={replay}")
+        parts = weights(run(small_config(*options, *sizes, f"run.name=parts-{rollout}-{replay}")), 1)
+        assert relative_distance(parts, whole) < 1e-5, (rollout, replay)
+
+
+@pytest.mark.parametrize("fail_at", [1, 3])
+@pytest.mark.parametrize(
+    ("how", "said", "images"),
+    [
+        ("raises", "raised ZeroDivisionError: no luck", None),
+        ("length", "value(s) for ", None),
+        ("type", "returned str 'good'", None),
+        ("nan", "is not finite for 1 of ", 1),
+        ("-inf", "is not finite for 1 of ", 1),
+    ],
+)
+def test_a_reward_that_fails_is_reported(
+    how: str,
+    said: str,
+    images: int | None,
+    fail_at: int,
+    small_config: MakeConfig,
+    user_module: Callable[[str], str],
+) -> None:
+    reward = f"{user_module(REWARD)}:reward"
+    options = f"{{fail_at: {fail_at}, how: '{how}'}}"
+    config = small_config(f"reward=[{{name: '{reward}', options: {options}}}]")
+    with pytest.raises(RewardError) as caught:
+        run(config)
+    # the first call scores the evaluation before training, the third the second iteration
+    iteration, batch = {1: (0, 4), 3: (2, 8)}[fail_at]
+    message = str(caught.value)
+    folder = Path(config.run.directory, "small")
+    failures = folder / "failures" / f"iteration-{iteration:06d}"
+    assert message.startswith(f"iteration {iteration}: reward {reward!r} ")
+    assert said in message
+    assert message.endswith(f"; images and prompts are in {failures}")
+    kept = json.loads((failures / "prompts.json").read_text("utf-8"))
+    assert len(kept) == (images or batch)
+    assert next(iter(kept.values())) in message
+    for name in kept:
+        with Image.open(failures / name) as image:
+            assert image.size == (32, 32)
+    recorded = [line["iteration"] for line in read_metrics(folder / "metrics.jsonl")]
+    assert recorded == ([] if iteration == 0 else [0, 1])
+
+
+def test_a_failure_is_told_although_its_images_cannot_be_kept(
+    small_config: MakeConfig, user_module: Callable[[str], str]
+) -> None:
+    reward = f"{user_module(REWARD)}:reward"
+    config = small_config(f"reward=[{{name: '{reward}', options: {{fail_at: 1, how: raises}}}}]")
+    failures = Path(config.run.directory, "small", "failures")
+    failures.parent.mkdir(parents=True)
+    failures.write_text("in the way")
+    with pytest.raises(RewardError, match=r"no luck .* the images could not be kept: cannot write in"):
+        run(config)
+
+
+def test_a_users_reward_and_prompts_train(
+    small_config: MakeConfig, user_module: Callable[[str], str]
+) -> None:
+    module = user_module(
+        "from loopfast.prompts import Prompt\n"
+        "def reward(images, prompts, metadata, weight):\n"
+        "    return [weight * float(i.mean()) + m.get('bonus', 0) for i, m in zip(images, metadata)]\n"
+        "def prompts():\n"
+        "    return ['a red circle', Prompt('a blue star', {'bonus': 7.0})]\n"
+    )
+    folder = run(
+        small_config(
+            f"reward=[{{name: '{module}:reward', options: {{weight: 2.0}}}}]",
+            f"prompts.source={module}:prompts",
+            "train.iterations=1",
+        )
+    )
+    lines = read_metrics(folder / "metrics.jsonl")
+    # more prompts an iteration than there are: each is drawn twice, so half of the images have the bonus
+    assert 3.5 < lines[1]["reward_mean"] < 5.5
+    assert lines[1]["reward_std"] == pytest.approx(3.5, abs=0.5)
+    assert lines[1][f"reward_{module}:reward"] == pytest.approx(lines[1]["reward_mean"])
+    assert (folder / "report.html").exists()
+
+
+def test_prompts_are_drawn_without_repeating_any_before_all_had_their_turn(
+    small_config: MakeConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\na green cross\n")
+    config = small_config(f"prompts.source={tmp_path / 'prompts.txt'}", "rollout.prompts_per_iteration=7")
+    with StopRequest() as stop:
+        trainer = training.Trainer(config, None, Display(quiet=True), stop)
+    batches = []
+    for trainer.progress.iteration in range(6):
+        batch, conditioning, owner = trainer._batch()
+        texts = [prompt.text for prompt in batch]
+        assert sorted(texts[:3]) == sorted(texts[3:6]) == sorted(p.text for p in trainer.prompts)
+        assert owner.tolist() == [index for index in range(7) for _ in range(2)]
+        assert len(conditioning["encoder_hidden_states"]) == 7
+        batches.append(tuple(texts))
+    assert len(set(batches)) > 1
+
+
+def test_starting_over_an_existing_run_is_refused(finished: Path, make_config: MakeConfig) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"already holds a run: go on with it \(--resume auto\)"):
+        run(make_config(finished.parent, "run.trackers=[tensorboard]"))
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_may_be_given_more_iterations(small_config: MakeConfig, finished: Path) -> None:
+    config = small_config("train.iterations=1")
+    run(config)
+    folder = run(small_config("checkpoint.keep=5"), "auto")
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
+    assert same(weights(folder, 3), weights(finished, 3))
+    assert yaml.safe_load((folder / "config.yaml").read_text("utf-8"))["train"]["iterations"] == 3
+
+
+def test_resuming_a_finished_run_writes_what_may_be_missing(small_config: MakeConfig) -> None:
+    config = small_config("train.iterations=1")
+    folder = run(config)
+    before = (folder / "metrics.jsonl").read_text("utf-8")
+    (folder / "report.html").unlink()
+    run(config, "auto")
+    assert (folder / "report.html").exists()
+    assert (folder / "metrics.jsonl").read_text("utf-8") == before
+
+
+@pytest.mark.parametrize("resume", ["auto", "path"])
+def test_resuming_with_another_configuration_names_what_changed(
+    resume: str, finished: Path, make_config: MakeConfig
+) -> None:
+    config = make_config(finished.parent, "train.learning_rate=3e-4", "algorithm.samples_per_prompt=4")
+    where = "auto" if resume == "auto" else str(finished / "checkpoints" / "iteration-000002")
+    with pytest.raises(ConfigError, match="cannot resume") as caught:
+        run(config, where)
+    message = str(caught.value)
+    assert "algorithm.samples_per_prompt (was 2, is 4)" in message
+    assert "train.learning_rate (was 0.0001, is 0.0003)" in message
+    assert message.count("(was") == 2
+    assert load_config(finished / "config.yaml").algorithm.samples_per_prompt == 2
+
+
+def test_a_run_may_branch_off_another(finished: Path, small_config: MakeConfig) -> None:
+    origin = finished / "checkpoints" / "iteration-000002"
+    config = small_config("run.name=branch")
+    folder = run(config, str(origin))
+    assert same(weights(folder, 3), weights(finished, 3))
+    lines, theirs = (read_metrics(path / "metrics.jsonl") for path in (folder, finished))
+    assert lines[:3] == theirs[:3]
+    assert lines[3]["eval_reward"] == theirs[3]["eval_reward"]
+    assert {path.name for path in (folder / "evaluation").iterdir()} == {
+        path.name for path in (finished / "evaluation").iterdir()
+    }
+    with pytest.raises(ConfigError, match="branch already holds a run"):
+        run(config, str(origin))
+
+
+def test_resuming_from_nowhere_is_refused(small_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        run(small_config(), str(tmp_path / "nowhere"))
+    assert not (tmp_path / "small").exists()
+
+
+def test_auto_without_a_checkpoint_starts_a_run(small_config: MakeConfig) -> None:
+    folder = run(small_config("train.iterations=1"), "auto")
+    assert read_metrics(folder / "metrics.jsonl")[-1]["iteration"] == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("model.pretrained=./nowhere/at/all", "cannot find a diffusers pipeline"),
+        ("model.device=cuda:77", "cuda:77 is not there"),
+        ("model={pretrained: MODEL, tune: lora, lora: {targets: [nothing]}}", "model.lora.targets"),
+        ("rollout.noise_level=0.5", "rollout.noise_level belongs to flow-matching models"),
+        ("prompts.source=embedded:cats", "no category 'cats'"),
+        ("evaluation.prompts=nowhere.txt", "no such file"),
+        ("reward.0.name=beauty", "no reward 'beauty'"),
+    ],
+)
+def test_a_configuration_that_cannot_run_leaves_nothing_behind(
+    override: str, reason: str, small_config: MakeConfig, pipeline_folder: Path
+) -> None:
+    config = small_config(override.replace("MODEL", str(pipeline_folder)))
+    with pytest.raises(ConfigError, match=reason):
+        run(config)
+    # so the next try, with the same name, is a new run
+    run(small_config("train.iterations=1"))
+
+
+def test_a_tracker_that_is_not_installed_names_its_extra(
+    small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'loopfast\[wandb\]'"):
+        run(small_config("run.trackers=[wandb]"))
+
+
+def test_the_display_tells_the_whole_story(small_config: MakeConfig) -> None:
+    shown = io.StringIO()
+    with Display(console=Console(file=shown, width=200)) as display:
+        folder = training.train(small_config("train.iterations=2", "train.steps=0:2"), display=display)
+    text = shown.getvalue()
+    for expected in (
+        "loopfast train",
+        "UNet:",
+        "loop, K = 2",
+        "8 images, 2 updates of 8 pairs",
+        "2 of 4 trained, not 2, 3",
+        "1 x jpeg_compressibility, 0 x embedded",
+        "iteration 1/2  reward ",
+        "base reward",
+        "final reward",
+        str(folder / "report.html"),
+        str(folder / "model"),
+    ):
+        assert expected in text
