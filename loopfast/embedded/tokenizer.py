@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .world import COLORS, NUMBERS, SHAPES, TEXTURES
+from .world import COLORS, NUMBERS, SHAPES, TEXTURES, plural
 
 MAX_LENGTH = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -16,7 +16,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def words() -> list[str]:
     """Every word a caption can contain."""
-    plurals = [shape + ("es" if shape == "cross" else "s") for shape in SHAPES]
+    plurals = [plural(shape) for shape in SHAPES]
     joints = ["a", "an", "and", "left", "right", "of", "above", "below"]
     return [*COLORS, *SHAPES, *plurals, *TEXTURES, *NUMBERS, *joints]
 

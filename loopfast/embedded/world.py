@@ -58,6 +58,11 @@ class Item:
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def plural(shape: str) -> str:
+    """The name of several shapes of a kind."""
+    return shape + ("es" if shape == "cross" else "s")
+
+
 @dataclass(frozen=True)
 class Caption:
     """What a prompt asks for: ``items`` in the order named, ``count`` copies of a single item, a ``relation``."""
@@ -73,8 +78,7 @@ class Caption:
         if self.count > 1:
             number = next(word for word, n in NUMBERS.items() if n == self.count)
             item = self.items[0]
-            plural = item.shape + ("es" if item.shape == "cross" else "s")
-            return f"{number} {item.color} {plural}"
+            return f"{number} {item.color} {plural(item.shape)}"
         if len(self.items) == 1:
             return self.items[0].phrase()
         return f"{self.items[0].phrase()} {self.relation or 'and'} {self.items[1].phrase()}"
@@ -180,12 +184,9 @@ def parse(text: str) -> Caption:
     try:
         first, _, rest = words.partition(" ")
         if first in NUMBERS:
-            color, plural = rest.split(" ")
-            shape = plural.removesuffix("es") if plural == "crosses" else plural.removesuffix("s")
-            item = _item([color, shape])
-            if item.shape == plural:
-                raise KeyError(plural)
-            return Caption("numeracy", (item,), count=NUMBERS[first])
+            color, shapes = rest.split(" ")
+            shape = {plural(shape): shape for shape in SHAPES}[shapes]
+            return Caption("numeracy", (_item([color, shape]),), count=NUMBERS[first])
         for joint in ("and", *RELATIONS):
             left, found, right = words.partition(f" {joint} ")
             if found:
@@ -210,7 +211,7 @@ def _item(words: list[str]) -> Item:
 
 def _phrase(text: str) -> Item:
     article, *words = text.split(" ")
-    if article not in ("a", "an"):
+    if article not in ("a", "an") or not words:
         raise KeyError(article)
     return _item(words)
 
