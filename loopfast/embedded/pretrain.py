@@ -28,6 +28,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from loopfast.policies.portable import save_portable
+
 from . import world
 from .detector import exact, score
 from .render import place, render
@@ -305,18 +307,19 @@ def base_scores(pipeline: StableDiffusionPipeline, count: int, seed: int) -> dic
 
 
 def save(pipeline: StableDiffusionPipeline, directory: Path) -> None:
-    """Writes the pipeline in half precision, with tokenizer files that transformers 4 and 5 both read."""
+    """Writes the pipeline in half precision, such that transformers 4 and 5 both read it."""
     half = copy.deepcopy({name: getattr(pipeline, name) for name in ("vae", "text_encoder", "unet")})
     for module in half.values():
         module.half()
-    StableDiffusionPipeline(
+    shipped = StableDiffusionPipeline(
         **half,
         tokenizer=pipeline.tokenizer,
         scheduler=pipeline.scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(directory)
+    )
+    save_portable(shipped, directory)
     for file in (directory / "tokenizer").iterdir():
         file.unlink()
     write_tokenizer(directory / "tokenizer")

@@ -18,6 +18,7 @@ from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
 from loopfast.policies.base import Conditioning, Policy
 from loopfast.policies.loading import first_line, locate, torch_device
+from loopfast.policies.portable import save_portable
 from loopfast.seeds import derive
 
 ADAPTER = "loopfast"
@@ -164,7 +165,7 @@ class StableDiffusionPolicy(Policy):
     @override
     def export(self, directory: Path) -> None:
         if self._config.tune == "full":
-            self.pipeline.save_pretrained(directory)
+            save_portable(self.pipeline, directory)
             return
         StableDiffusionPipeline.save_lora_weights(
             directory, unet_lora_layers=get_peft_model_state_dict(self._unet, adapter_name=ADAPTER)
