@@ -168,5 +168,8 @@ class StableDiffusionPolicy(Policy):
             save_portable(self.pipeline, directory)
             return
         StableDiffusionPipeline.save_lora_weights(
-            directory, unet_lora_layers=get_peft_model_state_dict(self._unet, adapter_name=ADAPTER)
+            directory,
+            unet_lora_layers=get_peft_model_state_dict(self._unet, adapter_name=ADAPTER),
+            # without it, diffusers takes alpha to be the rank
+            unet_lora_adapter_metadata=self._unet.peft_config[ADAPTER].to_dict(),
         )

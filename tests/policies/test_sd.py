@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loopfast.config import ModelConfig
+from loopfast.policies import Policy, load_policy
+from loopfast.rollout import Sampler, initial_latents
+from loopfast.schedules import transition_schedule
+
+PROMPTS = ["a red circle and a blue square", "three green triangles", "an outlined cyan circle"]
+TUNES = ["full", "lora"]
+
+
+def make(folder: Path, tune: str, *, seed: int = 0, keep_reference: bool = True, **options: Any) -> Policy:
+    config = ModelConfig(
+        pretrained=str(folder), device="cpu", tune=tune, lora={"rank": 4, "alpha": 8}, **options
+    )
+    return load_policy(config, seed=seed, keep_reference=keep_reference)
+
+
+def inputs(policy: Policy) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    sample = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    return sample.to(policy.dtype), torch.tensor([901, 401, 1]), policy.encode(PROMPTS)
+
+
+@torch.no_grad()
+def disturb(policy: Policy) -> None:
+    """Stands for training."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.trainable().values():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+@torch.no_grad()
+def outputs(policy: Policy) -> Tensor:
+    return policy.predict(*inputs(policy))[0]
+
+
+@pytest.mark.parametrize("tune", TUNES)
+@torch.no_grad()
+def test_guidance_is_one_call_that_equals_two(pipeline_folder: Path, tune: str) -> None:
+    policy: Any = make(pipeline_folder, tune)
+    disturb(policy)
+    sample, timestep, text = inputs(policy)
+    empty = policy.encode([""] * 3)
+    calls = []
+    policy.pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    conditional, unconditional = policy.predict(sample, timestep, text, 3.0)
+    assert len(calls) == 1
+    torch.testing.assert_close(conditional, policy.predict(sample, timestep, text)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(unconditional, policy.predict(sample, timestep, empty)[0], atol=1e-5, rtol=0)
+    assert (conditional - unconditional).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_rows_have_their_own_timesteps_and_prompts(pipeline_folder: Path) -> None:
+    policy = make(pipeline_folder, "full")
+    sample, timestep, text = inputs(policy)
+    together, nothing = policy.predict(sample, timestep, text)
+    assert nothing is None
+    for row in range(3):
+        alone = policy.predict(
+            sample[row : row + 1],
+            timestep[row : row + 1],
+            {name: value[row : row + 1] for name, value in text.items()},
+        )[0]
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_starts_as_the_base(pipeline_folder: Path) -> None:
+    full, lora = make(pipeline_folder, "full"), make(pipeline_folder, "lora")
+    assert torch.equal(outputs(full), outputs(lora))
+
+
+def test_the_seed_decides_the_adapter(pipeline_folder: Path) -> None:
+    state = torch.get_rng_state()
+    first, again, other = (make(pipeline_folder, "lora", seed=seed).trainable() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.keys() == again.keys() == other.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_what_is_trained(pipeline_folder: Path) -> None:
+    full: Any = make(pipeline_folder, "full")
+    lora: Any = make(pipeline_folder, "lora")
+    assert full.trainable().keys() == dict(full.pipeline.unet.named_parameters()).keys()
+    assert lora.trainable()
+    assert all("lora_" in name for name in lora.trainable())
+    for policy in (full, lora):
+        for frozen in (policy.pipeline.vae, policy.pipeline.text_encoder):
+            assert not any(parameter.requires_grad for parameter in frozen.parameters())
+        policy.predict(*inputs(policy))[0].square().mean().backward()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in policy.trainable().values())
+    assert "UNet" in full.describe()
+    assert "LoRA rank 4" in lora.describe()
+    assert str(pipeline_folder) in lora.describe()
+
+
+def test_lora_targets_choose_the_modules(pipeline_folder: Path) -> None:
+    config = ModelConfig(
+        pretrained=str(pipeline_folder), device="cpu", tune="lora", lora={"targets": ["to_q"]}
+    )
+    names = load_policy(config).trainable()
+    assert names
+    assert all(".to_q." in name for name in names)
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_the_reference_is_the_model_before_training(pipeline_folder: Path, tune: str) -> None:
+    policy = make(pipeline_folder, tune)
+    before = outputs(policy)
+    disturb(policy)
+    trained = outputs(policy)
+    assert (trained - before).abs().max() > 1e-3
+    with policy.reference():
+        assert torch.equal(outputs(policy), before)
+    assert torch.equal(outputs(policy), trained)
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_the_policy_is_back_after_an_error(pipeline_folder: Path, tune: str) -> None:
+    policy = make(pipeline_folder, tune)
+    disturb(policy)
+    trained = outputs(policy)
+    trainable = list(policy.trainable())
+
+    def fail() -> None:
+        with policy.reference():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert torch.equal(outputs(policy), trained)
+    assert list(policy.trainable()) == trainable
+
+
+def test_a_reference_that_was_not_kept(pipeline_folder: Path) -> None:
+    policy = make(pipeline_folder, "full", keep_reference=False)
+    with pytest.raises(RuntimeError, match="keep_reference=False"), policy.reference():
+        pass
+
+
+@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(pipeline_folder: Path, tune: str, dtype: str) -> None:
+    exact = outputs(make(pipeline_folder, tune))
+    policy = make(pipeline_folder, tune, dtype=dtype)
+    assert policy.dtype == getattr(torch, dtype)
+    assert {parameter.dtype for parameter in policy.trainable().values()} == {torch.float32}
+    found = outputs(policy)
+    assert found.dtype == policy.dtype
+    torch.testing.assert_close(found.float(), exact, atol=0.06 if dtype == "bfloat16" else 0.01, rtol=0)
+    with policy.reference():
+        assert torch.equal(outputs(policy), found)
+    conditional, unconditional = policy.predict(*inputs(policy), 3.0)
+    assert unconditional is not None
+    assert conditional.dtype == unconditional.dtype == policy.dtype
+    conditional.float().square().mean().backward()
+    grads = [p.grad for p in policy.trainable().values() if p.grad is not None]
+    assert grads
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
+    images = policy.decode(inputs(policy)[0])
+    assert images.dtype == torch.float32
+    assert images.shape == (3, 3, 32, 32)
+
+
+def test_images_are_in_range(pipeline_folder: Path) -> None:
+    policy = make(pipeline_folder, "full")
+    images = policy.decode(50 * torch.randn(4, *policy.latent_shape))
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert not images.requires_grad
+
+
+def test_long_prompts_are_cut(pipeline_folder: Path) -> None:
+    policy = make(pipeline_folder, "full")
+    long = policy.encode(["a red circle and " * 20, "a"])["encoder_hidden_states"]
+    assert long.shape == (2, 16, 64)
+
+
+# ---- what is exported
+
+
+SAMPLE = """
+import sys
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+base, adapter, given, result = sys.argv[1:]
+pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+pipeline.set_progress_bar_config(disable=True)
+if adapter:
+    pipeline.load_lora_weights(adapter)
+assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+images = pipeline(
+    PROMPTS, latents=load_file(given)["latents"], num_inference_steps=4, guidance_scale=2.0, eta=0.0, output_type="pt"
+).images
+save_file({"images": images.contiguous()}, result)
+assert not {name.split(".")[0] for name in sys.modules} & {"loopfast", "loopfast_kernels"}
+"""
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_plain_diffusers_opens_what_is_exported(pipeline_folder: Path, tmp_path: Path, tune: str) -> None:
+    policy = make(pipeline_folder, tune)
+    disturb(policy)
+    exported = tmp_path / "exported"
+    policy.export(exported)
+
+    schedule = transition_schedule(policy.scheduler, 4, eta=0.0)
+    sampler = Sampler(policy, schedule, guidance_scale=2.0, reduction="mean", microbatch=3)
+    seeds = torch.arange(3)
+    ours = sampler.decode(sampler.sample(policy.encode(PROMPTS), seeds, seeds).final)
+
+    given, result = tmp_path / "given.safetensors", tmp_path / "result.safetensors"
+    save_file({"latents": initial_latents(policy, seeds)}, given)
+    base, adapter = (exported, "") if tune == "full" else (pipeline_folder, exported)
+    script = SAMPLE.replace("PROMPTS", repr(PROMPTS))
+    # -I: neither the current folder nor PYTHONPATH, where loopfast might be found
+    command = [sys.executable, "-I", "-c", script, str(base), str(adapter), str(given), str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = load_file(result)["images"]
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+
+    untrained = make(pipeline_folder, tune)
+    base_images = Sampler(untrained, schedule, 2.0, "mean", 3)
+    before = base_images.decode(base_images.sample(untrained.encode(PROMPTS), seeds, seeds).final)
+    assert (theirs - before).abs().max() > 1e-3
+
+
+def test_an_exported_pipeline_is_read_by_transformers_4(pipeline_folder: Path, tmp_path: Path) -> None:
+    """By the names it looks for: of the text encoder's weights and of the tokenizer's files."""
+    policy: Any = make(pipeline_folder, "full")
+    policy.export(tmp_path)
+    names = load_file(tmp_path / "text_encoder" / "model.safetensors").keys()
+    assert all(name.startswith("text_model.") for name in names)
+    given, written = pipeline_folder / "tokenizer", tmp_path / "tokenizer"
+    assert json.loads((written / "vocab.json").read_text()) == json.loads((given / "vocab.json").read_text())
+    assert (written / "merges.txt").read_text() == (given / "merges.txt").read_text()
+    again = load_policy(ModelConfig(pretrained=str(tmp_path), device="cpu"))
+    for ours, theirs in zip(policy.encode(PROMPTS).values(), again.encode(PROMPTS).values(), strict=True):
+        assert torch.equal(ours, theirs)
