@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loopfast.train as training
+from loopfast.config import Config, config_to_yaml
+from loopfast.console import Display
+from loopfast.errors import CheckpointError, Interrupted, LoopfastError
+from loopfast.rollout import Sampler
+from loopfast.tracking import read_metrics
+
+MakeConfig = Callable[..., Config]
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+# Of two equal runs these differ.
+MEASURED = {
+    "seconds",
+    "seconds_rollout",
+    "seconds_reward",
+    "seconds_replay",
+    "seconds_eval",
+    "peak_memory_bytes",
+}
+
+# Killed and resumed: PPO, whose running statistics have to survive too, and a course of the learning rate.
+LONG = (
+    "algorithm.name=ppo",
+    "train.iterations=20",
+    "train.lr_schedule=cosine",
+    "train.warmup_updates=4",
+    "evaluation.every=4",
+    "checkpoint.every=1",
+    "reward=[{name: jpeg_compressibility}]",
+)
+
+
+def run(config: Config, resume: str | None = None, display: Display | None = None) -> Path:
+    return training.train(config, resume=resume, display=display or Display(quiet=True))
+
+
+def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict[str, Any]], list[Any]]:
+    """All that should be the same, bit for bit: weights and optimizer, metrics, evaluations."""
+    last = sorted((folder / "checkpoints").iterdir())[-1]
+    tensors = {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+    lines = [
+        {name: value for name, value in line.items() if name not in MEASURED}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
+    evaluations = [
+        json.loads(path.read_text("utf-8"))
+        for path in sorted((folder / "evaluation").glob("iteration-*.json"))
+    ]
+    return {"": last.name.encode(), **tensors}, lines, evaluations
+
+
+class Signals(Display):
+    """Sends this process a signal when a phase is entered for the nth time."""
+
+    def __init__(self, number: int, phase: str, times: int) -> None:
+        super().__init__(quiet=True)
+        self._number, self._awaited, self._left = number, phase, times
+
+    def phase(self, name: str) -> None:
+        super().phase(name)
+        self._left -= name == self._awaited
+        if name == self._awaited and self._left == 0:
+            os.kill(os.getpid(), self._number)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, make_config: MakeConfig) -> Path:
+    return run(make_config(tmp_path_factory.mktemp("unbroken"), "algorithm.name=ppo"))
+
+
+class Launcher:
+    """Runs the command line in processes of its own, without importing everything anew for each of them."""
+
+    PROGRAM = """\
+import json, os, sys
+import loopfast.cli, loopfast.train
+from loopfast.__main__ import main
+from loopfast.config import ModelConfig
+from loopfast.policies import load_policy
+
+loopfast.cli._quiet_libraries()
+load_policy(ModelConfig(pretrained=sys.argv[1]))
+for line in sys.stdin:
+    order = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        for number, path in enumerate(order["files"], start=1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        exec(order["before"])
+        code = main(order["arguments"])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+    def __init__(self, folder: Path, pipeline: Path) -> None:
+        self._files = [folder / "stdout", folder / "stderr"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.PROGRAM, str(pipeline)],
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, config: Config, *options: str, before: str = "", until: str) -> int:
+        """Starts ``loopfast train`` in a process where the program ``before`` has run.
+
+        Returns its id once its output, which is only written to a file, contains the text ``until``.
+        """
+        assert self._process.stdin is not None
+        for file in self._files:
+            file.unlink(missing_ok=True)
+        order = {
+            "arguments": ["train", "--config", str(written(config)), *options],
+            "files": [str(file) for file in self._files],
+            "before": before,
+        }
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        pid = self._answer()
+        while until and until not in (self._files[0].read_text() if self._files[0].exists() else ""):
+            # a child that is not reaped yet still exists, so this cannot be another process
+            assert Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z", self._files[1].read_text()
+            time.sleep(0.01)
+        return pid
+
+    def wait(self) -> tuple[int, str]:
+        """The exit code of the process, and what it wrote to stderr."""
+        return self._answer(), self._files[1].read_text()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> int:
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> Iterator[Launcher]:
+    made = Launcher(tmp_path_factory.mktemp("launcher"), pipeline_folder)
+    yield made
+    made.close()
+
+
+def written(config: Config) -> Path:
+    file = Path(config.run.directory) / f"{config.run.name}.yaml"
+    file.write_text(config_to_yaml(config), encoding="utf-8")
+    return file
+
+
+def test_ten_kills_at_random_moments_change_nothing(
+    tmp_path: Path, make_config: MakeConfig, launcher: Launcher
+) -> None:
+    whole = make_config(tmp_path, "run.name=unbroken", *LONG)
+    began = time.monotonic()
+    expected = outcome(run(whole))
+    # so that the run cannot be over before the last kill, however little of it the kills cost
+    longest = (time.monotonic() - began) / 12
+    delays = [random.uniform(0.0, longest) for _ in range(10)]
+    config = make_config(tmp_path, "run.name=killed", *LONG)
+    for delay in delays:
+        pid = launcher.start(config, "--resume", "auto", until="loopfast train\n")
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+        assert launcher.wait() == (-signal.SIGKILL, ""), delays
+    command = [
+        sys.executable,
+        "-m",
+        "loopfast",
+        "train",
+        "--config",
+        str(written(config)),
+        "--resume",
+        "auto",
+    ]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), delays
+    folder = tmp_path / "killed"
+    assert outcome(folder) == expected, delays
+    # nothing unfinished is left lying about
+    assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "phase", "times", "saved"),
+    [
+        (signal.SIGINT, 130, "evaluation", 1, "iteration-000000"),
+        (signal.SIGINT, 130, "rollout", 1, "iteration-000000"),
+        (signal.SIGTERM, 143, "rollout", 2, "iteration-000001"),
+        (signal.SIGTERM, 143, "reward", 2, "iteration-000001-update-1"),
+        (signal.SIGINT, 130, "replay", 3, "iteration-000001-update-1"),
+        (signal.SIGTERM, 143, "replay", 4, "iteration-000001-update-2"),
+        (signal.SIGINT, 130, "evaluation", 2, "iteration-000002"),
+        (signal.SIGTERM, 143, "evaluation", 3, "iteration-000003"),
+    ],
+)
+def test_a_signal_saves_and_the_run_goes_on(
+    number: int, code: int, phase: str, times: int, saved: str, unbroken: Path, small_config: MakeConfig
+) -> None:
+    config = small_config("algorithm.name=ppo", "checkpoint.every=50")
+    folder = Path(config.run.directory, config.run.name)
+    with pytest.raises(Interrupted) as caught:
+        run(config, display=Signals(number, phase, times))
+    assert caught.value.exit_code == code
+    checkpoint = folder / "checkpoints" / saved
+    assert str(caught.value) == f"stopped; {checkpoint} is saved, --resume auto goes on from there"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [saved]
+    assert run(config, "auto") == folder
+    assert outcome(folder) == outcome(unbroken)
+
+
+def test_a_run_can_be_stopped_again_and_again(unbroken: Path, small_config: MakeConfig) -> None:
+    """Every second update and every batch of a rollout or evaluation is followed by a stop."""
+    config = small_config("algorithm.name=ppo")
+    resume = None
+    stops = 0
+    for phase in ["evaluation", "rollout", *["replay"] * 2, "rollout", *["replay"] * 2, "evaluation"]:
+        with pytest.raises(Interrupted):
+            run(config, resume, Signals(signal.SIGINT, phase, 1))
+        resume = "auto"
+        stops += 1
+    assert stops == 8
+    assert outcome(run(config, "auto")) == outcome(unbroken)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_exits_with_the_signals_code(
+    number: int, code: int, tmp_path: Path, make_config: MakeConfig, launcher: Launcher
+) -> None:
+    pid = launcher.start(make_config(tmp_path, "train.iterations=1000"), until="iteration    1/1000")
+    os.kill(pid, number)
+    status, errors = launcher.wait()
+    assert status == code
+    [line] = errors.splitlines()
+    assert line.startswith("error: stopped; ")
+    assert line.endswith(" is saved, --resume auto goes on from there")
+    assert list((tmp_path / "small" / "checkpoints").iterdir())
+
+
+class Warnings(Display):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def warning(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    damage: str, unbroken: Path, small_config: MakeConfig
+) -> None:
+    run(small_config("algorithm.name=ppo", "train.iterations=2"))
+    config = small_config("algorithm.name=ppo")
+    newest = Path(config.run.directory, "small", "checkpoints", "iteration-000002")
+    victim = newest / "optimizer.safetensors"
+    content = victim.read_bytes()
+    if damage == "truncated":
+        victim.write_bytes(content[:-100])
+    elif damage == "altered":
+        victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        victim.unlink()
+    display = Warnings()
+    folder = run(config, "auto", display)
+    [warning] = display.lines
+    assert str(newest) in warning
+    assert "optimizer.safetensors" in warning
+    assert warning.endswith("using the one before it")
+    found, lines, _ = outcome(folder)
+    expected, expected_lines, _ = outcome(unbroken)
+    assert (found, lines) == (expected, expected_lines)
+
+
+def test_a_damaged_checkpoint_asked_for_by_name_is_refused(small_config: MakeConfig) -> None:
+    config = small_config("train.iterations=1")
+    folder = run(config)
+    newest = folder / "checkpoints" / "iteration-000001"
+    (newest / "policy.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"policy\.safetensors has 0 bytes"):
+        run(config, str(newest))
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints in .* can be used"):
+        run(config, "auto", Warnings())
+
+
+def test_a_checkpoint_of_another_model_is_refused(small_config: MakeConfig) -> None:
+    config = small_config("train.iterations=1", "model.tune=lora", "model.lora.rank=2")
+    folder = run(config)
+    text = (folder / "config.yaml").read_text("utf-8")
+    (folder / "config.yaml").write_text(text.replace("rank: 2", "rank: 4"), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="cannot be resumed: its weights are not those"):
+        run(small_config("train.iterations=2", "model.tune=lora", "model.lora.rank=4"), "auto")
+
+
+def test_a_folder_that_holds_no_run_is_not_resumed(small_config: MakeConfig) -> None:
+    config = small_config("train.iterations=1")
+    folder = run(config)
+    (folder / "config.yaml").unlink()
+    with pytest.raises(CheckpointError, match=r"is not a run's folder: there is no config\.yaml in it"):
+        run(config, "auto")
+
+
+# Files cannot grow beyond a limit from the nth call of a method of the trainer on.
+LIMITED = """\
+import resource
+import loopfast.train
+
+original = loopfast.train.Trainer.{method}
+calls = 0
+
+def limited(self, *args, **kwargs):
+    global calls
+    calls += 1
+    if calls == {call}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+    return original(self, *args, **kwargs)
+
+loopfast.train.Trainer.{method} = limited
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "limit", "said", "kept"),
+    [
+        pytest.param("save", 3, 100_000, "cannot save checkpoint iteration-000003", 2, id="checkpoint"),
+        pytest.param("record", 3, 1_300, "cannot write the metrics in ", 1, id="metrics"),
+        pytest.param("record", 4, 200, "cannot write in ", 2, id="evaluation"),
+        pytest.param("finish", 1, 10_000, "cannot write in ", 3, id="export"),
+    ],
+)
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
+    method: str,
+    call: int,
+    limit: int,
+    said: str,
+    kept: int,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    launcher: Launcher,
+) -> None:
+    config = make_config(tmp_path, "evaluation.every=0")
+    launcher.start(config, before=LIMITED.format(method=method, call=call, limit=limit), until="")
+    status, errors = launcher.wait()
+    assert status == 1, errors
+    [line] = errors.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert os.strerror(errno.EFBIG) in line  # what a limit says; a full disk says ENOSPC
+    names = sorted(path.name for path in (tmp_path / "small" / "checkpoints").iterdir())
+    assert names[-1] == f"iteration-{kept:06d}"
+    # with room again, the run goes on from there
+    folder = run(config, "auto", display := Warnings())
+    assert display.lines == []
+    assert [line["iteration"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert (folder / "report.html").exists()
+
+
+def test_a_signal_during_the_last_moments_still_finishes(small_config: MakeConfig) -> None:
+    class Last(Display):
+        def finish(self, rows: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = small_config("train.iterations=1")
+    assert (run(config, display=Last(quiet=True)) / "report.html").exists()
+
+
+def test_sampling_looks_for_signals_between_batches(
+    small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config("rollout.microbatch=2", "train.microbatch=2", "train.iterations=1")
+    calls = []
+    predict = Sampler.sample
+
+    def sample(self: Sampler, *args: Any, between: Any = lambda: None, **kwargs: Any) -> Any:
+        def counted() -> None:
+            calls.append(len(calls))
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            between()
+
+        return predict(self, *args, between=counted, **kwargs)
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+    with pytest.raises(LoopfastError, match="stopped"):
+        run(config)
+    # two batches of the evaluation, and none of the rollout's but the one that was asked about
+    assert len(calls) == 3
