@@ -167,9 +167,14 @@ class StableDiffusionPolicy(Policy):
         if self._config.tune == "full":
             save_portable(self.pipeline, directory)
             return
+        adapter = self._unet.peft_config[ADAPTER]
         StableDiffusionPipeline.save_lora_weights(
             directory,
             unet_lora_layers=get_peft_model_state_dict(self._unet, adapter_name=ADAPTER),
-            # without it, diffusers takes alpha to be the rank
-            unet_lora_adapter_metadata=self._unet.peft_config[ADAPTER].to_dict(),
+            # without these, diffusers takes alpha to be the rank; with all of them, earlier releases of peft fail
+            unet_lora_adapter_metadata={
+                "r": adapter.r,
+                "lora_alpha": adapter.lora_alpha,
+                "target_modules": sorted(adapter.target_modules),
+            },
         )
