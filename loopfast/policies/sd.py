@@ -167,14 +167,12 @@ class StableDiffusionPolicy(Policy):
         if self._config.tune == "full":
             save_portable(self.pipeline, directory)
             return
-        adapter = self._unet.peft_config[ADAPTER]
+        # readers take alpha to be the rank unless told, each release in its own way: the factor goes into the weights
+        factor = self._config.lora.alpha / self._config.lora.rank
+        layers = get_peft_model_state_dict(self._unet, adapter_name=ADAPTER)
         StableDiffusionPipeline.save_lora_weights(
             directory,
-            unet_lora_layers=get_peft_model_state_dict(self._unet, adapter_name=ADAPTER),
-            # without these, diffusers takes alpha to be the rank; with all of them, earlier releases of peft fail
-            unet_lora_adapter_metadata={
-                "r": adapter.r,
-                "lora_alpha": adapter.lora_alpha,
-                "target_modules": sorted(adapter.target_modules),
+            unet_lora_layers={
+                name: value * factor if "lora_B" in name else value for name, value in layers.items()
             },
         )
