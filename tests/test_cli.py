@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import yaml
 
 import loopfast
 import loopfast.evaluation
-import loopfast.reporting
 import loopfast.train
 from loopfast.__main__ import main
 from loopfast.config import Config, config_to_yaml, load_config
@@ -212,15 +212,35 @@ def test_eval_passes_options_and_shows_rewards(
     assert ["all", "0.562", "0.219", "4"] in rows
 
 
-def test_report_writes_a_page(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = Calls(tmp_path / "report.html")
-    monkeypatch.setattr(loopfast.reporting, "write_report", report)
-    (tmp_path / "config.yaml").write_text("{}")
-    assert main(["report", str(tmp_path)]) == 0
-    assert report == [((tmp_path,), {})]
-    assert capsys.readouterr().out.split() == [str(tmp_path / "report.html")]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., Config]) -> Path:
+    """The folder of a run that the command has trained."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "mine.yaml").write_text(config_to_yaml(make_config(folder)), encoding="utf-8")
+    assert main(["train", "--config", str(folder / "mine.yaml"), "-s", "train.iterations=1", "-q"]) == 0
+    return folder / "small"
+
+
+def test_train_trains(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = trained / "config.yaml"
+    assert load_config(settings).train.iterations == 1
+    assert main(["train", "--config", str(settings)]) == 2
+    assert f"error: {trained} already holds a run" in capsys.readouterr().err
+    assert main(["train", "--config", str(settings), "--resume", "auto", "--set", "train.iterations=2"]) == 0
+    shown = capsys.readouterr()
+    assert "iteration 2/2  reward " in shown.out
+    assert str(trained / "report.html") in shown.out
+    assert shown.err == ""
+    # a resumed run is one run
+    lines = (trained / "metrics.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [0, 1, 2]
+
+
+def test_report_writes_a_page(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (trained / "report.html").unlink()
+    assert main(["report", str(trained)]) == 0
+    assert capsys.readouterr().out.split() == [str(trained / "report.html")]
+    assert "<html" in (trained / "report.html").read_text("utf-8")
 
 
 def test_schedule_shows_every_step_and_whether_it_is_trained(
