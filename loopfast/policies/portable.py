@@ -21,6 +21,11 @@ def save_portable(pipeline: StableDiffusionPipeline, directory: Path) -> None:
     weights, for which it goes on with random ones, and the tokenizer's ``vocab.json`` and ``merges.txt``.
     """
     pipeline.save_pretrained(directory)
+    for file in (directory / "model_index.json", *directory.glob("*/config.json")):
+        config = json.loads(file.read_text("utf-8"))
+        # the folder it was loaded from, which is nobody else's business
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     weights = directory / "text_encoder" / "model.safetensors"
     if type(pipeline.text_encoder).__name__ == "CLIPTextModel" and weights.is_file():
         named = load_file(weights)

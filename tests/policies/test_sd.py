@@ -248,6 +248,8 @@ def test_an_exported_pipeline_is_read_by_transformers_4(pipeline_folder: Path, t
     given, written = pipeline_folder / "tokenizer", tmp_path / "tokenizer"
     assert json.loads((written / "vocab.json").read_text()) == json.loads((given / "vocab.json").read_text())
     assert (written / "merges.txt").read_text() == (given / "merges.txt").read_text()
+    # and it does not tell where it came from
+    assert not [f for f in tmp_path.rglob("*.json") if str(pipeline_folder) in f.read_text()]
     again = load_policy(ModelConfig(pretrained=str(tmp_path), device="cpu"))
     for ours, theirs in zip(policy.encode(PROMPTS).values(), again.encode(PROMPTS).values(), strict=True):
         assert torch.equal(ours, theirs)
