@@ -4,9 +4,10 @@ The picture is segmented into connected components; each is compared with every 
 shape (overlap with a template of the component's own size) and with every texture. A caption's objects are then
 matched with components, one to one. The score is
 
-    ( Σ matches / max(objects asked for, objects found) )²  ·  relation
+    ( Σ matches / asked )²  ·  ( asked / max(asked, found) )⁴  ·  relation
 
-so that a missing object, a wrong attribute and a superfluous object all cost, and nothing is gained by drawing more.
+with the numbers of objects asked for and found. A missing object and a wrong attribute cost as much as each other;
+a superfluous object costs more than both, so that nothing is gained by drawing every answer.
 """
 
 from __future__ import annotations
@@ -26,10 +27,7 @@ FOREGROUND = 0.28  # distance from the background's color at which a pixel belon
 COLOR_WIDTH = 0.13  # standard deviation of a color match, in RGB distance
 SHAPE_WIDTH = 0.025  # temperature of the contest between shapes, in overlap
 FITS = (0.92, 1.0, 1.08, 1.16)  # sizes a template is tried at, relative to the component's measured extent
-EXTENT = (
-    18.0,
-    24.0,
-)  # width in pixels from which a shape passes for a painted canvas rather than for an object
+EXTENT = (18.0, 24.0)  # width in pixels from which a shape passes for a painted canvas, not for an object
 CORE_DEPTH = 3.0  # pixels from the outline at which a texture shows
 OBJECT_AREA = 20.0  # pixels from which a component counts as a whole object
 GAP = (2.0, 6.0)  # pixels between centers at which a relation begins to hold, and holds fully
@@ -208,13 +206,14 @@ def score(images: Tensor, captions: Sequence[str | Caption]) -> Tensor:
 def _score(seen: Components, row: int, caption: Caption) -> float:
     matches = [_matches(seen, row, item) for item in caption.items]
     asked = len(caption.objects())
-    total = max(float(asked), float(seen.found[row]))
+    excess = max(float(asked), float(seen.found[row])) / asked
+    scale = 1 / (asked * excess**2)
     if len(matches) == 1:
-        return (sum(sorted(matches[0])[-asked:]) / total) ** 2
+        return (sum(sorted(matches[0])[-asked:]) * scale) ** 2
     x, y = seen.x[row].tolist(), seen.y[row].tolist()
     best = 0.0
     for i, j in itertools.permutations(range(MAX_COMPONENTS), 2):
-        value = ((matches[0][i] + matches[1][j]) / total) ** 2
+        value = ((matches[0][i] + matches[1][j]) * scale) ** 2
         if caption.relation and value > best:
             # a relation holds between two objects that are both there
             value *= _relation(caption.relation, x[j] - x[i], y[j] - y[i]) * min(

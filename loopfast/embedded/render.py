@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,7 +113,17 @@ def place(items: Sequence[Item], relation: str | None, rng: random.Random) -> li
     ]
 
 
+def apart(scene: Sequence[Placed], gap: float = 2.0) -> list[Placed]:
+    """The scene of two objects with both shrunk as far as a gap of that many pixels between them needs."""
+    if len(scene) != 2:
+        return list(scene)
+    first, second = scene
+    room = max(abs(first.x - second.x), abs(first.y - second.y)) - gap
+    factor = min(1.0, room / (first.radius + second.radius))
+    return [replace(placed, radius=placed.radius * factor) for placed in scene]
+
+
 def draw(captions: Sequence[Caption], seed: int) -> Tensor:
-    """A faithful picture of each caption: float32 ``[N, 3, 32, 32]`` in [0, 1]."""
+    """A faithful picture of each caption, its objects apart: float32 ``[N, 3, 32, 32]`` in [0, 1]."""
     rng = random.Random(seed)
-    return render([place(caption.objects(), caption.relation, rng) for caption in captions])
+    return render([apart(place(caption.objects(), caption.relation, rng)) for caption in captions])

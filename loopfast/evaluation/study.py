@@ -30,7 +30,7 @@ from loopfast.tracking import read_metrics
 RECIPE = "tiny"
 SWEEP_SEED = 1000
 HELDOUT, VALIDATION = "embedded:color-heldout", "embedded:color-validation"
-IMAGES_PER_EVALUATION = 800
+IMAGES_PER_EVALUATION = 600
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder for the training runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4], help="learning rates to sweep"
+        "--rates", type=float, nargs="+", default=[7e-5, 1.4e-4], help="learning rates to sweep"
     )
     parser.add_argument(
         "--parallel", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each"

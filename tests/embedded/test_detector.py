@@ -11,13 +11,8 @@ from torch import Tensor
 
 from loopfast.embedded import world
 from loopfast.embedded.detector import detect, exact, score
-from loopfast.embedded.render import SIZE, Placed, draw, place, render
+from loopfast.embedded.render import SIZE, Placed, apart, draw, place, render
 from loopfast.embedded.world import BACKGROUND, CATEGORIES, COLORS, RELATIONS, SHAPES, TEXTURES, Caption, Item
-
-TOUCHING = pytest.mark.xfail(
-    strict=True,
-    reason="about 1.5 % of the textured pairs are placed so that they touch, and are seen as one object",
-)
 
 
 @cache
@@ -28,16 +23,7 @@ def captions(category: str) -> tuple[Caption, ...]:
 
 def scenes(asked: tuple[Caption, ...], seed: int) -> list[list[Placed]]:
     rng = random.Random(seed)
-    return [place(caption.objects(), caption.relation, rng) for caption in asked]
-
-
-def apart(scene: list[Placed]) -> bool:
-    """Whether two pixels of background lie between any two objects."""
-    return all(
-        max(abs(a.x - b.x), abs(a.y - b.y)) > a.radius + b.radius + 2.0
-        for i, a in enumerate(scene)
-        for b in scene[:i]
-    )
+    return [apart(place(caption.objects(), caption.relation, rng)) for caption in asked]
 
 
 def canvas(color: tuple[float, float, float], count: int = 1) -> Tensor:
@@ -68,23 +54,12 @@ def by_category(values: Tensor) -> dict[str, float]:
 # ---- what is right scores, what is wrong does not
 
 
-@pytest.mark.parametrize(
-    "category", [pytest.param(c, marks=[TOUCHING] if c in ("texture", "complex") else []) for c in CATEGORIES]
-)
+@pytest.mark.parametrize("category", CATEGORIES)
 def test_faithful_pictures_score(category: str) -> None:
     asked = captions(category)
-    found = torch.cat([score(draw(asked, seed), asked) for seed in (1, 2, 3)])
-    assert found.mean() >= 0.95
-
-
-@pytest.mark.parametrize("category", CATEGORIES)
-def test_faithful_pictures_of_separate_objects_score(category: str) -> None:
-    asked = captions(category)
-    kept = [(c, scene) for c, scene in zip(asked, scenes(asked, 1), strict=True) if apart(scene)]
-    assert len(kept) > 20
-    images = render([scene for _, scene in kept])
-    assert score(images, [c for c, _ in kept]).mean() >= 0.95
-    assert exact(images, [c for c, _ in kept]).mean() >= 0.99
+    pictures = [draw(asked, seed) for seed in (1, 2, 3)]
+    assert torch.cat([score(images, asked) for images in pictures]).mean() >= 0.95
+    assert torch.cat([exact(images, asked) for images in pictures]).mean() >= 0.99
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
@@ -133,7 +108,7 @@ def test_a_single_mistake_costs(category: str) -> None:
         assert exact(images, [caption] * len(wrong)).sum() == 0
 
 
-def test_the_score_is_the_share_that_is_right_squared() -> None:
+def test_the_score_is_the_share_that_is_right_squared_less_the_excess() -> None:
     red, blue = Item("red", "circle"), Item("blue", "square")
     at = [(8.0, 8.0), (24.0, 8.0), (8.0, 24.0), (24.0, 24.0)]
 
@@ -144,8 +119,8 @@ def test_the_score_is_the_share_that_is_right_squared() -> None:
     assert seen(red, blue) == pytest.approx(1.0, abs=0.05)
     assert seen(red) == pytest.approx(1 / 4, abs=0.03)
     assert seen(red, red) == pytest.approx(1 / 4, abs=0.03)
-    assert seen(red, blue, blue) == pytest.approx(4 / 9, abs=0.03)
-    assert seen(red, blue, red, blue) == pytest.approx(1 / 4, abs=0.03)
+    assert seen(red, blue, blue) == pytest.approx((2 / 3) ** 4, abs=0.03)
+    assert seen(red, blue, red, blue) == pytest.approx((1 / 2) ** 4, abs=0.03)
     assert seen(Item("blue", "circle"), Item("red", "square")) < 0.02
 
 
@@ -355,7 +330,7 @@ def test_drawing_every_binding_is_worth_no_more_than_one_object() -> None:
     )
     alone = draw([Caption("color", caption.items[:1]) for caption in asked], 0)
     assert score(hedged, asked).mean() <= score(alone, asked).mean() + 0.01
-    assert score(hedged, asked).max() <= 0.25
+    assert score(hedged, asked).max() <= 0.1
     assert exact(hedged, asked).sum() == 0
 
 
