@@ -113,6 +113,7 @@ for line in sys.stdin:
 """
 
     def __init__(self, folder: Path, pipeline: Path) -> None:
+        self._pid: int | None = None
         self._files = [folder / "stdout", folder / "stderr"]
         self._process = subprocess.Popen(
             [sys.executable, "-c", self.PROGRAM, str(pipeline)],
@@ -128,6 +129,9 @@ for line in sys.stdin:
         Returns its id once its output, which is only written to a file, contains the text ``until``.
         """
         assert self._process.stdin is not None
+        if self._pid is not None:  # a test failed before it waited
+            os.kill(self._pid, signal.SIGKILL)
+            self.wait()
         for file in self._files:
             file.unlink(missing_ok=True)
         order = {
@@ -137,8 +141,8 @@ for line in sys.stdin:
         }
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        pid = self._answer()
-        while until not in self._shown(0):
+        self._pid = pid = self._answer()
+        while until not in self.shown():
             if not Path(f"/proc/{pid}").exists():
                 raise AssertionError(f"{until!r} was never shown: {self.wait()}")
             time.sleep(0.01)
@@ -146,10 +150,13 @@ for line in sys.stdin:
 
     def wait(self) -> tuple[int, str]:
         """The exit code of the process, and what it wrote to stderr."""
-        return self._answer(), self._shown(1)
+        status = self._answer()
+        self._pid = None
+        return status, self._files[1].read_text()
 
-    def _shown(self, stream: int) -> str:
-        return self._files[stream].read_text() if self._files[stream].exists() else ""
+    def shown(self) -> str:
+        """What the process wrote to stdout so far."""
+        return self._files[0].read_text() if self._files[0].exists() else ""
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -180,15 +187,17 @@ def test_ten_kills_at_random_moments_change_nothing(
     whole = make_config(tmp_path, "run.name=unbroken", *LONG)
     began = time.monotonic()
     expected = outcome(run(whole))
-    # so that the run cannot be over before the last kill, however little of it the kills cost
+    # of 16 iterations at most two a time, however much faster the machine has become
     longest = (time.monotonic() - began) / 11
     delays = [random.uniform(0.0, longest) for _ in range(10)]
     config = make_config(tmp_path, "run.name=killed", *LONG)
     for delay in delays:
         pid = launcher.start(config, "--resume", "auto", until="loopfast train\n")
-        time.sleep(delay)
+        end = time.monotonic() + delay
+        while time.monotonic() < end and launcher.shown().count("\niteration ") < 2:
+            time.sleep(0.005)
         os.kill(pid, signal.SIGKILL)
-        assert launcher.wait() == (-signal.SIGKILL, ""), delays
+        assert launcher.wait() == (-signal.SIGKILL, ""), (delays, launcher.shown())
     launcher.start(config, "--resume", "auto")
     assert launcher.wait() == (0, ""), delays
     folder = tmp_path / "killed"
