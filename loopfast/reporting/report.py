@@ -280,8 +280,10 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
     memory = [row["peak_memory_bytes"] for row in run.metrics if row.get("peak_memory_bytes")]
     if memory:
         add("Peak memory", max(memory) / 2**20, "{:,.0f} MiB")
-    known = {name for name, _ in facts}
-    facts += [(str(name), str(value)) for name, value in run.summary.get("facts", []) if name not in known]
+    known = {name.lower() for name, _ in facts}
+    for name, value in run.summary.get("facts", []):
+        if str(name).lower() not in known:
+            add(str(name)[:1].upper() + str(name)[1:], value)
     return facts
 
 
