@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +124,13 @@ for line in sys.stdin:
             text=True,
         )
 
-    def start(self, config: Config, *options: str, before: str = "", until: str = "") -> int:
+    def start(self, config: Config, *options: str, before: str = "", until: str = "") -> None:
         """Starts ``loopfast train`` in a process where the program ``before`` has run.
 
-        Returns its id once its output, which is only written to a file, contains the text ``until``.
+        Returns when its output contains the text ``until``.
         """
         assert self._process.stdin is not None
-        if self._pid is not None:  # a test failed before it waited
-            os.kill(self._pid, signal.SIGKILL)
-            self.wait()
+        self.finish()
         for file in self._files:
             file.unlink(missing_ok=True)
         order = {
@@ -141,12 +140,17 @@ for line in sys.stdin:
         }
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        self._pid = pid = self._answer()
+        self._pid = self._answer()
         while until not in self.shown():
-            if not Path(f"/proc/{pid}").exists():
+            if not Path(f"/proc/{self._pid}").exists():
                 raise AssertionError(f"{until!r} was never shown: {self.wait()}")
             time.sleep(0.01)
-        return pid
+
+    def signal(self, number: int) -> None:
+        """Sends the process a signal, if it is still there."""
+        assert self._pid is not None
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, number)
 
     def wait(self) -> tuple[int, str]:
         """The exit code of the process, and what it wrote to stderr."""
@@ -158,7 +162,14 @@ for line in sys.stdin:
         """What the process wrote to stdout so far."""
         return self._files[0].read_text() if self._files[0].exists() else ""
 
+    def finish(self) -> None:
+        """Ends what a test that failed has left running."""
+        if self._pid is not None:
+            self.signal(signal.SIGKILL)
+            self.wait()
+
     def close(self) -> None:
+        self.finish()
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -192,11 +203,11 @@ def test_ten_kills_at_random_moments_change_nothing(
     delays = [random.uniform(0.0, longest) for _ in range(10)]
     config = make_config(tmp_path, "run.name=killed", *LONG)
     for delay in delays:
-        pid = launcher.start(config, "--resume", "auto", until="loopfast train\n")
+        launcher.start(config, "--resume", "auto", until="loopfast train\n")
         end = time.monotonic() + delay
         while time.monotonic() < end and launcher.shown().count("\niteration ") < 2:
             time.sleep(0.005)
-        os.kill(pid, signal.SIGKILL)
+        launcher.signal(signal.SIGKILL)
         assert launcher.wait() == (-signal.SIGKILL, ""), (delays, launcher.shown())
     launcher.start(config, "--resume", "auto")
     assert launcher.wait() == (0, ""), delays
@@ -256,8 +267,8 @@ def test_a_run_can_be_stopped_again_and_again(small_config: MakeConfig) -> None:
 def test_the_command_exits_with_the_signals_code(
     number: int, code: int, tmp_path: Path, make_config: MakeConfig, launcher: Launcher
 ) -> None:
-    pid = launcher.start(make_config(tmp_path, "train.iterations=1000"), until="iteration    1/1000")
-    os.kill(pid, number)
+    launcher.start(make_config(tmp_path, "train.iterations=1000"), until="iteration    1/1000")
+    launcher.signal(number)
     status, errors = launcher.wait()
     assert status == code
     [line] = errors.splitlines()
