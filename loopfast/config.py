@@ -195,7 +195,7 @@ class RolloutConfig(_Section):
     guidance_scale: _NotNegative = 1.0
     """Classifier-free guidance; 1: none, and half the cost."""
     microbatch: _Microbatch = "auto"
-    """Images per model call. Changes memory and speed, never the result."""
+    """Images per model call. Changes memory and speed; the result by rounding at most."""
 
 
 class TrainConfig(_Section):
@@ -224,7 +224,7 @@ class TrainConfig(_Section):
     max_grad_norm: _Positive = 1.0
     """Gradients are scaled down to this norm."""
     microbatch: _Microbatch = "auto"
-    """(Image, step) pairs per model call. Changes memory and speed, never the result."""
+    """(Image, step) pairs per model call. Changes memory and speed; the result by rounding at most."""
     on_policy_check: Literal["error", "warn", "off"] = "error"
     """What to do when the ratio before an iteration's first update is not 1."""
 

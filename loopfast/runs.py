@@ -191,7 +191,7 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
     pairs = images * len(trainer.trained_steps) // settings.updates_per_iteration
     left_out = [str(step) for step in range(steps) if step not in trainer.trained_steps]
     reason = {"auto": " (each would outweigh the others)", "all": " (deterministic)"}.get(settings.steps, "")
-    threads = f", {torch.get_num_threads()} threads" if policy.device.type == "cpu" else ""
+    threads = f", {torch.get_num_threads()} thread(s)" if policy.device.type == "cpu" else ""
     return [
         ("model", policy.describe()),
         ("device", f"{policy.device}{threads}, {config.model.dtype}, kernels: {info()['backends']}"),
