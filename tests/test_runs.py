@@ -195,5 +195,5 @@ def test_the_header_says_what_is_trained(
     assert facts["prompts"] == "9 from embedded:color"
     assert facts["an iteration"] == f"8 images, 6 updates of {8 * len(trained) // 2} pairs"
     assert facts["reward"] == "1 x jpeg_compressibility, 0 x embedded"
-    assert facts["device"].startswith(f"cpu, {torch.get_num_threads()} threads")
+    assert facts["device"].startswith(f"cpu, {torch.get_num_threads()} thread(s)")
     assert facts["run"] == str(RunFolder(config).path)
