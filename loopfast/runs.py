@@ -6,20 +6,19 @@ import json
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from loopfast.checkpoints import Checkpoint, CheckpointStore
 from loopfast.config import Config, config_to_yaml, load_config
 from loopfast.console import Display
-from loopfast.errors import CheckpointError, ConfigError, LoopfastError
+from loopfast.errors import CheckpointError, ConfigError
+from loopfast.files import write_file, writing
 from loopfast_kernels import info
 
 if TYPE_CHECKING:
@@ -138,24 +137,6 @@ class RunFolder:
             for name, image in zip(names, images, strict=True):
                 save_image(image, folder / name)
         return folder
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Makes a disk that is full or cannot be written a :class:`LoopfastError` that names the folder."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise LoopfastError(f"cannot write in {folder}: {reason}") from error
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there whole or not at all, and the folder it is in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def save_image(image: Tensor, path: Path) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from loopfast.errors import LoopfastError, MissingExtraError
+from loopfast.files import write_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -149,7 +149,7 @@ class Tracker:
         if resume_at is not None:
             kept = [line for line in read_metrics(self._path) if line["iteration"] <= resume_at]
         with self._writing():
-            _replace(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._sinks: list[_Sink] = [_SINKS[name](directory, resume_at) for name in trackers]
             self._file = self._path.open("a", encoding="utf-8")
 
@@ -269,12 +269,3 @@ _SINKS: dict[str, type[_Sink]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
 def _number(value: Any) -> float | int | None:
     number = value if isinstance(value, (int, float)) else value.item()
     return number if math.isfinite(number) else None
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -23,13 +23,14 @@ from loopfast.console import Display
 from loopfast.engines import LocalEngine
 from loopfast.errors import CheckpointError, Interrupted, LoopfastError, NonFiniteError, RewardError
 from loopfast.evaluation import evaluate
+from loopfast.files import writing
 from loopfast.interrupts import StopRequest
 from loopfast.policies import Conditioning, load_policy, load_schedule, trained_steps
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.reporting import write_report
 from loopfast.rewards import Scores, build_rewards
 from loopfast.rollout import Sampler, automatic_microbatch
-from loopfast.runs import RunFolder, describe_run, peak_memory, writing
+from loopfast.runs import RunFolder, describe_run, peak_memory
 from loopfast.seeds import derive, row_seeds
 from loopfast.tracking import Tracker, read_metrics
 from loopfast.trajectories import Trajectories, shuffled_pairs

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from loopfast.config import Config, load_config
 from loopfast.console import Display
 from loopfast.errors import ConfigError, LoopfastError
-from loopfast.runs import RunFolder, describe_run, peak_memory, save_image, write_file, writing
+from loopfast.files import write_file, writing
+from loopfast.runs import RunFolder, describe_run, peak_memory, save_image
 
 MakeConfig = Callable[..., Config]
 QUIET = Display(quiet=True)

@@ -16,11 +16,12 @@ from loopfast.config import Config, ModelConfig, RolloutConfig, load_config
 from loopfast.console import Display
 from loopfast.errors import CheckpointError, ConfigError
 from loopfast.evaluation.evaluate import evaluate
+from loopfast.files import writing
 from loopfast.policies import Policy, load_policy, load_schedule
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.rewards import Scores, build_rewards
 from loopfast.rollout import Sampler, automatic_microbatch, slices
-from loopfast.runs import save_image, writing
+from loopfast.runs import save_image
 from loopfast.seeds import row_seeds
 
 

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from loopfast.config import EvaluationConfig
+from loopfast.files import write_file
 from loopfast.prompts import Prompt
 from loopfast.reporting import image_grid
 from loopfast.rewards import Scores
 from loopfast.rollout import Sampler, slices
-from loopfast.runs import write_file
 from loopfast.seeds import row_seeds
 
 PREVIEW_COLUMNS = 8

@@ -26,6 +26,7 @@ from PIL import Image
 
 from loopfast import __version__
 from loopfast.errors import LoopfastError
+from loopfast.files import write_file, writing
 from loopfast.reporting.charts import Series, line_chart, ticks
 from loopfast.reporting.images import data_uri, tiles
 from loopfast.tracking import describe, read_metrics
@@ -98,13 +99,8 @@ def write_report(run_directory: Path) -> Path:
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
     path = run.directory / "report.html"
-    temporary = path.with_name(".tmp-report.html")
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise LoopfastError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing(path):
+        write_file(path, html.encode())
     return path
 
 

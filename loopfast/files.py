@@ -1,0 +1,47 @@
+"""Writing files so that a kill or a full disk leaves no half of one behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loopfast.errors import LoopfastError
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file, synced to the disk, so that it is there whole or not at all; and the folder it is in.
+
+    Raises:
+        OSError: the disk is full or cannot be written; a file that was there is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Makes a disk that is full or cannot be written a `LoopfastError` that names the folder or file.
+
+    Errors of the libraries that write weights count too, whatever their class.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        elif type(error).__name__ == "SafetensorError":  # safetensors comes with an extra
+            reason = str(error)
+        else:
+            raise
+        raise LoopfastError(f"cannot write in {target}: {reason}") from error
