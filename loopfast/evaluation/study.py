@@ -121,7 +121,7 @@ def run(job: Job, directory: Path, overrides: Sequence[str]) -> Result:
     lines = read_metrics(directory / job.name / "metrics.jsonl")
     evaluated = [line for line in lines if "eval_reward" in line]
     first, last = evaluated[0], evaluated[-1]
-    recent = [line["reward_mean"] for line in lines[-5:]]
+    recent = [line["reward_mean"] for line in lines[1:][-5:]]
     result = Result(
         job.method.name,
         job.learning_rate,
