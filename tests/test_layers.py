@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"", "errors", "files", "interrupts", "seeds"},
     {"schedules", "algorithms", "config", "plugins"},
-    {"policies", "trajectories", "prompts", "embedded"},
+    {"policies", "trajectories", "prompts", "embedded", "integrations"},
     {"rollout", "engines", "rewards", "checkpoints", "tracking", "console"},
     {"update", "runs", "evaluation", "reporting"},
     {"train"},

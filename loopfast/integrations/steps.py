@@ -1,0 +1,105 @@
+"""The step that DDPO's descendants share: draw ``x_{t-1}`` or take it as given, and say how probable it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loopfast_kernels import denoise_step, transition_logprob
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class Transitions(NamedTuple):
+    """The steps of a scheduler, on the device of the samples.
+
+    Attributes:
+        table: float32 ``[T + 1, 3]``, columns a, b, sigma. The last row is for timesteps that are none of the
+            scheduler's; it makes NaN of everything, as a GPU could not be asked without waiting for it.
+        undefined: float32 ``[T + 1]``, NaN for deterministic steps, whose log-probability the originals give as NaN,
+            and 0 for others; None where every step is stochastic.
+    """
+
+    table: Tensor
+    undefined: Tensor | None
+
+    @classmethod
+    def of(cls, table: Tensor, deterministic: Tensor | None) -> Transitions:
+        """Append the last row.
+
+        Args:
+            table: ``[T, 3]``, on the device.
+            deterministic: bool ``[T]``, on the device; None if it is known that no step is.
+        """
+        unknown = table.new_tensor([[float("nan"), float("nan"), 1.0]])
+        undefined = None
+        if deterministic is not None:
+            undefined = torch.zeros(len(table) + 1, device=table.device)
+            undefined[:-1].masked_fill_(deterministic, float("nan"))
+        return cls(torch.cat([table, unknown]).to(torch.float32), undefined)
+
+    def coefficients(self, step: Tensor, dimensions: int) -> tuple[Tensor, ...]:
+        """a, b and sigma of each row, shaped to be multiplied with its latents."""
+        return self.table[step].reshape(-1, 3, *[1] * (dimensions - 1)).unbind(1)
+
+    def score(self, model_output: Tensor, sample: Tensor, prev_sample: Tensor, step: Tensor) -> Tensor:
+        """Log-probability of `prev_sample`, the mean over a row's elements; differentiable in `model_output`."""
+        logprob = transition_logprob(
+            model_output.contiguous(), sample.contiguous(), prev_sample.contiguous(), self.table, step
+        )
+        return self._mark_undefined(logprob, step)
+
+    def draw(
+        self, model_output: Tensor, sample: Tensor, step: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``x_{t-1}`` from noise that is given, like `sample`, and its log-probability."""
+        a, b, sigma = self.coefficients(step, sample.dim())
+        prev_sample = (a * sample).addcmul_(b, model_output).addcmul_(sigma, noise).to(sample.dtype)
+        return prev_sample, self.score(model_output, sample, prev_sample, step)
+
+    def draw_philox(
+        self, model_output: Tensor, sample: Tensor, step: Tensor, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``x_{t-1}`` with the kernels' own noise, and its log-probability."""
+        prev_sample, logprob = denoise_step(
+            model_output.contiguous(), sample.contiguous(), self.table, step, seed
+        )
+        return prev_sample, self._mark_undefined(logprob, step)
+
+    def _mark_undefined(self, logprob: Tensor, step: Tensor) -> Tensor:
+        return logprob if self.undefined is None else logprob + self.undefined[step]
+
+
+def differentiates_sampling(model_output: Tensor, sample: Tensor, prev_sample: Tensor | None) -> bool:
+    """Whether gradients are to flow through the samples, which the ops take to be data."""
+    drawn = prev_sample is None and model_output.requires_grad
+    return torch.is_grad_enabled() and (drawn or sample.requires_grad)
+
+
+def check_known(timestep: Tensor, step: Tensor, steps: int) -> None:
+    """Check on the CPU that every timestep was found among the scheduler's; on other devices, nothing.
+
+    Raises:
+        ValueError: one was not.
+    """
+    if step.device.type == "cpu" and bool((step == steps).any()):
+        unknown = timestep[step == steps][0]
+        raise ValueError(f"timestep {unknown} is none of the {steps} that the scheduler is set to")
+
+
+def draw_seeds(rows: int, generator: Generators, device: torch.device) -> Tensor:
+    """One seed a row for the kernels' noise, from torch's random stream."""
+
+    def draw(count: int, source: torch.Generator | None) -> Tensor:
+        where = device if source is None else source.device
+        return torch.randint(-(2**63), 2**63 - 1, (count,), generator=source, device=where).to(device)
+
+    if isinstance(generator, list):
+        return torch.cat([draw(1, source) for source in generator])
+    return draw(rows, generator)
+
+
+Randn = Callable[..., Tensor]

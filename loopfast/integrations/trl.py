@@ -1,0 +1,149 @@
+"""TRL's ``DDPOTrainer`` on the fused ops. TRL 0.23 is the last release that has it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopfast.errors import LoopfastError
+from loopfast_kernels import clipped_loss
+
+from .ddim import PARAMETERS, ddim_step, ddim_steps
+from .patching import Patch, check_noise, find_original, import_target
+from .steps import Generators, differentiates_sampling
+
+_FEATURE = "patch_trl()"
+_VERSION = "0.23"
+
+
+def patch_trl(*, noise: str = "torch") -> Patch:
+    """Replace ``trl.models.modeling_sd_base.scheduler_step`` and ``DDPOTrainer.calculate_loss``.
+
+    Same results as the originals to the rounding of float32 and the same random stream. In half types the
+    log-probability is that of the rounded sample that is returned, so that an unchanged model's ratio is exactly 1.
+
+    What a subclass overrides is left to it: with a ``loss`` or a pipeline's ``scheduler_step`` of its own, the trainer
+    keeps TRL's ``calculate_loss``. So is sampling that is differentiated (``AlignPropTrainer``).
+
+    Args:
+        noise: ``"torch"``, or ``"philox"`` for noise made inside the kernel from a seed a row: faster, but another
+            random stream.
+
+    Returns:
+        The patch, already in place: undo it, or use it as a context manager.
+
+    Raises:
+        LoopfastError: TRL 0.23 cannot be imported.
+        ValueError: `noise` is unknown. From the step: the scheduler clips, thresholds, or has no Gaussian transition.
+    """
+    check_noise(noise)
+    try:
+        version = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        raise LoopfastError(
+            f"{_FEATURE} needs TRL {_VERSION}, the last with DDPOTrainer: it is missing"
+        ) from None
+    if not version.startswith(f"{_VERSION}."):
+        raise LoopfastError(f"{_FEATURE} needs TRL {_VERSION}, the last with DDPOTrainer: found {version}")
+    needs = "TRL's DDPOTrainer and what it imports"
+    steps = import_target(_FEATURE, "trl.models.modeling_sd_base", needs)
+    trainer = import_target(_FEATURE, "trl.trainer.ddpo_trainer", needs).DDPOTrainer
+    original_step = find_original(_FEATURE, steps, "scheduler_step", PARAMETERS)
+    original_loss = find_original(
+        _FEATURE,
+        trainer,
+        "calculate_loss",
+        "self latents timesteps next_latents log_probs advantages embeds",
+    )
+    pipeline, randn = steps.DefaultDDPOStableDiffusionPipeline, steps.randn_tensor
+
+    @functools.wraps(original_step)
+    def scheduler_step(
+        self: Any,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        prev_sample: Tensor | None = None,
+    ) -> Any:
+        arguments = (
+            self,
+            model_output,
+            timestep,
+            sample,
+            eta,
+            use_clipped_model_output,
+            generator,
+            prev_sample,
+        )
+        if differentiates_sampling(model_output, sample, prev_sample):
+            return original_step(*arguments)
+        return steps.DDPOSchedulerOutput(*ddim_step(*arguments, noise=noise, randn=randn))
+
+    @functools.wraps(original_loss)
+    def calculate_loss(
+        self: Any,
+        latents: Tensor,
+        timesteps: Tensor,
+        next_latents: Tensor,
+        log_probs: Tensor,
+        advantages: Tensor,
+        embeds: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        arguments = (latents, timesteps, next_latents, log_probs, advantages, embeds)
+        own_loss = _function(self.loss) is not trainer.loss
+        own_step = _function(self.sd_pipeline.scheduler_step) is not pipeline.scheduler_step
+        if own_loss or own_step:
+            return original_loss(self, *arguments)
+        return _loss(self, *arguments)
+
+    return Patch([(original_step, scheduler_step, None), (original_loss, calculate_loss, trainer)])
+
+
+def _function(method: Any) -> Any:
+    return getattr(method, "__func__", method)
+
+
+def _loss(
+    trainer: Any,
+    latents: Tensor,
+    timesteps: Tensor,
+    next_latents: Tensor,
+    log_probs: Tensor,
+    advantages: Tensor,
+    embeds: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """TRL's loss, approximate KL and share of clipped rows."""
+    config, unet = trainer.config, trainer.sd_pipeline.unet
+    with trainer.autocast():
+        if config.train_cfg:
+            output = unet(torch.cat([latents] * 2), torch.cat([timesteps] * 2), embeds).sample
+            # Guidance is left to torch: sampling rounded its result to the dtype of the model, and so must scoring.
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + config.sample_guidance_scale * (conditional - unconditional)
+        else:
+            output = unet(latents, timesteps, embeds).sample
+    transitions, step = ddim_steps(
+        trainer.sd_pipeline.scheduler, timesteps, latents.shape[0], config.sample_eta, latents.device
+    )
+    old_logprob = log_probs.float().contiguous()
+    result = clipped_loss(
+        output.contiguous(),
+        latents.contiguous(),
+        next_latents.contiguous(),
+        transitions.table,
+        step,
+        old_logprob,
+        advantages.float().clamp(-config.train_adv_clip_max, config.train_adv_clip_max),
+        clip_range=config.train_clip_range,
+    )
+    loss = result.loss if transitions.undefined is None else result.loss + transitions.undefined[step].sum()
+    approximate_kl = 0.5 * (result.logprob - old_logprob).square().mean()
+    clipped = ((result.ratio - 1.0).abs() > config.train_clip_range).float().mean()
+    return loss, approximate_kl, clipped

@@ -1,0 +1,103 @@
+"""An epoch of TRL's DDPOTrainer on the embedded model, unpatched and patched, in an environment that has TRL 0.23.
+
+    python trl_epoch.py RESULT
+
+RESULT receives, as a file of torch.save, for each of the runs "unpatched", "torch" and "philox" (the patch's kinds of
+noise): loss, approximate KL and share of clipped rows of every minibatch, the samples and their log-probabilities, what
+the epoch added to every parameter, and how often each fused op ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+import tempfile
+from collections import Counter
+from importlib import resources
+
+import torch
+from accelerate import PartialState
+from torch.utils._python_dispatch import TorchDispatchMode
+from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+
+from loopfast.integrations import patch_trl
+
+PROMPTS = ("a red circle", "a blue square", "a green triangle", "a yellow circle")
+
+
+class FusedOps(TorchDispatchMode):
+    """Counts the fused ops by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "loopfast":
+            self.calls[function.name().removeprefix("loopfast::")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Recorder(DDPOTrainer):
+    """Keeps what TRL only averages."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.minibatches: list[list[float]] = []
+
+    def calculate_loss(self, *args):
+        results = super().calculate_loss(*args)
+        self.minibatches.append([result.item() for result in results])
+        return results
+
+    def _generate_samples(self, *args, **options):
+        (self.sampled,), images = super()._generate_samples(*args, **options)
+        return [dict(self.sampled)], images
+
+
+def epoch(noise: str | None) -> dict[str, object]:
+    prompts = itertools.cycle(PROMPTS)
+    with tempfile.TemporaryDirectory() as folder:
+        config = DDPOConfig(
+            mixed_precision="no",
+            log_with="tensorboard",
+            project_kwargs={"logging_dir": folder},
+            sample_num_steps=4,
+            sample_guidance_scale=3.0,
+            sample_batch_size=4,
+            sample_num_batches_per_epoch=1,
+            train_batch_size=2,
+            train_clip_range=1e-2,
+            # Adam's first update is the sign of the gradient, rounding errors included, unless epsilon is above them.
+            train_adam_epsilon=1e-3,
+            train_learning_rate=1e-4,
+        )
+        trainer = Recorder(
+            config,
+            # Divided by their spread, rewards of the images would enlarge the rounding that is to be compared.
+            lambda images, prompts, metadata: (torch.tensor([float(len(p)) for p in prompts]), metadata),
+            lambda: (next(prompts), {}),
+            DefaultDDPOStableDiffusionPipeline(
+                str(resources.files("loopfast.embedded") / "model"), use_lora=False
+            ),
+            image_samples_hook=lambda *_: None,
+        )
+        trainer.sd_pipeline.set_progress_bar_config(disable=True)
+        parameters = dict(trainer.sd_pipeline.unet.named_parameters())
+        before = {name: value.detach().clone() for name, value in parameters.items()}
+        with patch_trl(noise=noise) if noise else contextlib.nullcontext(), FusedOps() as ops:
+            trainer.train(epochs=1)
+        trainer.accelerator.end_training()
+    return {
+        "minibatches": torch.tensor(trainer.minibatches),
+        "samples": trainer.sampled["next_latents"],
+        "logprobs": trainer.sampled["log_probs"],
+        "updates": {name: value.detach() - before[name] for name, value in parameters.items()},
+        "calls": dict(ops.calls),
+    }
+
+
+if __name__ == "__main__":
+    PartialState()  # TRL logs before it makes one
+    torch.save({noise or "unpatched": epoch(noise) for noise in (None, "torch", "philox")}, sys.argv[1])
