@@ -16,6 +16,10 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from loopfast.config import Config
 
+# Before triton is imported: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 settings.register_profile("loopfast", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("loopfast")
 

@@ -4,7 +4,7 @@ They need torch and nothing else. Every op works on ``N`` independent rows of la
 transition coefficients; ``kernels/README.md`` shows how to call them.
 """
 
-from .backends import AVAILABLE, BACKENDS, BackendUnavailableError, backend, info
+from .backends import BACKENDS, BackendUnavailableError, backend, info
 from .denoise_step import denoise_step, denoise_step_
 from .leave_one_out import leave_one_out
 from .loop_loss import LoopLoss, clipped_loss, loop_loss
@@ -14,7 +14,6 @@ from .transition_logprob import transition_logprob
 __version__ = "0.1.0"
 
 __all__ = [
-    "AVAILABLE",
     "BACKENDS",
     "BackendUnavailableError",
     "LoopLoss",

@@ -1,44 +1,77 @@
 """Which implementation of an op runs.
 
-An op offers implementations by name. The one that runs is, in this order: the one named by the innermost
+An op has an implementation in each backend. The one that runs is, in this order: the one named by the innermost
 `backend` context, the one named by the environment variable ``LOOPFAST_BACKEND``, the best for the device.
-A backend asked for by name is never replaced by another: if it is not there, the call fails.
+A backend asked for by name is never replaced by another: if it cannot serve the call, the call fails.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
 
-from . import native
+import torch
+from torch import Tensor
+
+from . import native_library
 
 VARIABLE = "LOOPFAST_BACKEND"
 
 BACKENDS = ("reference", "native", "triton")
-"""Every backend a request may name; `AVAILABLE` are those this version has."""
+"""Every backend a request may name; `info` says what each can serve here."""
 
-AVAILABLE = ("reference",)
-
-Implementation = TypeVar("Implementation")
+_MODULES = {"reference": "reference", "native": "native", "triton": "triton_kernels"}
+_PREFERRED = {"cpu": "native", "cuda": "triton"}
 
 # Process-wide rather than a context variable: autograd runs backward passes on threads of its own.
 _override: str | None = None
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot run."""
+    """A backend was asked for by name and cannot serve the call."""
+
+
+def triton_interprets() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on the CPU; fixed when triton is first imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _missing(name: str) -> str | None:
+    """Why a backend can serve nothing here; None where it can."""
+    if name == "native":
+        return native_library.missing()
+    if name == "triton" and find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def _obstacle(name: str, device: str, double: bool) -> str | None:
+    """Why a backend cannot serve a device, or float64; None where it can."""
+    if name == "reference":
+        return None
+    missing = _missing(name)
+    if missing is not None:
+        return missing
+    if name == "native" and device != "cpu":
+        return f"it serves the CPU, not {device}"
+    if name == "triton" and device != "cuda" and not (device == "cpu" and triton_interprets()):
+        return f"it serves CUDA devices, not {device} (TRITON_INTERPRET=1 interprets it on the CPU)"
+    return "it does not take float64" if double else None
 
 
 def _checked(name: str, origin: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{origin} names an unknown backend {name!r}; known: {', '.join(BACKENDS)}")
-    if name not in AVAILABLE:
-        raise BackendUnavailableError(
-            f"{origin} asks for the backend {name!r}, which is not available in this version; "
-            f"available: {', '.join(AVAILABLE)}"
-        )
+    missing = None if name == "reference" else _missing(name)
+    if missing is not None:
+        raise BackendUnavailableError(f"{origin} asks for the backend {name!r}, which is missing: {missing}")
     return name
 
 
@@ -51,7 +84,8 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: no backend has this name.
-        BackendUnavailableError: the backend cannot run here.
+        BackendUnavailableError: the backend is missing here. Inside the block an op raises it too when it is
+            called with tensors that the backend cannot serve.
     """
     global _override
     previous, _override = _override, _checked(name, "backend()")
@@ -61,43 +95,84 @@ def backend(name: str) -> Iterator[None]:
         _override = previous
 
 
-def choose(implementations: Mapping[str, Implementation]) -> Implementation:
-    """Pick an op's implementation.
-
-    Args:
-        implementations: by backend name; ``"reference"`` is always among them.
+def requested() -> str | None:
+    """The backend asked for by the innermost `backend` context or the environment; None where none is.
 
     Raises:
         ValueError: ``LOOPFAST_BACKEND`` holds an unknown name.
-        BackendUnavailableError: the backend asked for cannot run.
+        BackendUnavailableError: the backend asked for is missing.
     """
     if _override is not None:
-        return implementations[_override]
-    requested = os.environ.get(VARIABLE)
-    if requested:
-        return implementations[_checked(requested, VARIABLE)]
-    return implementations["reference"]
+        return _override
+    name = os.environ.get(VARIABLE)
+    return _checked(name, VARIABLE) if name else None
+
+
+class Implementations:
+    """One function of an op in every backend.
+
+    Args:
+        package: the op's package, with a module for each backend.
+        function: its name in each of them.
+    """
+
+    def __init__(self, package: str, function: str) -> None:
+        self._package = package
+        self._function = function
+        self._loaded: dict[str, Callable[..., Any]] = {}
+
+    def choose(self, *latents: Tensor | None) -> Callable[..., Any]:
+        """The implementation that serves some tensors.
+
+        Args:
+            latents: the tensors whose dtype and device matter; the first is not None.
+
+        Raises:
+            ValueError: ``LOOPFAST_BACKEND`` holds an unknown name.
+            BackendUnavailableError: the backend asked for cannot serve them.
+        """
+        first = latents[0]
+        assert first is not None
+        device = first.device.type
+        double = any(latent is not None and latent.dtype == torch.float64 for latent in latents)
+        name = requested()
+        if name is None:
+            name = _PREFERRED.get(device, "reference")
+            if _obstacle(name, device, double) is not None:
+                name = "reference"
+        else:
+            obstacle = _obstacle(name, device, double)
+            if obstacle is not None:
+                raise BackendUnavailableError(
+                    f"{self._function} cannot run on the backend {name!r}: {obstacle}"
+                )
+        if name not in self._loaded:
+            # Triton is imported by the first op that runs on it.
+            module = import_module(f".{_MODULES[name]}", self._package)
+            self._loaded[name] = getattr(module, self._function)
+        return self._loaded[name]
 
 
 def info() -> dict[str, str]:
     """Describe the installation: one line per fact, for a diagnosis or the header of a run.
 
     Returns:
-        ``backends`` (those available), ``requested`` (by the context or the environment, or ``"by device"``),
-        ``native_library`` (version and processor features, or why it is missing).
+        ``cpu`` and ``cuda`` (the backend that serves the device unless another is asked for, and why it is not
+        the fastest), ``native`` and ``triton`` (version, or why it is missing), ``requested`` (by the context
+        or the environment, or ``"by device"``).
     """
-    try:
-        library = native.load()
-    except OSError as error:
-        described = f"cannot be loaded: {error}"
-    else:
-        if library is None:
-            described = "not built (the package was not installed)"
-        else:
-            features = " ".join(library.cpu_features) or "no known processor features"
-            described = f"{library.version} ({features})"
+    serving = {}
+    for device, name in _PREFERRED.items():
+        obstacle = _missing(name)
+        serving[device] = name if obstacle is None else f"reference ({name} is missing: {obstacle})"
+    if not torch.cuda.is_available():
+        serving["cuda"] += ", but no device was found"
+    triton = _missing("triton")
+    if triton is None:
+        triton = version("triton") + (" (interpreted on the CPU)" if triton_interprets() else "")
     return {
-        "backends": ", ".join(AVAILABLE),
+        **serving,
+        "native": _missing("native") or native_library.describe(),
+        "triton": triton,
         "requested": _override or os.environ.get(VARIABLE) or "by device",
-        "native_library": described,
     }

@@ -29,7 +29,7 @@ def check_tensor(
 
     Raises:
         TypeError: `value` is not a tensor, or of none of `dtypes`.
-        ValueError: its shape or device is not the one given.
+        ValueError: its shape or device is not the one given, or it is not contiguous.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -40,13 +40,17 @@ def check_tensor(
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}, the model output on {device}")
+    if not value.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, got strides {list(value.stride())} for shape {list(value.shape)}"
+        )
 
 
 def check_transition(
     model_output: Tensor,
     latents: dict[str, Tensor | None],
     table: Tensor,
-    step: Tensor,
+    step: Tensor | None,
     guidance_scale: float,
     reduction: str,
 ) -> None:
@@ -56,7 +60,7 @@ def check_transition(
         model_output: ``[N, *L]``, whose shape and device the others must share.
         latents: the other arguments of that shape, by name; None where an optional one was not given.
         table: ``[T, 3]``.
-        step: int64 ``[N]``.
+        step: int64 ``[N]``; None where it is checked elsewhere.
         guidance_scale: other than 1 it needs ``uncond_output`` among `latents`.
         reduction: one of `REDUCTIONS`.
 
@@ -76,7 +80,8 @@ def check_transition(
     check_tensor("table", table, dtypes=REAL_DTYPES, device=device)
     if table.dim() != 2 or table.shape[0] == 0 or table.shape[1] != 3:
         raise ValueError(f"table must have shape [T, 3], got {list(table.shape)}")
-    check_tensor("step", step, dtypes=(torch.int64,), shape=(model_output.shape[0],), device=device)
+    if step is not None:
+        check_tensor("step", step, dtypes=(torch.int64,), shape=(model_output.shape[0],), device=device)
     if guidance_scale != 1.0 and latents.get("uncond_output") is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs uncond_output")
     if reduction not in REDUCTIONS:
@@ -91,6 +96,20 @@ def check_index(name: str, index: Tensor, size: int) -> None:
     """
     if index.device.type != "cpu":
         return
-    low, high = (int(bound) for bound in torch.aminmax(index))
-    if low < 0 or high >= size:
-        raise ValueError(f"{name} must lie in [0, {size}), got values from {low} to {high}")
+    wrong = index[(index < 0) | (index >= size)]
+    if wrong.numel():
+        raise ValueError(f"{name} must lie in [0, {size}), got {int(wrong[0])}")
+
+
+def check_table(table: Tensor) -> None:
+    """Check that no sigma of a transition table on the CPU is negative or NaN; on other devices, nothing.
+
+    Raises:
+        ValueError: one is.
+    """
+    if table.device.type != "cpu":
+        return
+    wrong = torch.nonzero(~(table[:, 2] >= 0))
+    if wrong.numel():
+        step = int(wrong[0])
+        raise ValueError(f"table has sigma {float(table[step, 2]):g} at step {step}: it must not be negative")

@@ -4,39 +4,56 @@ import contextlib
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 import loopfast_kernels
-from loopfast_kernels import BackendUnavailableError, backend, info, leave_one_out, native
+from loopfast_kernels import BackendUnavailableError, backend, backends, info, leave_one_out, native_library
 
 REWARDS = torch.tensor([1.0, 2.0])
 
 
-def test_the_reference_can_be_asked_for_by_name(monkeypatch):
-    expected = leave_one_out(REWARDS)
-    with backend("reference"):
-        assert info()["requested"] == "reference"
-        assert torch.equal(leave_one_out(REWARDS), expected)
+def test_the_device_chooses_unless_somebody_asks(monkeypatch):
+    monkeypatch.delenv("LOOPFAST_BACKEND", raising=False)
+    choose = backends.Implementations("loopfast_kernels.leave_one_out", "leave_one_out").choose
+    assert choose(REWARDS).__module__ == "loopfast_kernels.leave_one_out.native"
+    assert choose(REWARDS.double()).__module__ == "loopfast_kernels.leave_one_out.reference"
+    assert choose(REWARDS, None, REWARDS.double()).__module__ == "loopfast_kernels.leave_one_out.reference"
+    assert choose(REWARDS.to("meta")).__module__ == "loopfast_kernels.leave_one_out.reference"
     monkeypatch.setenv("LOOPFAST_BACKEND", "reference")
-    assert info()["requested"] == "reference"
-    assert torch.equal(leave_one_out(REWARDS), expected)
-
-
-@pytest.mark.parametrize("name", ["native", "triton"])
-def test_a_missing_backend_is_an_error(monkeypatch, name):
-    with (
-        pytest.raises(BackendUnavailableError, match=f"'{name}', which is not available in this version"),
-        backend(name),
-    ):
-        pass
-    monkeypatch.setenv("LOOPFAST_BACKEND", name)
-    with pytest.raises(BackendUnavailableError, match=f"LOOPFAST_BACKEND asks for the backend '{name}'"):
-        leave_one_out(REWARDS)
+    assert choose(REWARDS).__module__ == "loopfast_kernels.leave_one_out.reference"
     # The innermost request wins.
-    with backend("reference"):
+    with backend("native"):
+        assert choose(REWARDS).__module__ == "loopfast_kernels.leave_one_out.native"
+
+
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_info_says_who_was_asked_for(monkeypatch, name):
+    with backend(name):
+        assert info()["requested"] == name
+    monkeypatch.setenv("LOOPFAST_BACKEND", name)
+    assert info()["requested"] == name
+
+
+def test_a_backend_asked_for_is_never_replaced(monkeypatch):
+    with (
+        pytest.raises(
+            BackendUnavailableError, match=r"leave_one_out cannot run on the backend 'native': .*float64"
+        ),
+        backend("native"),
+    ):
+        leave_one_out(REWARDS.double())
+    with (
+        pytest.raises(BackendUnavailableError, match="'native': it serves the CPU, not meta"),
+        backend("native"),
+    ):
+        backends.Implementations("loopfast_kernels.leave_one_out", "leave_one_out").choose(REWARDS.to("meta"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with (
+        pytest.raises(BackendUnavailableError, match="'triton': it serves CUDA devices, not cpu"),
+        backend("triton"),
+    ):
         leave_one_out(REWARDS)
 
 
@@ -68,59 +85,49 @@ def test_the_request_ends_with_the_block(monkeypatch):
 
 
 @pytest.fixture
-def fresh_native(monkeypatch, tmp_path):
+def fresh_library(monkeypatch, tmp_path):
     """An installation whose folder is empty."""
-    native.load.cache_clear()
+    monkeypatch.delenv("LOOPFAST_BACKEND", raising=False)
+    native_library.load.cache_clear()
+    backends._missing.cache_clear()
     monkeypatch.setattr(loopfast_kernels, "__path__", [str(tmp_path)])
     yield tmp_path
-    native.load.cache_clear()
+    native_library.load.cache_clear()
+    backends._missing.cache_clear()
 
 
-def test_info_says_when_the_native_library_is_not_there(fresh_native):
-    assert native.load() is None
-    assert info()["native_library"].startswith("not built")
+def test_without_the_library_the_reference_serves_the_cpu(fresh_library, monkeypatch):
+    assert info()["native"].startswith("it was not built")
+    assert info()["cpu"].startswith("reference (native is missing: it was not built")
+    assert leave_one_out(REWARDS).tolist() == [-1.0, 1.0]
+    with (
+        pytest.raises(
+            BackendUnavailableError, match=r"asks for the backend 'native', which is missing: it was not"
+        ),
+        backend("native"),
+    ):
+        pass
+    monkeypatch.setenv("LOOPFAST_BACKEND", "native")
+    with pytest.raises(BackendUnavailableError, match="LOOPFAST_BACKEND asks for the backend 'native'"):
+        leave_one_out(REWARDS)
 
 
-def test_info_says_when_the_native_library_cannot_be_loaded(fresh_native):
-    (fresh_native / "libloopfast.so").write_bytes(b"not a library")
-    assert info()["native_library"].startswith("cannot be loaded")
-
-
-def test_the_native_library_knows_its_version_and_processor(fresh_native):
-    sources = Path(__file__).parents[2] / "kernels" / "native"
-    subprocess.run(
-        [
-            "c++",
-            "-std=c++17",
-            "-shared",
-            "-fPIC",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            '-DLOOPFAST_VERSION="1.2.3"',
-            f"-I{sources / 'include'}",
-            *map(str, sources.glob("cpu/*.cpp")),
-            "-o",
-            str(fresh_native / "libloopfast.so"),
-        ],
-        check=True,
-    )
-    library = native.load()
-    assert library.version == "1.2.3"
-    known = set(Path("/proc/cpuinfo").read_text().split())
-    renamed = {"avx512bf16": "avx512_bf16", "neon": "asimd"}
-    assert all(renamed.get(feature, feature) in known for feature in library.cpu_features)
-    assert info()["native_library"].startswith("1.2.3 (")
+def test_a_library_that_cannot_be_loaded_is_reported(fresh_library):
+    (fresh_library / native_library.FILE_NAME).write_bytes(b"not a library")
+    assert info()["native"].startswith("it cannot be loaded")
+    assert leave_one_out(REWARDS).tolist() == [-1.0, 1.0]
 
 
 def test_importing_leaves_the_gpu_alone_and_brings_nothing_but_torch():
     program = """
-import sys, torch
+import sys, time, torch
 before = set(sys.modules)
-import loopfast_kernels
+start = time.perf_counter()
+import loopfast_kernels, loopfast
+assert time.perf_counter() - start < 1.5
 assert not torch.cuda.is_initialized()
 brought = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(brought - {"loopfast_kernels", "torch"} - set(sys.stdlib_module_names)))
+print(sorted(brought - {"loopfast", "loopfast_kernels", "torch"} - set(sys.stdlib_module_names)))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

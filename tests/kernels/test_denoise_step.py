@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loopfast_kernels import denoise_step, denoise_step_, philox_normal, transition_logprob
+from loopfast_kernels import backend, denoise_step, denoise_step_, philox_normal, transition_logprob
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -11,7 +11,8 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 def test_is_the_affine_mean_and_the_philox_noise(make_transition):
     case = make_transition(dtype=torch.float64)
     a, b, sigma = (column.reshape(-1, 1, 1, 1) for column in case.table[case.step].unbind(1))
-    noise = philox_normal(case.seed, case.step, case.sample.shape).double()
+    with backend("reference"):
+        noise = philox_normal(case.seed, case.step, case.sample.shape).double()
     output = case.uncond_output + 2.5 * (case.model_output - case.uncond_output)
 
     prev, _ = denoise_step(case.model_output, case.sample, case.table, case.step, case.seed)
@@ -178,7 +179,7 @@ def test_errors_name_the_argument(transition, change, error, message):
         (
             {"trajectory": torch.zeros(5, 5, 4, 3, 6)[..., ::2]},
             ValueError,
-            "trajectory .* must be contiguous",
+            "trajectory must be contiguous",
         ),
         ({"logprob": torch.zeros(5, 5)}, ValueError, r"logprob must have shape \[4, 5\]"),
         ({"logprob": torch.zeros(4, 5, dtype=torch.int64)}, TypeError, "logprob must be float32 or float64"),

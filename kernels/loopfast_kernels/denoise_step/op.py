@@ -8,48 +8,38 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..registration import Operator
 from ..transition_logprob.reference import arithmetic_dtype
 from ..validation import LATENT_DTYPES, REAL_DTYPES, check_tensor, check_transition
-from . import reference
 
-_IMPLEMENTATIONS = {"reference": reference.denoise_step}
-_IN_PLACE = {"reference": reference.denoise_step_}
-
-
-@torch.library.custom_op(
-    "loopfast::denoise_step",
-    mutates_args=(),
-    schema=(
-        "(Tensor model_output, Tensor sample, Tensor table, Tensor step, Tensor seed, Tensor? uncond_output, "
-        "float guidance_scale, str reduction) -> (Tensor, Tensor)"
-    ),
-)
-def _denoise_step(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return backends.choose(_IMPLEMENTATIONS)(*arguments)
+_NEW_SAMPLE = backends.Implementations(__package__, "denoise_step")
+_IN_PLACE = backends.Implementations(__package__, "denoise_step_")
 
 
-@_denoise_step.register_fake
-def _(model_output: Tensor, sample: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(model_output: Tensor, sample: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = arithmetic_dtype(model_output, sample)
     return torch.empty_like(sample), model_output.new_empty(model_output.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op(
-    "loopfast::denoise_step_",
-    mutates_args=("trajectory", "logprob", "model_input", "step"),
-    schema=(
-        "(Tensor model_output, Tensor(a!) trajectory, Tensor(b!) logprob, Tensor(c!) model_input, "
-        "Tensor(d!) step, Tensor table, Tensor seed, Tensor? uncond_output, float guidance_scale, "
-        "str reduction) -> ()"
-    ),
+def _denoise_in_place(*arguments: Any) -> None:
+    _IN_PLACE.choose(*arguments[:4], arguments[7])(*arguments)
+    # For autograd, which would not notice what is written through a pointer.
+    torch.autograd.graph.increment_version(arguments[1:5])
+
+
+_denoise_step = Operator(
+    "denoise_step(Tensor model_output, Tensor sample, Tensor table, Tensor step, Tensor seed, "
+    "Tensor? uncond_output, float guidance_scale, str reduction) -> (Tensor, Tensor)",
+    lambda *arguments: _NEW_SAMPLE.choose(*arguments[:2], arguments[5])(*arguments),
+    _fake,
 )
-def _denoise_step_(*arguments: Any) -> None:
-    backends.choose(_IN_PLACE)(*arguments)
-
-
-@_denoise_step_.register_fake
-def _(*_: Any) -> None:
-    return None
+_denoise_step_ = Operator(
+    "denoise_step_(Tensor model_output, Tensor(a!) trajectory, Tensor(b!) logprob, Tensor(c!) model_input, "
+    "Tensor(d!) step, Tensor table, Tensor seed, Tensor? uncond_output, float guidance_scale, "
+    "str reduction) -> ()",
+    _denoise_in_place,
+    lambda *_: None,
+)
 
 
 def denoise_step(
@@ -93,12 +83,12 @@ def denoise_step(
         "seed", seed, dtypes=(torch.int64,), shape=(model_output.shape[0],), device=model_output.device
     )
     result: tuple[Tensor, Tensor] = _denoise_step(
-        model_output.detach().contiguous(),
-        sample.detach().contiguous(),
-        table.contiguous(),
-        step.contiguous(),
-        seed.contiguous(),
-        None if uncond_output is None else uncond_output.detach().contiguous(),
+        model_output.detach(),
+        sample.detach(),
+        table,
+        step,
+        seed,
+        None if uncond_output is None else uncond_output.detach(),
         float(guidance_scale),
         reduction,
     )
@@ -141,17 +131,9 @@ def denoise_step_(
         TypeError: an argument has a wrong type or dtype.
         ValueError: a wrong shape, device or value; on the CPU also a step outside the table.
     """
-    check_tensor("step", step, dtypes=(torch.int64,), shape=(1,))
-    rows = model_output.shape[:1]
-    check_transition(
-        model_output,
-        {"uncond_output": uncond_output},
-        table,
-        step.expand(rows),
-        guidance_scale,
-        reduction,
-    )
-    device = model_output.device
+    check_transition(model_output, {"uncond_output": uncond_output}, table, None, guidance_scale, reduction)
+    rows, device = model_output.shape[:1], model_output.device
+    check_tensor("step", step, dtypes=(torch.int64,), shape=(1,), device=device)
     steps = table.shape[0]
     check_tensor("seed", seed, dtypes=(torch.int64,), shape=rows, device=device)
     check_tensor(
@@ -168,18 +150,15 @@ def denoise_step_(
             f"model_input must have shape [M * {rows[0]}, {', '.join(map(str, model_output.shape[1:]))}], "
             f"got {list(model_input.shape)}"
         )
-    for name, value in {"trajectory": trajectory, "logprob": logprob, "model_input": model_input}.items():
-        if not value.is_contiguous():
-            raise ValueError(f"{name} is written in place and must be contiguous")
     _denoise_step_(
-        model_output.detach().contiguous(),
+        model_output.detach(),
         trajectory,
         logprob,
         model_input,
         step,
-        table.contiguous(),
-        seed.contiguous(),
-        None if uncond_output is None else uncond_output.detach().contiguous(),
+        table,
+        seed,
+        None if uncond_output is None else uncond_output.detach(),
         float(guidance_scale),
         reduction,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..philox import philox_normal
+from ..philox.reference import philox_normal
 from ..transition_logprob.reference import (
     arithmetic_dtype,
     as_rows,

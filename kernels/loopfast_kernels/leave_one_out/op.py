@@ -8,28 +8,31 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..registration import Operator
 from ..validation import REAL_DTYPES, check_tensor
-from . import reference
 
-_IMPLEMENTATIONS = {"reference": reference.leave_one_out}
-
-
-@torch.library.custom_op("loopfast::leave_one_out", mutates_args=(), schema="(Tensor rewards) -> Tensor")
-def _leave_one_out(rewards: Tensor) -> Tensor:
-    return backends.choose(_IMPLEMENTATIONS)(rewards)
+_IMPLEMENTATIONS = backends.Implementations(__package__, "leave_one_out")
 
 
-@_leave_one_out.register_fake
-def _(rewards: Tensor) -> Tensor:
-    return torch.empty_like(rewards, memory_format=torch.contiguous_format)
+class _LeaveOneOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rewards: Tensor) -> Tensor:
+        result: Tensor = _leave_one_out.below_autograd(rewards)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # The map is linear and symmetric: its own transpose.
+        result: Tensor = _leave_one_out(grad.contiguous())
+        return result
 
 
-def _backward(ctx: Any, grad: Tensor) -> Tensor:
-    # The map is linear and symmetric: its own transpose.
-    return _leave_one_out(grad)
-
-
-_leave_one_out.register_autograd(_backward)
+_leave_one_out = Operator(
+    "leave_one_out(Tensor rewards) -> Tensor",
+    lambda rewards: _IMPLEMENTATIONS.choose(rewards)(rewards),
+    torch.empty_like,
+    _LeaveOneOut,
+)
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
@@ -50,7 +53,8 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     """
     check_tensor("rewards", rewards, dtypes=REAL_DTYPES)
     check_group(rewards)
-    return _leave_one_out(rewards)
+    result: Tensor = _leave_one_out(rewards)
+    return result
 
 
 def check_group(rewards: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Registration of ``loopfast::loop_loss`` and ``loopfast::clipped_loss``.
 
-The gradient by the guided output is one more result of the forward pass. The backward pass scales it; nothing
+The gradients are results of the forward pass. The backward pass scales them in place and hands them over; nothing
 else is kept for it.
 """
 
@@ -13,21 +13,26 @@ from torch import Tensor
 
 from .. import backends
 from ..leave_one_out.op import check_group
+from ..registration import Operator, dispatched
 from ..transition_logprob.reference import arithmetic_dtype
 from ..validation import REAL_DTYPES, check_tensor, check_transition
 from . import reference
 
-_LOOP = {"reference": reference.loop_loss}
-_CLIPPED = {"reference": reference.clipped_loss}
+_LOOP = backends.Implementations(__package__, "loop_loss")
+_CLIPPED = backends.Implementations(__package__, "clipped_loss")
+_SCALE_GRADIENTS = backends.Implementations(__package__, "scale_gradients_")
 
 _TRANSITION = (
     "Tensor model_output, Tensor sample, Tensor prev_sample, Tensor table, Tensor step, Tensor old_logprob"
 )
 _OPTIONS = (
     "float? clip_range, Tensor? uncond_output, float guidance_scale, Tensor? reference_output, "
-    "float kl_weight, str reduction, bool with_grad"
+    "float kl_weight, str reduction, bool with_grad, bool with_uncond_grad"
 )
-_RESULTS = "(Tensor loss, Tensor logprob, Tensor ratio, {advantage}Tensor clipped, Tensor kl, Tensor grad)"
+_RESULTS = (
+    "(Tensor loss, Tensor logprob, Tensor ratio, {advantage}Tensor clipped, Tensor kl, Tensor grad_output, "
+    "Tensor grad_uncond, Tensor grad_scale)"
+)
 
 
 class LoopLoss(NamedTuple):
@@ -50,80 +55,134 @@ class LoopLoss(NamedTuple):
     kl: Tensor
 
 
-@torch.library.custom_op(
-    "loopfast::loop_loss",
-    mutates_args=(),
-    schema=(
-        f"({_TRANSITION}, Tensor rewards, Tensor trajectory, Tensor advantage_scale, float? advantage_clip, "
-        f"{_OPTIONS}) -> {_RESULTS.format(advantage='Tensor advantage, ')}"
-    ),
-)
-def _loop_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(backends.choose(_LOOP)(*arguments))
+def _latents(arguments: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    uncond_output, _, reference_output = arguments[-7:-4]
+    return (*arguments[:3], uncond_output, reference_output)
 
 
-@torch.library.custom_op(
-    "loopfast::clipped_loss",
-    mutates_args=(),
-    schema=f"({_TRANSITION}, Tensor advantage, {_OPTIONS}) -> {_RESULTS.format(advantage='')}",
-)
-def _clipped_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    result = backends.choose(_CLIPPED)(*arguments)
-    return result.loss, result.logprob, result.ratio, result.clipped, result.kl, result.grad
+def _without_advantage(result: reference.LossAndGradient) -> tuple[Tensor, ...]:
+    return (*result[:3], *result[4:])
 
 
-def _fake_results(model_output: Tensor, sample: Tensor, with_grad: bool) -> reference.LossAndGradient:
-    def rows(dtype: torch.dtype) -> Tensor:
-        return model_output.new_empty(model_output.shape[0], dtype=dtype)
-
+def _fake_results(arguments: tuple[Any, ...]) -> reference.LossAndGradient:
+    model_output, sample, *_ = arguments
+    uncond_output, *_, with_grad, with_uncond_grad = arguments[-7:]
+    rows = model_output.shape[:1]
     dtype = arithmetic_dtype(model_output, sample)
+
+    def by_row(dtype: torch.dtype) -> Tensor:
+        return model_output.new_empty(rows, dtype=dtype)
+
+    scaled = (with_grad or with_uncond_grad) and reference.has_scaled_rows(model_output, uncond_output)
     return reference.LossAndGradient(
         loss=model_output.new_empty((), dtype=dtype),
-        logprob=rows(dtype),
-        ratio=rows(dtype),
-        advantage=rows(dtype),
-        clipped=rows(torch.bool),
-        kl=rows(dtype),
-        grad=model_output.new_empty(
-            model_output.shape if with_grad else (0,), dtype=reference.gradient_dtype(model_output)
+        logprob=by_row(dtype),
+        ratio=by_row(dtype),
+        advantage=by_row(dtype),
+        clipped=by_row(torch.bool),
+        kl=by_row(dtype),
+        grad_output=model_output.new_empty(model_output.shape if with_grad else (0,)),
+        grad_uncond=(model_output if uncond_output is None else uncond_output).new_empty(
+            model_output.shape if with_uncond_grad else (0,)
         ),
+        grad_scale=model_output.new_empty(rows if scaled else (0,), dtype=dtype),
     )
 
 
-@_loop_loss.register_fake
-def _(model_output: Tensor, sample: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(_fake_results(model_output, sample, with_grad=rest[-1]))
+class _Handover(torch.autograd.Function):
+    """Gives the gradients that were made with the loss to the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, model_output: Tensor, uncond_output: Tensor | None, loss: Tensor, gradients: list[Tensor]
+    ) -> Tensor:
+        ctx.gradients = gradients
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the gradient of the loss was taken before: retain_graph=True keeps it for another time"
+            )
+        grad_output, grad_uncond, grad_scale = ctx.gradients
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            # Another backward pass would need what this one overwrites.
+            grad_output, grad_uncond = grad_output.clone(), grad_uncond.clone()
+        else:
+            ctx.gradients = None
+        _scale_gradients_(grad_output, grad_uncond, grad_scale, grad_loss)
+        return (
+            grad_output if grad_output.numel() else None,
+            grad_uncond if grad_uncond.numel() else None,
+            None,
+            None,
+        )
 
 
-@_clipped_loss.register_fake
-def _(model_output: Tensor, sample: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    fake = _fake_results(model_output, sample, with_grad=rest[-1])
-    return fake.loss, fake.logprob, fake.ratio, fake.clipped, fake.kl, fake.grad
+class _Recorded(torch.autograd.Function):
+    """The same where the operator is traced: its backward pass overwrites nothing."""
+
+    operator: Operator
+
+    @classmethod
+    def forward(cls, ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = cls.operator.below_autograd(*inputs)
+        ctx.save_for_backward(*results[-3:])
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.inputs = len(inputs)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grad_output, grad_uncond, grad_scale = ctx.saved_tensors
+        grad_output, grad_uncond = grad_output.clone(), grad_uncond.clone()
+        _scale_gradients_(grad_output, grad_uncond, grad_scale, grad_loss)
+        grads: list[Tensor | None] = [None] * ctx.inputs
+        grads[0] = grad_output if grad_output.numel() else None
+        grads[-7] = grad_uncond if grad_uncond.numel() else None
+        return tuple(grads)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    uncond_output, guidance_scale = inputs[-6:-4]
-    ctx.save_for_backward(output[-1])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.inputs = len(inputs)
-    ctx.dtype = inputs[0].dtype
-    ctx.uncond_dtype = None if uncond_output is None else uncond_output.dtype
-    ctx.guidance_scale = guidance_scale
+class _LoopLossRecorded(_Recorded):
+    pass
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    (grad,) = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * ctx.inputs
-    if ctx.uncond_dtype is None:
-        grads[0] = (grad * grad_loss).to(ctx.dtype)
-    else:
-        grads[0] = (grad * (grad_loss * ctx.guidance_scale)).to(ctx.dtype)
-        grads[-6] = (grad * (grad_loss * (1.0 - ctx.guidance_scale))).to(ctx.uncond_dtype)
-    return tuple(grads)
+class _ClippedLossRecorded(_Recorded):
+    pass
 
 
-_loop_loss.register_autograd(_backward, setup_context=_setup_context)
-_clipped_loss.register_autograd(_backward, setup_context=_setup_context)
+_LoopLossRecorded.operator = _loop_loss = Operator(
+    f"loop_loss({_TRANSITION}, Tensor rewards, Tensor trajectory, Tensor advantage_scale, "
+    f"float? advantage_clip, {_OPTIONS}) -> {_RESULTS.format(advantage='Tensor advantage, ')}",
+    lambda *arguments: tuple(_LOOP.choose(*_latents(arguments))(*arguments)),
+    lambda *arguments: tuple(_fake_results(arguments)),
+    _LoopLossRecorded,
+)
+_ClippedLossRecorded.operator = _clipped_loss = Operator(
+    f"clipped_loss({_TRANSITION}, Tensor advantage, {_OPTIONS}) -> {_RESULTS.format(advantage='')}",
+    lambda *arguments: _without_advantage(_CLIPPED.choose(*_latents(arguments))(*arguments)),
+    lambda *arguments: _without_advantage(_fake_results(arguments)),
+    _ClippedLossRecorded,
+)
+_scale_gradients_ = Operator(
+    "scale_gradients_(Tensor(a!) grad_output, Tensor(b!) grad_uncond, Tensor grad_scale, Tensor grad_loss) -> ()",
+    lambda *arguments: _SCALE_GRADIENTS.choose(*arguments)(*arguments),
+    lambda *_: None,
+)
+
+
+def _run(operator: Operator, model_output: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Every result but the gradients; the loss has them for its backward pass."""
+    uncond_output = rest[-5]
+    arguments = (model_output, *rest, _needs_grad(model_output), _needs_grad(uncond_output))
+    if dispatched(model_output):
+        results: tuple[Tensor, ...] = operator(*arguments)
+        return results[:-3]
+    loss, *by_row, grad_output, grad_uncond, grad_scale = operator.below_autograd(*arguments)
+    if arguments[-2] or arguments[-1]:
+        loss = _Handover.apply(model_output, uncond_output, loss, [grad_output, grad_uncond, grad_scale])
+    return loss, *by_row
 
 
 def _check_options(clip_range: float | None, reference_output: Tensor | None, kl_weight: float) -> None:
@@ -135,10 +194,8 @@ def _check_options(clip_range: float | None, reference_output: Tensor | None, kl
         raise ValueError(f"kl_weight={kl_weight} needs reference_output")
 
 
-def _needs_grad(model_output: Tensor, uncond_output: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        model_output.requires_grad or (uncond_output is not None and uncond_output.requires_grad)
-    )
+def _needs_grad(output: Tensor | None) -> bool:
+    return output is not None and output.requires_grad and torch.is_grad_enabled()
 
 
 def loop_loss(
@@ -214,24 +271,24 @@ def loop_loss(
         scale = advantage_scale.detach()
     else:
         scale = torch.full((), float(advantage_scale), dtype=torch.float64, device=device)
-    loss, logprob, ratio, advantage, clipped, kl, _ = _loop_loss(
-        model_output.contiguous(),
-        sample.contiguous(),
-        prev_sample.contiguous(),
-        table.contiguous(),
-        step.contiguous(),
-        old_logprob.contiguous(),
-        rewards.contiguous(),
-        trajectory.contiguous(),
+    loss, logprob, ratio, advantage, clipped, kl = _run(
+        _loop_loss,
+        model_output,
+        sample,
+        prev_sample,
+        table,
+        step,
+        old_logprob,
+        rewards,
+        trajectory,
         scale,
         None if advantage_clip is None else float(advantage_clip),
         None if clip_range is None else float(clip_range),
-        None if uncond_output is None else uncond_output.contiguous(),
+        uncond_output,
         float(guidance_scale),
-        None if reference_output is None else reference_output.contiguous(),
+        reference_output,
         float(kl_weight),
         reduction,
-        _needs_grad(model_output, uncond_output),
     )
     return LoopLoss(loss, logprob, ratio, advantage, clipped, kl)
 
@@ -290,20 +347,20 @@ def clipped_loss(
     check_tensor("old_logprob", old_logprob, dtypes=REAL_DTYPES, shape=rows, device=device)
     check_tensor("advantage", advantage, dtypes=REAL_DTYPES, shape=rows, device=device)
     _check_options(clip_range, reference_output, kl_weight)
-    loss, logprob, ratio, clipped, kl, _ = _clipped_loss(
-        model_output.contiguous(),
-        sample.contiguous(),
-        prev_sample.contiguous(),
-        table.contiguous(),
-        step.contiguous(),
-        old_logprob.contiguous(),
-        advantage.contiguous(),
+    loss, logprob, ratio, clipped, kl = _run(
+        _clipped_loss,
+        model_output,
+        sample,
+        prev_sample,
+        table,
+        step,
+        old_logprob,
+        advantage,
         None if clip_range is None else float(clip_range),
-        None if uncond_output is None else uncond_output.contiguous(),
+        uncond_output,
         float(guidance_scale),
-        None if reference_output is None else reference_output.contiguous(),
+        reference_output,
         float(kl_weight),
         reduction,
-        _needs_grad(model_output, uncond_output),
     )
     return LoopLoss(loss, logprob, ratio, advantage.detach(), clipped, kl)

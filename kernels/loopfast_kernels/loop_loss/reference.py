@@ -26,7 +26,9 @@ LOG_RATIO_LIMIT = 20.0
 class LossAndGradient(NamedTuple):
     """Results of the loss ops.
 
-    ``grad`` is the loss's gradient by the guided output, empty unless it was asked for.
+    ``grad_output`` and ``grad_uncond`` are the loss's gradients in the dtypes of the two outputs, empty where
+    they were not asked for. Where an output is float16 row ``i`` holds its gradient divided by
+    ``grad_scale[i]``, a power of two that keeps the values near 1; elsewhere ``grad_scale`` is empty.
     """
 
     loss: Tensor
@@ -35,15 +37,19 @@ class LossAndGradient(NamedTuple):
     advantage: Tensor
     clipped: Tensor
     kl: Tensor
-    grad: Tensor
+    grad_output: Tensor
+    grad_uncond: Tensor
+    grad_scale: Tensor
 
 
-def gradient_dtype(model_output: Tensor) -> torch.dtype:
-    """The dtype the gradient is kept in between forward and backward.
+def has_scaled_rows(model_output: Tensor, uncond_output: Tensor | None) -> bool:
+    """Whether gradients are kept divided by `grad_scale`.
 
-    In float16 it would underflow before the backward pass multiplies it by the loss scale.
+    In float16 they would underflow before the backward pass multiplies them by the loss scale.
     """
-    return torch.float32 if model_output.dtype == torch.float16 else model_output.dtype
+    return any(
+        output is not None and output.dtype == torch.float16 for output in (model_output, uncond_output)
+    )
 
 
 def clipped_loss(
@@ -61,6 +67,7 @@ def clipped_loss(
     kl_weight: float,
     reduction: str,
     with_grad: bool,
+    with_uncond_grad: bool,
 ) -> LossAndGradient:
     """The loss for given advantages ``[N]``; the arguments are those of `loopfast_kernels.clipped_loss`."""
     dtype = arithmetic_dtype(model_output, sample)
@@ -91,16 +98,45 @@ def clipped_loss(
     count = rows.shape[0]
     loss = row_sum(rows[None, :])[0] / count
 
-    grad = model_output.new_empty(0, dtype=gradient_dtype(model_output))
-    if with_grad:
+    grad_output = model_output.new_empty(0)
+    grad_uncond = grad_output if uncond_output is None else uncond_output.new_empty(0)
+    grad_scale = logprob.new_empty(0)
+    if with_grad or with_uncond_grad:
         share = 1.0 / (count * residual.shape[1] if reduction == "mean" else count)
         # d surrogate / d logprob is the surrogate itself, -A r, and d logprob / dm = (b / sigma) residual.
-        weight = torch.where(flat, 0.0, -advantage * ratio) * share
-        by_output = weight[:, None] * at.slope * residual
+        weight = torch.where(flat, 0.0, -advantage * ratio)[:, None] * share * at.slope
+        by_output = weight * residual
+        magnitude = weight.abs()
         if shift is not None:
-            by_output = by_output + (kl_weight * share) * at.slope * shift
-        grad = by_output.reshape(model_output.shape).to(grad.dtype)
-    return LossAndGradient(loss, logprob, ratio, advantage, flat, kl, grad)
+            kl_slope = (kl_weight * share) * at.slope
+            by_output = by_output + kl_slope * shift
+            magnitude = magnitude + kl_slope.abs() * row_reduce(shift * shift, "mean")[:, None].sqrt()
+        if has_scaled_rows(model_output, uncond_output):
+            grad_scale = power_of_two(magnitude[:, 0])
+            by_output = by_output / grad_scale[:, None]
+        if with_grad:
+            scale = 1.0 if uncond_output is None else guidance_scale
+            grad_output = (by_output * scale).reshape(model_output.shape).to(model_output.dtype)
+        if with_uncond_grad and uncond_output is not None:
+            grad_uncond = (by_output * (1.0 - guidance_scale)).reshape(model_output.shape)
+            grad_uncond = grad_uncond.to(uncond_output.dtype)
+    return LossAndGradient(loss, logprob, ratio, advantage, flat, kl, grad_output, grad_uncond, grad_scale)
+
+
+def power_of_two(magnitude: Tensor) -> Tensor:
+    """The largest power of two not above each magnitude; 1 for 0 and for what is not finite."""
+    exponent = (torch.frexp(magnitude).exponent - 1).clamp(-126, 126)
+    return torch.where(
+        (magnitude > 0) & magnitude.isfinite(), torch.ldexp(torch.ones_like(magnitude), exponent), 1.0
+    )
+
+
+def scale_gradients_(grad_output: Tensor, grad_uncond: Tensor, grad_scale: Tensor, grad_loss: Tensor) -> None:
+    """The backward pass: multiply the gradients in place by the loss's gradient ``[]`` and the rows' scales."""
+    factor = grad_loss * grad_scale if grad_scale.numel() else grad_loss.expand(1)
+    for grad in (grad_output, grad_uncond):
+        if grad.numel():
+            grad.copy_(grad * factor.reshape(-1, *(1,) * (grad.dim() - 1)))
 
 
 def loop_loss(
@@ -121,6 +157,7 @@ def loop_loss(
     kl_weight: float,
     reduction: str,
     with_grad: bool,
+    with_uncond_grad: bool,
 ) -> LossAndGradient:
     """The loss for given rewards ``[G, K]``; the arguments are those of `loopfast_kernels.loop_loss`."""
     check_index("trajectory", trajectory, rewards.numel())
@@ -144,4 +181,5 @@ def loop_loss(
         kl_weight,
         reduction,
         with_grad,
+        with_uncond_grad,
     )

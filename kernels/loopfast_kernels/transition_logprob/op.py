@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..registration import Operator
 from ..validation import check_transition
 from . import reference
 
-_FORWARD = {"reference": reference.transition_logprob}
-_BACKWARD = {"reference": reference.transition_logprob_backward}
+_FORWARD = backends.Implementations(__package__, "transition_logprob")
+_BACKWARD = backends.Implementations(__package__, "transition_logprob_backward")
 
 _ARGUMENTS = (
     "Tensor model_output, Tensor sample, Tensor prev_sample, Tensor table, Tensor step, "
@@ -20,56 +21,48 @@ _ARGUMENTS = (
 )
 
 
-@torch.library.custom_op("loopfast::transition_logprob", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
-def _transition_logprob(*arguments: Any) -> Tensor:
-    return backends.choose(_FORWARD)(*arguments)
+class _TransitionLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, ctx.guidance_scale, ctx.reduction = inputs
+        ctx.save_for_backward(*tensors)
+        result: Tensor = _transition_logprob.below_autograd(*inputs)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, uncond_output = ctx.saved_tensors
+        grad_output, grad_uncond = _transition_logprob_backward(
+            grad.contiguous(), *tensors, uncond_output, ctx.guidance_scale, ctx.reduction
+        )
+        return grad_output, None, None, None, None, None if uncond_output is None else grad_uncond, None, None
 
 
-@_transition_logprob.register_fake
-def _(model_output: Tensor, sample: Tensor, *_: Any) -> Tensor:
-    dtype = reference.arithmetic_dtype(model_output, sample)
-    return model_output.new_empty(model_output.shape[0], dtype=dtype)
+def _fake(model_output: Tensor, sample: Tensor, *_: Any) -> Tensor:
+    return model_output.new_empty(
+        model_output.shape[0], dtype=reference.arithmetic_dtype(model_output, sample)
+    )
 
 
-@torch.library.custom_op(
-    "loopfast::transition_logprob_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)",
-)
-def _transition_logprob_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return backends.choose(_BACKWARD)(*arguments)
-
-
-@_transition_logprob_backward.register_fake
-def _(
-    grad: Tensor,
-    model_output: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    table: Tensor,
-    step: Tensor,
-    uncond_output: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, model_output: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    uncond_output = rest[4]
     return (
         torch.empty_like(model_output),
         model_output.new_empty(0) if uncond_output is None else torch.empty_like(uncond_output),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.guidance_scale, ctx.reduction = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    grad_output, grad_uncond = _transition_logprob_backward(grad, *tensors, ctx.guidance_scale, ctx.reduction)
-    uncond_output = tensors[-1]
-    return grad_output, None, None, None, None, None if uncond_output is None else grad_uncond, None, None
-
-
-_transition_logprob.register_autograd(_backward, setup_context=_setup_context)
+_transition_logprob = Operator(
+    f"transition_logprob({_ARGUMENTS}) -> Tensor",
+    lambda *arguments: _FORWARD.choose(*arguments[:3], arguments[5])(*arguments),
+    _fake,
+    _TransitionLogprob,
+)
+_transition_logprob_backward = Operator(
+    f"transition_logprob_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    lambda *arguments: _BACKWARD.choose(*arguments[1:4], arguments[6])(*arguments),
+    _fake_backward,
+)
 
 
 def transition_logprob(
@@ -110,12 +103,12 @@ def transition_logprob(
     latents = {"sample": sample, "prev_sample": prev_sample, "uncond_output": uncond_output}
     check_transition(model_output, latents, table, step, guidance_scale, reduction)
     result: Tensor = _transition_logprob(
-        model_output.contiguous(),
-        sample.contiguous(),
-        prev_sample.contiguous(),
-        table.contiguous(),
-        step.contiguous(),
-        None if uncond_output is None else uncond_output.contiguous(),
+        model_output,
+        sample,
+        prev_sample,
+        table,
+        step,
+        uncond_output,
         float(guidance_scale),
         reduction,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..reduction import row_sum
-from ..validation import check_index
+from ..validation import check_index, check_table
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -54,9 +54,10 @@ def gather_coefficients(table: Tensor, step: Tensor, dtype: torch.dtype) -> Coef
         dtype: of the arithmetic.
 
     Raises:
-        ValueError: on the CPU, a step lies outside the table.
+        ValueError: on the CPU, a step lies outside the table or a sigma is negative.
     """
     check_index("step", step, table.shape[0])
+    check_table(table)
     a, b, sigma = table.to(dtype).unbind(1)
     stochastic = sigma > 0
     divisor = torch.where(stochastic, sigma, 1.0)

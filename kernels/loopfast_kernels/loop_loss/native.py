@@ -1,0 +1,131 @@
+"""The clipped surrogate, its KL penalty and their gradients in the native library."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..native_library import LossArguments, LossResults, as_float32, call, latents, pointer, transition
+from .reference import LossAndGradient, has_scaled_rows
+
+
+def loop_loss(
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    old_logprob: Tensor,
+    rewards: Tensor,
+    trajectory: Tensor,
+    advantage_scale: Tensor,
+    advantage_clip: float | None,
+    *options: Any,
+) -> LossAndGradient:
+    """The loss for given rewards ``[G, K]``; as in `reference`."""
+    rewards = as_float32(rewards)
+    arguments = LossArguments(
+        rewards=pointer("rewards", rewards),
+        groups=rewards.shape[0],
+        samples=rewards.shape[1],
+        trajectory=pointer("trajectory", trajectory),
+        advantage_scale=float(advantage_scale),
+        advantage_clip=math.inf if advantage_clip is None else advantage_clip,
+    )
+    return _loss(arguments, model_output, sample, prev_sample, table, step, old_logprob, *options)
+
+
+def clipped_loss(
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    *options: Any,
+) -> LossAndGradient:
+    """The loss for given advantages ``[N]``; as in `reference`."""
+    advantage = as_float32(advantage)
+    arguments = LossArguments(advantage=pointer("advantage", advantage))
+    return _loss(arguments, model_output, sample, prev_sample, table, step, old_logprob, *options)
+
+
+def _loss(
+    arguments: LossArguments,
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    old_logprob: Tensor,
+    clip_range: float | None,
+    uncond_output: Tensor | None,
+    guidance_scale: float,
+    reference_output: Tensor | None,
+    kl_weight: float,
+    reduction: str,
+    with_grad: bool,
+    with_uncond_grad: bool,
+) -> LossAndGradient:
+    table, old_logprob = as_float32(table), as_float32(old_logprob)
+    arguments.prev_sample = latents("prev_sample", prev_sample)
+    arguments.old_logprob = pointer("old_logprob", old_logprob)
+    arguments.clip_range = math.inf if clip_range is None else clip_range
+    arguments.reference_output = latents("reference_output", reference_output)
+    arguments.kl_weight = kl_weight
+
+    rows = model_output.shape[0]
+    scaled = (with_grad or with_uncond_grad) and has_scaled_rows(model_output, uncond_output)
+
+    def by_row(dtype: torch.dtype = torch.float32) -> Tensor:
+        return model_output.new_empty(rows, dtype=dtype)
+
+    results = LossAndGradient(
+        loss=model_output.new_empty((), dtype=torch.float32),
+        logprob=by_row(),
+        ratio=by_row(),
+        advantage=by_row(),
+        clipped=by_row(torch.bool),
+        kl=by_row(),
+        grad_output=torch.empty_like(model_output) if with_grad else model_output.new_empty(0),
+        grad_uncond=(model_output if uncond_output is None else uncond_output).new_empty(
+            model_output.shape if with_uncond_grad else (0,)
+        ),
+        grad_scale=by_row() if scaled else model_output.new_empty(0, dtype=torch.float32),
+    )
+    call(
+        "loopfast_loss",
+        transition(model_output, sample, table, step, uncond_output, guidance_scale, reduction),
+        arguments,
+        LossResults(
+            loss=results.loss.data_ptr(),
+            logprob=results.logprob.data_ptr(),
+            ratio=results.ratio.data_ptr(),
+            advantage=results.advantage.data_ptr(),
+            clipped=results.clipped.data_ptr(),
+            kl=results.kl.data_ptr(),
+            grad_output=latents("grad_output", results.grad_output),
+            grad_uncond=latents("grad_uncond", results.grad_uncond),
+            grad_scale=results.grad_scale.data_ptr() if results.grad_scale.numel() else None,
+        ),
+    )
+    return results
+
+
+def scale_gradients_(grad_output: Tensor, grad_uncond: Tensor, grad_scale: Tensor, grad_loss: Tensor) -> None:
+    """The backward pass; as in `reference`."""
+    shape = (grad_output if grad_output.numel() else grad_uncond).shape
+    call(
+        "loopfast_scale_gradients",
+        shape[0],
+        math.prod(shape[1:]),
+        latents("grad_output", grad_output),
+        latents("grad_uncond", grad_uncond),
+        grad_scale.data_ptr() if grad_scale.numel() else None,
+        float(grad_loss),
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,26 @@
+"""Philox noise from the native library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..native_library import call, pointer
+
+
+def philox_normal(seed: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
+    """Noise float32 of `shape`; as in `reference`."""
+    noise = seed.new_empty(shape, dtype=torch.float32)
+    rows = shape[0]
+    call(
+        "loopfast_philox_normal",
+        rows,
+        noise.numel() // rows,
+        pointer("seed", seed),
+        pointer("step", step),
+        noise.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return noise

@@ -1,0 +1,220 @@
+// The loops. CMake compiles this file once for every instruction set, with LOOPFAST_KERNELS naming the result; so it
+// uses nothing of the standard library that the linker could merge with another file's copy.
+#include "kernels.h"
+
+#include "numeric.h"
+
+namespace {
+
+using namespace loopfast;
+
+// Rows are worked on in tiles that stay in the first-level cache, as float32. A tile is filled up with zeros to whole
+// lanes; they add 0 to every sum.
+constexpr int kTile = 512;
+constexpr int kLanes = 64;
+
+struct Tile {
+  alignas(64) float values[kTile];
+};
+
+inline int filled(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+inline int tile_size(int64_t at, int64_t end) { return static_cast<int>(end - at < kTile ? end - at : kTile); }
+
+const float *load(loopfast_input from, int64_t at, int count, Tile &tile) {
+  const int whole = filled(count);
+  if (from.dtype == LOOPFAST_FLOAT32) {
+    const float *values = static_cast<const float *>(from.data) + at;
+    if (count == whole) return values;
+    std::memcpy(tile.values, values, sizeof(float) * static_cast<size_t>(count));
+  } else {
+    const uint16_t *values = static_cast<const uint16_t *>(from.data) + at;
+    if (from.dtype == LOOPFAST_FLOAT16) {
+      for (int i = 0; i < count; ++i) tile.values[i] = from_float16(values[i]);
+    } else {
+      for (int i = 0; i < count; ++i) tile.values[i] = from_bfloat16(values[i]);
+    }
+  }
+  for (int i = count; i < whole; ++i) tile.values[i] = 0.0f;
+  return tile.values;
+}
+
+void store(loopfast_output to, int64_t at, int count, const float *values) {
+  if (to.dtype == LOOPFAST_FLOAT32) {
+    std::memcpy(static_cast<float *>(to.data) + at, values, sizeof(float) * static_cast<size_t>(count));
+    return;
+  }
+  uint16_t *target = static_cast<uint16_t *>(to.data) + at;
+  if (to.dtype == LOOPFAST_FLOAT16) {
+    for (int i = 0; i < count; ++i) target[i] = to_float16(values[i]);
+  } else {
+    for (int i = 0; i < count; ++i) target[i] = to_bfloat16(values[i]);
+  }
+}
+
+void round_to(int32_t dtype, float *values, int count) {
+  if (dtype == LOOPFAST_FLOAT16) {
+    for (int i = 0; i < count; ++i) values[i] = from_float16(to_float16(values[i]));
+  } else if (dtype == LOOPFAST_BFLOAT16) {
+    for (int i = 0; i < count; ++i) values[i] = from_bfloat16(to_bfloat16(values[i]));
+  }
+}
+
+// m = u + g (c - u).
+const float *guided_output(const Row &row, int64_t at, int count, Tile &c_tile, Tile &u_tile) {
+  const float *c = load(row.model_output, at, count, c_tile);
+  if (row.uncond_output.data == nullptr) return c;
+  const float *u = load(row.uncond_output, at, count, u_tile);
+  const float g = row.guidance_scale;
+  const int whole = filled(count);
+  for (int i = 0; i < whole; ++i) c_tile.values[i] = u[i] + g * (c[i] - u[i]);
+  return c_tile.values;
+}
+
+// a x + b m.
+void transition_mean(const Row &row, const float *x, const float *m, int whole, Tile &mean) {
+  const float a = row.a, b = row.b;
+  for (int i = 0; i < whole; ++i) mean.values[i] = a * x[i] + b * m[i];
+}
+
+void add_squares(float *lanes, const float *values, int whole) {
+  for (int i = 0; i < whole; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane] * values[i + lane];
+  }
+}
+
+float fold(float *lanes) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+// z and, with a reference, (b / sigma) (m - m_ref).
+void residual_and_shift(const Row &row, int64_t at, int count, Tile &residual, Tile &shift) {
+  Tile c, u, x_tile, prev_tile, reference_tile;
+  const int whole = filled(count);
+  const float *m = guided_output(row, at, count, c, u);
+  const float *x = load(row.sample, at, count, x_tile);
+  const float *prev = load(row.prev_sample, at, count, prev_tile);
+  transition_mean(row, x, m, whole, residual);
+  for (int i = 0; i < whole; ++i) residual.values[i] = (prev[i] - residual.values[i]) * row.inverse_sigma;
+  if (row.reference_output.data != nullptr) {
+    const float *reference = load(row.reference_output, at, count, reference_tile);
+    for (int i = 0; i < whole; ++i) shift.values[i] = row.slope * (m[i] - reference[i]);
+  }
+}
+
+Squares squares(const Row &row, int64_t begin, int64_t end) {
+  alignas(64) float residual_lanes[kLanes] = {}, shift_lanes[kLanes] = {};
+  Tile residual, shift;
+  const bool with_reference = row.reference_output.data != nullptr;
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int count = tile_size(at, end);
+    residual_and_shift(row, at, count, residual, shift);
+    add_squares(residual_lanes, residual.values, filled(count));
+    if (with_reference) add_squares(shift_lanes, shift.values, filled(count));
+  }
+  return {fold(residual_lanes), fold(shift_lanes)};
+}
+
+void gradients(const Row &row, const GradientTargets &to, int64_t begin, int64_t end) {
+  Tile residual, shift, grad;
+  const bool with_reference = row.reference_output.data != nullptr;
+  const bool guided = row.uncond_output.data != nullptr;
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int count = tile_size(at, end);
+    const int whole = filled(count);
+    residual_and_shift(row, at, count, residual, shift);
+    for (int i = 0; i < whole; ++i) residual.values[i] *= to.residual_weight;
+    if (with_reference) {
+      for (int i = 0; i < whole; ++i) residual.values[i] += to.shift_weight * shift.values[i];
+    }
+    const auto write = [&](loopfast_output target, float factor) {
+      if (target.data == nullptr) return;
+      for (int i = 0; i < whole; ++i) grad.values[i] = residual.values[i] * factor;
+      store(target, at, count, grad.values);
+    };
+    write(to.output, guided ? row.guidance_scale : 1.0f);
+    write(to.uncond, 1.0f - row.guidance_scale);
+  }
+}
+
+// `count` normals from element `at`, a multiple of 4, and up to 3 more.
+void normals(uint64_t seed, int64_t step, int64_t at, int count, float *noise) {
+  constexpr int kCounters = kTile / 4;
+  alignas(64) uint32_t words[4][kCounters];
+  alignas(64) float z[4][kCounters];
+  const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  const uint32_t first = static_cast<uint32_t>(at / 4), t = static_cast<uint32_t>(step);
+  const int counters = (count + 3) / 4;
+  for (int i = 0; i < counters; ++i) {
+    uint32_t x[4] = {first + static_cast<uint32_t>(i), t, 0, 0};
+    philox(x, k0, k1);
+    for (int word = 0; word < 4; ++word) words[word][i] = x[word];
+  }
+  for (int pair = 0; pair < 4; pair += 2) {
+    for (int i = 0; i < counters; ++i) {
+      const float uniform = from_word(words[pair][i]) * 0x1p-32f + 0x1p-33f;
+      const float radius = std::sqrt(-2.0f * log_of_uniform(uniform));
+      const float angle = from_word(words[pair + 1][i]) * 1.46291807926715968e-9f;  // 2 pi 2^-32
+      float sine, cosine;
+      sine_and_cosine(angle, sine, cosine);
+      z[pair][i] = radius * cosine;
+      z[pair + 1][i] = radius * sine;
+    }
+  }
+  for (int i = 0; i < counters; ++i) {
+    for (int word = 0; word < 4; ++word) noise[4 * i + word] = z[word][i];
+  }
+}
+
+float sample(const Row &row, uint64_t seed, int64_t step, const SampleTargets &to, int64_t begin, int64_t end) {
+  alignas(64) float lanes[kLanes] = {};
+  Tile c, u, x_tile, mean, prev, noise;
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int count = tile_size(at, end);
+    const int whole = filled(count);
+    const float *m = guided_output(row, at, count, c, u);
+    const float *x = load(row.sample, at, count, x_tile);
+    transition_mean(row, x, m, whole, mean);
+    if (row.sigma > 0.0f) {
+      normals(seed, step, at, count, noise.values);
+      for (int i = 0; i < count; ++i) prev.values[i] = mean.values[i] + row.sigma * noise.values[i];
+    } else {
+      std::memcpy(prev.values, mean.values, sizeof mean.values);
+    }
+    round_to(to.prev_sample.dtype, prev.values, count);
+    store(to.prev_sample, at, count, prev.values);
+    if (to.model_input.data != nullptr) {
+      for (int64_t copy = 0; copy < to.copies; ++copy) store(to.model_input, at + copy * to.stride, count, prev.values);
+    }
+    for (int i = count; i < whole; ++i) prev.values[i] = mean.values[i];
+    for (int i = 0; i < whole; ++i) prev.values[i] = (prev.values[i] - mean.values[i]) * row.inverse_sigma;
+    add_squares(lanes, prev.values, whole);
+  }
+  return fold(lanes);
+}
+
+void normal(uint64_t seed, int64_t step, float *noise, int64_t begin, int64_t end) {
+  Tile tile;
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int count = tile_size(at, end);
+    normals(seed, step, at, count, tile.values);
+    std::memcpy(noise + at, tile.values, sizeof(float) * static_cast<size_t>(count));
+  }
+}
+
+void scale(loopfast_output values, float factor, int64_t begin, int64_t end) {
+  Tile tile;
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int count = tile_size(at, end);
+    const float *loaded = load({values.data, values.dtype}, at, count, tile);
+    for (int i = 0; i < count; ++i) tile.values[i] = loaded[i] * factor;
+    store(values, at, count, tile.values);
+  }
+}
+
+}  // namespace
+
+const loopfast::Kernels loopfast::LOOPFAST_KERNELS = {squares, sample, gradients, normal, scale};

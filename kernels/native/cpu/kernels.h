@@ -1,0 +1,64 @@
+// What is compiled once for every instruction set: loops over a stretch of one row.
+#pragma once
+
+#include <cstdint>
+
+#include "loopfast.h"
+
+namespace loopfast {
+
+// Sums run over blocks of a row, each in an order of its own; the blocks' sums are added in order. So the order
+// depends on the row's length alone, however a row is cut into pieces, as long as they are made of whole blocks.
+constexpr int64_t kBlock = 4096;
+
+// A row and the coefficients of its transition. The pointers are to the row's first element.
+struct Row {
+  loopfast_input model_output, uncond_output, sample, prev_sample, reference_output;
+  float a, b, sigma;
+  float inverse_sigma;  // 0 where sigma is 0
+  float slope;          // b / sigma; 0 where sigma is 0
+  float guidance_scale;
+};
+
+// Sums over a block: of z^2, z = (x' - a x - b m) / sigma, and of ((b / sigma) (m - m_ref))^2.
+struct Squares {
+  float residual, shift;
+};
+
+// Where a sample goes: to `prev_sample` and to `copies` model inputs, `stride` elements apart.
+struct SampleTargets {
+  loopfast_output prev_sample, model_input;
+  int64_t copies, stride;
+};
+
+// Gradients residual_weight z + shift_weight (b / sigma) (m - m_ref) by m; times g and 1 - g by c and u.
+struct GradientTargets {
+  loopfast_output output, uncond;
+  float residual_weight, shift_weight;
+};
+
+// All ranges [begin, end) begin at a multiple of kBlock. `sample` and `squares` take one block.
+struct Kernels {
+  Squares (*squares)(const Row &row, int64_t begin, int64_t end);
+  float (*sample)(const Row &row, uint64_t seed, int64_t step, const SampleTargets &to, int64_t begin, int64_t end);
+  void (*gradients)(const Row &row, const GradientTargets &to, int64_t begin, int64_t end);
+  void (*normal)(uint64_t seed, int64_t step, float *noise, int64_t begin, int64_t end);
+  void (*scale)(loopfast_output values, float factor, int64_t begin, int64_t end);
+};
+
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;
+
+inline int64_t size_of(int32_t dtype) { return dtype == LOOPFAST_FLOAT32 ? 4 : 2; }
+
+// A latent `index` elements further on. The optional one that is not given stays so.
+inline loopfast_input advance(loopfast_input latents, int64_t index) {
+  if (latents.data == nullptr) return latents;
+  return {static_cast<const char *>(latents.data) + index * size_of(latents.dtype), latents.dtype};
+}
+
+inline loopfast_output advance(loopfast_output latents, int64_t index) {
+  if (latents.data == nullptr) return latents;
+  return {static_cast<char *>(latents.data) + index * size_of(latents.dtype), latents.dtype};
+}
+
+}  // namespace loopfast

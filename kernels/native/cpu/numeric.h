@@ -1,0 +1,119 @@
+// Arithmetic without branches, for loops that a compiler turns into vector instructions.
+//
+// Every operation is an IEEE operation that rounds once (no contraction to fused multiply-adds), so that all
+// instruction sets give the same bits. In an unnamed namespace: each instruction set keeps its own copy.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float from_bfloat16(uint16_t half) { return as_float(static_cast<uint32_t>(half) << 16); }
+
+// To nearest, ties to even.
+inline uint16_t to_bfloat16(float value) {
+  const uint32_t bits = as_bits(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const uint32_t quiet = (bits >> 16) | 0x40;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+}
+
+inline float from_float16(uint16_t half) {
+  const uint32_t magnitude = (half & 0x7fffu) << 13;
+  // The product shifts the exponent's bias and normalizes subnormals, exactly.
+  const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);
+  const uint32_t bits = magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : finite;
+  return as_float(bits | (half & 0x8000u) << 16);
+}
+
+// To nearest, ties to even.
+inline uint16_t to_float16(float value) {
+  const uint32_t sign = as_bits(value) >> 16 & 0x8000;
+  const uint32_t bits = as_bits(value) & 0x7fffffff;
+  const uint32_t normal = (bits + 0x0fff + (bits >> 13 & 1) - 0x38000000) >> 13;
+  // Added to 1/2, a subnormal's last place becomes the sum's: the addition rounds it.
+  const uint32_t subnormal = as_bits(as_float(bits) + 0.5f) - 0x3f000000;
+  uint32_t half = bits < 0x38800000 ? subnormal : normal;
+  half = bits >= 0x477ff000 ? 0x7c00 : half;
+  half = bits > 0x7f800000 ? 0x7e00 | (bits >> 13 & 0x3ff) : half;
+  return static_cast<uint16_t>(sign | half);
+}
+
+// A word rounded to the nearest float, for processors that convert signed integers only: the halves are exact and
+// their sum rounds once.
+inline float from_word(uint32_t word) {
+  const float high = static_cast<float>(static_cast<int32_t>(word >> 16));
+  const float low = static_cast<float>(static_cast<int32_t>(word & 0xffff));
+  return high * 65536.0f + low;
+}
+
+// ln x for x in [2^-33, 1], to 1 ulp: x = 2^e (1 + f) with f in [-0.29, 0.41], and a polynomial in f.
+// Coefficients of Moshier's Cephes library (logf).
+inline float log_of_uniform(float x) {
+  const uint32_t offset = as_bits(x) - 0x3f3504f3;  // bits of sqrt(1/2)
+  const int32_t exponent = static_cast<int32_t>(offset) >> 23;
+  const float f = as_float((offset & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  const float e = static_cast<float>(exponent);
+  const float square = f * f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  // ln 2 in two parts, the first with few enough bits for an exact product.
+  const float low = f * square * p + e * -2.12194440e-4f - 0.5f * square;
+  return f + low + e * 0.693359375f;
+}
+
+// sin and cos of an angle in [0, 2 pi], to 1 ulp: the angle less the nearest multiple of pi/2 and a polynomial.
+// Coefficients of Moshier's Cephes library (sinf, cosf).
+inline void sine_and_cosine(float angle, float &sine, float &cosine) {
+  const int32_t quadrant = static_cast<int32_t>(angle * 0.636619772f + 0.5f);
+  const float q = static_cast<float>(quadrant);
+  // pi/2 in three parts; the products with q <= 4 are exact.
+  const float x = ((angle - q * 1.5703125f) - q * 4.837512969970703125e-4f) - q * 7.549789948768648e-8f;
+  const float square = x * x;
+  const float s = ((-1.9515295891e-4f * square + 8.3321608736e-3f) * square - 1.6666654611e-1f) * square * x + x;
+  const float c = ((2.443315711809948e-5f * square - 1.388731625493765e-3f) * square + 4.166664568298827e-2f) *
+                      (square * square) -
+                  0.5f * square + 1.0f;
+  const bool swapped = (quadrant & 1) != 0;
+  const uint32_t sine_sign = static_cast<uint32_t>(quadrant & 2) << 30;
+  const uint32_t cosine_sign = static_cast<uint32_t>((quadrant + 1) & 2) << 30;
+  sine = as_float(as_bits(swapped ? c : s) ^ sine_sign);
+  cosine = as_float(as_bits(swapped ? s : c) ^ cosine_sign);
+}
+
+// Ten rounds of Philox4x32.
+inline void philox(uint32_t x[4], uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = static_cast<uint64_t>(x[0]) * 0xD2511F53u;
+    const uint64_t product1 = static_cast<uint64_t>(x[2]) * 0xCD9E8D57u;
+    x[0] = static_cast<uint32_t>(product1 >> 32) ^ x[1] ^ k0;
+    x[2] = static_cast<uint32_t>(product0 >> 32) ^ x[3] ^ k1;
+    x[1] = static_cast<uint32_t>(product1);
+    x[3] = static_cast<uint32_t>(product0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+}  // namespace
