@@ -1,49 +1,113 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-STEPS = 10
+import loopfast_kernels
 
-# Rows and latent shape: the embedded model's rollout and update, one microbatch of Stable Diffusion 1.5.
-SIZES = {"embedded-128": (128, (4, 8, 8)), "embedded-1024": (1024, (4, 8, 8)), "sd15-8": (8, (4, 64, 64))}
+from .cases import OPS, SHAPES, Case, device, make_inputs
+from .competitors import MissingCompetitorError, runner
+from .memory import peak_extra_bytes
+from .timing import Playback, copy_bandwidth, durations, kernel_launches
 
-
-@dataclass(frozen=True)
-class Batch:
-    model_output: Tensor
-    uncond_output: Tensor
-    sample: Tensor
-    prev_sample: Tensor
-    table: Tensor
-    step: Tensor
-    seed: Tensor
+BUDGET_SECONDS = 0.5
 
 
-@pytest.fixture(params=SIZES.values(), ids=SIZES)
-def batch(request: pytest.FixtureRequest) -> Batch:
-    rows, shape = request.param
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
-
-    return Batch(
-        model_output=normal(rows, *shape),
-        uncond_output=normal(rows, *shape),
-        sample=normal(rows, *shape),
-        prev_sample=normal(rows, *shape),
-        table=torch.tensor([1.2, -0.5, 0.5]).repeat(STEPS, 1),
-        step=torch.randint(STEPS, (rows,), generator=generator),
-        seed=torch.arange(rows),
-    )
+def _device_name(where: torch.device) -> str:
+    if where.type == "cuda":
+        return torch.cuda.get_device_name(where)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
 
-@pytest.fixture(autouse=True)
-def _machine(benchmark: Any) -> None:
-    """Say with every result what it was measured on."""
-    benchmark.extra_info |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+def _backend(where: torch.device) -> str:
+    info = loopfast_kernels.info()
+    served = info[where.type] if info["requested"] == "by device" else info["requested"]
+    return served.partition(" ")[0]
+
+
+@pytest.fixture(scope="session")
+def machine() -> dict[str, Any]:
+    """What every result was measured on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    where = device()
+    return {
+        "device": _device_name(where),
+        "copy_gb_per_s": copy_bandwidth(where) / 1e9,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "loopfast": loopfast_kernels.__version__,
+    }
+
+
+@pytest.fixture
+def playback(request: pytest.FixtureRequest) -> Playback:
+    """The clock of the `benchmark` fixture; it must be asked for before that."""
+    clock = Playback()
+    request.node.add_marker(pytest.mark.benchmark(timer=clock))
+    return clock
+
+
+@pytest.fixture
+def measure(playback: Playback, benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``measure(case)`` times a case and describes it in ``extra_info``."""
+
+    def measure(case: Case, budget: float = BUDGET_SECONDS) -> None:
+        try:
+            run = runner(case.op, case.competitor)
+        except MissingCompetitorError as error:
+            pytest.skip(str(error))
+        op, where = OPS[case.op], device()
+
+        def make(seed: int) -> Any:
+            shape = SHAPES[case.shape]
+            return make_inputs(shape, case.rows, case.dtype, where, requires_grad=op.backward, seed=seed)
+
+        inputs = [make(0)]
+        moved = op.bytes(inputs[0])
+        if benchmark.disabled:
+            benchmark.pedantic(run, inputs)
+            return
+        machine = request.getfixturevalue("machine")
+        if where.type == "cuda":
+            # Inputs in turn, together too large to be found in the cache.
+            cache = torch.cuda.get_device_properties(where).L2_cache_size
+            inputs += [make(seed) for seed in range(1, min(math.ceil(3 * cache / moved), 256))]
+        torch.manual_seed(0)
+        seconds = durations(run, inputs, where, budget)
+        playback.load(seconds)
+        benchmark.group = f"{case.op} {case.setting}"
+        benchmark.name = case.competitor
+        benchmark.pedantic(lambda: None, rounds=len(seconds))
+        rate = moved / benchmark.stats.stats.median
+        benchmark.extra_info |= machine | {
+            "op": case.op,
+            "setting": case.setting,
+            "competitor": case.competitor,
+            "backend": _backend(where) if case.competitor == "ours" else None,
+            "bytes": moved,
+            "gb_per_s": rate / 1e9,
+            "copy_share": rate / 1e9 / machine["copy_gb_per_s"],
+            "launches": kernel_launches(lambda: run(inputs[0])) if where.type == "cuda" else None,
+            "peak_bytes": peak_extra_bytes(lambda: run(inputs[0]), where),
+        }
+
+    return measure

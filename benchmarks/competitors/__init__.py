@@ -1,0 +1,59 @@
+"""Who is compared: the same functions in `ours`, `eager` and `trl`, and ``torch.compile`` of `eager`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..cases import OPS, Inputs, device
+
+# Inductor's own random numbers are ten times slower than torch's on a CPU (there is no vector code for them) and fast
+# on a GPU, so that the compiled function is at its best with torch's on the one and its own on the other.
+_COMPILE_OPTIONS = {"cpu": {"fallback_random": True}, "cuda": {}}
+
+Run = Callable[[Inputs], tuple[Tensor, ...]]
+
+
+class MissingCompetitorError(Exception):
+    """A competitor is not installed here, or has no such op."""
+
+
+def runner(op: str, competitor: str) -> Run:
+    """What is timed: a call of a competitor's function, with its gradients where they belong to the op.
+
+    Args:
+        op: a key of `OPS`.
+        competitor: one of `COMPETITORS`.
+
+    Returns:
+        A function of the inputs; it returns the op's results, then the gradients of both model outputs.
+
+    Raises:
+        MissingCompetitorError: the competitor cannot take part.
+    """
+    name, arguments, backward = OPS[op].function, OPS[op].arguments, OPS[op].backward
+    module = importlib.import_module(f".{'eager' if competitor == 'compile' else competitor}", __package__)
+    function = getattr(module, name, None)
+    if function is None:
+        raise MissingCompetitorError(f"{competitor} has no {name}")
+    if competitor == "compile":
+        torch.compiler.reset()  # otherwise the shapes before this one count against the limit of recompilations
+        function = torch.compile(
+            function, fullgraph=True, dynamic=False, options=_COMPILE_OPTIONS[device().type]
+        )
+
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
+        if not backward:
+            with torch.no_grad():
+                result = function(*arguments(inputs))
+            return result if isinstance(result, tuple) else (result,)
+        result = function(*arguments(inputs))
+        outputs = (inputs.model_output, inputs.uncond_output)
+        return result.detach(), *torch.autograd.grad(
+            result, outputs, inputs.advantage if result.dim() else None
+        )
+
+    return run

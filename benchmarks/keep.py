@@ -1,0 +1,98 @@
+"""What is kept of a run: ``python -m benchmarks.keep RAW [FOLDER]``.
+
+RAW is what ``pytest benchmarks --benchmark-only --benchmark-json=RAW`` wrote. The medians and what belongs to them
+go to ``FOLDER/<device>.json``, sorted, so that a commit shows what moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+_MACHINE = ("device", "threads", "copy_gb_per_s", "python", "torch", "triton", "loopfast")
+_MEASURED = ("bytes", "gb_per_s", "copy_share", "launches", "peak_bytes")
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def slim(raw: dict[str, Any]) -> dict[str, Any]:
+    """Keep of pytest-benchmark's output what is worth keeping.
+
+    Args:
+        raw: the parsed JSON.
+
+    Returns:
+        ``machine`` (device, versions, date, backend), and ``results``: op → setting → competitor → median and
+        quartile distance in microseconds, rounds, bytes and what follows from them.
+
+    Raises:
+        ValueError: there is no benchmark in it.
+    """
+    benchmarks = raw["benchmarks"]
+    if not benchmarks:
+        raise ValueError("no benchmark ran")
+    results: dict[str, Any] = {}
+    for benchmark in benchmarks:
+        stats, info = benchmark["stats"], benchmark["extra_info"]
+        entry = {
+            "median_us": stats["median"] * 1e6,
+            "iqr_us": stats["iqr"] * 1e6,
+            "rounds": stats["rounds"],
+            **{key: info[key] for key in _MEASURED},
+        }
+        competitors = results.setdefault(info["op"], {}).setdefault(info["setting"], {})
+        competitors[info["competitor"]] = {key: _rounded(value) for key, value in entry.items()}
+    infos = [benchmark["extra_info"] for benchmark in benchmarks]
+    machine = {key: _rounded(infos[0][key]) for key in _MACHINE}
+    backends = {info["backend"] for info in infos if info["backend"] is not None}
+    return {
+        "machine": machine | {"backend": ", ".join(sorted(backends)), "date": raw["datetime"][:10]},
+        "results": results,
+    }
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read results, kept or raw.
+
+    Args:
+        path: of a JSON file.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    data = json.loads(path.read_text("utf-8"))
+    if "benchmarks" in data:
+        return slim(data)
+    if not {"machine", "results"} <= data.keys():
+        raise ValueError(f"{path} holds no benchmark results")
+    return data
+
+
+def device_slug(device: str) -> str:
+    """The name of a device as the name of a file."""
+    plain = re.sub(r"\((R|TM|C)\)|\bCPU\b|\bProcessor\b|@.*GHz", " ", device, flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.keep", description=__doc__)
+    parser.add_argument("raw", type=Path, metavar="RAW")
+    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, metavar="FOLDER")
+    arguments = parser.parse_args()
+    kept = load(arguments.raw)
+    path = arguments.folder / f"{device_slug(kept['machine']['device'])}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", "utf-8")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

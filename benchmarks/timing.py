@@ -1,0 +1,119 @@
+"""How long a call takes: the clock on a CPU, events on a GPU."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+T = TypeVar("T")
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 1000
+WARM_UP_SECONDS = 0.1
+
+# The GPU sleeps this long before every timed call, so that the host is done with launching before the call
+# begins: what is measured is the work, not how fast Python can ask for it.
+_SLEEP_CYCLES = 4_000_000
+_SLEEP_SECONDS = 0.003
+_CUDA_ROUNDS = (20, 100)
+
+
+def durations(
+    run: Callable[[T], object], inputs: Sequence[T], device: torch.device, budget: float
+) -> list[float]:
+    """Time a call, again and again, after warming it up.
+
+    Args:
+        run: what is timed.
+        inputs: its argument, taken in turn.
+        device: where it runs.
+        budget: seconds to spend, warming up not counted; there are at least `MIN_ROUNDS` rounds.
+
+    Returns:
+        Seconds of every round.
+    """
+    run(inputs[0])
+    measure = _cuda_durations if device.type == "cuda" else _cpu_durations
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        return measure(run, inputs, budget)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _cpu_durations(run: Callable[[T], object], inputs: Sequence[T], budget: float) -> list[float]:
+    def once(index: int) -> float:
+        start = time.perf_counter()
+        run(inputs[index % len(inputs)])
+        return time.perf_counter() - start
+
+    warm_up = [once(0)]
+    while sum(warm_up) < WARM_UP_SECONDS:
+        warm_up.append(once(len(warm_up)))
+    rounds = min(max(int(budget / min(warm_up)), MIN_ROUNDS), MAX_ROUNDS)
+    return [once(index) for index in range(rounds)]
+
+
+def _cuda_durations(run: Callable[[T], object], inputs: Sequence[T], budget: float) -> list[float]:
+    def rounds(count: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for index, (start, end) in enumerate(events):
+            torch.cuda._sleep(_SLEEP_CYCLES)
+            start.record()
+            run(inputs[index % len(inputs)])
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+    fewest, most = _CUDA_ROUNDS
+    estimate = min(rounds(3))
+    return rounds(min(max(int(budget / (estimate + _SLEEP_SECONDS)), fewest), most))
+
+
+class Playback:
+    """A clock that plays recorded durations back, so that pytest-benchmark's table can show them.
+
+    Two readings belong to each duration; their difference is it.
+    """
+
+    def __init__(self) -> None:
+        self._readings: Iterator[float] = iter(())
+
+    def load(self, durations: Sequence[float]) -> None:
+        """Set what is played."""
+        self._readings = chain.from_iterable((0.0, duration) for duration in durations)
+
+    def __call__(self) -> float:
+        return next(self._readings)
+
+
+def copy_bandwidth(device: torch.device, megabytes: int = 512) -> float:
+    """Bytes read and written per second by the copy of one large tensor.
+
+    Args:
+        device: where.
+        megabytes: the size of the tensor; far beyond any cache.
+    """
+    source = torch.ones(megabytes * 2**20 // 4, device=device)
+    target = torch.ones_like(source)
+    seconds = durations(target.copy_, [source], device, budget=2.0)
+    return 2 * source.nbytes / sorted(seconds)[len(seconds) // 2]
+
+
+def kernel_launches(call: Callable[[], object]) -> int:
+    """Number of kernels, copies and fills a call puts on the GPU."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type.name == "CUDA" and not event.is_user_annotation for event in profiler.events()
+    )
