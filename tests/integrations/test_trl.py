@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 def test_the_fused_ops_run(runs):
     # Four sampling steps; two updates of four steps each.
     assert runs["unpatched"]["calls"] == {}
-    assert runs["torch"]["calls"] == {"transition_logprob": 4, "clipped_loss": 8}
-    assert runs["philox"]["calls"] == {"denoise_step": 4, "clipped_loss": 8}
+    assert {"transition_logprob": 4, "clipped_loss": 8}.items() <= runs["torch"]["calls"].items()
+    assert {"denoise_step": 4, "clipped_loss": 8}.items() <= runs["philox"]["calls"].items()
+
+
+@needs_trl
+def test_nothing_is_read_back_to_the_host(runs):
+    assert "Cannot copy out of meta tensor" in runs["unpatched"]["host_read"]
+    assert runs["torch"]["host_read"] == runs["philox"]["host_read"] == ""
 
 
 @needs_trl
@@ -95,6 +102,7 @@ def test_philox_noise_trains_too(runs):
     assert 0.5 < size["philox"] / size["unpatched"] < 2
 
 
+@pytest.mark.skipif(find_spec("trl") is not None, reason="TRL is there")
 def test_without_trl_the_error_says_what_is_missing():
     with pytest.raises(LoopfastError, match=r"patch_trl\(\) needs TRL 0\.23, the last with DDPOTrainer"):
         patch_trl()

@@ -4,7 +4,7 @@
 
 RESULT receives, as a file of torch.save, for each of the runs "unpatched", "torch" and "philox" (the patch's kinds of
 noise): loss, approximate KL and share of clipped rows of every minibatch, the samples and their log-probabilities, what
-the epoch added to every parameter, and how often each fused op ran.
+the epoch added to every parameter, how often each fused op ran, and what stops a step whose tensors hold no values.
 """
 
 from __future__ import annotations
@@ -56,6 +56,27 @@ class Recorder(DDPOTrainer):
         return [dict(self.sampled)], images
 
 
+def host_read(trainer: DDPOTrainer) -> str:
+    """The error of the first copy to the host in a step of sampling and one of training; empty if there is none.
+
+    On the device "meta" tensors have no values: whatever asks for one, or for a copy on the CPU, raises.
+    """
+    pipeline = trainer.sd_pipeline
+    pipeline.unet.to("meta")
+    latents = torch.zeros(2, 4, 8, 8, device="meta")
+    timesteps = pipeline.scheduler.timesteps[:2].to("meta")
+    rows = torch.zeros(2, device="meta")
+    embeds = trainer.neg_prompt_embed.to("meta").repeat(4, 1, 1)
+    try:
+        with torch.no_grad():
+            pipeline.scheduler_step(latents, timesteps[0], latents, eta=1.0)
+        loss, *_ = DDPOTrainer.calculate_loss(trainer, latents, timesteps, latents, rows, rows, embeds)
+        loss.backward()
+    except (NotImplementedError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
 def epoch(noise: str | None) -> dict[str, object]:
     prompts = itertools.cycle(PROMPTS)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,13 +109,17 @@ def epoch(noise: str | None) -> dict[str, object]:
         before = {name: value.detach().clone() for name, value in parameters.items()}
         with patch_trl(noise=noise) if noise else contextlib.nullcontext(), FusedOps() as ops:
             trainer.train(epochs=1)
+            updates = {name: value.detach() - before[name] for name, value in parameters.items()}
+            calls = dict(ops.calls)
+            stopped_by = host_read(trainer)
         trainer.accelerator.end_training()
     return {
         "minibatches": torch.tensor(trainer.minibatches),
         "samples": trainer.sampled["next_latents"],
         "logprobs": trainer.sampled["log_probs"],
-        "updates": {name: value.detach() - before[name] for name, value in parameters.items()},
-        "calls": dict(ops.calls),
+        "updates": updates,
+        "calls": calls,
+        "host_read": stopped_by,
     }
 
 
