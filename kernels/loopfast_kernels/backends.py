@@ -134,7 +134,7 @@ class Implementations:
         first = latents[0]
         assert first is not None
         device = first.device.type
-        double = any(latent is not None and latent.dtype == torch.float64 for latent in latents)
+        double = torch.float64 in [latent.dtype for latent in latents if latent is not None]
         name = requested()
         if name is None:
             name = _PREFERRED.get(device, "reference")

@@ -55,7 +55,7 @@ class Operator:
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"loopfast::{name}", fake, lib=_LIBRARY)
         self._operator: Callable[..., Any] = getattr(torch.ops.loopfast, name).default
-        self._kernel = kernel
+        self.kernel = kernel
         self._apply = None if gradient is None else gradient.apply
         if gradient is not None:
             _LIBRARY.impl(name, self._with_gradient, "Autograd")
@@ -76,4 +76,4 @@ class Operator:
         if dispatched(arguments[0]):
             with torch._C._AutoDispatchBelowAutograd():
                 return self._operator(*arguments)
-        return self._kernel(*arguments)
+        return self.kernel(*arguments)

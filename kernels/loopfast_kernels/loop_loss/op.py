@@ -94,10 +94,11 @@ class _Handover(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, model_output: Tensor, uncond_output: Tensor | None, loss: Tensor, gradients: list[Tensor]
+        ctx: Any, model_output: Tensor, uncond_output: Tensor | None, results: tuple[Tensor, ...]
     ) -> Tensor:
-        ctx.gradients = gradients
-        return loss.view_as(loss)
+        loss, *_, grad_output, grad_uncond, grad_scale = results
+        ctx.gradients = grad_output, grad_uncond, grad_scale
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,16 +107,18 @@ class _Handover(torch.autograd.Function):
                 "the gradient of the loss was taken before: retain_graph=True keeps it for another time"
             )
         grad_output, grad_uncond, grad_scale = ctx.gradients
+        # On the CPU a look costs less than a call that has nothing to do.
+        unscaled = not (grad_scale.numel() or grad_loss.is_cuda) and grad_loss.item() == 1.0
         if torch._C._autograd._get_current_graph_task_keep_graph():
             # Another backward pass would need what this one overwrites.
             grad_output, grad_uncond = grad_output.clone(), grad_uncond.clone()
         else:
             ctx.gradients = None
-        _scale_gradients_(grad_output, grad_uncond, grad_scale, grad_loss)
+        if not unscaled:
+            _scale_gradients_.kernel(grad_output, grad_uncond, grad_scale, grad_loss)
         return (
             grad_output if grad_output.numel() else None,
             grad_uncond if grad_uncond.numel() else None,
-            None,
             None,
         )
 
@@ -179,10 +182,10 @@ def _run(operator: Operator, model_output: Tensor, *rest: Any) -> tuple[Tensor, 
     if dispatched(model_output):
         results: tuple[Tensor, ...] = operator(*arguments)
         return results[:-3]
-    loss, *by_row, grad_output, grad_uncond, grad_scale = operator.below_autograd(*arguments)
-    if arguments[-2] or arguments[-1]:
-        loss = _Handover.apply(model_output, uncond_output, loss, [grad_output, grad_uncond, grad_scale])
-    return loss, *by_row
+    results = operator.kernel(*arguments)
+    if not (arguments[-2] or arguments[-1]):
+        return results[:-3]
+    return _Handover.apply(model_output, uncond_output, results), *results[1:-3]
 
 
 def _check_options(clip_range: float | None, reference_output: Tensor | None, kl_weight: float) -> None:

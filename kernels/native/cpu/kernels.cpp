@@ -10,7 +10,7 @@ using namespace loopfast;
 
 // Rows are worked on in tiles that stay in the first-level cache, as float32. A tile is filled up with zeros to whole
 // lanes; they add 0 to every sum.
-constexpr int kTile = 512;
+constexpr int kTile = 1024;
 constexpr int kLanes = 64;
 
 struct Tile {
@@ -52,6 +52,11 @@ void store(loopfast_output to, int64_t at, int count, const float *values) {
   }
 }
 
+// Where to put values that `to` shall receive: there at once, or, in another dtype, in a tile to be stored.
+float *in_place(loopfast_output to, int64_t at, Tile &tile) {
+  return to.dtype == LOOPFAST_FLOAT32 ? static_cast<float *>(to.data) + at : tile.values;
+}
+
 void round_to(int32_t dtype, float *values, int count) {
   if (dtype == LOOPFAST_FLOAT16) {
     for (int i = 0; i < count; ++i) values[i] = from_float16(to_float16(values[i]));
@@ -60,21 +65,33 @@ void round_to(int32_t dtype, float *values, int count) {
   }
 }
 
-// m = u + g (c - u).
-const float *guided_output(const Row &row, int64_t at, int count, Tile &c_tile, Tile &u_tile) {
-  const float *c = load(row.model_output, at, count, c_tile);
-  if (row.uncond_output.data == nullptr) return c;
-  const float *u = load(row.uncond_output, at, count, u_tile);
-  const float g = row.guidance_scale;
-  const int whole = filled(count);
-  for (int i = 0; i < whole; ++i) c_tile.values[i] = u[i] + g * (c[i] - u[i]);
-  return c_tile.values;
+// A tile of a row's latents. `u` is NULL without guidance; `buffers` hold what is not float32.
+struct Inputs {
+  const float *c, *u, *x;
+};
+
+struct Buffers {
+  Tile c, u, x, prev, reference;
+};
+
+Inputs load_inputs(const Row &row, int64_t at, int count, Buffers &buffers) {
+  return {load(row.model_output, at, count, buffers.c),
+          row.uncond_output.data == nullptr ? nullptr : load(row.uncond_output, at, count, buffers.u),
+          load(row.sample, at, count, buffers.x)};
 }
 
-// a x + b m.
-void transition_mean(const Row &row, const float *x, const float *m, int whole, Tile &mean) {
-  const float a = row.a, b = row.b;
-  for (int i = 0; i < whole; ++i) mean.values[i] = a * x[i] + b * m[i];
+// Calls body(i, m) for every element of a tile, with m = u + g (c - u): one loop for the compiler to vectorize.
+template <class Body>
+void for_elements(const Row &row, const Inputs &inputs, int whole, Body &&body) {
+  const float *c = inputs.c, *u = inputs.u;
+  const float g = row.guidance_scale;
+  if (u == nullptr) {
+#pragma GCC ivdep
+    for (int i = 0; i < whole; ++i) body(i, c[i]);
+  } else {
+#pragma GCC ivdep
+    for (int i = 0; i < whole; ++i) body(i, u[i] + g * (c[i] - u[i]));
+  }
 }
 
 void add_squares(float *lanes, const float *values, int whole) {
@@ -91,27 +108,31 @@ float fold(float *lanes) {
 }
 
 // z and, with a reference, (b / sigma) (m - m_ref).
-void residual_and_shift(const Row &row, int64_t at, int count, Tile &residual, Tile &shift) {
-  Tile c, u, x_tile, prev_tile, reference_tile;
+void residual_and_shift(const Row &row, int64_t at, int count, Buffers &buffers, Tile &residual, Tile &shift) {
+  const Inputs inputs = load_inputs(row, at, count, buffers);
+  const float *x = inputs.x, *prev = load(row.prev_sample, at, count, buffers.prev);
+  const float a = row.a, b = row.b, inverse_sigma = row.inverse_sigma, slope = row.slope;
   const int whole = filled(count);
-  const float *m = guided_output(row, at, count, c, u);
-  const float *x = load(row.sample, at, count, x_tile);
-  const float *prev = load(row.prev_sample, at, count, prev_tile);
-  transition_mean(row, x, m, whole, residual);
-  for (int i = 0; i < whole; ++i) residual.values[i] = (prev[i] - residual.values[i]) * row.inverse_sigma;
-  if (row.reference_output.data != nullptr) {
-    const float *reference = load(row.reference_output, at, count, reference_tile);
-    for (int i = 0; i < whole; ++i) shift.values[i] = row.slope * (m[i] - reference[i]);
+  float *z = residual.values, *s = shift.values;
+  if (row.reference_output.data == nullptr) {
+    for_elements(row, inputs, whole, [=](int i, float m) { z[i] = (prev[i] - (a * x[i] + b * m)) * inverse_sigma; });
+  } else {
+    const float *reference = load(row.reference_output, at, count, buffers.reference);
+    for_elements(row, inputs, whole, [=](int i, float m) {
+      z[i] = (prev[i] - (a * x[i] + b * m)) * inverse_sigma;
+      s[i] = slope * (m - reference[i]);
+    });
   }
 }
 
 Squares squares(const Row &row, int64_t begin, int64_t end) {
   alignas(64) float residual_lanes[kLanes] = {}, shift_lanes[kLanes] = {};
+  Buffers buffers;
   Tile residual, shift;
   const bool with_reference = row.reference_output.data != nullptr;
   for (int64_t at = begin; at < end; at += kTile) {
     const int count = tile_size(at, end);
-    residual_and_shift(row, at, count, residual, shift);
+    residual_and_shift(row, at, count, buffers, residual, shift);
     add_squares(residual_lanes, residual.values, filled(count));
     if (with_reference) add_squares(shift_lanes, shift.values, filled(count));
   }
@@ -119,21 +140,26 @@ Squares squares(const Row &row, int64_t begin, int64_t end) {
 }
 
 void gradients(const Row &row, const GradientTargets &to, int64_t begin, int64_t end) {
+  Buffers buffers;
   Tile residual, shift, grad;
   const bool with_reference = row.reference_output.data != nullptr;
   const bool guided = row.uncond_output.data != nullptr;
   for (int64_t at = begin; at < end; at += kTile) {
     const int count = tile_size(at, end);
     const int whole = filled(count);
-    residual_and_shift(row, at, count, residual, shift);
-    for (int i = 0; i < whole; ++i) residual.values[i] *= to.residual_weight;
+    residual_and_shift(row, at, count, buffers, residual, shift);
     if (with_reference) {
-      for (int i = 0; i < whole; ++i) residual.values[i] += to.shift_weight * shift.values[i];
+      for (int i = 0; i < whole; ++i) {
+        residual.values[i] = to.residual_weight * residual.values[i] + to.shift_weight * shift.values[i];
+      }
+    } else {
+      for (int i = 0; i < whole; ++i) residual.values[i] *= to.residual_weight;
     }
     const auto write = [&](loopfast_output target, float factor) {
       if (target.data == nullptr) return;
-      for (int i = 0; i < whole; ++i) grad.values[i] = residual.values[i] * factor;
-      store(target, at, count, grad.values);
+      float *values = in_place(target, at, grad);
+      for (int i = 0; i < count; ++i) values[i] = residual.values[i] * factor;
+      if (values == grad.values) store(target, at, count, values);
     };
     write(to.output, guided ? row.guidance_scale : 1.0f);
     write(to.uncond, 1.0f - row.guidance_scale);
@@ -171,18 +197,21 @@ void normals(uint64_t seed, int64_t step, int64_t at, int count, float *noise) {
 
 float sample(const Row &row, uint64_t seed, int64_t step, const SampleTargets &to, int64_t begin, int64_t end) {
   alignas(64) float lanes[kLanes] = {};
-  Tile c, u, x_tile, mean, prev, noise;
+  Buffers buffers;
+  Tile mean, prev, noise;
+  const float a = row.a, b = row.b, sigma = row.sigma, inverse_sigma = row.inverse_sigma;
   for (int64_t at = begin; at < end; at += kTile) {
     const int count = tile_size(at, end);
     const int whole = filled(count);
-    const float *m = guided_output(row, at, count, c, u);
-    const float *x = load(row.sample, at, count, x_tile);
-    transition_mean(row, x, m, whole, mean);
-    if (row.sigma > 0.0f) {
+    const Inputs inputs = load_inputs(row, at, count, buffers);
+    const float *x = inputs.x;
+    float *to_mean = mean.values;
+    for_elements(row, inputs, whole, [=](int i, float m) { to_mean[i] = a * x[i] + b * m; });
+    if (sigma > 0.0f) {
       normals(seed, step, at, count, noise.values);
-      for (int i = 0; i < count; ++i) prev.values[i] = mean.values[i] + row.sigma * noise.values[i];
+      for (int i = 0; i < count; ++i) prev.values[i] = mean.values[i] + sigma * noise.values[i];
     } else {
-      std::memcpy(prev.values, mean.values, sizeof mean.values);
+      std::memcpy(prev.values, mean.values, sizeof(float) * static_cast<size_t>(count));
     }
     round_to(to.prev_sample.dtype, prev.values, count);
     store(to.prev_sample, at, count, prev.values);
@@ -190,7 +219,7 @@ float sample(const Row &row, uint64_t seed, int64_t step, const SampleTargets &t
       for (int64_t copy = 0; copy < to.copies; ++copy) store(to.model_input, at + copy * to.stride, count, prev.values);
     }
     for (int i = count; i < whole; ++i) prev.values[i] = mean.values[i];
-    for (int i = 0; i < whole; ++i) prev.values[i] = (prev.values[i] - mean.values[i]) * row.inverse_sigma;
+    for (int i = 0; i < whole; ++i) prev.values[i] = (prev.values[i] - mean.values[i]) * inverse_sigma;
     add_squares(lanes, prev.values, whole);
   }
   return fold(lanes);
