@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopfast.schedules import transition_schedule
 
-from .steps import Generators, Randn, Transitions, check_known, draw_seeds
+from .steps import Generators, Source, Transitions, check_known
 
 PARAMETERS = "self model_output timestep sample eta use_clipped_model_output generator prev_sample"
 
@@ -87,8 +87,7 @@ def ddim_step(
     generator: Generators,
     prev_sample: Tensor | None,
     *,
-    noise: str,
-    randn: Randn,
+    source: Source,
 ) -> tuple[Tensor, Tensor]:
     """Draw ``x_{t-1}``, or take the one that is given, and score it.
 
@@ -100,9 +99,8 @@ def ddim_step(
         eta: DDIM's noise, 0 to 1.
         use_clipped_model_output: must be False.
         generator: of the noise, or one for each row.
-        prev_sample: ``[N, *L]``, to be scored.
-        noise: ``"torch"`` for the original's random stream, or ``"philox"``.
-        randn: diffusers' ``randn_tensor``, as the original calls it.
+        prev_sample: ``[N, *L]``, or None to draw it.
+        source: where the noise comes from.
 
     Returns:
         ``x_{t-1}`` in the dtype of `sample`, and its log-probability, float32 ``[N]``, differentiable in
@@ -115,16 +113,5 @@ def ddim_step(
         raise ValueError(
             "use_clipped_model_output=True makes the mean nonlinear in the model output; set it to False"
         )
-    if prev_sample is not None and generator is not None:
-        raise ValueError("generator and prev_sample exclude each other: a given sample needs no noise")
     transitions, step = ddim_steps(scheduler, timestep, sample.shape[0], eta, sample.device)
-    if prev_sample is not None:
-        logprob = transitions.score(model_output, sample, prev_sample, step)
-        return prev_sample.to(sample.dtype), logprob
-    if noise == "philox":
-        seed = draw_seeds(sample.shape[0], generator, sample.device)
-        return transitions.draw_philox(model_output, sample, step, seed)
-    drawn = randn(
-        model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
-    )
-    return transitions.draw(model_output, sample, step, drawn)
+    return transitions.advance(model_output, sample, step, prev_sample, generator, source)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .ddim import PARAMETERS, ddim_step
 from .patching import Patch, check_noise, find_original, import_target
-from .steps import Generators, differentiates_sampling
+from .steps import Generators, Source, differentiates_sampling
 
 _FEATURE = "patch_ddpo_pytorch()"
 
@@ -37,7 +37,7 @@ def patch_ddpo_pytorch(
     check_noise(noise)
     target = import_target(_FEATURE, module, "ddpo-pytorch (github.com/kvablack/ddpo-pytorch)")
     original = find_original(_FEATURE, target, "ddim_step_with_logprob", PARAMETERS)
-    randn = target.randn_tensor
+    source = Source(noise, target.randn_tensor)
 
     @functools.wraps(original)
     def ddim_step_with_logprob(
@@ -62,6 +62,6 @@ def patch_ddpo_pytorch(
         )
         if differentiates_sampling(model_output, sample, prev_sample):
             return original(*arguments)
-        return ddim_step(*arguments, noise=noise, randn=randn)
+        return ddim_step(*arguments, source=source)
 
     return Patch([(original, ddim_step_with_logprob, None)])

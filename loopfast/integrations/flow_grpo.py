@@ -3,64 +3,86 @@
 from __future__ import annotations
 
 import functools
+import importlib
+from types import ModuleType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .patching import Patch, check_noise, find_original, import_target
-from .steps import Generators, Transitions, check_known, differentiates_sampling, draw_seeds
+from loopfast.errors import LoopfastError
+
+from .patching import Function, Patch, check_noise, find_original, import_target
+from .steps import Generators, Source, Transitions, check_known, differentiates_sampling
 
 _FEATURE = "patch_flow_grpo()"
-_PARAMETERS = "self model_output timestep sample noise_level prev_sample generator sde_type return_sqrt_dt"
+_SDE_STEP = "self model_output timestep sample noise_level prev_sample generator sde_type return_sqrt_dt"
+_SOLVER_STEP = "model_output latents eta sigmas index prev_sample generator"
 
 
 class _Schedule(NamedTuple):
-    """A scheduler's steps at one noise level.
+    """The steps of a scheduler at one noise level, and after them a row of NaN for timesteps that are none of them.
 
     Attributes:
         transitions: what the ops work on.
         spread: float32 ``[T + 1]``, the noise of a unit of time.
-        duration: float32 ``[T + 1]``, the square root of the steps' lengths.
-        timesteps: float32 ``[T]``.
-        sources: what it was made from.
+        duration: float32 ``[T + 1]``, the square roots of the steps' lengths.
     """
 
     transitions: Transitions
     spread: Tensor
     duration: Tensor
-    timesteps: Tensor
-    sources: tuple[Tensor, Tensor]
 
 
-_schedules: WeakKeyDictionary[Any, dict[tuple[Any, ...], _Schedule]] = WeakKeyDictionary()
+# set_timesteps makes new sigmas: what was made of the old ones goes with them.
+_schedules = WeakTensorKeyDictionary()
 
 
 def patch_flow_grpo(
     *, noise: str = "torch", module: str = "flow_grpo.diffusers_patch.sd3_sde_with_logprob"
 ) -> Patch:
-    """Replace ``sde_step_with_logprob`` wherever it is bound.
+    """Replace ``sde_step_with_logprob``, and ``flow_grpo_step`` of the ``solver`` beside it, wherever they are bound.
 
-    Same results as the original to the rounding of float32 and the same random stream.
+    Same results as the originals to the rounding of float32 and the same random stream.
 
     Args:
         noise: ``"torch"``, or ``"philox"`` for noise made inside the kernel from a seed a row: faster, but another
             random stream.
-        module: where a fork of Flow-GRPO defines the function.
+        module: where a fork of Flow-GRPO defines ``sde_step_with_logprob``; it may have no solver.
 
     Returns:
         The patch, already in place: undo it, or use it as a context manager.
 
     Raises:
-        LoopfastError: Flow-GRPO cannot be imported, or its function is another version.
+        LoopfastError: Flow-GRPO cannot be imported, or its functions are other versions.
         ValueError: `noise` is unknown. From the step: `sde_type` is not ``"sde"``.
     """
     check_noise(noise)
     target = import_target(_FEATURE, module, "Flow-GRPO (github.com/yifan123/flow_grpo)")
-    original = find_original(_FEATURE, target, "sde_step_with_logprob", _PARAMETERS)
-    randn = target.randn_tensor
+    source = Source(noise, target.randn_tensor)
+    step = find_original(_FEATURE, target, "sde_step_with_logprob", _SDE_STEP)
+    replacements = [(step, _sde_step(step, source), None)]
+    solver = _solver(module) if "." in module else None
+    if solver is not None:
+        step = find_original(_FEATURE, solver, "flow_grpo_step", _SOLVER_STEP)
+        replacements.append((step, _solver_step(step, source), None))
+    return Patch(replacements)
 
+
+def _solver(module: str) -> ModuleType | None:
+    """The module with ``flow_grpo_step`` beside the one that is given; None where there is none."""
+    name = f"{module.rpartition('.')[0]}.solver"
+    try:
+        solver = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and name.startswith(error.name):
+            return None
+        raise LoopfastError(f"{_FEATURE} cannot import {name} ({error})") from error
+    return solver if "flow_grpo_step" in vars(solver) else None
+
+
+def _sde_step(original: Function, source: Source) -> Function:
     @functools.wraps(original)
     def sde_step_with_logprob(
         self: Any,
@@ -76,8 +98,7 @@ def patch_flow_grpo(
         if sde_type != "sde":
             raise ValueError(f"sde_type={sde_type!r} has no replacement: undo the patch to use it")
         if differentiates_sampling(model_output, sample, prev_sample):
-            return original(
-                self,
+            arguments = (
                 model_output,
                 timestep,
                 sample,
@@ -87,49 +108,68 @@ def patch_flow_grpo(
                 sde_type,
                 return_sqrt_dt,
             )
-        schedule = _schedule(self, noise_level, sample.device)
-        index = _index(schedule, timestep)
-        step = index.expand(sample.shape[0]).contiguous()
+            return original(self, *arguments)
+        schedule = _schedule(self.sigmas, noise_level, sample.device)
+        index = _index(self.timesteps.to(sample.device), timestep.to(sample.device))
         model_output, sample = model_output.float(), sample.float()
-        transitions = schedule.transitions
-        a, b, sigma = transitions.coefficients(index, sample.dim())
-        mean = torch.addcmul(a * sample, b, model_output)
+        # The original takes a generator beside a sample that is given, and does not use it.
         if prev_sample is not None:
-            prev_sample = prev_sample.float()
-            logprob = transitions.score(model_output, sample, prev_sample, step)
-        elif noise == "philox":
-            seed = draw_seeds(len(sample), generator, sample.device)
-            prev_sample, logprob = transitions.draw_philox(model_output, sample, step, seed)
-        else:
-            drawn = randn(
-                model_output.shape,
-                generator=generator,
-                device=model_output.device,
-                dtype=model_output.dtype,
-            )
-            prev_sample = torch.addcmul(mean, sigma, drawn)
-            logprob = transitions.score(model_output, sample, prev_sample, step)
+            prev_sample, generator = prev_sample.float(), None
+        transitions = schedule.transitions
+        prev_sample, logprob = transitions.advance(
+            model_output,
+            sample,
+            index.expand(len(sample)).contiguous(),
+            prev_sample,
+            generator,
+            source,
+        )
+        a, b, _ = transitions.coefficients(index, sample.dim())
+        mean = torch.addcmul(a * sample, b, model_output)
         shape = (-1, *[1] * (sample.dim() - 1))
         result = prev_sample, logprob, mean, schedule.spread[index].reshape(shape)
         return (*result, schedule.duration[index].reshape(shape)) if return_sqrt_dt else result
 
-    return Patch([(original, sde_step_with_logprob, None)])
+    return sde_step_with_logprob
 
 
-def _schedule(scheduler: Any, noise_level: float, device: torch.device) -> _Schedule:
-    # set_timesteps replaces both tensors; referenced by the entry, they keep their ids to themselves.
-    sources = (scheduler.sigmas, scheduler.timesteps)
-    schedules = _schedules.setdefault(scheduler, {})
-    key = (*map(id, sources), float(noise_level), device)
+def _solver_step(original: Function, source: Source) -> Function:
+    @functools.wraps(original)
+    def flow_grpo_step(
+        model_output: Tensor,
+        latents: Tensor,
+        eta: float,
+        sigmas: Tensor,
+        index: int,
+        prev_sample: Tensor | None,
+        generator: Generators = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if differentiates_sampling(model_output, latents, prev_sample):
+            return original(model_output, latents, eta, sigmas, index, prev_sample, generator)
+        transitions = _schedule(sigmas, eta, latents.device).transitions
+        step = torch.full((len(latents),), index, device=latents.device)
+        prev_sample, logprob = transitions.advance(
+            model_output, latents, step, prev_sample, generator, source
+        )
+        clean = latents - sigmas[index].to(latents.device) * model_output
+        return prev_sample, clean, logprob
+
+    return flow_grpo_step
+
+
+def _schedule(sigmas: Tensor, noise_level: float, device: torch.device) -> _Schedule:
+    schedules: dict[tuple[float, torch.device], _Schedule] = _schedules.setdefault(sigmas, {})
+    key = (float(noise_level), device)
     if key not in schedules:
-        for old in [old for old in schedules if old[:2] != key[:2]]:
-            del schedules[old]
-        schedules[key] = _make(*sources, float(noise_level), device)
+        schedules[key] = make_schedule(sigmas, *key)
     return schedules[key]
 
 
-def _make(sigmas: Tensor, timesteps: Tensor, noise_level: float, device: torch.device) -> _Schedule:
-    """As `loopfast.schedules` makes it, but of the sigmas the scheduler was given and without leaving the device."""
+def make_schedule(sigmas: Tensor, noise_level: float, device: torch.device) -> _Schedule:
+    """The steps between given sigmas, ``[T + 1]`` in float32, without leaving the device.
+
+    `loopfast.schedules` makes the same table of a scheduler's own sigmas; pipelines with dynamic shifting bring others.
+    """
     levels = sigmas.to(device, torch.float64)
     now, stride = levels[:-1], levels.diff()
     # At pure noise the spread would be infinite; the originals take it at the end of the first step.
@@ -143,20 +183,12 @@ def _make(sigmas: Tensor, timesteps: Tensor, noise_level: float, device: torch.d
     def padded(values: Tensor) -> Tensor:
         return torch.cat([values, values.new_full((1,), float("nan"))]).to(torch.float32)
 
-    return _Schedule(
-        Transitions.of(table, deterministic),
-        padded(spread),
-        padded(duration),
-        timesteps.to(device),
-        (sigmas, timesteps),
-    )
+    return _Schedule(Transitions.of(table, deterministic), padded(spread), padded(duration))
 
 
-def _index(schedule: _Schedule, timestep: Tensor) -> Tensor:
-    """Where in the schedule each timestep is, and T where it is none of it."""
-    known = schedule.timesteps
-    timestep = timestep.to(known.device)
-    matches = timestep[:, None] == known
-    index = torch.where(matches.any(1), matches.int().argmax(1), len(known))
-    check_known(timestep, index, len(known))
+def _index(timesteps: Tensor, timestep: Tensor) -> Tensor:
+    """Where in `timesteps` ``[T]`` each timestep is, and T where it is none of them."""
+    matches = timestep[:, None] == timesteps
+    index = torch.where(matches.any(1), matches.int().argmax(1), len(timesteps))
+    check_known(timestep, index, len(timesteps))
     return index

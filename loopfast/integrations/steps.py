@@ -13,6 +13,18 @@ from loopfast_kernels import denoise_step, transition_logprob
 Generators = torch.Generator | list[torch.Generator] | None
 
 
+class Source(NamedTuple):
+    """Where noise comes from.
+
+    Attributes:
+        noise: ``"torch"`` for the original's random stream, or ``"philox"`` for the kernels' own noise.
+        randn: diffusers' ``randn_tensor``, as the original calls it.
+    """
+
+    noise: str
+    randn: Callable[..., Tensor]
+
+
 class Transitions(NamedTuple):
     """The steps of a scheduler, on the device of the samples.
 
@@ -52,22 +64,49 @@ class Transitions(NamedTuple):
         )
         return self._mark_undefined(logprob, step)
 
-    def draw(
-        self, model_output: Tensor, sample: Tensor, step: Tensor, noise: Tensor
+    def advance(
+        self,
+        model_output: Tensor,
+        sample: Tensor,
+        step: Tensor,
+        prev_sample: Tensor | None,
+        generator: Generators,
+        source: Source,
     ) -> tuple[Tensor, Tensor]:
-        """``x_{t-1}`` from noise that is given, like `sample`, and its log-probability."""
+        """Draw ``x_{t-1}``, or take the one that is given, and score it.
+
+        Args:
+            model_output: ``[N, *L]``.
+            sample: ``[N, *L]``, ``x_t``.
+            step: int64 ``[N]``, each row's place in the table.
+            prev_sample: ``[N, *L]``, or None to draw it.
+            generator: of the noise, or one for each row.
+            source: where the noise comes from.
+
+        Returns:
+            ``x_{t-1}`` in the dtype of `sample`, and its log-probability, differentiable in `model_output`.
+
+        Raises:
+            ValueError: `generator` and `prev_sample` are both given.
+        """
+        if prev_sample is not None:
+            if generator is not None:
+                raise ValueError(
+                    "generator and prev_sample exclude each other: a sample that is given needs no noise"
+                )
+            return prev_sample.to(sample.dtype), self.score(model_output, sample, prev_sample, step)
+        if source.noise == "philox":
+            seed = draw_seeds(len(sample), generator, sample.device)
+            prev_sample, logprob = denoise_step(
+                model_output.contiguous(), sample.contiguous(), self.table, step, seed
+            )
+            return prev_sample, self._mark_undefined(logprob, step)
+        noise = source.randn(
+            model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+        )
         a, b, sigma = self.coefficients(step, sample.dim())
         prev_sample = (a * sample).addcmul_(b, model_output).addcmul_(sigma, noise).to(sample.dtype)
         return prev_sample, self.score(model_output, sample, prev_sample, step)
-
-    def draw_philox(
-        self, model_output: Tensor, sample: Tensor, step: Tensor, seed: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """``x_{t-1}`` with the kernels' own noise, and its log-probability."""
-        prev_sample, logprob = denoise_step(
-            model_output.contiguous(), sample.contiguous(), self.table, step, seed
-        )
-        return prev_sample, self._mark_undefined(logprob, step)
 
     def _mark_undefined(self, logprob: Tensor, step: Tensor) -> Tensor:
         return logprob if self.undefined is None else logprob + self.undefined[step]
@@ -100,6 +139,3 @@ def draw_seeds(rows: int, generator: Generators, device: torch.device) -> Tensor
     if isinstance(generator, list):
         return torch.cat([draw(1, source) for source in generator])
     return draw(rows, generator)
-
-
-Randn = Callable[..., Tensor]

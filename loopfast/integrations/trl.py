@@ -14,7 +14,7 @@ from loopfast_kernels import clipped_loss
 
 from .ddim import PARAMETERS, ddim_step, ddim_steps
 from .patching import Patch, check_noise, find_original, import_target
-from .steps import Generators, differentiates_sampling
+from .steps import Generators, Source, differentiates_sampling
 
 _FEATURE = "patch_trl()"
 _VERSION = "0.23"
@@ -59,7 +59,8 @@ def patch_trl(*, noise: str = "torch") -> Patch:
         "calculate_loss",
         "self latents timesteps next_latents log_probs advantages embeds",
     )
-    pipeline, randn = steps.DefaultDDPOStableDiffusionPipeline, steps.randn_tensor
+    pipeline = steps.DefaultDDPOStableDiffusionPipeline
+    source = Source(noise, steps.randn_tensor)
 
     @functools.wraps(original_step)
     def scheduler_step(
@@ -84,7 +85,7 @@ def patch_trl(*, noise: str = "torch") -> Patch:
         )
         if differentiates_sampling(model_output, sample, prev_sample):
             return original_step(*arguments)
-        return steps.DDPOSchedulerOutput(*ddim_step(*arguments, noise=noise, randn=randn))
+        return steps.DDPOSchedulerOutput(*ddim_step(*arguments, source=source))
 
     @functools.wraps(original_loss)
     def calculate_loss(

@@ -13,11 +13,26 @@ from torch.distributions import Normal
 
 from loopfast.errors import LoopfastError
 from loopfast.integrations import patch_flow_grpo
-from loopfast.integrations.flow_grpo import _make
+from loopfast.integrations.flow_grpo import make_schedule
 from loopfast.schedules import transition_schedule
 
 SHAPE = (3, 4, 5, 6)
-MODULE = "flow_grpo.diffusers_patch.sd3_sde_with_logprob"
+ROOM = "flow_grpo.diffusers_patch"
+SOLVER = f"{ROOM}.solver"
+
+
+def formula(x, velocity, sigmas, index, noise_level, prev_sample, generator):
+    """The SDE of Flow-GRPO's paper in one Euler-Maruyama step; at sigma = 1 its noise is that of the next sigma."""
+    now, then = (sigmas[i].reshape(-1, *[1] * (x.dim() - 1)) for i in (index, index + 1))
+    spread = noise_level * (now / (1 - torch.where(now == 1, sigmas[1], now))).sqrt()
+    score = -(x + (1 - now) * velocity) / now
+    mean = x + (velocity - spread**2 / 2 * score) * (then - now)
+    duration = (now - then).sqrt()
+    if prev_sample is None:
+        drawn = randn_tensor(x.shape, generator=generator, dtype=torch.float32)
+        prev_sample = mean + spread * duration * drawn
+    logprob = Normal(mean, spread * duration, validate_args=False).log_prob(prev_sample.detach())
+    return prev_sample, logprob.flatten(1).mean(1), mean, spread, duration
 
 
 def sde_step_with_logprob(
@@ -31,38 +46,45 @@ def sde_step_with_logprob(
     sde_type="sde",
     return_sqrt_dt=False,
 ):
-    """The SDE of Flow-GRPO's paper in one Euler-Maruyama step; at sigma = 1 its noise is that of the next sigma."""
-    x, velocity = sample.double(), model_output.double()
     index = torch.tensor([self.index_for_timestep(t) for t in timestep])
-    sigmas = self.sigmas.double()
-    now, then = (sigmas[i].reshape(-1, *[1] * (x.dim() - 1)) for i in (index, index + 1))
-    spread = noise_level * (now / (1 - torch.where(now == 1, sigmas[1], now))).sqrt()
-    score = -(x + (1 - now) * velocity) / now
-    mean = x + (velocity - spread**2 / 2 * score) * (then - now)
-    duration = (now - then).sqrt()
-    if prev_sample is None:
-        drawn = randn_tensor(model_output.shape, generator=generator, dtype=torch.float32)
-        prev_sample = mean + spread * duration * drawn
-    logprob = Normal(mean, spread * duration, validate_args=False).log_prob(prev_sample.detach())
-    result = prev_sample, logprob.flatten(1).mean(1), mean, spread
-    return (*result, duration) if return_sqrt_dt else result
+    result = formula(
+        sample.double(),
+        model_output.double(),
+        self.sigmas.double(),
+        index,
+        noise_level,
+        prev_sample,
+        generator,
+    )
+    return result if return_sqrt_dt else result[:-1]
+
+
+def flow_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, generator=None):
+    x, velocity, levels = latents.double(), model_output.double(), sigmas.double()
+    result = formula(x, velocity, levels, torch.tensor([index]), eta, prev_sample, generator)
+    return result[0], x - levels[index] * velocity, result[1]
 
 
 @pytest.fixture
 def codebase(monkeypatch) -> ModuleType:
-    """The module that defines the function, beside a script that has imported it."""
-    definer, script = ModuleType(MODULE), ModuleType("train_sd3")
+    """The module that defines the function, beside the solver and a script that has imported the function."""
+    definer, solver, script = (
+        ModuleType(f"{ROOM}.sd3_sde_with_logprob"),
+        ModuleType(SOLVER),
+        ModuleType("train"),
+    )
     definer.sde_step_with_logprob, definer.randn_tensor = sde_step_with_logprob, randn_tensor
+    solver.flow_grpo_step = flow_grpo_step
     script.sde_step_with_logprob = sde_step_with_logprob
-    for module in (definer, script):
+    for module in (definer, solver, script):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return definer
 
 
 @pytest.fixture
 def original():
-    """The formula, out of a patch's reach: not in a module."""
-    return [sde_step_with_logprob]
+    """The formulas, out of a patch's reach: not in a module."""
+    return [sde_step_with_logprob, flow_grpo_step]
 
 
 def flow(steps: int = 10, **options) -> FlowMatchEulerDiscreteScheduler:
@@ -88,11 +110,22 @@ def assert_same(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, .
         torch.testing.assert_close(part.double(), exact.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_replaces_the_function_where_it_is_bound_and_restores_it(codebase, original):
-    script = sys.modules["train_sd3"]
+def test_replaces_the_functions_where_they_are_bound_and_restores_them(codebase, original):
+    script, solver = sys.modules["train"], sys.modules[SOLVER]
     with patch_flow_grpo():
         assert script.sde_step_with_logprob is codebase.sde_step_with_logprob is not original[0]
+        assert solver.flow_grpo_step is not original[1]
     assert script.sde_step_with_logprob is codebase.sde_step_with_logprob is original[0]
+    assert solver.flow_grpo_step is original[1]
+
+
+@pytest.mark.parametrize("solver", [None, ModuleType(SOLVER)])
+def test_a_version_without_the_solver_is_patched_too(codebase, original, monkeypatch, solver):
+    monkeypatch.delitem(sys.modules, SOLVER)
+    if solver is not None:
+        monkeypatch.setitem(sys.modules, SOLVER, solver)
+    with patch_flow_grpo():
+        assert codebase.sde_step_with_logprob is not original[0]
 
 
 @pytest.mark.parametrize("scheduler", [flow(4), flow(), flow(50, shift=1.0), flux(), flux(28)])
@@ -111,7 +144,21 @@ def test_samples_as_the_original(codebase, original, scheduler, noise_level):
             assert torch.equal(torch.get_rng_state(), stream)
 
 
-@pytest.mark.parametrize("scheduler", [flow(), flux()])
+@pytest.mark.parametrize("scheduler", [flow(), flux(28)])
+def test_the_solver_samples_as_the_original(codebase, original, scheduler):
+    with patch_flow_grpo():
+        for index in range(len(scheduler.timesteps)):
+            output, sample = latents(2)
+            arguments = (output, sample, 0.7, scheduler.sigmas, index, None)
+            torch.manual_seed(index)
+            expected = original[1](*arguments)
+            torch.manual_seed(index)
+            assert_same(sys.modules[SOLVER].flow_grpo_step(*arguments), expected)
+            given = (*arguments[:-1], latents(1)[0])
+            assert_same(sys.modules[SOLVER].flow_grpo_step(*given), original[1](*given))
+
+
+@pytest.mark.parametrize("scheduler", [flow(), flux(28)])
 def test_scores_and_differentiates_as_the_original(codebase, original, scheduler):
     output, sample, prev = latents(3)
     timestep = scheduler.timesteps[torch.tensor([9, 0, 4])]
@@ -146,7 +193,13 @@ def test_an_unchanged_model_has_the_ratio_1(codebase):
             step = codebase.sde_step_with_logprob
             prev, logprob, _, _ = step(scheduler, output, t.unsqueeze(0), sample)
             _, again, _, _ = step(scheduler, output, t.expand(SHAPE[0]), sample, prev_sample=prev)
-        assert torch.equal(logprob, again)
+            assert torch.equal(logprob, again)
+            # Flow-GRPO samples by its solver and trains by the other function.
+            prev, _, logprob = sys.modules[SOLVER].flow_grpo_step(
+                output, sample, 0.7, scheduler.sigmas, 3, None
+            )
+            _, again, _, _ = step(scheduler, output, t.expand(SHAPE[0]), sample, prev_sample=prev)
+            assert torch.equal(logprob, again)
 
 
 def test_philox_noise_is_normal_and_follows_the_seed(codebase):
@@ -197,7 +250,7 @@ def test_a_change_of_the_scheduler_is_noticed(codebase, original):
 @pytest.mark.parametrize("noise_level", [0.0, 0.7])
 def test_the_table_is_that_of_the_schedules(noise_level):
     scheduler = flow(17)
-    table = _make(scheduler.sigmas, scheduler.timesteps, noise_level, torch.device("cpu")).transitions.table
+    table = make_schedule(scheduler.sigmas, noise_level, torch.device("cpu")).transitions.table
     assert torch.equal(table[:-1], transition_schedule(scheduler, 17, noise_level=noise_level).table)
 
 
@@ -214,19 +267,28 @@ def test_nothing_is_read_back_to_the_host(codebase, noise):
             output.requires_grad_()
             step(scheduler, output, timestep, sample, prev_sample=prev)[1].sum().backward()
             output = output.detach()
+        drawn, clean, _ = sys.modules[SOLVER].flow_grpo_step(output, sample, 0.7, scheduler.sigmas, 3, None)
+        assert drawn.device.type == clean.device.type == "meta"
 
 
 def test_sampling_that_is_differentiated_is_left_to_the_original(codebase, original):
     scheduler, (output, sample) = flow(), latents(2)
-    results = []
+
+    def sde(step, model_output, x):
+        return step(scheduler, model_output, scheduler.timesteps[3:4], x)
+
+    def solver(step, model_output, x):
+        return step(model_output, x, 0.7, scheduler.sigmas, 3, None)
+
     with patch_flow_grpo(noise="philox"):
-        for step in (original[0], codebase.sde_step_with_logprob):
-            inputs = output.clone().requires_grad_(), sample.clone().requires_grad_()
-            torch.manual_seed(0)
-            drawn, logprob, _, _ = step(scheduler, inputs[0], scheduler.timesteps[3:4], inputs[1])
-            results.append(torch.autograd.grad(drawn.sum() + logprob.sum(), inputs))
-    for expected, found in zip(*results, strict=True):
-        assert torch.equal(expected, found)
+        steps = (codebase.sde_step_with_logprob, sys.modules[SOLVER].flow_grpo_step)
+        for call, expected, found in zip((sde, solver), original, steps, strict=True):
+            gradients = []
+            for step in (expected, found):
+                inputs = output.clone().requires_grad_(), sample.clone().requires_grad_()
+                torch.manual_seed(0)
+                gradients.append(torch.autograd.grad(call(step, *inputs)[0].sum(), inputs))
+            assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 def test_errors_say_what_is_wrong(codebase, monkeypatch):
@@ -237,11 +299,15 @@ def test_errors_say_what_is_wrong(codebase, monkeypatch):
             step(scheduler, output, torch.tensor([5.0]), sample)
         with pytest.raises(ValueError, match="sde_type='cps' has no replacement"):
             step(scheduler, output, scheduler.timesteps[:1], sample, sde_type="cps")
+        with pytest.raises(ValueError, match="generator and prev_sample exclude each other"):
+            sys.modules[SOLVER].flow_grpo_step(
+                output, sample, 0.7, scheduler.sigmas, 3, sample, torch.Generator()
+            )
     with pytest.raises(ValueError, match="noise must be one of torch, philox, got 'white'"):
         patch_flow_grpo(noise="white")
     codebase.sde_step_with_logprob = lambda self, model_output: None
     with pytest.raises(LoopfastError, match=r"does not know this version .* it takes \(self, model_output\)"):
         patch_flow_grpo()
-    monkeypatch.delitem(sys.modules, MODULE)
+    monkeypatch.delitem(sys.modules, codebase.__name__)
     with pytest.raises(LoopfastError, match=r"patch_flow_grpo\(\) needs Flow-GRPO \(github"):
         patch_flow_grpo()
