@@ -49,6 +49,12 @@ def test_the_fused_ops_run(runs):
 
 
 @needs_trl
+def test_a_loss_and_a_step_of_the_users_own_are_called(runs):
+    for run in runs.values():
+        assert run["overrides"] == ["loss", "scheduler_step"]
+
+
+@needs_trl
 def test_nothing_is_read_back_to_the_host(runs):
     assert "Cannot copy out of meta tensor" in runs["unpatched"]["host_read"]
     assert runs["torch"]["host_read"] == runs["philox"]["host_read"] == ""

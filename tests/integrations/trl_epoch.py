@@ -4,7 +4,8 @@
 
 RESULT receives, as a file of torch.save, for each of the runs "unpatched", "torch" and "philox" (the patch's kinds of
 noise): loss, approximate KL and share of clipped rows of every minibatch, the samples and their log-probabilities, what
-the epoch added to every parameter, how often each fused op ran, and what stops a step whose tensors hold no values.
+the epoch added to every parameter, how often each fused op ran, which of a user's overrides are called, and what stops
+a step whose tensors hold no values.
 """
 
 from __future__ import annotations
@@ -77,6 +78,29 @@ def host_read(trainer: DDPOTrainer) -> str:
     return ""
 
 
+def overridden(trainer: DDPOTrainer) -> list[str]:
+    """Which of a loss and a step of the user's own the trainer calls."""
+    calls = []
+
+    def loss(*arguments):
+        calls.append("loss")
+        return DDPOTrainer.loss(trainer, *arguments)
+
+    def scheduler_step(*arguments, **options):
+        calls.append("scheduler_step")
+        return DefaultDDPOStableDiffusionPipeline.scheduler_step(pipeline, *arguments, **options)
+
+    pipeline = trainer.sd_pipeline
+    timesteps = pipeline.scheduler.timesteps[:2]
+    embeds = trainer.neg_prompt_embed.repeat(4, 1, 1)
+    latents, rows = torch.zeros(2, 4, 8, 8), torch.zeros(2)
+    for owner, own in ((trainer, loss), (pipeline, scheduler_step)):
+        setattr(owner, own.__name__, own)
+        DDPOTrainer.calculate_loss(trainer, latents, timesteps, latents, rows, rows, embeds)
+        delattr(owner, own.__name__)
+    return calls
+
+
 def epoch(noise: str | None) -> dict[str, object]:
     prompts = itertools.cycle(PROMPTS)
     with tempfile.TemporaryDirectory() as folder:
@@ -111,6 +135,7 @@ def epoch(noise: str | None) -> dict[str, object]:
             trainer.train(epochs=1)
             updates = {name: value.detach() - before[name] for name, value in parameters.items()}
             calls = dict(ops.calls)
+            overrides = overridden(trainer)
             stopped_by = host_read(trainer)
         trainer.accelerator.end_training()
     return {
@@ -119,6 +144,7 @@ def epoch(noise: str | None) -> dict[str, object]:
         "logprobs": trainer.sampled["log_probs"],
         "updates": updates,
         "calls": calls,
+        "overrides": overrides,
         "host_read": stopped_by,
     }
 
