@@ -3,9 +3,9 @@
     python trl_epoch.py RESULT
 
 RESULT receives, as a file of torch.save, for each of the runs "unpatched", "torch" and "philox" (the patch's kinds of
-noise): loss, approximate KL and share of clipped rows of every minibatch, the samples and their log-probabilities, what
-the epoch added to every parameter, how often each fused op ran, which of a user's overrides are called, and what stops
-a step whose tensors hold no values.
+noise), and for the first two in bfloat16: loss, approximate KL and share of clipped rows of every minibatch, samples
+and log-probabilities, what the epoch added to every parameter, a loss without guidance, how often each fused op ran,
+which of a user's overrides are called, and what stops a step whose tensors hold no values.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from importlib import resources
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
@@ -64,7 +65,7 @@ def host_read(trainer: DDPOTrainer) -> str:
     """
     pipeline = trainer.sd_pipeline
     pipeline.unet.to("meta")
-    latents = torch.zeros(2, 4, 8, 8, device="meta")
+    latents = torch.zeros(2, 4, 8, 8, dtype=pipeline.unet.dtype, device="meta")
     timesteps = pipeline.scheduler.timesteps[:2].to("meta")
     rows = torch.zeros(2, device="meta")
     embeds = trainer.neg_prompt_embed.to("meta").repeat(4, 1, 1)
@@ -76,6 +77,16 @@ def host_read(trainer: DDPOTrainer) -> str:
     except (NotImplementedError, RuntimeError) as error:
         return str(error)
     return ""
+
+
+def unguided(trainer: DDPOTrainer) -> torch.Tensor:
+    """Loss, approximate KL and share of clipped rows of the second step, as far as it goes without guidance."""
+    names = ("latents", "timesteps", "next_latents", "log_probs")
+    arguments = [trainer.sampled[name][:, 1] for name in names]
+    trainer.config.train_cfg = False
+    results = DDPOTrainer.calculate_loss(trainer, *arguments, torch.ones(4), trainer.sampled["prompt_embeds"])
+    trainer.config.train_cfg = True
+    return torch.stack(results).detach()
 
 
 def overridden(trainer: DDPOTrainer) -> list[str]:
@@ -93,7 +104,7 @@ def overridden(trainer: DDPOTrainer) -> list[str]:
     pipeline = trainer.sd_pipeline
     timesteps = pipeline.scheduler.timesteps[:2]
     embeds = trainer.neg_prompt_embed.repeat(4, 1, 1)
-    latents, rows = torch.zeros(2, 4, 8, 8), torch.zeros(2)
+    latents, rows = torch.zeros(2, 4, 8, 8, dtype=pipeline.unet.dtype), torch.zeros(2)
     for owner, own in ((trainer, loss), (pipeline, scheduler_step)):
         setattr(owner, own.__name__, own)
         DDPOTrainer.calculate_loss(trainer, latents, timesteps, latents, rows, rows, embeds)
@@ -101,11 +112,12 @@ def overridden(trainer: DDPOTrainer) -> list[str]:
     return calls
 
 
-def epoch(noise: str | None) -> dict[str, object]:
+def epoch(noise: str | None, mixed_precision: str = "no") -> dict[str, object]:
+    AcceleratorState._reset_state()  # it holds the precision of the process
     prompts = itertools.cycle(PROMPTS)
     with tempfile.TemporaryDirectory() as folder:
         config = DDPOConfig(
-            mixed_precision="no",
+            mixed_precision=mixed_precision,
             log_with="tensorboard",
             project_kwargs={"logging_dir": folder},
             sample_num_steps=4,
@@ -114,6 +126,7 @@ def epoch(noise: str | None) -> dict[str, object]:
             sample_num_batches_per_epoch=1,
             train_batch_size=2,
             train_clip_range=1e-2,
+            train_adv_clip_max=1.0,
             # Adam's first update is the sign of the gradient, rounding errors included, unless epsilon is above them.
             train_adam_epsilon=1e-3,
             train_learning_rate=1e-4,
@@ -135,6 +148,7 @@ def epoch(noise: str | None) -> dict[str, object]:
             trainer.train(epochs=1)
             updates = {name: value.detach() - before[name] for name, value in parameters.items()}
             calls = dict(ops.calls)
+            loss_without_guidance = unguided(trainer)
             overrides = overridden(trainer)
             stopped_by = host_read(trainer)
         trainer.accelerator.end_training()
@@ -144,6 +158,7 @@ def epoch(noise: str | None) -> dict[str, object]:
         "logprobs": trainer.sampled["log_probs"],
         "updates": updates,
         "calls": calls,
+        "unguided": loss_without_guidance,
         "overrides": overrides,
         "host_read": stopped_by,
     }
@@ -151,4 +166,6 @@ def epoch(noise: str | None) -> dict[str, object]:
 
 if __name__ == "__main__":
     PartialState()  # TRL logs before it makes one
-    torch.save({noise or "unpatched": epoch(noise) for noise in (None, "torch", "philox")}, sys.argv[1])
+    results = {noise or "unpatched": epoch(noise) for noise in (None, "torch", "philox")}
+    results |= {f"{noise or 'unpatched'}, bfloat16": epoch(noise, "bf16") for noise in (None, "torch")}
+    torch.save(results, sys.argv[1])
