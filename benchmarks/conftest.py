@@ -14,8 +14,8 @@ import loopfast_kernels
 
 from .cases import OPS, SHAPES, Case, device, make_inputs
 from .competitors import MissingCompetitorError, runner
-from .memory import peak_extra_bytes
-from .timing import Playback, copy_bandwidth, durations, kernel_launches
+from .counting import kernel_launches, peak_extra_bytes
+from .timing import Playback, copy_bandwidth, durations, settle_heap
 
 BUDGET_SECONDS = 0.5
 
@@ -47,6 +47,7 @@ def machine() -> dict[str, Any]:
             return None
 
     where = device()
+    settle_heap()
     return {
         "device": _device_name(where),
         "copy_gb_per_s": copy_bandwidth(where) / 1e9,

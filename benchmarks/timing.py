@@ -9,7 +9,6 @@ from itertools import chain
 from typing import TypeVar
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 T = TypeVar("T")
 
@@ -78,6 +77,16 @@ def _cuda_durations(run: Callable[[T], object], inputs: Sequence[T], budget: flo
     return rounds(min(max(int(budget / (estimate + _SLEEP_SECONDS)), fewest), most))
 
 
+def settle_heap() -> None:
+    """Bring glibc's allocator to the state it is in after a model has run.
+
+    Freeing a large block raises, for good, the size up to which memory is kept rather than returned to the system, to
+    32 MB at most. Before that every temporary of eager torch costs page faults, and what a case costs depends on which
+    cases ran before it.
+    """
+    torch.zeros(31 * 2**20, dtype=torch.uint8)
+
+
 class Playback:
     """A clock that plays recorded durations back, so that pytest-benchmark's table can show them.
 
@@ -106,14 +115,3 @@ def copy_bandwidth(device: torch.device, megabytes: int = 512) -> float:
     target = torch.ones_like(source)
     seconds = durations(target.copy_, [source], device, budget=2.0)
     return 2 * source.nbytes / sorted(seconds)[len(seconds) // 2]
-
-
-def kernel_launches(call: Callable[[], object]) -> int:
-    """Number of kernels, copies and fills a call puts on the GPU."""
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    return sum(
-        event.device_type.name == "CUDA" and not event.is_user_annotation for event in profiler.events()
-    )

@@ -1,0 +1,69 @@
+"""What a call takes beside time: memory at its peak, kernel launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+_MEMORY_EVENT = "[memory]"
+
+
+@contextmanager
+def _recording(*activities: ProfilerActivity, **options: Any) -> Iterator[profile]:
+    """The profiler, unnoticed: ops of ours that go a longer way to appear in its trace go their usual one."""
+    module = torch._C._autograd
+    enabled = module._profiler_enabled
+    module._profiler_enabled = lambda: False
+    try:
+        with profile(activities=activities, **options) as profiler:
+            yield profiler
+    finally:
+        module._profiler_enabled = enabled
+
+
+def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Run a call and say how much memory was allocated at its peak beyond what was before, its results included.
+
+    What goes past torch's allocators is not seen, such as a buffer of a C++ function's own.
+
+    Args:
+        call: what to run; it should have run before, so that caches of its first call do not count.
+        device: ``cpu`` or ``cuda``; only memory of this kind of device counts.
+
+    Returns:
+        Bytes, 0 for a call that allocates nothing.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _recording(ProfilerActivity.CPU, profile_memory=True) as profiler:
+        call()
+    events = [
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == _MEMORY_EVENT and event.device_type().name == "CPU"
+    ]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
+
+
+def kernel_launches(call: Callable[[], object]) -> int:
+    """Number of kernels, copies and fills a call puts on the GPU."""
+    torch.cuda.synchronize()
+    with _recording(ProfilerActivity.CPU, ProfilerActivity.CUDA) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type.name == "CUDA" and not event.is_user_annotation for event in profiler.events()
+    )
