@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch a kernel on the device of its first argument, in that device's current stream.
+    """Launch a kernel on the device of its first tensor, in that device's current stream.
 
     Multiplications and additions are never fused behind our back: how a compiler pairs them differs from kernel
     to kernel, and a row's log-probability has to have the same bits in all of them.
     """
-    with torch.cuda.device_of(arguments[0]):
+    with torch.cuda.device_of(next(argument for argument in arguments if isinstance(argument, Tensor))):
         kernel[grid](*arguments, **options, num_stages=1, enable_fp_fusion=False)
 
 
