@@ -28,7 +28,8 @@ def _recording(*activities: ProfilerActivity, **options: Any) -> Iterator[profil
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Run a call and say how much memory was allocated at its peak beyond what was before, its results included.
 
-    What goes past torch's allocators is not seen, such as a buffer of a C++ function's own.
+    What goes past torch's allocators is not seen, such as a buffer of a C++ function's own. Freeing older memory
+    makes no room.
 
     Args:
         call: what to run; it should have run before, so that caches of its first call do not count.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -54,10 +55,11 @@ def _cpu_durations(run: Callable[[T], object], inputs: Sequence[T], budget: floa
         run(inputs[index % len(inputs)])
         return time.perf_counter() - start
 
-    warm_up = [once(0)]
-    while sum(warm_up) < WARM_UP_SECONDS:
-        warm_up.append(once(len(warm_up)))
-    rounds = min(max(int(budget / min(warm_up)), MIN_ROUNDS), MAX_ROUNDS)
+    fastest = math.inf
+    end = time.perf_counter() + WARM_UP_SECONDS
+    while time.perf_counter() < end:
+        fastest = min(fastest, once(0))
+    rounds = min(max(int(budget / fastest), MIN_ROUNDS), MAX_ROUNDS)
     return [once(index) for index in range(rounds)]
 
 
@@ -113,5 +115,5 @@ def copy_bandwidth(device: torch.device, megabytes: int = 512) -> float:
     """
     source = torch.ones(megabytes * 2**20 // 4, device=device)
     target = torch.ones_like(source)
-    seconds = durations(target.copy_, [source], device, budget=2.0)
+    seconds = durations(target.copy_, [source], device, budget=1.0)
     return 2 * source.nbytes / sorted(seconds)[len(seconds) // 2]
