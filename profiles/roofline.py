@@ -1,7 +1,7 @@
 """How near the ops come to the memory's speed: ``python profiles/roofline.py RESULTS.json PICTURE.png``.
 
 RESULTS.json is a file of `benchmarks/results`. Every op gets a panel: the share of the device's copy bandwidth over
-the bytes the op has to move at least.
+the bytes the op has to move at least. Ops that move no latents are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, PercentFormatter
 
 COLORS = {"ours": "#0b6e99", "compile": "#d9730d", "eager": "#8a8a8a", "trl": "#ad1a72"}
 LABELS = {"ours": "loopfast", "compile": "torch.compile", "eager": "eager torch", "trl": "TRL"}
@@ -54,8 +54,12 @@ def _panel(axes: Axes, op: str, settings: dict[str, Any]) -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_title(op, fontsize=10, loc="left")
     axes.set_xscale("log")
+    axes.set_yscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
+    axes.yaxis.set_major_locator(FixedLocator([0.01, 0.03, 0.1, 0.3, 1, 3]))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.tick_params(labelbottom=True)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -72,7 +76,8 @@ def draw(run: dict[str, Any]) -> Figure:
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
-    results, machine = run["results"], run["machine"]
+    machine = run["machine"]
+    results = {op: settings for op, settings in run["results"].items() if op != "leave_one_out"}
     rows = math.ceil(len(results) / COLUMNS)
     figure, grid = plt.subplots(
         rows,
@@ -88,7 +93,6 @@ def draw(run: dict[str, Any]) -> Figure:
         _panel(axes, op, settings)
     for axes in panels[len(results) :]:
         axes.set_axis_off()
-    panels[0].set_ylim(bottom=0)
     figure.supxlabel("bytes to be moved at least", fontsize=10)
     figure.supylabel("share of copy bandwidth", fontsize=10)
     present = {competitor for s in results.values() for entries in s.values() for competitor in entries}
@@ -99,7 +103,12 @@ def draw(run: dict[str, Any]) -> Figure:
         for dtype, (style, fill) in STYLES.items()
         if dtype in dtypes
     ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9)
+    if len(panels) > len(results):
+        panels[-1].legend(handles=handles, loc="center", frameon=False, fontsize=10)
+    else:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10
+        )
     figure.suptitle(
         f"{machine['device']}, {machine['backend']} backend; 100 % = {machine['copy_gb_per_s']:.4g} GB/s; "
         f"torch {machine['torch']}, {machine['date']}",
