@@ -91,7 +91,7 @@ def measure(playback: Playback, benchmark: Any, request: pytest.FixtureRequest) 
         if where.type == "cuda":
             # Inputs in turn, together too large to be found in the cache.
             cache = torch.cuda.get_device_properties(where).L2_cache_size
-            inputs += [make(seed) for seed in range(1, min(math.ceil(3 * cache / moved), 256))]
+            inputs += [make(seed) for seed in range(1, min(math.ceil(3 * cache / moved), 2048))]
         torch.manual_seed(0)
         seconds = durations(run, inputs, where, budget)
         playback.load(seconds)
