@@ -1,4 +1,8 @@
-"""Normal noise on a GPU; the README of this folder defines it."""
+"""Normal noise on a GPU; the README of this folder defines it.
+
+Every operation is one of IEEE arithmetic and rounds once, in the order of the native library's ``numeric.h``: both
+give the same bits.
+"""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -17,77 +21,74 @@ from ..triton_common import blocks, launch
 _TO_UNIT = tl.constexpr(2.0**-32)
 _HALF_STEP = tl.constexpr(2.0**-33)
 _TO_ANGLE = tl.constexpr(2.0 * math.pi * 2.0**-32)
-
-# pi/2 in three parts. The first two have 22 bits, so that their products with 1 to 4 are exact.
 _HALF_PI_HIGH = tl.constexpr(0x3243F6 * 2.0**-21)
 _HALF_PI_MIDDLE = tl.constexpr(0x2A2216 * 2.0**-43)
-_HALF_PI_LOW = tl.constexpr(6.223372171896613e-14)
-
-# ln 2 in two parts; the first has 10 bits.
-_LN2_HIGH = tl.constexpr(0.693359375)
-_LN2_LOW = tl.constexpr(math.log(2.0) - 0.693359375)
 
 
 @triton.jit
-def _radius(word):
-    # The square root of -2 ln u. The library's logarithm branches for each element to catch infinities, which
-    # u never is. Polynomial of Cephes (Moshier), on [sqrt(1/2), sqrt(2)).
-    uniform = word.to(tl.float32) * _TO_UNIT + _HALF_STEP
-    bits = uniform.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) >> 23
-    x = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    e = exponent.to(tl.float32)
-    square = x * x
-    y = tl.fma(x, 7.0376836292e-2, -1.1514610310e-1)
-    y = tl.fma(y, x, 1.1676998740e-1)
-    y = tl.fma(y, x, -1.2420140846e-1)
-    y = tl.fma(y, x, 1.4249322787e-1)
-    y = tl.fma(y, x, -1.6668057665e-1)
-    y = tl.fma(y, x, 2.0000714765e-1)
-    y = tl.fma(y, x, -2.4999993993e-1)
-    y = tl.fma(y, x, 3.3333331174e-1)
-    y = y * x * square
-    y = tl.fma(e, _LN2_LOW, y)
-    y = tl.fma(square, -0.5, y)
-    log = tl.fma(e, _LN2_HIGH, x + y)
-    return tl.sqrt_rn(log * -2.0)
+def _log_of_uniform(uniform):
+    # As x = 2^e (1 + f) with f in [-0.29, 0.41] and a polynomial in f; coefficients of Moshier's Cephes library.
+    # The library's logarithm would branch for each element to catch what a uniform never is.
+    offset = uniform.to(tl.int32, bitcast=True) - 0x3F3504F3
+    f = ((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    e = (offset >> 23).to(tl.float32)
+    square = f * f
+    p = f * 7.0376836292e-2 - 1.1514610310e-1
+    p = p * f + 1.1676998740e-1
+    p = p * f - 1.2420140846e-1
+    p = p * f + 1.4249322787e-1
+    p = p * f - 1.6668057665e-1
+    p = p * f + 2.0000714765e-1
+    p = p * f - 2.4999993993e-1
+    p = p * f + 3.3333331174e-1
+    # ln 2 in two parts, the first with few enough bits for an exact product; what the sum with f rounds off goes
+    # to the small terms.
+    product = e * 0.693359375
+    high = product + f
+    lost = (product - high) + f
+    return high + (lost + (f * square * p + e * -2.12194440e-4 - square * 0.5))
 
 
 @triton.jit
-def _cos_sin(word):
-    # Angles lie in [0, 2 pi]: three subtractions reduce them exactly enough for 1 ulp near the zeros, and the
-    # slow path for large angles that the library carries along (with an array in local memory) is not needed.
-    # Polynomials of Cephes (Moshier), on [-pi/4, pi/4].
-    angle = word.to(tl.float32) * _TO_ANGLE
-    quadrant = (angle * (2.0 / 3.141592653589793) + 0.5).to(tl.int32)
-    k = quadrant.to(tl.float32)
-    x = angle - k * _HALF_PI_HIGH
-    x = x - k * _HALF_PI_MIDDLE
-    x = x - k * _HALF_PI_LOW
+def _cosine_and_sine(angle):
+    # Of an angle in [0, 2 pi]: less the nearest multiple of pi/2, as x + tail, and polynomials of Cephes. The
+    # library's functions would carry a slow path for large angles along, with an array in local memory.
+    quadrant = (angle * 0.636619772 + 0.5).to(tl.int32)
+    q = quadrant.to(tl.float32)
+    # pi/2 in three parts. The first two have 22 bits: their products with q <= 4 are exact, and so is the difference.
+    difference = angle - q * _HALF_PI_HIGH
+    middle = q * _HALF_PI_MIDDLE
+    x = difference - middle
+    tail = ((difference - x) - middle) - q * 6.223372e-14
     square = x * x
-    sine = tl.fma(square, -1.9515295891e-4, 8.3321608736e-3)
-    sine = tl.fma(sine, square, -1.6666654611e-1)
-    sine = tl.fma(sine * square, x, x)
-    cosine = tl.fma(square, 2.443315711809948e-5, -1.388731625493765e-3)
-    cosine = tl.fma(cosine, square, 4.166664568298827e-2)
-    cosine = tl.fma(cosine * square, square, tl.fma(square, -0.5, 1.0))
-    odd = (quadrant & 1) == 1
-    first = tl.where(odd, sine, cosine)
-    second = tl.where(odd, cosine, sine)
-    first = tl.where(((quadrant + 1) & 2) == 2, -first, first)
-    second = tl.where((quadrant & 2) == 2, -second, second)
-    return first, second
+    p = (square * -1.9515295891e-4 + 8.3321608736e-3) * square - 1.6666654611e-1
+    sine = x + (p * square * x + tail)
+    r = (square * 2.443315711809948e-5 - 1.388731625493765e-3) * square + 4.166664568298827e-2
+    half = square * 0.5
+    rest = 1.0 - half
+    cosine = rest + (((1.0 - rest) - half) + (r * (square * square) - x * tail))
+    swapped = (quadrant & 1) != 0
+    first = tl.where(swapped, sine, cosine)
+    second = tl.where(swapped, cosine, sine)
+    first = tl.where(((quadrant + 1) & 2) != 0, -first, first)
+    return first, tl.where((quadrant & 2) != 0, -second, second)
+
+
+@triton.jit
+def _normal_pair(radius_word, angle_word):
+    uniform = radius_word.to(tl.float32) * _TO_UNIT + _HALF_STEP
+    radius = tl.sqrt_rn(_log_of_uniform(uniform) * -2.0)
+    cosine, sine = _cosine_and_sine(angle_word.to(tl.float32) * _TO_ANGLE)
+    return radius * cosine, radius * sine
 
 
 @triton.jit
 def _four_normals(seed, step, block):
     zero = tl.zeros_like(block).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, block.to(tl.uint32), zero + step.to(tl.uint32), zero, zero, 10)
-    cosine0, sine0 = _cos_sin(w1)
-    radius0 = _radius(w0)
-    cosine1, sine1 = _cos_sin(w3)
-    radius1 = _radius(w2)
-    return radius0 * cosine0, radius0 * sine0, radius1 * cosine1, radius1 * sine1
+    z0, z1 = _normal_pair(w0, w1)
+    z2, z3 = _normal_pair(w2, w3)
+    return z0, z1, z2, z3
 
 
 @triton.jit
