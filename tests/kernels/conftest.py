@@ -1,11 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
+
+from loopfast_kernels import BACKENDS, backend
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,47 @@ class Transition:
             name: getattr(self, name)[index].clone() for name in self.__dataclass_fields__ if name != "table"
         }
         return replace(self, **taken)
+
+    def to(self, device: torch.device | str | torch.dtype) -> Transition:
+        """On another device; or, given float64, as the exact case whose rounding this is."""
+        moved = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            as_is = isinstance(device, torch.dtype) and not value.is_floating_point()
+            moved[name] = value if as_is else value.to(device)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend and the device it is tested on."""
+
+    name: str
+    device: str
+
+    def active(self) -> AbstractContextManager[None]:
+        return backend(self.name)
+
+    def skip_unless_it_takes(self, dtype: torch.dtype) -> None:
+        if self.name == "triton" and self.device == "cpu" and dtype == torch.bfloat16:
+            pytest.skip("Triton's interpreter does not round bfloat16 to nearest")
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def each_backend(request: pytest.FixtureRequest) -> Backend:
+    on_gpu = request.param == "triton" and torch.cuda.is_available()
+    return Backend(request.param, "cuda" if on_gpu else "cpu")
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fills every tensor that is allocated and not written with NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 MakeTransition = Callable[..., Transition]

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loopfast_kernels import backend, denoise_step, denoise_step_, philox_normal, transition_logprob
+from tests.kernels.accuracy import FLOAT32, ROUNDING, rms
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -29,6 +32,105 @@ def test_is_the_affine_mean_and_the_philox_noise(make_transition):
         guidance_scale=2.5,
     )
     torch.testing.assert_close(prev, a * case.sample + b * output + sigma * noise, rtol=1e-13, atol=1e-13)
+
+
+def check_against_float64(each_backend, case, guided: bool, reduction: str) -> None:
+    dtype = case.sample.dtype
+    with backend("reference"):
+        noise = philox_normal(case.seed, case.step, case.sample.shape).double()
+    exact = case.to(torch.float64)
+    mine = case.to(each_backend.device)
+
+    def options(of) -> dict:
+        return {"reduction": reduction} | (
+            {"uncond_output": of.uncond_output, "guidance_scale": 2.5} if guided else {}
+        )
+
+    with each_backend.active():
+        prev, logprob = denoise_step(
+            mine.model_output, mine.sample, mine.table, mine.step, mine.seed, **options(mine)
+        )
+        again = transition_logprob(
+            mine.model_output, mine.sample, prev, mine.table, mine.step, **options(mine)
+        )
+    a, b, sigma = (
+        column.reshape(-1, *(1,) * (noise.dim() - 1)) for column in exact.table[exact.step].unbind(1)
+    )
+    output = exact.model_output
+    if guided:
+        output = exact.uncond_output + 2.5 * (output - exact.uncond_output)
+    assert prev.dtype == dtype
+    assert rms(prev, a * exact.sample + b * output + sigma * noise) < ROUNDING[dtype] + 1e-6
+    # Of what was stored: the rounding of the sample is in both.
+    scored = transition_logprob(
+        exact.model_output, exact.sample, prev.cpu().double(), exact.table, exact.step, **options(exact)
+    )
+    assert rms(logprob, scored) < FLOAT32
+    assert torch.equal(again, logprob)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("shape", [(1,), (3,), (4, 3, 3), (1000,), (4, 32, 32), (4, 64, 64)])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.usefixtures("poisoned")
+def test_every_backend_against_float64(make_transition, each_backend, dtype, shape, guided):
+    each_backend.skip_unless_it_takes(dtype)
+    case = make_transition(rows=3, shape=shape, dtype=dtype)
+    case.table[0, 2] = 0.0
+    check_against_float64(each_backend, case, guided, "mean")
+
+
+@settings(max_examples=15)
+@given(
+    rows=st.integers(1, 5),
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    guided=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum"]),
+    seed=st.integers(0, 2**31),
+)
+def test_every_backend_on_any_shape(
+    make_transition, each_backend, rows, shape, dtype, guided, reduction, seed
+):
+    case = make_transition(rows, tuple(shape), dtype=dtype, seed=seed)
+    check_against_float64(each_backend, case, guided, reduction)
+
+
+def test_dtypes_may_be_mixed(make_transition, each_backend):
+    case = make_transition(rows=3, shape=(37,))
+    sample, model_output = case.sample.half(), case.model_output
+    arguments = [t.to(each_backend.device) for t in (model_output, sample, case.table, case.step, case.seed)]
+    with each_backend.active():
+        prev, logprob = denoise_step(*arguments, uncond_output=arguments[1], guidance_scale=2.0)
+    assert prev.dtype == torch.float16
+    with backend("reference"):
+        expected, scored = denoise_step(
+            model_output, sample, case.table, case.step, case.seed, uncond_output=sample, guidance_scale=2.0
+        )
+    assert rms(prev, expected) < ROUNDING[torch.float16]
+    assert rms(logprob, scored) < 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_bits_depend_on_the_row_alone(make_transition, each_backend, rows):
+    """Not on its neighbors, its place, or the number of threads."""
+    case = make_transition(rows=7, shape=(4, 33, 41)).to(each_backend.device)
+
+    def run(part, threads: int) -> tuple:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with each_backend.active():
+                return denoise_step(part.model_output, part.sample, part.table, part.step, part.seed)
+        finally:
+            torch.set_num_threads(before)
+
+    whole = run(case, 1)
+    order = torch.randperm(7)[:rows].to(each_backend.device)
+    for threads in (1, 3):
+        part = run(case.rows(order), threads)
+        assert torch.equal(part[0], whole[0][order])
+        assert torch.equal(part[1], whole[1][order])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopfast_kernels import leave_one_out
+from tests.kernels.accuracy import FLOAT32, rms
 
 
 def plain(rewards: torch.Tensor) -> torch.Tensor:
@@ -27,6 +28,21 @@ def test_subtracts_the_mean_of_the_others(shape, samples, seed):
     single = leave_one_out(rewards.float())
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), plain(rewards), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4, 7, 16, 33])
+@pytest.mark.usefixtures("poisoned")
+def test_every_backend_against_float64(each_backend, samples):
+    rewards = torch.randn(5, 3, samples) + 3.0
+    device_rewards = rewards.to(each_backend.device).requires_grad_()
+    with each_backend.active():
+        advantages = leave_one_out(device_rewards)
+        weights = torch.randn(5, 3, samples).to(advantages)
+        (gradient,) = torch.autograd.grad(advantages, device_rewards, weights)
+        equal = leave_one_out(torch.full_like(device_rewards, 0.1))
+    assert rms(advantages, plain(rewards.double())) < FLOAT32
+    assert rms(gradient, plain(weights.cpu().double())) < FLOAT32
+    assert not equal.any()
 
 
 def test_example_by_hand():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from loopfast_kernels import (
     loop_loss,
     transition_logprob,
 )
+from tests.kernels.accuracy import FLOAT32, ROUNDING, rms
 
 
 def plain_loss(
@@ -100,6 +101,125 @@ def test_loss_and_gradients_are_those_of_the_plain_formula(
         torch.testing.assert_close(uncond.grad, plain_uncond.grad, rtol=1e-9, atol=1e-9)
 
 
+def check_against_float64(
+    each_backend,
+    case,
+    *,
+    samples: int = 3,
+    guided: bool = True,
+    with_reference: bool = True,
+    reduction: str = "mean",
+    clip_range: float | None = 0.2,
+    loss_scale: float | None = None,
+) -> None:
+    dtype, rows = case.sample.dtype, len(case.step)
+    elements = case.sample[0].numel()
+    rewards, trajectory = torch.randn(4, samples), torch.randint(4 * samples, (rows,))
+    exact = case.to(torch.float64)
+    old_logprob = plain_old_logprob(exact, 2.5 if guided else None, reduction)
+    # On both sides of the clip range, and off its edges.
+    old_logprob = (old_logprob + torch.tensor([0.05, -0.5, 0.6])[torch.randint(3, (rows,))]).float()
+
+    def run(of, device: str) -> tuple[LoopLoss, tuple[Tensor, ...]]:
+        of = of.to(device)
+        inputs = [of.model_output.requires_grad_()]
+        options = {"reduction": reduction, "clip_range": clip_range, "advantage_clip": 1.5}
+        if guided:
+            inputs.append(of.uncond_output.requires_grad_())
+            options |= {"uncond_output": of.uncond_output, "guidance_scale": 2.5}
+        if with_reference:
+            options |= {"reference_output": of.reference_output, "kl_weight": 0.1}
+        result = loop_loss(
+            of.model_output,
+            of.sample,
+            of.prev_sample,
+            of.table,
+            of.step,
+            old_logprob.to(device),
+            rewards.to(device),
+            trajectory.to(device),
+            advantage_scale=1.3,
+            **options,
+        )
+        scale = rows * (elements if reduction == "mean" else 1) if loss_scale is None else loss_scale
+        return result, torch.autograd.grad(result.loss * scale, inputs)
+
+    expected, expected_gradients = run(exact, "cpu")
+    with each_backend.active():
+        result, gradients = run(case, each_backend.device)
+    # A ratio is as exact as the difference of two log-probabilities.
+    size = max(1.0, float(expected.logprob.abs().max()))
+    assert rms(result.logprob, expected.logprob) < FLOAT32
+    assert rms(result.advantage, expected.advantage) < FLOAT32
+    assert rms(result.ratio, expected.ratio) < FLOAT32 * size
+    assert rms(result.kl, expected.kl) < FLOAT32
+    assert rms(result.loss, expected.loss) < 10 * FLOAT32 * size
+    assert torch.equal(result.clipped.cpu(), expected.clipped)
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == dtype
+        # Rounded as it is made, and again as the backward pass scales it.
+        assert rms(gradient, other) < 2 * ROUNDING[dtype] + FLOAT32 * size
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("shape", [(1,), (3,), (4, 3, 3), (1000,), (4, 32, 32), (4, 64, 64)])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.usefixtures("poisoned")
+def test_every_backend_against_float64(make_transition, each_backend, dtype, shape, guided, with_reference):
+    each_backend.skip_unless_it_takes(dtype)
+    case = make_transition(rows=3, shape=shape, dtype=dtype)
+    case.table[0, 2] = 0.0
+    check_against_float64(each_backend, case, guided=guided, with_reference=with_reference)
+
+
+@pytest.mark.parametrize("shape", [(4, 128, 128), (16, 128, 128)])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.usefixtures("poisoned")
+def test_every_backend_on_rows_too_large_for_one_program(make_transition, each_backend, shape, rows):
+    check_against_float64(each_backend, make_transition(rows=rows, shape=shape))
+
+
+@settings(max_examples=15)
+@given(
+    rows=st.integers(1, 9),
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    samples=st.integers(2, 33),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    guided=st.booleans(),
+    with_reference=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum"]),
+    clip_range=st.none() | st.just(0.2),
+    seed=st.integers(0, 2**31),
+)
+def test_every_backend_on_any_shape(
+    make_transition,
+    each_backend,
+    rows,
+    shape,
+    samples,
+    dtype,
+    guided,
+    with_reference,
+    reduction,
+    clip_range,
+    seed,
+):
+    check_against_float64(
+        each_backend,
+        make_transition(rows, tuple(shape), dtype=dtype, seed=seed),
+        samples=samples,
+        guided=guided,
+        with_reference=with_reference,
+        reduction=reduction,
+        clip_range=clip_range,
+    )
+
+
+def test_a_loss_scale_of_one_leaves_the_gradients_as_they_were_made(make_transition, each_backend):
+    check_against_float64(each_backend, make_transition(rows=5), loss_scale=1.0)
+
+
 def plain_old_logprob(case, guidance_scale: float | None, reduction: str) -> Tensor:
     return transition_logprob(
         case.model_output,
@@ -169,24 +289,29 @@ def test_loop_loss_is_clipped_loss_with_leave_one_out_advantages(transition):
     assert torch.equal(first.grad, second.grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_ratio_is_exactly_one_before_the_first_update(make_transition, dtype, reduction):
-    case = make_transition(rows=64, dtype=dtype)
+@pytest.mark.parametrize("shape", [(4, 3, 3), (4, 64, 64), (70_000,)])
+def test_ratio_is_exactly_one_before_the_first_update(make_transition, each_backend, dtype, reduction, shape):
+    each_backend.skip_unless_it_takes(dtype)
+    rows = 16 if shape == (4, 3, 3) else 2
+    case = make_transition(rows=rows, shape=shape, dtype=dtype).to(each_backend.device)
     options = {"uncond_output": case.uncond_output, "guidance_scale": 3.0, "reduction": reduction}
-    prev, old = denoise_step(case.model_output, case.sample, case.table, case.step, case.seed, **options)
-    result = loop_loss(
-        case.model_output,
-        case.sample,
-        prev,
-        case.table,
-        case.step,
-        old,
-        torch.randn(16, 4),
-        torch.randperm(64),
-        clip_range=1e-4,
-        **options,
-    )
+    with each_backend.active():
+        prev, old = denoise_step(case.model_output, case.sample, case.table, case.step, case.seed, **options)
+        result = loop_loss(
+            case.model_output.requires_grad_(),
+            case.sample,
+            prev,
+            case.table,
+            case.step,
+            old,
+            torch.randn(rows // 2, 2, device=each_backend.device),
+            torch.randperm(rows).to(each_backend.device),
+            clip_range=1e-4,
+            reference_output=case.reference_output,
+            **options,
+        )
     assert torch.equal(result.ratio, torch.ones_like(result.ratio))
     assert not result.clipped.any()
 
@@ -364,24 +489,87 @@ def test_gradients_have_the_dtype_of_their_inputs(make_transition, dtype):
     assert output.grad.dtype == uncond.grad.dtype == dtype
 
 
-def test_rows_do_not_depend_on_their_neighbors(make_transition):
-    case = make_transition(rows=65, shape=(257,))
-    rewards, trajectory = torch.randn(20, 4), torch.randint(80, (65,))
-    old_logprob = plain_old_logprob(case, None, "mean") + 0.1 * torch.randn(65)
-    whole = run_loop(
-        case, rewards, trajectory, old_logprob=old_logprob, reference_output=case.reference_output
-    )
-    for rows in range(1, 10):
-        part = case.rows(slice(rows))
-        result = run_loop(
-            part,
-            rewards,
-            trajectory[:rows],
-            old_logprob=old_logprob[:rows],
-            reference_output=part.reference_output,
-        )
+@pytest.mark.parametrize("elements", [257, 20_000])
+def test_rows_do_not_depend_on_their_neighbors(make_transition, each_backend, elements):
+    count = 17 if elements < 20_000 else 5
+    case = make_transition(rows=count, shape=(elements,))
+    rewards, trajectory = torch.randn(20, 4), torch.randint(80, (count,))
+    old_logprob = plain_old_logprob(case, None, "mean") + 0.1 * torch.randn(count)
+
+    def run(rows: Tensor) -> tuple[LoopLoss, Tensor]:
+        part = case.rows(rows).to(each_backend.device)
+        output = part.model_output.requires_grad_()
+        with each_backend.active():
+            result = run_loop(
+                part,
+                rewards.to(each_backend.device),
+                trajectory[rows].to(each_backend.device),
+                model_output=output,
+                old_logprob=old_logprob[rows].to(each_backend.device),
+                reference_output=part.reference_output,
+                kl_weight=0.1,
+            )
+            # Of the sum over rows, not their mean; a power of two would be exact.
+            (gradient,) = torch.autograd.grad(result.loss, output)
+        return result, gradient
+
+    whole, gradient = run(torch.arange(count))
+    before = torch.get_num_threads()
+    for rows, threads in ((1, 1), (2, 3), (4, 1), (count, 3)):
+        order = torch.randperm(count)[:rows]
+        torch.set_num_threads(threads)
+        result, part = run(order)
         for ours, theirs in zip(result[1:], whole[1:], strict=True):
-            assert torch.equal(ours, theirs[:rows])
+            assert torch.equal(ours, theirs[order.to(theirs.device)])
+        assert rms(part * rows, gradient[order.to(gradient.device)] * count) < 1e-6
+    torch.set_num_threads(before)
+
+
+def test_threads_change_no_bit(make_transition, each_backend):
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        case = make_transition(rows=3, shape=(20_000,)).to(each_backend.device)
+        output = case.model_output.requires_grad_()
+        with each_backend.active():
+            loss = run_loop(
+                case,
+                torch.tensor([[1.0, 2.0]], device=each_backend.device),
+                torch.tensor([0, 1, 0], device=each_backend.device),
+                model_output=output,
+                reference_output=case.reference_output,
+                kl_weight=0.1,
+            ).loss
+            results.append((loss.detach(), *torch.autograd.grad(loss, output)))
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(ours, first) for ours, first in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_graph_may_be_kept_for_another_backward_pass(make_transition, dtype):
+    case = make_transition(dtype=dtype)
+    output = case.model_output.requires_grad_()
+    loss = run_loop(case, torch.randn(2, 3), torch.arange(5), model_output=output).loss
+    first = torch.autograd.grad(loss * 8, output, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(loss * 16, output, retain_graph=True)[0]
+    third = torch.autograd.grad(loss, output)[0]
+    assert torch.equal(second, first * 2)
+    assert rms(third * 8, first) < 1e-3
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        torch.autograd.grad(loss, output)
+
+
+@pytest.mark.parametrize("needed", ["model_output", "uncond_output"])
+def test_only_the_gradient_that_is_needed_is_made(transition, needed):
+    wanted = getattr(transition, needed).requires_grad_()
+    options = {"uncond_output": transition.uncond_output, "guidance_scale": 2.0}
+    loss = run_loop(transition, torch.randn(2, 3), torch.arange(5), **options).loss
+    loss.backward()
+    assert wanted.grad.any()
+    other = {"model_output": "uncond_output", "uncond_output": "model_output"}[needed]
+    assert getattr(transition, other).grad is None
 
 
 def test_opcheck(transition):

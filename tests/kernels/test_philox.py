@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopfast_kernels import philox_normal
+from loopfast_kernels import backend, native_library, philox_normal
 from loopfast_kernels.philox import philox_4x32
 from loopfast_kernels.philox.reference import _normal_pair
 
@@ -70,6 +70,28 @@ def test_noise_follows_its_definition(seed, step, shape):
     torch.testing.assert_close(noise, expected, rtol=0, atol=4e-6)
 
 
+def test_every_backend_gives_the_same_normals_to_two_ulp(each_backend):
+    rows, elements = 16, 16_384
+    generator = torch.Generator().manual_seed(1)
+    seed = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
+    step = torch.randint(1000, (rows,), generator=generator)
+    with each_backend.active():
+        noise = philox_normal(seed.to(each_backend.device), step.to(each_backend.device), (rows, elements))
+    with backend("reference"):
+        expected = philox_normal(seed, step, (rows, elements))
+    # Neighboring floats have neighboring patterns.
+    apart = noise.cpu().view(torch.int32) - expected.view(torch.int32)
+    assert apart.abs().max() <= 2
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_known_answers_of_the_native_words(counter, key, expected):
+    words = torch.zeros(4, dtype=torch.uint32)
+    of_counter, of_key = (torch.tensor(values).to(torch.uint32) for values in (counter, key))
+    native_library.load().loopfast_philox_4x32(of_counter.data_ptr(), of_key.data_ptr(), words.data_ptr())
+    assert tuple(words.tolist()) == expected
+
+
 def test_extreme_words_stay_finite():
     # Word 0 gives the largest radius there is, word 2**32 - 1 the uniform 1 and radius 0.
     largest, zero = _normal_pair(torch.tensor([0, 2**32 - 1]), torch.tensor([0, 0]))[0].tolist()
@@ -104,26 +126,32 @@ def test_seeds_steps_and_elements_are_uncorrelated():
         assert lanes.abs().max() < 4.5 / math.sqrt(rows * elements / 4)
 
 
-def test_noise_is_the_same_for_any_split_of_the_batch():
-    seed, step = torch.randint(-(2**62), 2**62, (128,)), torch.randint(50, (128,))
-    whole = philox_normal(seed, step, (128, 4, 5, 5))
-    for size in (1, 2, 3, 7, 64):
+def test_noise_is_the_same_for_any_split_of_the_batch(each_backend):
+    with each_backend.active():
+        check_splits(each_backend.device)
+
+
+def check_splits(device: str) -> None:
+    seed, step = torch.randint(-(2**62), 2**62, (32,)).to(device), torch.randint(50, (32,)).to(device)
+    whole = philox_normal(seed, step, (32, 4, 5, 5))
+    for size in (1, 3, 7, 16):
         parts = [
             philox_normal(
                 seed[start : start + size],
                 step[start : start + size],
                 (len(seed[start : start + size]), 4, 5, 5),
             )
-            for start in range(0, 128, size)
+            for start in range(0, 32, size)
         ]
         assert torch.equal(torch.cat(parts), whole)
 
 
-def test_noise_begins_alike_for_any_length():
-    seed, step = torch.arange(3), torch.arange(3)
-    long = philox_normal(seed, step, (3, 37))
-    for length in (1, 4, 6, 36):
-        assert torch.equal(philox_normal(seed, step, (3, length)), long[:, :length])
+def test_noise_begins_alike_for_any_length(each_backend):
+    seed = torch.arange(3, device=each_backend.device)
+    with each_backend.active():
+        long = philox_normal(seed, seed, (3, 4133))
+        for length in (1, 4, 6, 36, 1023, 4097):
+            assert torch.equal(philox_normal(seed, seed, (3, length)), long[:, :length])
 
 
 def test_both_halves_of_the_seed_and_the_step_matter():

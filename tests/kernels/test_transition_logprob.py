@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from loopfast_kernels import transition_logprob
+from tests.kernels.accuracy import FLOAT32, ROUNDING, rms
 
 
 def plain(
@@ -56,6 +57,59 @@ def test_arithmetic_is_float32_whatever_the_inputs(make_transition, dtype, reduc
     assert logprob.dtype == torch.float32
     exact = plain(*(t.double() if t.is_floating_point() else t for t in arguments), reduction=reduction)
     torch.testing.assert_close(logprob.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def check_against_float64(each_backend, case, guided: bool, reduction: str) -> None:
+    dtype = case.sample.dtype
+    weights = 1.0 + torch.rand(len(case.step))
+
+    def run(of, device: str) -> tuple[Tensor, ...]:
+        of = of.to(device)
+        inputs = [of.model_output.requires_grad_()]
+        options = {"reduction": reduction}
+        if guided:
+            inputs.append(of.uncond_output.requires_grad_())
+            options |= {"uncond_output": of.uncond_output, "guidance_scale": 2.5}
+        logprob = transition_logprob(of.model_output, of.sample, of.prev_sample, of.table, of.step, **options)
+        # Kept off the range where float16 is subnormal.
+        scale = of.model_output[0].numel() if reduction == "mean" else 1
+        loss = (logprob * weights.to(logprob)).sum() * scale
+        return logprob, *torch.autograd.grad(loss, inputs)
+
+    exact = run(case.to(torch.float64), "cpu")
+    with each_backend.active():
+        mine = run(case, each_backend.device)
+    assert rms(mine[0], exact[0]) < FLOAT32
+    for gradient, expected in zip(mine[1:], exact[1:], strict=True):
+        assert gradient.dtype == dtype
+        assert rms(gradient, expected) < ROUNDING[dtype] + FLOAT32
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("shape", [(1,), (3,), (4, 3, 3), (1000,), (4, 32, 32), (4, 64, 64)])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.usefixtures("poisoned")
+def test_every_backend_against_float64(make_transition, each_backend, dtype, shape, guided):
+    each_backend.skip_unless_it_takes(dtype)
+    case = make_transition(rows=3, shape=shape, dtype=dtype)
+    case.table[0, 2] = 0.0
+    check_against_float64(each_backend, case, guided, "mean")
+
+
+@settings(max_examples=15)
+@given(
+    rows=st.integers(1, 5),
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    guided=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum"]),
+    seed=st.integers(0, 2**31),
+)
+def test_every_backend_on_any_shape(
+    make_transition, each_backend, rows, shape, dtype, guided, reduction, seed
+):
+    case = make_transition(rows, tuple(shape), dtype=dtype, seed=seed)
+    check_against_float64(each_backend, case, guided, reduction)
 
 
 def test_example_by_hand():
@@ -136,25 +190,27 @@ def test_deterministic_step_has_no_logprob_and_no_gradient(transition):
     assert torch.equal(output.grad, torch.zeros_like(output))
 
 
-@pytest.mark.parametrize("elements", [1, 17, 256, 1001])
-def test_a_row_does_not_depend_on_its_neighbors(make_transition, elements):
-    case = make_transition(rows=128, shape=(elements,))
+@pytest.mark.parametrize("elements", [1, 17, 256, 1001, 20_000])
+def test_a_row_does_not_depend_on_its_neighbors(make_transition, each_backend, elements):
+    count = 31 if elements < 20_000 else 5
+    case = make_transition(rows=count, shape=(elements,)).to(each_backend.device)
 
     def run(part):
-        return transition_logprob(
-            part.model_output,
-            part.sample,
-            part.prev_sample,
-            part.table,
-            part.step,
-            uncond_output=part.uncond_output,
-            guidance_scale=5.0,
-        )
+        with each_backend.active():
+            return transition_logprob(
+                part.model_output,
+                part.sample,
+                part.prev_sample,
+                part.table,
+                part.step,
+                uncond_output=part.uncond_output,
+                guidance_scale=5.0,
+            )
 
     whole = run(case)
-    for rows in [*range(1, 10), 127]:
+    for rows in {1, 2, 3, count - 1}:
         assert torch.equal(run(case.rows(slice(rows))), whole[:rows])
-    order = torch.randperm(128)
+    order = torch.randperm(count).to(each_backend.device)
     assert torch.equal(run(case.rows(order)), whole[order])
 
 

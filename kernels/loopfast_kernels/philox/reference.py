@@ -47,12 +47,12 @@ def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def _normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    # Each uniform is the word rounded to float32, then scaled by a power of two: every IEEE machine gets the
-    # same bits. The offset keeps the logarithm's argument in (0, 1].
-    uniform = radius_word.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
+    # The uniform and the angle are words rounded to float32, then scaled: every IEEE machine gets the same bits.
+    # What follows is exact up to the last rounding. The offset keeps the logarithm's argument in (0, 1].
+    uniform = radius_word.to(torch.float32).mul_(2.0**-32).add_(2.0**-33).double()
     radius = uniform.log_().mul_(-2.0).sqrt_()
-    angle = angle_word.to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
-    return radius * angle.cos(), radius * angle.sin_()
+    angle = angle_word.to(torch.float32).mul_(2.0 * math.pi * 2.0**-32).double()
+    return (radius * angle.cos()).to(torch.float32), (radius * angle.sin_()).to(torch.float32)
 
 
 def philox_normal(seed: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:

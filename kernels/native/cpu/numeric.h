@@ -61,7 +61,7 @@ inline float from_word(uint32_t word) {
   return high * 65536.0f + low;
 }
 
-// ln x for x in [2^-33, 1], to 1 ulp: x = 2^e (1 + f) with f in [-0.29, 0.41], and a polynomial in f.
+// ln x for x in [2^-33, 1], to 0.7 ulp: x = 2^e (1 + f) with f in [-0.29, 0.41], and a polynomial in f.
 // Coefficients of Moshier's Cephes library (logf).
 inline float log_of_uniform(float x) {
   const uint32_t offset = as_bits(x) - 0x3f3504f3;  // bits of sqrt(1/2)
@@ -78,23 +78,30 @@ inline float log_of_uniform(float x) {
   p = p * f + 2.0000714765e-1f;
   p = p * f - 2.4999993993e-1f;
   p = p * f + 3.3333331174e-1f;
-  // ln 2 in two parts, the first with few enough bits for an exact product.
-  const float low = f * square * p + e * -2.12194440e-4f - 0.5f * square;
-  return f + low + e * 0.693359375f;
+  // ln 2 in two parts, the first with few enough bits for an exact product; what the sum with f rounds off goes to the
+  // small terms.
+  const float product = e * 0.693359375f;
+  const float high = product + f;
+  const float lost = (product - high) + f;
+  return high + (lost + (f * square * p + e * -2.12194440e-4f - 0.5f * square));
 }
 
-// sin and cos of an angle in [0, 2 pi], to 1 ulp: the angle less the nearest multiple of pi/2 and a polynomial.
-// Coefficients of Moshier's Cephes library (sinf, cosf).
+// sin and cos of an angle in [0, 2 pi], to 0.7 ulp: the angle less the nearest multiple of pi/2, as x + tail, and a
+// polynomial. Coefficients of Moshier's Cephes library (sinf, cosf).
 inline void sine_and_cosine(float angle, float &sine, float &cosine) {
   const int32_t quadrant = static_cast<int32_t>(angle * 0.636619772f + 0.5f);
   const float q = static_cast<float>(quadrant);
-  // pi/2 in three parts; the products with q <= 4 are exact.
-  const float x = ((angle - q * 1.5703125f) - q * 4.837512969970703125e-4f) - q * 7.549789948768648e-8f;
+  // pi/2 in three parts. The first two have 22 bits: their products with q <= 4 are exact, and so is the difference.
+  const float difference = angle - q * (0x3243F6 * 0x1p-21f);
+  const float middle = q * (0x2A2216 * 0x1p-43f);
+  const float x = difference - middle;
+  const float tail = ((difference - x) - middle) - q * 6.223372e-14f;
   const float square = x * x;
-  const float s = ((-1.9515295891e-4f * square + 8.3321608736e-3f) * square - 1.6666654611e-1f) * square * x + x;
-  const float c = ((2.443315711809948e-5f * square - 1.388731625493765e-3f) * square + 4.166664568298827e-2f) *
-                      (square * square) -
-                  0.5f * square + 1.0f;
+  const float p = (-1.9515295891e-4f * square + 8.3321608736e-3f) * square - 1.6666654611e-1f;
+  const float s = x + (p * square * x + tail);
+  const float r = (2.443315711809948e-5f * square - 1.388731625493765e-3f) * square + 4.166664568298827e-2f;
+  const float half = 0.5f * square, rest = 1.0f - half;
+  const float c = rest + (((1.0f - rest) - half) + (r * (square * square) - x * tail));
   const bool swapped = (quadrant & 1) != 0;
   const uint32_t sine_sign = static_cast<uint32_t>(quadrant & 2) << 30;
   const uint32_t cosine_sign = static_cast<uint32_t>((quadrant + 1) & 2) << 30;
