@@ -17,7 +17,7 @@ from .competitors import MissingCompetitorError, runner
 from .counting import kernel_launches, peak_extra_bytes
 from .timing import Playback, copy_bandwidth, durations, settle_heap
 
-BUDGET_SECONDS = 1.0
+BUDGET_SECONDS = 0.7
 
 
 def _device_name(where: torch.device) -> str:
