@@ -43,8 +43,8 @@ class Patch:
             original, replacement, owner = self._replacements.pop()
             chain = _in_place[original]
             position = chain.index(replacement)
-            if position == len(chain) - 1:
-                _rebind(replacement, chain[position - 1], owner)
+            # Bound only if it is the last of the chain.
+            _rebind(replacement, chain[position - 1], owner)
             del chain[position]
             if len(chain) == 1:
                 del _in_place[original]

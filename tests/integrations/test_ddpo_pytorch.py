@@ -263,18 +263,27 @@ def test_nothing_is_read_back_to_the_host(codebase, noise):
             output = output.detach()
 
 
-def test_sampling_that_is_differentiated_is_left_to_the_original(codebase, original):
-    scheduler, (output, sample) = ddim(), latents(2)
-    t = scheduler.timesteps[3]
+@pytest.mark.parametrize(
+    ("which", "given"), [((0, 1), False), ((0,), False), ((1,), False), ((1,), True), ((0, 1), True)]
+)
+def test_samples_that_are_differentiated_are_left_to_the_original(codebase, original, which, given):
+    scheduler, (output, sample, prev) = ddim(), latents(3)
     results = []
     with patch_ddpo_pytorch(noise="philox"):
         for step in (original[0], codebase.ddim_step_with_logprob):
-            inputs = output.clone().requires_grad_(), sample.clone().requires_grad_()
+            inputs = [output.clone(), sample.clone()]
+            wanted = [inputs[index].requires_grad_() for index in which]
             torch.manual_seed(0)
-            drawn, logprob = step(scheduler, inputs[0], t, inputs[1], eta=1.0)
-            results.append(torch.autograd.grad(drawn.sum() + logprob.sum(), inputs))
-    for expected, found in zip(*results, strict=True):
-        assert torch.equal(expected, found)
+            drawn, logprob = step(
+                scheduler,
+                inputs[0],
+                scheduler.timesteps[3],
+                inputs[1],
+                1.0,
+                prev_sample=prev if given else None,
+            )
+            results.append(torch.autograd.grad(drawn.sum() + logprob.sum(), wanted))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(

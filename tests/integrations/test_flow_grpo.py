@@ -174,6 +174,13 @@ def test_scores_and_differentiates_as_the_original(codebase, original, scheduler
     torch.testing.assert_close(inputs[1].grad.double(), inputs[0].grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_generator_beside_a_given_sample_is_not_used(codebase, original):
+    scheduler, (output, sample, prev) = flow(), latents(3)
+    arguments = (scheduler, output, scheduler.timesteps[:1], sample, 0.7, prev, torch.Generator())
+    with patch_flow_grpo():
+        assert_same(codebase.sde_step_with_logprob(*arguments), original[0](*arguments))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_are_raised_to_float32(codebase, original, dtype):
     scheduler = flow()
