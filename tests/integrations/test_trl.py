@@ -27,10 +27,10 @@ needs_trl = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("trl")
-    # Neither the checkout nor the tests' path may stand in for the installed wheel.
+    # The checkout must not stand in for the installed wheel.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run(
-        [str(PYTHON), "-P", str(PROGRAM), "result.pt"],
+        [str(PYTHON), str(PROGRAM), "result.pt"],
         cwd=folder,
         env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -88,6 +88,12 @@ def test_losses_are_the_same(runs):
     assert torch.equal(found[:, 2], expected[:, 2])
     assert 0 < expected[4:, 2].mean() < 1, "rows on both sides of the clip range"
     torch.testing.assert_close(runs["torch"]["unguided"], runs["unpatched"]["unguided"], rtol=1e-4, atol=0)
+
+
+@needs_trl
+def test_without_noise_there_is_no_loss(runs):
+    for run in runs.values():
+        assert run["deterministic"][0].isnan()
 
 
 @needs_trl

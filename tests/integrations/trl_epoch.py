@@ -4,8 +4,8 @@
 
 RESULT receives, as a file of torch.save, for each of the runs "unpatched", "torch" and "philox" (the patch's kinds of
 noise), and for the first two in bfloat16: loss, approximate KL and share of clipped rows of every minibatch, samples
-and log-probabilities, what the epoch added to every parameter, a loss without guidance, how often each fused op ran,
-which of a user's overrides are called, and what stops a step whose tensors hold no values.
+and log-probabilities, what the epoch added to every parameter, losses without guidance and without noise, how often
+each fused op ran, which of a user's overrides are called, and what stops a step whose tensors hold no values.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import itertools
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from importlib import resources
 
 import torch
@@ -79,13 +80,13 @@ def host_read(trainer: DDPOTrainer) -> str:
     return ""
 
 
-def unguided(trainer: DDPOTrainer) -> torch.Tensor:
-    """Loss, approximate KL and share of clipped rows of the second step, as far as it goes without guidance."""
+def second_step(trainer: DDPOTrainer, **settings) -> torch.Tensor:
+    """Loss, approximate KL and share of clipped rows of the second step under other settings, without guidance."""
+    config, trainer.config = trainer.config, replace(trainer.config, train_cfg=False, **settings)
     names = ("latents", "timesteps", "next_latents", "log_probs")
     arguments = [trainer.sampled[name][:, 1] for name in names]
-    trainer.config.train_cfg = False
     results = DDPOTrainer.calculate_loss(trainer, *arguments, torch.ones(4), trainer.sampled["prompt_embeds"])
-    trainer.config.train_cfg = True
+    trainer.config = config
     return torch.stack(results).detach()
 
 
@@ -148,7 +149,7 @@ def epoch(noise: str | None, mixed_precision: str = "no") -> dict[str, object]:
             trainer.train(epochs=1)
             updates = {name: value.detach() - before[name] for name, value in parameters.items()}
             calls = dict(ops.calls)
-            loss_without_guidance = unguided(trainer)
+            unguided, deterministic = second_step(trainer), second_step(trainer, sample_eta=0.0)
             overrides = overridden(trainer)
             stopped_by = host_read(trainer)
         trainer.accelerator.end_training()
@@ -158,7 +159,8 @@ def epoch(noise: str | None, mixed_precision: str = "no") -> dict[str, object]:
         "logprobs": trainer.sampled["log_probs"],
         "updates": updates,
         "calls": calls,
-        "unguided": loss_without_guidance,
+        "unguided": unguided,
+        "deterministic": deterministic,
         "overrides": overrides,
         "host_read": stopped_by,
     }
