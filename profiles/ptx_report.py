@@ -1,0 +1,309 @@
+"""Compiles every Triton kernel for several GPU architectures, without a GPU, and says what came out.
+
+``python profiles/ptx_report.py`` writes ``profiles/ptx.md``. It fails where a kernel has double precision
+instructions or register spills, or where a load or store of latents is not 16 bytes wide.
+
+The ops' own functions are called, with tensors that have no data and a driver that has no device; each launch
+stops after it was compiled. So what is compiled is what a GPU would be given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+# The interpreter compiles nothing; triton reads this when it is imported.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+from loopfast_kernels.denoise_step import triton_kernels as denoise
+from loopfast_kernels.leave_one_out import triton_kernels as group
+from loopfast_kernels.loop_loss import triton_kernels as loss
+from loopfast_kernels.philox import triton_kernels as philox
+from loopfast_kernels.transition_logprob import triton_kernels as transition
+
+ARCHITECTURES = (80, 90, 100)
+REPORT = Path(__file__).parent / "ptx.md"
+
+_WIDE = 16
+_BYTES = {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "b128": 16}
+_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.(b8|b16|b32|b64|b128)\s")
+_ELEMENT_BITS = re.compile(r"tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel.
+
+    Attributes:
+        variant: which arguments it was compiled for.
+        architecture: compute capability, such as 90.
+        loads: bytes of each global load instruction, by how many instructions.
+        wide: the loads and stores of whole tensors are as few instructions of 16 bytes as can be.
+        double: there are double precision instructions.
+    """
+
+    name: str
+    variant: str
+    architecture: int
+    warps: int
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    wide: bool
+    double: bool
+
+
+class _NoDevice:
+    """What triton asks a driver before it launches."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled_launches(architecture: int, call: Callable[[], Any]) -> list[Any]:
+    """The kernels that `call` would launch, compiled."""
+    launches = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        launches.append(run(self, *arguments, grid=grid, warmup=True, **options))
+        return launches[-1]
+
+    driver.set_active(_NoDevice(architecture))
+    JITFunction.run = compile_only
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return launches
+
+
+@cache
+def _assembled(ptx: str, architecture: int) -> str:
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(architecture).path, "-v", "--fmad=false", f"--gpu-name={target[1]}", file.name]
+        run = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True, check=True)
+    return run.stderr
+
+
+def _accesses(ptx: str, kind: str) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for operation, vector, element in _ACCESS.findall(ptx):
+        if operation == kind:
+            width = int(vector or 1) * _BYTES[element]
+            counts[width] = counts.get(width, 0) + 1
+    return counts
+
+
+def _is_wide(counts: dict[int, int], ttgir: str, kind: str, threads: int) -> bool:
+    """Whether the tensors that give a thread 16 bytes or more are moved 16 bytes at a time."""
+    moved = 0
+    for line in ttgir.splitlines():
+        if f"tt.{kind} " in line and (tensor := _ELEMENT_BITS.search(line)):
+            size = int(tensor[2]) // 8
+            for dimension in tensor[1].split("x"):
+                size *= int(dimension)
+            moved += size // (_WIDE * threads)
+    return moved * _WIDE == sum(width * count for width, count in counts.items() if width >= _WIDE)
+
+
+def inspect(kernel: Any, variant: str, architecture: int) -> Kernel:
+    """Measure a compiled kernel."""
+    ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
+    log = _assembled(ptx, architecture)
+    warps = kernel.metadata.num_warps
+    loads, stores = _accesses(ptx, "ld"), _accesses(ptx, "st")
+    spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    assert spilled is not None
+    assert registers is not None
+    return Kernel(
+        name=kernel.metadata.name,
+        variant=variant,
+        architecture=architecture,
+        warps=warps,
+        registers=int(registers[1]),
+        shared_bytes=kernel.metadata.shared,
+        spilled_bytes=sum(map(int, spilled.groups())),
+        loads=loads,
+        stores=stores,
+        wide=_is_wide(loads, ttgir, "load", warps * 32) and _is_wide(stores, ttgir, "store", warps * 32),
+        double=".f64" in ptx,
+    )
+
+
+def calls(
+    rows: int, elements: int, dtype: torch.dtype, guided: bool
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls of every op for one shape, with what sets each apart."""
+
+    def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    latents = empty(rows, elements, of=dtype)
+    uncond, scale = (latents, 2.0) if guided else (None, 1.0)
+    table, by_row, indices = empty(4, 3), empty(rows), empty(rows, of=torch.int64)
+    at = (table, indices, uncond, scale, "mean")
+    yield "", lambda: denoise.denoise_step(latents, latents, table, indices, indices, uncond, scale, "mean")
+    yield "", lambda: transition.transition_logprob(latents, latents, latents, *at)
+    yield "", lambda: transition.transition_logprob_backward(by_row, latents, latents, latents, *at)
+    copies = 2 if guided else 1
+    yield (
+        f"{copies} copies",
+        lambda: denoise.denoise_step_(
+            latents,
+            empty(5, rows, elements, of=dtype),
+            empty(4, rows),
+            empty(copies * rows, elements, of=dtype),
+            empty(1, of=torch.int64),
+            table,
+            indices,
+            uncond,
+            scale,
+            "mean",
+        ),
+    )
+    scored = (latents, latents, latents, table, indices, by_row)
+    rewards = (empty(4, 5), indices, empty(), 5.0)
+    for reference in (None, latents):
+        options = (1e-4, uncond, scale, reference, 0.1, "mean", True, guided)
+        yield (
+            "reference" if reference is not None else "",
+            lambda o=options: loss.loop_loss(*scored, *rewards, *o),
+        )
+    yield "given advantages", lambda: loss.clipped_loss(*scored, by_row, *options)
+    scales = by_row if dtype == torch.float16 else empty(0)
+    grads = (latents, latents if guided else empty(0))
+    yield "", lambda: loss.scale_gradients_(*grads, scales, empty())
+    yield "", lambda: philox.philox_normal(indices, indices, (rows, elements))
+    yield "", lambda: group.leave_one_out(empty(4, 5))
+
+
+SHAPES = {4096: "4x32x32", 16384: "4x64x64", 65536: "4x128x128", 36864: "4x96x96", 1001: "1001"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def compile_all(
+    architecture: int,
+    elements: Sequence[int] = tuple(SHAPES),
+    dtypes: Sequence[torch.dtype] = _DTYPES,
+    guidance: Sequence[bool] = (False, True),
+) -> Iterator[Kernel]:
+    """Every kernel of every op, each variant once."""
+    seen = set()
+    for size in elements:
+        for dtype in dtypes:
+            for guided in guidance:
+                name = str(dtype).removeprefix("torch.")
+                for detail, call in calls(16, size, dtype, guided):
+                    words = (SHAPES[size], name, "guided" if guided else "", detail)
+                    for kernel in compiled_launches(architecture, call):
+                        if kernel.hash not in seen:
+                            seen.add(kernel.hash)
+                            yield inspect(kernel, " ".join(filter(None, words)), architecture)
+
+
+def defects(kernel: Kernel) -> list[str]:
+    """What is wrong with a kernel."""
+    found = []
+    if kernel.double:
+        found.append("double precision")
+    if kernel.spilled_bytes:
+        found.append(f"{kernel.spilled_bytes} bytes spilled")
+    # Rows of an odd length start anywhere: nothing wider than an element is aligned.
+    if not kernel.wide and not kernel.variant.startswith("1001"):
+        found.append(f"not 16 bytes wide: loads {kernel.loads}, stores {kernel.stores}")
+    return found
+
+
+def _widths(counts: dict[int, int]) -> str:
+    return ", ".join(f"{count} x {width} B" for width, count in sorted(counts.items(), reverse=True))
+
+
+def write_report(kernels: list[Kernel]) -> None:
+    """Write `REPORT`."""
+    lines = [
+        "# The Triton kernels, compiled",
+        "",
+        f"By `python profiles/ptx_report.py` with triton {triton.__version__}; nothing here ran on a GPU. Loads and",
+        "stores are instructions of one thread. Those of 4 and 8 bytes are a row's scalars; latents move 16 bytes at a",
+        "time, except in rows of 1001 elements, which are not aligned.",
+    ]
+    for architecture in ARCHITECTURES:
+        lines += [
+            "",
+            f"## sm_{architecture}",
+            "",
+            "| kernel | variant | warps | registers | shared bytes | spilled | loads | stores | defects |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| `{k.name}` | {k.variant} | {k.warps} | {k.registers} | {k.shared_bytes} | {k.spilled_bytes} "
+            f"| {_widths(k.loads)} | {_widths(k.stores)} | {'; '.join(defects(k)) or '-'} |"
+            for k in kernels
+            if k.architecture == architecture
+        ]
+    REPORT.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Compile, report, and fail where there are defects."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print a selection as JSON; write no report")
+    if parser.parse_args().json:
+        kernels = list(compile_all(90, (16384,), (torch.float32, torch.bfloat16)))
+        kernels += compile_all(90, (65536,), (torch.float32, torch.bfloat16), (True,))
+        kernels += compile_all(90, (16384,), (torch.float16,), (True,))
+        kernels += compile_all(90, (1001,), (torch.float32,), (True,))
+        for architecture in (80, 100):
+            kernels += compile_all(architecture, (16384,), (torch.bfloat16,), (True,))
+        print(json.dumps([{**asdict(kernel), "defects": defects(kernel)} for kernel in kernels]))
+        return
+    kernels = [kernel for arch in ARCHITECTURES for kernel in compile_all(arch)]
+    write_report(kernels)
+    broken = [
+        f"sm_{k.architecture} {k.name} ({k.variant}): {'; '.join(defects(k))}" for k in kernels if defects(k)
+    ]
+    print(f"{len(kernels)} kernels, {len(broken)} with defects", *broken, sep="\n")
+    sys.exit(bool(broken))
+
+
+if __name__ == "__main__":
+    main()

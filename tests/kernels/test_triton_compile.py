@@ -1,0 +1,65 @@
+"""The compile gate: what becomes of the Triton kernels on GPUs, found out without one."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "kernels" / "loopfast_kernels"
+
+
+def run(*command: str | Path) -> Any:
+    """A program's output; in a process of its own, as here triton may interpret."""
+    completed = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    return json.loads(completed.stdout)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict[str, Any]]:
+    return run(ROOT / "profiles" / "ptx_report.py", "--json")
+
+
+def test_no_kernel_has_a_defect(kernels):
+    found = [
+        f"sm_{k['architecture']} {k['name']} ({k['variant']}): {k['defects']}"
+        for k in kernels
+        if k["defects"]
+    ]
+    assert found == []
+
+
+def test_every_kernel_is_compiled(kernels):
+    sources = [
+        path.read_text() for path in [PACKAGE / "triton_common.py", *PACKAGE.glob("*/triton_kernels.py")]
+    ]
+    defined = {
+        name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)
+    }
+    # Folds partial sums of rows of more than half a million elements.
+    assert {kernel["name"] for kernel in kernels} == defined - {"fold_kernel"}
+    assert {kernel["architecture"] for kernel in kernels} == {80, 90, 100}
+
+
+def test_a_row_that_fits_is_read_once(kernels):
+    """16384 bfloat16 elements over 512 threads are 4 instructions of 16 bytes for each tensor."""
+    by_variant = {k["variant"]: k for k in kernels if k["name"] == "loss_kernel" and k["architecture"] == 90}
+    plain = by_variant["4x64x64 bfloat16"]
+    assert (plain["loads"]["16"], plain["stores"]["16"]) == (3 * 4, 4)
+    guided = by_variant["4x64x64 bfloat16 guided reference"]
+    assert (guided["loads"]["16"], guided["stores"]["16"]) == (5 * 4, 2 * 4)
+
+
+def test_the_gate_can_fail():
+    broken = run(Path(__file__).with_name("broken_kernels.py"))
+    assert broken["sound"]["defects"] == []
+    assert broken["double"]["defects"] == ["double precision"]
+    assert re.match(r"not 16 bytes wide: loads \{4: 8\}", *broken["narrow"]["defects"])
+    assert re.match(r"\d+ bytes spilled", *broken["spilling"]["defects"])
