@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PACKAGING := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/native/*/*)
+NATIVE := CMakeLists.txt $(wildcard kernels/native/*/*)
+PACKAGING := pyproject.toml constraints.txt $(NATIVE)
+TRL := .venv-trl
+WHEEL := build/wheel
 
 # Two busy processes with two threads each slow each other down more than the second thread gains.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint bench study clean help
+.PHONY: demo test test-wheel test-trl sanitize lint bench bench-gpu ptx-report study clean help
 
 demo: $(VENV)/.train ## train the embedded model with LOOP and write a report (ARGS="--set run.seed=1" adds options)
 	$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
@@ -22,18 +25,37 @@ lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ## time the ops
-	$(PYTEST) benchmarks --benchmark-only $(ARGS)
+test-wheel: $(TRL)/.wheel ## the built wheel, installed elsewhere: the tests of the ops
+	cd $(WHEEL) && OMP_NUM_THREADS=1 $(CURDIR)/$(TRL)/bin/python -m pytest -c $(CURDIR)/pyproject.toml \
+	  -o pythonpath=$(CURDIR)/$(WHEEL)/tree -p no:cacheprovider -k 'not triton' tree/tests/kernels $(ARGS)
+
+test-trl: $(TRL)/.wheel $(VENV)/.dev ## TRL's trainer on the ops of the built wheel, against its own
+	LOOPFAST_TRL_PYTHON=$(CURDIR)/$(TRL)/bin/python $(PYTEST) tests/integrations/test_trl.py $(ARGS)
+
+sanitize: $(VENV)/.dev ## the C interface under the address and undefined-behavior sanitizers
+	$(BIN)/cmake -S . -B build/sanitize -DLOOPFAST_SANITIZE=ON -DLOOPFAST_TESTS=ON -DCMAKE_CXX_FLAGS=-Werror
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+bench: $(VENV)/.dev ## time the ops; results go to benchmarks/results (ARGS="-k loop_loss" selects)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json $(ARGS)
+	$(BIN)/python -m benchmarks.keep build/benchmarks.json
+
+bench-gpu: $(VENV)/.dev ## on a GPU: its tests, the benchmarks, a roofline plot; results go to profiles/results
+	PYTHON=$(BIN)/python benchmarks/gpu.sh
+
+ptx-report: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and write profiles/ptx.md
+	$(BIN)/python profiles/ptx_report.py
 
 study: $(VENV)/.train ## compare the algorithms on the embedded benchmark (hours; ARGS goes to the study)
 	$(BIN)/python -m loopfast.evaluation.study $(ARGS)
 
 clean: ## remove the environment, builds and caches (runs/ stays)
-	rm -rf $(VENV) build dist .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TRL) build dist .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -46,3 +68,19 @@ $(VENV)/.train: $(PACKAGING) | $(BIN)/python
 $(VENV)/.dev: $(PACKAGING) | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[train,bench,dev]'
 	@touch $@ $(VENV)/.train
+
+# TRL's last release with a trainer for diffusion, on the libraries of its time, and loopfast as a wheel.
+$(TRL)/.libraries: tests/integrations/trl-constraints.txt
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check -c $< \
+	  trl diffusers transformers peft tensorboard pytest hypothesis
+	@touch $@
+
+$(TRL)/.wheel: $(TRL)/.libraries $(VENV)/.dev $(shell git ls-files loopfast kernels tests/kernels 2>/dev/null)
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)/tree/tests
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEEL) .
+	cp -r tests/kernels tests/conftest.py $(WHEEL)/tree/tests
+	mkdir -p $(WHEEL)/tree/kernels && cp -r kernels/native $(WHEEL)/tree/kernels
+	$(TRL)/bin/python -m pip install --quiet --no-deps --force-reinstall $(WHEEL)/*.whl
+	@touch $@

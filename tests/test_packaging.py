@@ -80,12 +80,37 @@ def sources(tmp_path_factory) -> Path:
     return target
 
 
-def build(kind: str, sources: Path, output: Path) -> Path:
-    """Build with the backend that is installed, so that no network is needed."""
+def build(kind: str, sources: Path, output: Path, **environment: str) -> tuple[Path, str]:
+    """Build with the backend that is installed, so that no network is needed: the archive and what was said."""
     program = f"import scikit_build_core.build as b; print(b.build_{kind}({str(output)!r}))"
-    subprocess.run([sys.executable, "-c", program], cwd=sources, check=True, capture_output=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=sources,
+        env=os.environ | environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     (archive,) = output.iterdir()
-    return archive
+    return archive, run.stdout
+
+
+def run_from(wheel: Path, folder: Path, program: str) -> str:
+    """What a program prints that finds the packages in a wheel alone."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    # An editable install would come before the path.
+    alone = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith('_editable')]\n"
+    run = subprocess.run(
+        [sys.executable, "-c", alone + program],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return run.stdout.strip()
 
 
 def packaged_files(sources: Path) -> set[str]:
@@ -96,28 +121,46 @@ def packaged_files(sources: Path) -> set[str]:
 
 
 def test_the_wheel_holds_both_packages_their_data_and_the_library(sources, tmp_path):
-    wheel = build("wheel", sources, tmp_path)
-    assert wheel.name.startswith(f"loopfast-{loopfast.__version__}-py3-none-")
+    wheel, _ = build("wheel", sources, tmp_path)
+    # Any Python 3, any torch: nothing of theirs is compiled in.
+    assert wheel.name.startswith(f"loopfast-{loopfast.__version__}-py3-none-linux_")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        assert packaged_files(sources) | {"loopfast_kernels/libloopfast.so"} <= names
-        assert not any("__pycache__" in name or name.startswith("tests") for name in names)
-        archive.extractall(tmp_path / "unpacked")
-    # The library of the wheel, loaded by the package of the wheel.
-    program = "from loopfast_kernels import native; print(native.load().version)"
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "unpacked")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.strip() == loopfast.__version__
+    assert packaged_files(sources) | {"loopfast_kernels/libloopfast.so"} <= names
+    assert not any("__pycache__" in name or name.startswith("tests") for name in names)
+    program = "from loopfast_kernels import info; print(info()['cpu'], info()['native'])"
+    assert run_from(wheel, tmp_path / "unpacked", program).startswith(f"native {loopfast.__version__} (")
+
+
+# How an op runs, and why it does not run faster.
+WITHOUT_LIBRARY = """
+import torch
+from loopfast_kernels import info, leave_one_out
+print(leave_one_out(torch.tensor([1.0, 2.0])).tolist(), info()["cpu"])
+"""
+
+
+def test_a_pure_python_wheel_is_for_any_machine(sources, tmp_path):
+    wheel, _ = build("wheel", sources, tmp_path, LOOPFAST_NATIVE="0")
+    assert wheel.name == f"loopfast-{loopfast.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        assert packaged_files(sources) <= set(archive.namelist())
+    shown = run_from(wheel, tmp_path / "unpacked", WITHOUT_LIBRARY)
+    assert shown.startswith("[-1.0, 1.0] reference (native is missing: it was not built")
+
+
+def test_without_a_compiler_the_package_is_pure_python_too(sources, tmp_path):
+    wheel, said = build("wheel", sources, tmp_path, CXX="/nonexistent/c++")
+    assert [line for line in said.splitlines() if "loopfast:" in line] == [
+        "loopfast: no C++ compiler was found, installing without the native (CPU) kernels"
+    ]
+    assert "CMake Error" not in said
+    shown = run_from(wheel, tmp_path / "unpacked", WITHOUT_LIBRARY)
+    assert shown.startswith("[-1.0, 1.0] reference (native is missing: it was not built")
 
 
 def test_the_source_distribution_is_complete(sources, tmp_path):
-    with tarfile.open(build("sdist", sources, tmp_path)) as archive:
+    with tarfile.open(build("sdist", sources, tmp_path)[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt"}
     needed |= {str(path.relative_to(sources)) for path in (sources / "kernels").rglob("*") if path.is_file()}

@@ -55,7 +55,7 @@ class Operator:
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"loopfast::{name}", fake, lib=_LIBRARY)
         self._operator: Callable[..., Any] = getattr(torch.ops.loopfast, name).default
-        self.kernel = kernel
+        self._kernel = kernel
         self._apply = None if gradient is None else gradient.apply
         if gradient is not None:
             _LIBRARY.impl(name, self._with_gradient, "Autograd")
@@ -73,7 +73,6 @@ class Operator:
 
     def below_autograd(self, *arguments: Any) -> Any:
         """Compute it past its gradient."""
-        if dispatched(arguments[0]):
-            with torch._C._AutoDispatchBelowAutograd():
-                return self._operator(*arguments)
-        return self.kernel(*arguments)
+        compute = self._operator if dispatched(arguments[0]) else self._kernel
+        with torch._C._AutoDispatchBelowAutograd():
+            return compute(*arguments)

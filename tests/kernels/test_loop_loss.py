@@ -413,15 +413,15 @@ def test_deterministic_step_has_no_gradient(transition):
     assert torch.equal(output.grad, torch.zeros_like(output))
 
 
-def test_only_the_loss_is_differentiable(transition):
-    result = run_loop(
-        transition, torch.randn(2, 3), torch.arange(5), model_output=transition.model_output.requires_grad_()
-    )
+def test_only_the_loss_is_differentiable(transition, each_backend):
+    transition = transition.to(each_backend.device)
+    rewards, trajectory = (t.to(each_backend.device) for t in (torch.randn(2, 3), torch.arange(5)))
+    output = transition.model_output.requires_grad_()
+    with each_backend.active():
+        result = run_loop(transition, rewards, trajectory, model_output=output)
+        with torch.no_grad():
+            silent = run_loop(transition, rewards, trajectory, model_output=output)
     assert [part.requires_grad for part in result] == [True, False, False, False, False, False]
-    with torch.no_grad():
-        silent = run_loop(
-            transition, torch.randn(2, 3), torch.arange(5), model_output=transition.model_output
-        )
     assert not silent.loss.requires_grad
 
 

@@ -115,7 +115,7 @@ class _Handover(torch.autograd.Function):
         else:
             ctx.gradients = None
         if not unscaled:
-            _scale_gradients_.kernel(grad_output, grad_uncond, grad_scale, grad_loss)
+            _scale_gradients_(grad_output, grad_uncond, grad_scale, grad_loss)
         return (
             grad_output if grad_output.numel() else None,
             grad_uncond if grad_uncond.numel() else None,
@@ -133,6 +133,7 @@ class _Recorded(torch.autograd.Function):
         results: tuple[Tensor, ...] = cls.operator.below_autograd(*inputs)
         ctx.save_for_backward(*results[-3:])
         ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
         ctx.inputs = len(inputs)
         return results
 
@@ -182,7 +183,7 @@ def _run(operator: Operator, model_output: Tensor, *rest: Any) -> tuple[Tensor, 
     if dispatched(model_output):
         results: tuple[Tensor, ...] = operator(*arguments)
         return results[:-3]
-    results = operator.kernel(*arguments)
+    results = operator.below_autograd(*arguments)
     if not (arguments[-2] or arguments[-1]):
         return results[:-3]
     return _Handover.apply(model_output, uncond_output, results), *results[1:-3]
