@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "numeric.h"
+#include "philox_block.h"
 
 namespace {
 
@@ -174,10 +175,9 @@ void normals(uint64_t seed, int64_t step, int64_t at, int count, float *noise) {
   const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   const uint32_t first = static_cast<uint32_t>(at / 4), t = static_cast<uint32_t>(step);
   const int counters = (count + 3) / 4;
-  for (int i = 0; i < counters; ++i) {
-    uint32_t x[4] = {first + static_cast<uint32_t>(i), t, 0, 0};
-    philox(x, k0, k1);
-    for (int word = 0; word < 4; ++word) words[word][i] = x[word];
+  for (int i = 0; i < counters; i += kPhiloxLanes) {
+    uint32_t *const to[4] = {words[0] + i, words[1] + i, words[2] + i, words[3] + i};
+    philox_block(first + static_cast<uint32_t>(i), t, k0, k1, to);
   }
   for (int pair = 0; pair < 4; pair += 2) {
     for (int i = 0; i < counters; ++i) {

@@ -53,12 +53,16 @@ inline uint16_t to_float16(float value) {
   return static_cast<uint16_t>(sign | half);
 }
 
-// A word rounded to the nearest float, for processors that convert signed integers only: the halves are exact and
+// A word rounded to the nearest float. Most processors convert signed integers only: there the halves are exact and
 // their sum rounds once.
 inline float from_word(uint32_t word) {
+#if defined(__AVX512F__)
+  return static_cast<float>(word);
+#else
   const float high = static_cast<float>(static_cast<int32_t>(word >> 16));
   const float low = static_cast<float>(static_cast<int32_t>(word & 0xffff));
   return high * 65536.0f + low;
+#endif
 }
 
 // ln x for x in [2^-33, 1], to 0.7 ulp: x = 2^e (1 + f) with f in [-0.29, 0.41], and a polynomial in f.
@@ -109,17 +113,21 @@ inline void sine_and_cosine(float angle, float &sine, float &cosine) {
   cosine = as_float(as_bits(swapped ? s : c) ^ cosine_sign);
 }
 
+// Philox4x32's multipliers and what its keys grow by.
+constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kIncrement0 = 0x9E3779B9u, kIncrement1 = 0xBB67AE85u;
+
 // Ten rounds of Philox4x32.
 inline void philox(uint32_t x[4], uint32_t k0, uint32_t k1) {
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(x[0]) * 0xD2511F53u;
-    const uint64_t product1 = static_cast<uint64_t>(x[2]) * 0xCD9E8D57u;
+    const uint64_t product0 = static_cast<uint64_t>(x[0]) * kMultiplier0;
+    const uint64_t product1 = static_cast<uint64_t>(x[2]) * kMultiplier1;
     x[0] = static_cast<uint32_t>(product1 >> 32) ^ x[1] ^ k0;
     x[2] = static_cast<uint32_t>(product0 >> 32) ^ x[3] ^ k1;
     x[1] = static_cast<uint32_t>(product1);
     x[3] = static_cast<uint32_t>(product0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kIncrement0;
+    k1 += kIncrement1;
   }
 }
 
