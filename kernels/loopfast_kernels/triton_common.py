@@ -41,13 +41,18 @@ class Partition(NamedTuple):
         """Partial sums that the programs of a row leave."""
         return self.padded // self.height
 
+    @property
+    def registers(self) -> int | None:
+        """Limit of a thread's registers: all there are for a whole row, as ptxas sometimes spills below it."""
+        return min(2048 // self.num_warps, 255) if self.programs == 1 else None
+
 
 LARGEST_ON_CHIP = 16384
 """Elements of a row that one program can keep in registers."""
 
 # By the largest padded row they serve: the warps of a program that takes a whole row; the height and width of a
 # tile, and its warps, where several programs share one.
-_WHOLE_ROW = {512: 1, 1024: 2, 2048: 4, 4096: 8, LARGEST_ON_CHIP: 16}
+_WHOLE_ROW = {256: 1, 512: 2, 1024: 4, 4096: 8, LARGEST_ON_CHIP: 16}
 _TILE = {LARGEST_ON_CHIP: (16, 128, 4), 2**63: (32, 128, 8)}
 
 

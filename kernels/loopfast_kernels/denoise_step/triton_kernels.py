@@ -168,6 +168,7 @@ def denoise_step(
         width=cut.width,
         full=elements == cut.padded,
         num_warps=cut.num_warps,
+        maxnreg=cut.registers,
     )
     if partials is not None:
         score(logprob, partials, table, step, *factors)

@@ -597,8 +597,7 @@ def _loss(
             width=cut.width,
             full=elements == padded,
             num_warps=cut.num_warps,
-            # All there are: left alone, ptxas sometimes spills to make room for a second program.
-            maxnreg=min(2048 // cut.num_warps, 255),
+            maxnreg=cut.registers,
         )
     else:
         cut = shared_row(elements)
