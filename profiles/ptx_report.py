@@ -40,6 +40,7 @@ from loopfast_kernels.leave_one_out import triton_kernels as group
 from loopfast_kernels.loop_loss import triton_kernels as loss
 from loopfast_kernels.philox import triton_kernels as philox
 from loopfast_kernels.transition_logprob import triton_kernels as transition
+from loopfast_kernels.triton_common import shorten
 
 ARCHITECTURES = (80, 90, 100)
 REPORT = Path(__file__).parent / "ptx.md"
@@ -212,6 +213,8 @@ def calls(
     yield "", lambda: loss.scale_gradients_(*grads, scales, empty())
     yield "", lambda: philox.philox_normal(indices, indices, (rows, elements))
     yield "", lambda: group.leave_one_out(empty(4, 5))
+    # Partial sums of a row of a million elements.
+    yield "", lambda: shorten(empty(rows, 32768))
 
 
 SHAPES = {4096: "4x32x32", 16384: "4x64x64", 65536: "4x128x128", 36864: "4x96x96", 1001: "1001"}

@@ -285,11 +285,10 @@ def denoise_step_(
     )
     partials = shorten(partials)
     columns = partials.shape[1]
-    scores = logprob.float()
     launch(
         advance_kernel,
         (rows,),
-        scores,
+        logprob,
         step,
         position,
         partials,
@@ -299,5 +298,3 @@ def denoise_step_(
         columns=columns,
         num_warps=whole_row(columns).num_warps,
     )
-    if scores is not logprob:
-        logprob.index_copy_(0, position, scores.index_select(0, position).to(logprob.dtype))
