@@ -112,7 +112,7 @@ def store_latents(latents, start, offsets, elements, values, full: tl.constexpr)
 
 @triton.jit
 def fold(values, size: tl.constexpr, to: tl.constexpr):
-    """Add the second half to the first until ``to`` of ``size`` values are left: the order of `reduction`.
+    """Add the second half to the first until ``to`` of ``size`` values are left.
 
     A sum of two numbers does not depend on their order, so neither the layout of a tensor in registers nor the
     number of warps can change a bit.
