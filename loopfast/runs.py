@@ -173,9 +173,12 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
     left_out = [str(step) for step in range(steps) if step not in trainer.trained_steps]
     reason = {"auto": " (each would outweigh the others)", "all": " (deterministic)"}.get(settings.steps, "")
     threads = f", {torch.get_num_threads()} thread(s)" if policy.device.type == "cpu" else ""
+    facts = info()
+    by_device = facts.get(policy.device.type, "reference")
+    kernels = by_device if facts["requested"] == "by device" else facts["requested"]
     return [
         ("model", policy.describe()),
-        ("device", f"{policy.device}{threads}, {config.model.dtype}, kernels: {info()['backends']}"),
+        ("device", f"{policy.device}{threads}, {config.model.dtype}, kernels: {kernels}"),
         (
             "algorithm",
             f"{algorithm.name}, K = {algorithm.samples_per_prompt}, learning rate {settings.learning_rate:g}",

@@ -48,7 +48,8 @@ def test_versions_devices_and_backends_are_shown() -> None:
     assert found["loopfast"] == loopfast.__version__
     assert found["python"] == platform.python_version()
     assert found["torch"] == torch.__version__
-    assert "reference" in found["backends"]
+    assert found["native"].startswith(loopfast.__version__)
+    assert found["requested"] == "by device"
 
 
 def test_complete_extra_is_shown_with_versions(monkeypatch: pytest.MonkeyPatch) -> None:

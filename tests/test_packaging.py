@@ -101,7 +101,8 @@ def run_from(wheel: Path, folder: Path, program: str) -> str:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     # An editable install would come before the path.
-    alone = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith('_editable')]\n"
+    editable = "type(finder).__module__.startswith('_editable')"
+    alone = f"import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if not {editable}]\n"
     run = subprocess.run(
         [sys.executable, "-c", alone + program],
         cwd=folder,

@@ -33,7 +33,8 @@ from loopfast.interrupts import StopRequest
 from loopfast.policies import load_policy
 from loopfast.policies.sd import StableDiffusionPolicy
 from loopfast.tracking import describe, read_metrics
-from loopfast.update import Surrogate
+from loopfast.update import Surrogate, UpdateStatistics
+from loopfast_kernels import backend
 
 MakeConfig = Callable[..., Config]
 Weights = dict[str, Tensor]
@@ -375,6 +376,35 @@ def test_the_microbatch_changes_no_result(
         sizes = (f"rollout.microbatch={rollout}", f"train.microbatch={replay}")
         parts = weights(run(small_config(*options, *sizes, f"run.name=parts-{rollout}-{replay}")), 1)
         assert relative_distance(parts, whole) < 1e-5, (rollout, replay)
+
+
+def test_the_native_kernels_train_as_the_reference_does(
+    small_config: MakeConfig, user_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    options = (
+        "model.pretrained=embedded",
+        f"reward=[{{name: '{module}:reward'}}]",
+        "train.iterations=10",
+        "train.learning_rate=7e-5",
+        "evaluation.every=0",
+    )
+    losses: dict[str, list[float]] = {"native": [], "reference": []}
+    update = training.update
+    for name, record in losses.items():
+
+        def recorded(*arguments: Any, record: list[float] = record, **options: Any) -> UpdateStatistics:
+            done = update(*arguments, **options)
+            record.append(done.loss)
+            return done
+
+        monkeypatch.setattr(training, "update", recorded)
+        with backend(name):
+            run(small_config(*options, f"run.name={name}"))
+    assert len(losses["native"]) == 20
+    # The losses are small differences of terms whose size is the advantages': their standard deviation, 1.
+    assert losses["native"] == pytest.approx(losses["reference"], rel=0, abs=1e-5)
+    assert max(map(abs, losses["native"])) > 1e-2
 
 
 @pytest.mark.parametrize("fail_at", [1, 3])

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+LANES = 64
+BLOCK = 4096
 
 
 def row_sum(values: Tensor) -> Tensor:
-    """Sum every row by halving it again and again.
+    """Sum every row in the order of the native library.
 
     `torch.sum` vectorizes differently for one row than for many, and splits a row among threads, so a row's
-    last bits depend on its neighbors. Here the order is fixed: the row is folded to the largest power of two
-    that fits, then its second half is added to its first until one element is left. The error grows with the
-    logarithm of the length.
+    last bits depend on its neighbors. Here a row is cut into blocks of 4096 elements. A block's element i is added
+    to lane i mod 64, and the 64 lanes are folded: the second half onto the first, until one is left. The blocks'
+    sums are added up in float64.
 
     Args:
         values: ``[N, E]``, ``E >= 1``.
 
     Returns:
-        ``[N]`` of the same dtype.
+        float64 ``[N]``, not rounded to the dtype of `values`.
     """
     length = values.shape[1]
-    half = 1 << (length.bit_length() - 1)
-    if half < length:
-        folded = values[:, :half].clone()
-        folded[:, : length - half] += values[:, half:]
-        values = folded
-    while half > 1:
+    # A short row needs no whole block: what is missing would add zeros.
+    depth = min(BLOCK // LANES, -(-length // LANES))
+    lanes = pad(values, (0, -length % (depth * LANES))).unflatten(1, (-1, depth, LANES))
+    blocks = lanes[:, :, 0]
+    for index in range(1, depth):
+        blocks = blocks + lanes[:, :, index]
+    half = LANES // 2
+    while half:
+        blocks = blocks[..., :half] + blocks[..., half:]
         half //= 2
-        values = values[:, :half] + values[:, half:]
-    return values[:, 0].clone()
+    total = torch.zeros(values.shape[0], dtype=torch.float64, device=values.device)
+    for block in blocks[..., 0].unbind(1):
+        total = total + block.double()
+    return total

@@ -49,6 +49,7 @@ def test_a_backend_asked_for_is_never_replaced(monkeypatch):
         backend("native"),
     ):
         backends.Implementations("loopfast_kernels.leave_one_out", "leave_one_out").choose(REWARDS.to("meta"))
+    pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with (
         pytest.raises(BackendUnavailableError, match="'triton': it serves CUDA devices, not cpu"),

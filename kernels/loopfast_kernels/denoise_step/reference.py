@@ -33,7 +33,7 @@ def denoise_step(
     noise = philox_normal(seed, step, mean.shape).to(dtype)
     prev_sample = (mean + at.sigma * noise).to(sample.dtype)
     # Scored as it is stored: rounded.
-    residual = (prev_sample.to(dtype) - mean) / at.divisor
+    residual = (prev_sample.to(dtype) - mean) * at.inverse_sigma
     return prev_sample.reshape(sample.shape), gaussian_logprob(at, residual, reduction)
 
 

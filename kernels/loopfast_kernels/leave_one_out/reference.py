@@ -20,5 +20,5 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     rows = rewards.reshape(-1, samples)
     # The result does not depend on a common offset; without it nothing is lost to rounding.
     rows = rows - rows[:, :1]
-    mean = row_sum(rows) / samples
+    mean = (row_sum(rows.double()) / samples).to(rows.dtype)
     return ((rows - mean[:, None]) * (samples / (samples - 1))).reshape(rewards.shape)

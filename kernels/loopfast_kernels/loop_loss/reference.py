@@ -74,7 +74,7 @@ def clipped_loss(
     at = gather_coefficients(table, step, dtype)
     output = guided_output(model_output, uncond_output, guidance_scale, dtype)
     mean = transition_mean(at, as_rows(sample, dtype), output)
-    residual = (as_rows(prev_sample, dtype) - mean) / at.divisor
+    residual = (as_rows(prev_sample, dtype) - mean) * at.inverse_sigma
     logprob = gaussian_logprob(at, residual, reduction)
 
     advantage = advantage.to(dtype)
@@ -96,7 +96,7 @@ def clipped_loss(
         kl = 0.5 * row_reduce(shift * shift, reduction)
         rows = rows + kl_weight * kl
     count = rows.shape[0]
-    loss = row_sum(rows[None, :])[0] / count
+    loss = (row_sum(rows.double()[None, :])[0] / count).to(dtype)
 
     grad_output = model_output.new_empty(0)
     grad_uncond = grad_output if uncond_output is None else uncond_output.new_empty(0)

@@ -16,6 +16,20 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
+_SQRT_HALF = 0x3F3504F3  # its bits
+_HALF_PI = (0x3243F6 * 2.0**-21, 0x2A2216 * 2.0**-43, 6.223372e-14)
+_LOG_COEFFICIENTS = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -46,13 +60,55 @@ def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return x0, x1, x2, x3
 
 
+def _log_of_uniform(x: Tensor) -> Tensor:
+    """``ln x`` for float32 in ``[2**-33, 1]``: ``x = 2**e (1 + f)`` and a polynomial in f, of Cephes' logf."""
+    offset = x.view(torch.int32) - _SQRT_HALF
+    exponent = (offset >> 23).to(torch.float32)
+    f = ((offset & 0x007FFFFF) + _SQRT_HALF).view(torch.float32) - 1.0
+    square = f * f
+    polynomial = torch.full_like(f, _LOG_COEFFICIENTS[0])
+    for coefficient in _LOG_COEFFICIENTS[1:]:
+        polynomial = polynomial * f + coefficient
+    # ln 2 in two parts, the first with few enough bits for an exact product; what the sum with f rounds off goes
+    # to the small terms.
+    product = exponent * 0.693359375
+    high = product + f
+    lost = (product - high) + f
+    return high + (lost + (f * square * polynomial + exponent * -2.12194440e-4 - 0.5 * square))
+
+
+def _sine_and_cosine(angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Of float32 in ``[0, 2 pi]``: the angle less the nearest multiple of pi/2, and polynomials of Cephes'."""
+    quadrant = (angle * 0.636619772 + 0.5).to(torch.int32)
+    q = quadrant.to(torch.float32)
+    # pi/2 in three parts. The first two have 22 bits: their products with q <= 4 are exact.
+    difference = angle - q * _HALF_PI[0]
+    middle = q * _HALF_PI[1]
+    x = difference - middle
+    tail = ((difference - x) - middle) - q * _HALF_PI[2]
+    square = x * x
+    p = (-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1
+    sine = x + (p * square * x + tail)
+    r = (2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2
+    half = 0.5 * square
+    rest = 1.0 - half
+    cosine = rest + (((1.0 - rest) - half) + (r * (square * square) - x * tail))
+    swapped = (quadrant & 1) == 1
+    sine, cosine = torch.where(swapped, cosine, sine), torch.where(swapped, sine, cosine)
+    return (
+        torch.where((quadrant & 2) == 2, -sine, sine),
+        torch.where(((quadrant + 1) & 2) == 2, -cosine, cosine),
+    )
+
+
 def _normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    # The uniform and the angle are words rounded to float32, then scaled: every IEEE machine gets the same bits.
-    # What follows is exact up to the last rounding. The offset keeps the logarithm's argument in (0, 1].
-    uniform = radius_word.to(torch.float32).mul_(2.0**-32).add_(2.0**-33).double()
-    radius = uniform.log_().mul_(-2.0).sqrt_()
-    angle = angle_word.to(torch.float32).mul_(2.0 * math.pi * 2.0**-32).double()
-    return (radius * angle.cos()).to(torch.float32), (radius * angle.sin_()).to(torch.float32)
+    # Operations of IEEE float32 that round once, in a fixed order: every machine and backend gets the same bits.
+    # The offset keeps the logarithm's argument in (0, 1].
+    uniform = radius_word.to(torch.float32) * 2.0**-32 + 2.0**-33
+    # torch's root of float32 is not always the nearest one; rounding float64's is.
+    radius = (_log_of_uniform(uniform) * -2.0).double().sqrt().to(torch.float32)
+    sine, cosine = _sine_and_cosine(angle_word.to(torch.float32) * (2.0 * math.pi * 2.0**-32))
+    return radius * cosine, radius * sine
 
 
 def philox_normal(seed: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:

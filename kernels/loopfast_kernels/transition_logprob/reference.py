@@ -22,14 +22,14 @@ HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 class Coefficients(NamedTuple):
     """The rows of the transition table that the samples are at, each ``[N, 1]``.
 
-    Where ``sigma`` is 0 the step is deterministic: ``stochastic`` is False and ``slope`` 0, and ``divisor``
-    is 1 so that nothing divides by 0.
+    Where ``sigma`` is 0 the step is deterministic: ``stochastic`` is False and ``slope`` 0, and
+    ``inverse_sigma`` is 1.
     """
 
     a: Tensor
     b: Tensor
     sigma: Tensor
-    divisor: Tensor
+    inverse_sigma: Tensor
     log_sigma: Tensor
     slope: Tensor
     stochastic: Tensor
@@ -63,9 +63,11 @@ def gather_coefficients(table: Tensor, step: Tensor, dtype: torch.dtype) -> Coef
     divisor = torch.where(stochastic, sigma, 1.0)
     # The logarithm is taken of the table, not of the gathered rows: the same T numbers whatever N is.
     slope = torch.where(stochastic, b / divisor, 0.0)
-    columns = torch.stack((a, b, sigma, divisor, divisor.log(), slope), dim=1)
-    a, b, sigma, divisor, log_sigma, slope = columns.index_select(0, step)[:, :, None].unbind(1)
-    return Coefficients(a, b, sigma, divisor, log_sigma, slope, stochastic.index_select(0, step)[:, None])
+    columns = torch.stack((a, b, sigma, 1.0 / divisor, divisor.log(), slope), dim=1)
+    a, b, sigma, inverse_sigma, log_sigma, slope = columns.index_select(0, step)[:, :, None].unbind(1)
+    return Coefficients(
+        a, b, sigma, inverse_sigma, log_sigma, slope, stochastic.index_select(0, step)[:, None]
+    )
 
 
 def guided_output(
@@ -87,7 +89,7 @@ def transition_mean(at: Coefficients, sample: Tensor, output: Tensor) -> Tensor:
 def row_reduce(values: Tensor, reduction: str) -> Tensor:
     """Sum or mean of each row: ``[N, E]`` to ``[N]``."""
     total = row_sum(values)
-    return total if reduction == "sum" else total / values.shape[1]
+    return (total if reduction == "sum" else total / values.shape[1]).to(values.dtype)
 
 
 def gaussian_logprob(at: Coefficients, residual: Tensor, reduction: str) -> Tensor:
@@ -122,7 +124,7 @@ def transition_logprob(
     at = gather_coefficients(table, step, dtype)
     output = guided_output(model_output, uncond_output, guidance_scale, dtype)
     mean = transition_mean(at, as_rows(sample, dtype), output)
-    residual = (as_rows(prev_sample, dtype) - mean) / at.divisor
+    residual = (as_rows(prev_sample, dtype) - mean) * at.inverse_sigma
     return gaussian_logprob(at, residual, reduction)
 
 
@@ -149,7 +151,7 @@ def transition_logprob_backward(
     at = gather_coefficients(table, step, dtype)
     output = guided_output(model_output, uncond_output, guidance_scale, dtype)
     mean = transition_mean(at, as_rows(sample, dtype), output)
-    residual = (as_rows(prev_sample, dtype) - mean) / at.divisor
+    residual = (as_rows(prev_sample, dtype) - mean) * at.inverse_sigma
     elements = residual.shape[1] if reduction == "mean" else 1
     slope = grad.to(dtype)[:, None] * at.slope / elements * residual
     if uncond_output is None:

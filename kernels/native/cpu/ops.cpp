@@ -126,10 +126,11 @@ int check_group(int64_t groups, int64_t samples) {
 // r_i less the mean of the others. The result does not depend on a common offset; without it nothing is lost to
 // rounding, and equal rewards give exactly 0.
 float leave_one_out(const float *group, int64_t samples, int64_t sample) {
-  float total = 0.0f;
+  double total = 0.0;
   for (int64_t i = 0; i < samples; ++i) total += group[i] - group[0];
-  const float count = static_cast<float>(samples);
-  return ((group[sample] - group[0]) - total / count) * (count / (count - 1.0f));
+  const double count = static_cast<double>(samples);
+  const float mean = static_cast<float>(total / count);
+  return ((group[sample] - group[0]) - mean) * static_cast<float>(count / (count - 1.0));
 }
 
 float advantage_of(const loopfast_loss_arguments &arguments, int64_t row) {
