@@ -81,6 +81,6 @@ $(TRL)/.wheel: $(TRL)/.libraries $(VENV)/.dev $(shell git ls-files loopfast kern
 	rm -rf $(WHEEL) && mkdir -p $(WHEEL)/tree/tests
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEEL) .
 	cp -r tests/kernels tests/conftest.py $(WHEEL)/tree/tests
-	mkdir -p $(WHEEL)/tree/kernels && cp -r kernels/native $(WHEEL)/tree/kernels
+	mkdir -p $(WHEEL)/tree/kernels && cp -r kernels/native kernels/README.md $(WHEEL)/tree/kernels
 	$(TRL)/bin/python -m pip install --quiet --no-deps --force-reinstall $(WHEEL)/*.whl
 	@touch $@
