@@ -22,7 +22,7 @@ def check_tensor(
     value: Tensor,
     *,
     dtypes: Sequence[torch.dtype],
-    shape: Sequence[int] | None = None,
+    shape: tuple[int, ...] | None = None,
     device: torch.device | None = None,
 ) -> None:
     """Check one tensor argument.
@@ -36,7 +36,7 @@ def check_tensor(
     if value.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {allowed}, got {str(value.dtype).removeprefix('torch.')}")
-    if shape is not None and tuple(value.shape) != tuple(shape):
+    if shape is not None and value.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}, the model output on {device}")

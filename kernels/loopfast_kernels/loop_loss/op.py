@@ -274,7 +274,9 @@ def loop_loss(
         check_tensor("advantage_scale", advantage_scale, dtypes=REAL_DTYPES, shape=(), device=device)
         scale = advantage_scale.detach()
     else:
-        scale = torch.full((), float(advantage_scale), dtype=torch.float64, device=device)
+        # For float64 inputs a factor of their precision; elsewhere one that needs no conversion.
+        dtype = arithmetic_dtype(model_output, sample)
+        scale = torch.full((), float(advantage_scale), dtype=dtype, device=device)
     loss, logprob, ratio, advantage, clipped, kl = _run(
         _loop_loss,
         model_output,

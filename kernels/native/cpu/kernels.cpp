@@ -4,6 +4,7 @@
 
 #include "numeric.h"
 #include "philox_block.h"
+#include "stream.h"
 
 namespace {
 
@@ -40,22 +41,29 @@ const float *load(loopfast_input from, int64_t at, int count, Tile &tile) {
   return tile.values;
 }
 
-void store(loopfast_output to, int64_t at, int count, const float *values) {
-  if (to.dtype == LOOPFAST_FLOAT32) {
-    std::memcpy(static_cast<float *>(to.data) + at, values, sizeof(float) * static_cast<size_t>(count));
-    return;
-  }
-  uint16_t *target = static_cast<uint16_t *>(to.data) + at;
+// Values of a tile, rounded to the target's dtype.
+void store(loopfast_output to, int64_t at, int count, const float *values, bool streamed = false) {
+  alignas(64) uint16_t halves[kTile];
+  const void *rounded = values;
   if (to.dtype == LOOPFAST_FLOAT16) {
-    for (int i = 0; i < count; ++i) target[i] = to_float16(values[i]);
+    for (int i = 0; i < count; ++i) halves[i] = to_float16(values[i]);
+    rounded = halves;
+  } else if (to.dtype == LOOPFAST_BFLOAT16) {
+    for (int i = 0; i < count; ++i) halves[i] = to_bfloat16(values[i]);
+    rounded = halves;
+  }
+  void *target = advance(to, at).data;
+  const int64_t bytes = count * size_of(to.dtype);
+  if (streamed) {
+    stream(target, rounded, bytes);
   } else {
-    for (int i = 0; i < count; ++i) target[i] = to_bfloat16(values[i]);
+    std::memcpy(target, rounded, static_cast<size_t>(bytes));
   }
 }
 
-// Where to put values that `to` shall receive: there at once, or, in another dtype, in a tile to be stored.
-float *in_place(loopfast_output to, int64_t at, Tile &tile) {
-  return to.dtype == LOOPFAST_FLOAT32 ? static_cast<float *>(to.data) + at : tile.values;
+// Where to put values that `to` shall receive: there at once, or, where they have to be rounded or streamed, in a tile.
+float *place(loopfast_output to, int64_t at, bool streamed, Tile &tile) {
+  return to.dtype == LOOPFAST_FLOAT32 && !streamed ? static_cast<float *>(to.data) + at : tile.values;
 }
 
 void round_to(int32_t dtype, float *values, int count) {
@@ -158,13 +166,14 @@ void gradients(const Row &row, const GradientTargets &to, int64_t begin, int64_t
     }
     const auto write = [&](loopfast_output target, float factor) {
       if (target.data == nullptr) return;
-      float *values = in_place(target, at, grad);
+      float *values = place(target, at, to.streamed, grad);
       for (int i = 0; i < count; ++i) values[i] = residual.values[i] * factor;
-      if (values == grad.values) store(target, at, count, values);
+      if (values == grad.values) store(target, at, count, values, to.streamed);
     };
     write(to.output, guided ? row.guidance_scale : 1.0f);
     write(to.uncond, 1.0f - row.guidance_scale);
   }
+  if (to.streamed) finish_stream();
 }
 
 // `count` normals from element `at`, a multiple of 4, and up to 3 more.

@@ -31,10 +31,12 @@ struct SampleTargets {
   int64_t copies, stride;
 };
 
-// Gradients residual_weight z + shift_weight (b / sigma) (m - m_ref) by m; times g and 1 - g by c and u.
+// Gradients residual_weight z + shift_weight (b / sigma) (m - m_ref) by m; times g and 1 - g by c and u. Large ones
+// are streamed to memory past the caches: written normally, each line would be read before.
 struct GradientTargets {
   loopfast_output output, uncond;
   float residual_weight, shift_weight;
+  bool streamed;
 };
 
 // All ranges [begin, end) begin at a multiple of kBlock. `sample` and `squares` take one block.

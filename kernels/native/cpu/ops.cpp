@@ -17,6 +17,9 @@ namespace {
 constexpr float kHalfLogTwoPi = 0.918938533204672742f;
 constexpr float kLogRatioLimit = 20.0f;
 
+// Gradients of more bytes than this will not be in the cache any more when they are read.
+constexpr int64_t kStreamed = 4 << 20;
+
 // Of a row's sums. They are added up in float64, block by block.
 struct Sums {
   double residual = 0.0, shift = 0.0;
@@ -60,6 +63,14 @@ float logprob_of(const loopfast_transition &t, float sigma, double squares) {
 
 bool known(int32_t dtype) {
   return dtype == LOOPFAST_FLOAT32 || dtype == LOOPFAST_FLOAT16 || dtype == LOOPFAST_BFLOAT16;
+}
+
+bool streamed(const loopfast_transition &t, loopfast_output output, loopfast_output uncond) {
+  int64_t size = 0;
+  for (const loopfast_output &gradient : {output, uncond}) {
+    if (gradient.data != nullptr) size += t.rows * t.elements * size_of(gradient.dtype);
+  }
+  return size > kStreamed;
 }
 
 // Checks of arguments: 0, or the status to return.
@@ -168,7 +179,8 @@ class Loss {
       : t_(transition),
         arguments_(arguments),
         results_(results),
-        wants_gradients_(results.grad_output.data != nullptr || results.grad_uncond.data != nullptr) {}
+        wants_gradients_(results.grad_output.data != nullptr || results.grad_uncond.data != nullptr),
+        streamed_(streamed(transition, results.grad_output, results.grad_uncond)) {}
 
   void run() {
     const int64_t blocks = blocks_of(t_.elements);
@@ -261,13 +273,14 @@ class Loss {
       shift_weight /= scale;
     }
     return {advance(results_.grad_output, row * t_.elements), advance(results_.grad_uncond, row * t_.elements),
-            residual_weight, shift_weight};
+            residual_weight, shift_weight, streamed_};
   }
 
   const loopfast_transition &t_;
   const loopfast_loss_arguments &arguments_;
   const loopfast_loss_results &results_;
   const bool wants_gradients_;
+  const bool streamed_;
 };
 
 int check_loss(const loopfast_transition &t, const loopfast_loss_arguments *arguments,
@@ -407,11 +420,12 @@ int loopfast_transition_logprob_backward(const loopfast_transition *transition, 
   if (grad_uncond.data != nullptr && t.uncond_output.data == nullptr) {
     return invalid("grad_uncond needs uncond_output");
   }
+  const bool past_caches = streamed(t, grad_output, grad_uncond);
   for_blocks(t.rows, t.elements, t.threads, [&](int64_t row, int64_t begin, int64_t end) {
     const Row at = row_at(t, row, prev_sample, {});
     const float share = t.reduction == LOOPFAST_MEAN ? 1.0f / static_cast<float>(t.elements) : 1.0f;
     const GradientTargets to{advance(grad_output, row * t.elements), advance(grad_uncond, row * t.elements),
-                             grad[row] * at.slope * share, 0.0f};
+                             grad[row] * at.slope * share, 0.0f, past_caches};
     kernels().gradients(at, to, begin, end);
   });
   return 0;
