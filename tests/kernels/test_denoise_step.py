@@ -203,18 +203,28 @@ def test_opcheck(transition):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("halves", [1, 2])
-def test_in_place_form_walks_the_same_trajectory(make_transition, dtype, halves):
-    rows, steps = 3, 4
-    case = make_transition(rows, steps=steps, dtype=dtype)
-    outputs = torch.randn(steps, *case.sample.shape).to(dtype)
+@pytest.mark.parametrize(("halves", "shape"), [(1, (4, 3, 3)), (2, (4, 3, 3)), (2, (4, 64, 64))])
+def test_in_place_form_walks_the_same_trajectory(make_transition, each_backend, dtype, halves, shape):
+    if dtype == torch.float64 and each_backend.name != "reference":
+        pytest.skip("float64 is the reference's")
+    each_backend.skip_unless_it_takes(dtype)
+    with each_backend.active():
+        check_in_place(make_transition, each_backend.device, dtype, halves, shape)
 
-    trajectory = torch.full((steps + 1, *case.sample.shape), torch.nan, dtype=dtype)
+
+def check_in_place(make_transition, device: str, dtype, halves: int, shape: tuple[int, ...]) -> None:
+    rows, steps = 3, 4
+    case = make_transition(rows, shape, steps=steps, dtype=dtype).to(device)
+    outputs = torch.randn(steps, *case.sample.shape).to(case.sample)
+
+    def filled(*size: int, like: torch.Tensor) -> torch.Tensor:
+        return torch.full(size, torch.nan, dtype=like.dtype, device=device)
+
+    trajectory = filled(steps + 1, *case.sample.shape, like=case.sample)
     trajectory[0] = case.sample
-    precision = torch.float64 if dtype == torch.float64 else torch.float32
-    logprob = torch.full((steps, rows), torch.nan, dtype=precision)
-    model_input = torch.full((halves * rows, *case.sample.shape[1:]), torch.nan, dtype=dtype)
-    counter = torch.zeros(1, dtype=torch.int64)
+    logprob = filled(steps, rows, like=case.table)
+    model_input = filled(halves * rows, *case.sample.shape[1:], like=case.sample)
+    counter = torch.zeros(1, dtype=torch.int64, device=device)
 
     sample = case.sample
     for index in range(steps):
@@ -222,15 +232,16 @@ def test_in_place_form_walks_the_same_trajectory(make_transition, dtype, halves)
         denoise_step_(
             outputs[index], trajectory, logprob, model_input, counter, case.table, case.seed, **options
         )
-        step = torch.full((rows,), index)
+        step = torch.full((rows,), index, device=device)
         sample, expected = denoise_step(outputs[index], sample, case.table, step, case.seed, **options)
         assert counter.item() == index + 1
         assert torch.equal(trajectory[index + 1], sample)
         assert torch.equal(logprob[index], expected)
         assert torch.equal(model_input, torch.cat([sample] * halves))
         assert trajectory[index + 2 :].isnan().all()
-    with pytest.raises(ValueError, match=r"step must lie in \[0, 4\)"):
-        denoise_step_(outputs[0], trajectory, logprob, model_input, counter, case.table, case.seed)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"step must lie in \[0, 4\)"):
+            denoise_step_(outputs[0], trajectory, logprob, model_input, counter, case.table, case.seed)
 
 
 def in_place_arguments(case):

@@ -96,6 +96,10 @@ def test_every_backend_against_float64(make_transition, each_backend, dtype, sha
     check_against_float64(each_backend, case, guided, "mean")
 
 
+def test_every_backend_on_a_very_long_row(make_transition, each_backend):
+    check_against_float64(each_backend, make_transition(rows=1, shape=(600_000,)), False, "mean")
+
+
 @settings(max_examples=15)
 @given(
     rows=st.integers(1, 5),
