@@ -2,16 +2,8 @@
 // multiplications, where the processor has an instruction for just that.
 #pragma once
 
+#include "intrinsics.h"
 #include "numeric.h"
-
-#if defined(__AVX2__)
-// GCC 12 takes the intrinsics' own undefined operands for a mistake.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
 
 namespace {
 
