@@ -111,6 +111,30 @@ def test_dtypes_may_be_mixed(make_transition, each_backend):
     assert rms(logprob, scored) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_conversions_are_torchs_for_every_pattern(each_backend, dtype):
+    """Subnormals, ties, overflow, infinities and NaN: with a = 0, b = 1 and sigma = 0 a step is a conversion."""
+    each_backend.skip_unless_it_takes(dtype)
+    device = each_backend.device
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    # Each with the float before it, after it, and those around the middle to its neighbor: where ties are.
+    bits = halves.float().view(torch.int32)
+    middle = {torch.float16: 1 << 12, torch.bfloat16: 1 << 15}[dtype]
+    near = (bits[:, None] + torch.tensor([-1, 0, 1, middle - 1, middle, middle + 1])).view(torch.float32)
+    table, step = (
+        torch.tensor([[0.0, 1.0, 0.0]], device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
+
+    def convert(values: torch.Tensor, to: torch.dtype) -> torch.Tensor:
+        row = values.reshape(1, -1).to(device)
+        with each_backend.active():
+            return denoise_step(row, torch.zeros_like(row, dtype=to), table, step, step)[0].cpu().flatten()
+
+    for values, to in ((halves, torch.float32), (near.flatten(), dtype)):
+        torch.testing.assert_close(convert(values, to), values.to(to), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_bits_depend_on_the_row_alone(make_transition, each_backend, rows):
     """Not on its neighbors, its place, or the number of threads."""
