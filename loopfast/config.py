@@ -37,6 +37,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "TrainConfig",
+    "TrajectoriesConfig",
     "config_to_yaml",
     "json_schema",
     "load_config",
@@ -66,6 +67,14 @@ _Steps = Annotated[
         "all, auto or a half-open range START:STOP such as '0:5'",
     ),
 ]
+_StochasticSteps = Annotated[
+    str,
+    _pattern(
+        r"^(all|[0-9]{1,6}:[0-9]{0,6}|:[0-9]{1,6}|window:[1-9][0-9]{0,5})$",
+        "all, a half-open range START:STOP such as '0:5', or window:W such as 'window:4'",
+    ),
+]
+_Dtype = Literal["float32", "bfloat16", "float16"]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _Count = Annotated[int, Field(ge=1, lt=2**31)]
 _CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
@@ -127,7 +136,7 @@ class ModelConfig(_Section):
     """Branch, tag or commit of a hub repository."""
     variant: _Text | None = None
     """Variant of the weight files, such as fp16."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: _Dtype = "float32"
     """Type the model computes in."""
     device: _Device = "auto"
     """auto: the first GPU where there is one, else the CPU."""
@@ -135,6 +144,18 @@ class ModelConfig(_Section):
     """Train all weights of the denoiser, or a low-rank adapter."""
     lora: LoraConfig = LoraConfig()
     """The adapter; read only when tune is lora."""
+    attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"
+    """Attention's implementation; auto: the fastest that works here."""
+    channels_last: bool = False
+    """Hold the denoiser's images with the channels innermost."""
+    compile: bool = False
+    """Compile the denoiser's repeated blocks with torch.compile."""
+    tf32: bool = False
+    """Multiply float32 matrices in TF32 on GPUs that can: faster, with 10 bits of mantissa."""
+    vae_tiling: bool = False
+    """Decode large images in overlapping tiles: less memory, faint seams."""
+    free_text_encoder: bool = False
+    """Encode every prompt at the start, then release the text encoder."""
 
 
 class PromptsConfig(_Section):
@@ -196,6 +217,26 @@ class RolloutConfig(_Section):
     """Classifier-free guidance; 1: none, and half the cost."""
     microbatch: _Microbatch = "auto"
     """Images per model call. Changes memory and speed; the result by rounding at most."""
+    stochastic_steps: _StochasticSteps = "all"
+    """Steps that draw noise and are trained on: all, a range START:STOP, or window:W, W steps in a row drawn anew
+    each iteration. The others are deterministic and cost no gradient."""
+    cuda_graph: bool = True
+    """Capture a denoising step once and replay it; on GPUs only."""
+    dtype: _Dtype | None = None
+    """Type the sampling model computes in; null: model.dtype, without a second copy of the weights."""
+    device: _Device | None = None
+    """Device of the sampling model; null: model.device, without a second copy of the weights."""
+    merge_lora: bool = False
+    """Sample from base weights with the adapter merged in: faster, but rounded otherwise."""
+    reward_worker: Literal["none", "thread", "process"] = "thread"
+    """Score images while the next ones are sampled (thread, process), or afterwards (none)."""
+
+
+class TrajectoriesConfig(_Section):
+    """Where what was sampled waits to be trained on."""
+
+    device: Literal["policy", "host"] = "policy"
+    """On the policy's device, or in the host's memory (pinned where there is a GPU)."""
 
 
 class TrainConfig(_Section):
@@ -225,6 +266,12 @@ class TrainConfig(_Section):
     """Gradients are scaled down to this norm."""
     microbatch: _Microbatch = "auto"
     """(Image, step) pairs per model call. Changes memory and speed; the result by rounding at most."""
+    step_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each trajectory's trained steps that is drawn for training, anew in every pass."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW, or bitsandbytes' with 8-bit moments."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more model time."""
     on_policy_check: Literal["error", "warn", "off"] = "error"
     """What to do when the ratio before an iteration's first update is not 1."""
 
@@ -274,6 +321,7 @@ class Config(_Section):
     """Terms of the reward; their weighted sum is trained on."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     rollout: RolloutConfig = RolloutConfig()
+    trajectories: TrajectoriesConfig = TrajectoriesConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
