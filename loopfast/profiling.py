@@ -1,0 +1,373 @@
+"""Where the time goes: ranges for profilers, and the accounts of an iteration.
+
+`range_` marks a stretch of code in Nsight (NVTX domain ``loopfast``) and in torch's profiler; `model_call` marks a
+call of the denoiser, the autoencoder or a reward the same way, and enters it in the accounts; `phase` marks and enters
+a part of an iteration. With no profiler attached a range costs well under a microsecond: NVTX has no domain then, which
+is found out once. Inside the capture of a CUDA graph ranges show the capture, not the replay: mark that too.
+
+The accounts of a `Meter` are kept on the timeline of the device: clock readings on a CPU, events on a GPU, which the
+host reads when the iteration has ended. Nothing waits in between.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import nvtx
+import torch
+
+__all__ = ["DOMAIN", "Category", "Meter", "Times", "model_call", "phase", "range_"]
+
+DOMAIN = "loopfast"
+Category = Literal["rollout", "reward", "replay", "optimizer", "evaluation", "checkpoint"]
+
+Mark = float | torch.cuda.Event
+"""A moment: seconds of the host's clock, or an event in a GPU's stream."""
+
+_NOTHING = nullcontext()
+_profiled = torch._C._autograd._profiler_enabled
+_current: Meter | None = None
+
+
+class _Nsight:
+    """NVTX's domain, created at the first use: when no tool is attached by then, none will be."""
+
+    def __init__(self) -> None:
+        self._attributes: dict[tuple[str, str], Any] = {}
+        self._domain: Any = None
+
+    @property
+    def attached(self) -> bool:
+        if self._domain is None:
+            self._domain = nvtx.get_domain(DOMAIN)
+        return isinstance(self._domain, nvtx.Domain)
+
+    def push(self, name: str, category: str, payload: int | None) -> None:
+        """Open a range; names are registered once."""
+        attributes = self._attributes.get((name, category))
+        if attributes is None:
+            attributes = self._domain.get_event_attributes(name, None, category, 0)
+            self._attributes[name, category] = attributes
+        attributes.payload = 0 if payload is None else payload
+        self._domain.push_range(attributes)
+
+    def pop(self) -> None:
+        """Close the range opened last in this thread."""
+        self._domain.pop_range()
+
+
+_nsight = _Nsight()
+
+
+def range_(name: str, category: Category, payload: int | None = None) -> AbstractContextManager[object]:
+    """Marks a stretch of code for profilers, as a context manager.
+
+    Args:
+        name: what is done; a constant, since profilers keep every name.
+        category: the part of an iteration it belongs to.
+        payload: a number to tell it from the others of its name, such as the denoising step.
+    """
+    meter = _current
+    if meter is not None and (not meter.detailed or _capturing(meter.device)):
+        meter = None
+    if meter is None and not _profiled() and not _nsight.attached:
+        return _NOTHING
+    return _Range(name, category, payload, meter, None if meter is None else meter.device, False)
+
+
+def model_call(
+    name: str, category: Category, payload: int | None = None, device: torch.device | None = None
+) -> AbstractContextManager[object]:
+    """As `range_`, for a call of a model: the current accounts' time inside model calls grows by what it takes.
+
+    Args:
+        name: ``denoiser`` for its forward calls, which are counted; else as in `range_`.
+        category: the part of an iteration it belongs to.
+        payload: a number to tell it from the others of its name.
+        device: whose time counts; None for the host's, which is right for calls that wait for their result. The
+            capture of a CUDA graph does not count, its replays do.
+    """
+    meter = _current
+    if meter is not None and _capturing(device):
+        meter = None
+    if meter is None and not _profiled() and not _nsight.attached:
+        return _NOTHING
+    return _Range(name, category, payload, meter, device, True)
+
+
+@contextmanager
+def phase(name: Category) -> Iterator[None]:
+    """A part of the iteration, marked and entered in the current accounts; a part inside another is not its time."""
+    meter = _current
+    with range_(name, name):
+        if meter is None or not meter.running:
+            yield
+            return
+        around = meter.enter(name)
+        try:
+            yield
+        finally:
+            meter.enter(around)
+
+
+class _Range:
+    """One use of `range_` or `model_call`."""
+
+    __slots__ = (
+        "_begin",
+        "_called",
+        "_category",
+        "_device",
+        "_meter",
+        "_name",
+        "_payload",
+        "_pushed",
+        "_record",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        category: str,
+        payload: int | None,
+        meter: Meter | None,
+        device: torch.device | None,
+        called: bool,
+    ) -> None:
+        self._name, self._category, self._payload = name, category, payload
+        self._meter, self._device, self._called = meter, device, called
+        self._pushed = _nsight.attached
+        self._record: Any = None
+        self._begin: Mark | None = None
+
+    def __enter__(self) -> None:
+        if self._pushed:
+            _nsight.push(self._name, self._category, self._payload)
+        if _profiled():
+            name = f"{DOMAIN}/{self._category}/{self._name}"
+            self._record = torch.profiler.record_function(name, str(self._payload))
+            self._record.__enter__()
+        if self._meter is not None:
+            self._begin = self._meter.mark(self._device)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._begin is not None and self._meter is not None:
+            self._meter.add(self._name, self._called, self._begin, self._meter.mark(self._device))
+        if self._record is not None:
+            self._record.__exit__(kind, error, traceback)
+        if self._pushed:
+            _nsight.pop()
+
+
+@dataclass(frozen=True)
+class Times:
+    """The accounts of a stretch of a run, in seconds.
+
+    Attributes:
+        total: of the whole.
+        phases: of each part; together no more than ``total``. What is left belongs to none.
+        inside: the time in which at least one model call was under way, by part; ``""`` for what is in none.
+        calls: number of model calls by name.
+        called: time of model calls by name; calls that overlap count twice.
+        ranges: of a detailed meter, the time outside model calls by name of the innermost range.
+    """
+
+    total: float
+    phases: dict[str, float] = field(default_factory=dict)
+    inside: dict[str, float] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    called: dict[str, float] = field(default_factory=dict)
+    ranges: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def model(self) -> float:
+        """The time in which at least one model call was under way."""
+        return sum(self.inside.values())
+
+    @property
+    def outside_share(self) -> float:
+        """Share of the whole in which no model call was under way."""
+        return 1.0 - self.model / self.total if self.total > 0 else 0.0
+
+
+class Meter:
+    """Keeps the accounts of one stretch after another.
+
+    Args:
+        devices: where models are called, the first being that of the training loop. A GPU's time is measured by events
+            in its current stream.
+        detailed: account for every `range_`, not only for model calls; costs about a microsecond each.
+    """
+
+    def __init__(self, devices: Sequence[torch.device] = (), *, detailed: bool = False) -> None:
+        self.detailed = detailed
+        self.device = devices[0] if devices and devices[0].type == "cuda" else None
+        self.running = False
+        self._gpus = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
+        self._host_origin = 0.0
+        self._origins: dict[torch.device, torch.cuda.Event] = {}
+        self._thread = 0
+        self._switches: list[tuple[Mark, str]] = []
+        self._entries: list[tuple[str, bool, int, Mark, Mark]] = []
+
+    def start(self) -> None:
+        """Begins a stretch, unless one is under way. Waits for the GPUs, once, to tie their clocks to the host's."""
+        if self.running:
+            return
+        for gpu in self._gpus:
+            torch.cuda.synchronize(gpu)
+            origin = _event(gpu)
+            self._origins[origin.device] = origin
+        self._host_origin = time.perf_counter()
+        self._thread = threading.get_ident()
+        self._entries = []
+        self._switches = [(self.mark(self.device), "")]
+        self.running = True
+
+    @contextmanager
+    def phase(self, name: Category) -> Iterator[None]:
+        """As the function of that name, in these accounts; model calls in any thread are entered in them meanwhile."""
+        global _current
+        before, _current = _current, self
+        try:
+            with phase(name):
+                yield
+        finally:
+            _current = before
+
+    def stop(self) -> Times:
+        """Ends the stretch, waits for the GPUs, and gives its accounts."""
+        end = self.mark(self.device)
+        for gpu in self._gpus:
+            torch.cuda.synchronize(gpu)
+        self.running = False
+        last = self._seconds(end)
+        moments = [(self._seconds(mark), name) for mark, name in self._switches]
+        begin = moments[0][0]
+        entries = [
+            _Entry(name, called, thread, max(begin, self._seconds(start)), min(last, self._seconds(finish)))
+            for name, called, thread, start, finish in self._entries
+        ]
+        calls = [entry for entry in entries if entry.called]
+        busy = _Busy((entry.begin, entry.end) for entry in calls)
+        phases: dict[str, float] = defaultdict(float)
+        inside: dict[str, float] = defaultdict(float)
+        for (moment, name), (following, _) in pairwise([*moments, (last, "")]):
+            phases[name] += following - moment
+            inside[name] += busy.within(moment, following)
+        phases.pop("", None)
+        count: dict[str, int] = defaultdict(int)
+        called_for: dict[str, float] = defaultdict(float)
+        for entry in calls:
+            count[entry.name] += 1
+            called_for[entry.name] += entry.end - entry.begin
+        ranges = _outside((entry for entry in entries if entry.thread == self._thread), busy)
+        return Times(
+            last - begin,
+            dict(phases),
+            dict(inside),
+            dict(count),
+            dict(called_for),
+            ranges if self.detailed else {},
+        )
+
+    def enter(self, name: str) -> str:
+        """Switches to a part of the stretch; returns the one before, ``""`` for none."""
+        before = self._switches[-1][1]
+        self._switches.append((self.mark(self.device), name))
+        return before
+
+    def mark(self, device: torch.device | None) -> Mark:
+        """The present moment on a device's timeline, None being the host's."""
+        if device is None or device.type != "cuda":
+            return time.perf_counter()
+        return _event(device)
+
+    def add(self, name: str, called: bool, begin: Mark, end: Mark) -> None:
+        """Enters a range; ``called`` where it was a model call. From any thread."""
+        if self.running:
+            self._entries.append((name, called, threading.get_ident(), begin, end))
+
+    def _seconds(self, mark: Mark) -> float:
+        """A moment in seconds since the stretch began."""
+        if isinstance(mark, float):
+            return mark - self._host_origin
+        return self._origins[mark.device].elapsed_time(mark) / 1e3
+
+
+def _event(gpu: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(gpu))
+    return event
+
+
+def _capturing(device: torch.device | None) -> bool:
+    """Whether what is called now is only recorded, to be replayed later."""
+    return device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class _Entry(NamedTuple):
+    name: str
+    called: bool
+    thread: int
+    begin: float
+    end: float
+
+
+class _Busy:
+    """A set of moments: the union of intervals."""
+
+    def __init__(self, intervals: Iterable[tuple[float, float]]) -> None:
+        self._begins: list[float] = []
+        self._ends: list[float] = []
+        for begin, end in sorted(intervals):
+            if self._ends and begin <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end)
+            elif begin < end:
+                self._begins.append(begin)
+                self._ends.append(end)
+
+    def within(self, begin: float, end: float) -> float:
+        """How much of an interval is in the set."""
+        first = bisect_right(self._ends, begin)
+        last = bisect_left(self._begins, end)
+        return sum(
+            min(end, self._ends[index]) - max(begin, self._begins[index]) for index in range(first, last)
+        )
+
+
+def _outside(entries: Iterable[_Entry], busy: _Busy) -> dict[str, float]:
+    """Time outside model calls by the name of the innermost range, from the nested ranges of one thread."""
+    times: dict[str, float] = defaultdict(float)
+    open_: list[_Entry] = []
+    since = 0.0
+
+    def until(moment: float) -> None:
+        nonlocal since
+        name = open_[-1].name
+        times[name] += max(0.0, moment - since - busy.within(since, moment))
+        since = moment
+
+    for entry in sorted(entries, key=lambda entry: (entry.begin, -entry.end)):
+        while open_ and open_[-1].end <= entry.begin:
+            until(open_[-1].end)
+            open_.pop()
+        if open_:
+            until(entry.begin)
+        since = entry.begin
+        open_.append(entry)
+    while open_:
+        until(open_[-1].end)
+        open_.pop()
+    return {name: seconds for name, seconds in times.items() if seconds > 0}
