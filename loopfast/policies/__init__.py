@@ -2,10 +2,13 @@
 
 from loopfast.policies.base import Conditioning, Policy, expand, pad_rows
 from loopfast.policies.loading import load_policy, load_schedule, load_scheduler, trained_steps
+from loopfast.policies.signature import adapter_signature, addresses
 
 __all__ = [
     "Conditioning",
     "Policy",
+    "adapter_signature",
+    "addresses",
     "expand",
     "load_policy",
     "load_schedule",

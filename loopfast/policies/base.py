@@ -33,6 +33,21 @@ class Policy(Protocol):
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that training changes, by name."""
 
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        """The network that :meth:`predict` calls now: the trained one, or another inside :meth:`reference`."""
+
+    def with_denoiser(
+        self, denoiser: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, autocast: bool
+    ) -> Policy:
+        """A policy that shares all but the denoiser with this one, to predict with.
+
+        Args:
+            denoiser: a network like this policy's, already on ``device``.
+            device, dtype: where it is, and the type its latents have.
+            autocast: whether to compute in ``dtype`` whatever the weights' type is.
+        """
+
     def encode(self, prompts: list[str]) -> Conditioning:
         """Conditioning of P prompts: rows ``[P, ...]``."""
 

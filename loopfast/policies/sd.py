@@ -103,6 +103,23 @@ class StableDiffusionPolicy(Policy):
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self._unet.named_parameters() if p.requires_grad}
 
+    @property
+    @override
+    def denoiser(self) -> torch.nn.Module:
+        return self._active
+
+    @override
+    def with_denoiser(
+        self, denoiser: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, autocast: bool
+    ) -> StableDiffusionPolicy:
+        if self._unconditional is None:
+            self._unconditional = self.encode([""])
+        twin = copy.copy(self)
+        twin._unet = twin._active = denoiser
+        twin.device, twin.dtype, twin._autocast = device, dtype, autocast
+        twin._unconditional = {name: value.to(device, dtype) for name, value in self._unconditional.items()}
+        return twin
+
     @override
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

@@ -1,0 +1,33 @@
+"""What a recorded call of a denoiser depends on besides its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+
+
+def addresses(module: torch.nn.Module) -> dict[str, int]:
+    """Where each parameter and buffer of a module lies, by name."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {name: tensor.data_ptr() for name, tensor in tensors}
+
+
+def adapter_signature(module: torch.nn.Module) -> Hashable:
+    """Of every layer with a LoRA: which adapters act, how strongly, and whether they are merged.
+
+    A recorded call holds these as constants: the layers decide in Python.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return tuple(
+        (
+            name,
+            layer.disable_adapters,
+            tuple(layer.active_adapters),
+            tuple(layer.merged_adapters),
+            tuple(sorted(getattr(layer, "scaling", {}).items())),
+        )
+        for name, layer in module.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    )
