@@ -39,17 +39,12 @@ _current: Meter | None = None
 
 
 class _Nsight:
-    """NVTX's domain, created at the first use: when no tool is attached by then, none will be."""
+    """NVTX's domain. A tool is attached when the process starts, so there is one from the beginning or never."""
 
     def __init__(self) -> None:
+        self._domain = nvtx.get_domain(DOMAIN)
+        self.attached = isinstance(self._domain, nvtx.Domain)
         self._attributes: dict[tuple[str, str], Any] = {}
-        self._domain: Any = None
-
-    @property
-    def attached(self) -> bool:
-        if self._domain is None:
-            self._domain = nvtx.get_domain(DOMAIN)
-        return isinstance(self._domain, nvtx.Domain)
 
     def push(self, name: str, category: str, payload: int | None) -> None:
         """Open a range; names are registered once."""
