@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,8 +18,10 @@ class Trajectories:
 
     Attributes:
         latents: ``[T + 1, N, *L]`` in the dtype the model saw, ``latents[0]`` being the initial noise.
-            ``latents[t]`` is the sample and ``latents[t + 1]`` the previous sample of transition t.
-        logprob: float32 ``[T, N]``, of each stored transition under the policy that sampled it.
+            ``latents[t]`` is the sample and ``latents[t + 1]`` the previous sample of transition t. On the policy's
+            device, or in the host's memory.
+        logprob: float32 ``[T, N]``, of each stored transition under the policy that sampled it; on the policy's
+            device.
     """
 
     latents: Tensor
@@ -39,26 +42,74 @@ class Trajectories:
         """The denoised latents, ``[N, *L]``."""
         return self.latents[-1]
 
+    def to_host(self) -> Trajectories:
+        """With the latents in the host's memory, page-locked where they come from a GPU."""
+        if self.latents.device.type == "cpu":
+            return self
+        host = torch.empty_like(self.latents, device="cpu", pin_memory=self.latents.is_cuda)
+        return Trajectories(host.copy_(self.latents), self.logprob)
+
     def pairs(self, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(sample, prev_sample, logprob)`` of M (row, step) pairs, given by indices ``[M]`` each."""
-        return self.latents[steps, rows], self.latents[steps + 1, rows], self.logprob[steps, rows]
+        """``(sample, prev_sample, logprob)`` of M (row, step) pairs, on the policy's device.
+
+        Args:
+            rows, steps: int64 ``[M]`` each, on any device. On the CPU, the copy of latents that are kept there to a
+                GPU waits for nothing.
+        """
+        device = self.logprob.device
+        logprob = self.logprob[steps.to(device), rows.to(device)]
+        return self._latents(rows, steps), self._latents(rows, steps + 1), logprob
+
+    def _latents(self, rows: Tensor, steps: Tensor) -> Tensor:
+        home, device = self.latents.device, self.logprob.device
+        rows, steps = rows.to(home), steps.to(home)
+        if home == device:
+            return self.latents[steps, rows]
+        part = torch.empty(
+            len(rows), *self.latents.shape[2:], dtype=self.latents.dtype, pin_memory=device.type == "cuda"
+        )
+        torch.index_select(self.latents.flatten(0, 1), 0, steps * self.count + rows, out=part)
+        return part.to(device, non_blocking=True)
+
+
+def steps_drawn(fraction: float, steps: int) -> int:
+    """How many of a trajectory's ``steps`` trained transitions the share ``fraction`` is: the nearest whole number."""
+    return math.floor(fraction * steps + 0.5)
 
 
 def shuffled_pairs(
-    count: int, steps: tuple[int, ...], updates: int, seed: int, iteration: int, epoch: int
+    count: int,
+    steps: tuple[int, ...],
+    updates: int,
+    seed: int,
+    iteration: int,
+    epoch: int,
+    fraction: float = 1.0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All (row, step) pairs of an iteration, shuffled together and dealt out to its updates.
+    """The (row, step) pairs of a pass over an iteration, shuffled together and dealt out to its updates.
+
+    The loss is a mean over pairs. With a ``fraction`` below 1, each trajectory contributes equally many of its steps,
+    drawn without replacement, each step being as likely as any other: the mean over what is drawn then has the mean
+    over all pairs as its expectation, and so has its gradient, without weights. Drawn anew in every pass, the steps
+    that one pass leaves out are in another.
 
     Args:
         count: N, the number of trajectories.
         steps: the transitions that are trained on.
         updates: how many parts to cut the pairs into; their sizes differ by one at most.
-        seed, iteration, epoch: of the run; they determine the order.
+        seed, iteration, epoch: of the run; they determine the draw and the order.
+        fraction: the share of each trajectory's steps that is drawn, see `steps_drawn`.
 
     Yields:
         ``(rows [M], steps [M])`` int64 on the CPU, once per update.
     """
-    order = torch.randperm(count * len(steps), generator=generator(seed, "pairs", iteration, epoch))
     transitions = torch.tensor(steps, dtype=torch.int64)
+    drawn = steps_drawn(fraction, len(steps))
+    if drawn < len(steps):
+        keys = torch.rand(count, len(steps), generator=generator(seed, "steps", iteration, epoch))
+        chosen = transitions[keys.argsort(1)[:, :drawn]].T.flatten()
+    else:
+        chosen = transitions.repeat_interleave(count)
+    order = torch.randperm(len(chosen), generator=generator(seed, "pairs", iteration, epoch))
     for part in order.tensor_split(updates):
-        yield part % count, transitions[part // count]
+        yield part % count, chosen[part]

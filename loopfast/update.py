@@ -76,12 +76,19 @@ class Surrogate:
         output: Tensor,
         unconditional: Tensor | None,
         reference: Tensor | None,
-        trajectories: Trajectories,
+        transitions: tuple[Tensor, Tensor, Tensor],
         rows: Tensor,
         steps: Tensor,
     ) -> LoopLoss:
-        """The loss of M pairs (``rows``, ``steps`` int64 ``[M]``) from the policy's and the reference's outputs."""
-        sample, prev_sample, old_logprob = trajectories.pairs(rows, steps)
+        """The loss of M pairs from the policy's and the reference's outputs for them.
+
+        Args:
+            sampler: whose transitions they are.
+            output, unconditional, reference: ``[M, *L]`` each.
+            transitions: ``(sample, prev_sample, old_logprob)`` of the pairs, see `Trajectories.pairs`.
+            rows, steps: int64 ``[M]``, the pairs.
+        """
+        sample, prev_sample, old_logprob = transitions
         if self._fused:
             op = partial(
                 loop_loss,
@@ -138,21 +145,90 @@ def update(
     Raises:
         NonFiniteError: a loss or the gradient is NaN or infinite; the weights are as they were. ``rows`` of the error
             holds the trajectories at fault.
+        torch.OutOfMemoryError: the microbatch does not fit; weights and engine are as they were, so that the update
+            can be tried again with a smaller one.
     """
-    rows, steps = (index.to(trajectories.latents.device) for index in pairs)
+    try:
+        statistics = _accumulate(
+            sampler,
+            engine,
+            surrogate,
+            trajectories,
+            conditioning,
+            prompts,
+            pairs,
+            microbatch=microbatch,
+            with_reference=with_reference,
+        )
+        before_step(statistics)
+        learning_rate = engine.learning_rate
+        norm = engine.update()
+    except NonFiniteError as error:
+        engine.discard()
+        raise NonFiniteError(str(error), error.rows or pairs[0].unique().tolist()) from error
+    except BaseException:
+        engine.discard()
+        raise
+    return replace(statistics, grad_norm=norm, learning_rate=learning_rate)
+
+
+def rehearse(
+    sampler: Sampler,
+    engine: LocalEngine,
+    conditioning: Conditioning,
+    *,
+    microbatch: int,
+    with_reference: bool,
+) -> None:
+    """The model call of an update, forward and backward, on zeros: whether memory suffices, and nothing else.
+
+    Raises:
+        torch.OutOfMemoryError: it does not.
+    """
+    policy = sampler.policy
+    rows = torch.zeros(microbatch, dtype=torch.int64, device=policy.device)
+    sample = torch.zeros(microbatch, *policy.latent_shape, dtype=policy.dtype, device=policy.device)
+    text, timestep = expand(conditioning, rows), sampler.schedule.timesteps[rows]
+    try:
+        reference = _reference(sampler, sample, timestep, text, microbatch) if with_reference else None
+        outputs = policy.predict(sample, timestep, text, sampler.guidance_scale)
+        engine.backward(torch.stack([o.float().mean() for o in outputs if o is not None]).sum())
+        del reference, outputs
+    finally:
+        engine.discard()
+
+
+def _accumulate(
+    sampler: Sampler,
+    engine: LocalEngine,
+    surrogate: Surrogate,
+    trajectories: Trajectories,
+    conditioning: Conditioning,
+    prompts: Tensor,
+    pairs: tuple[Tensor, Tensor],
+    *,
+    microbatch: int,
+    with_reference: bool,
+) -> UpdateStatistics:
+    """Adds up the gradient of the pairs' mean loss; raises as `update` does."""
+    device = trajectories.logprob.device
+    here = [index.to(trajectories.latents.device) for index in pairs]
+    rows, steps = (index.to(device) for index in pairs)
+    prompts = prompts.to(device)
     losses = []
     for part in slices(len(rows), microbatch):
         size = part.stop - part.start
         # every call has the batch size of the rollout's; see `pad_rows`
         row, step = pad_rows(rows[part], microbatch), pad_rows(steps[part], microbatch)
-        sample = trajectories.latents[step, row]
-        text = expand(conditioning, prompts.to(row.device)[row])
+        transitions = trajectories.pairs(here[0][part], here[1][part])
+        sample = pad_rows(transitions[0], microbatch)
+        text = expand(conditioning, prompts[row])
         timestep = sampler.schedule.timesteps[step]
         reference = _reference(sampler, sample, timestep, text, size) if with_reference else None
         output, unconditional = sampler.policy.predict(sample, timestep, text, sampler.guidance_scale)
         unconditional = None if unconditional is None else unconditional[:size]
         result = surrogate(
-            sampler, output[:size], unconditional, reference, trajectories, rows[part], steps[part]
+            sampler, output[:size], unconditional, reference, transitions, rows[part], steps[part]
         )
         engine.backward(result.loss * (size / len(rows)))
         losses.append(LoopLoss(*(value.detach() for value in result)))
@@ -161,13 +237,7 @@ def update(
         finite = torch.cat([loss.logprob for loss in losses]).isfinite()
         at_fault = rows[~finite].unique().tolist() or rows.unique().tolist()
         raise NonFiniteError("the loss is not finite", at_fault)
-    before_step(statistics)
-    learning_rate = engine.learning_rate
-    try:
-        norm = engine.update()
-    except NonFiniteError as error:
-        raise NonFiniteError(str(error), rows.unique().tolist()) from error
-    return replace(statistics, grad_norm=norm, learning_rate=learning_rate)
+    return statistics
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ class ToyPolicy:
         self._initial = [self.weight.detach().clone(), self.prompt.detach().clone()]
         self._inside_reference = False
         self.batches: list[int] = []
+        self.denoiser = torch.nn.ParameterDict(self.trainable())
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {"weight": self.weight, "prompt": self.prompt}
@@ -61,10 +62,13 @@ class Gradients:
     learning_rate = 0.5
 
     def __init__(self) -> None:
-        self.updates = 0
+        self.updates = self.discarded = 0
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def discard(self) -> None:
+        self.discarded += 1
 
     def update(self) -> float:
         self.updates += 1
@@ -247,7 +251,7 @@ def test_statistics_are_shown_before_the_step_and_can_prevent_it() -> None:
             with_reference=False,
             before_step=refuse,
         )
-    assert engine.updates == 0
+    assert (engine.updates, engine.discarded) == (0, 1)
     assert shown[0].ratio_max_deviation > 0
 
 

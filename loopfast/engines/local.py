@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,10 @@ class LocalEngine:
         self._total = config.iterations * config.updates_per_iteration * config.inner_epochs
         self._updates = 0
         # gradients of float16 activations vanish unless the loss is scaled up; a no-op for the other types
-        self._scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
+        self._new_scaler = partial(
+            torch.amp.GradScaler, policy.device.type, enabled=policy.dtype == torch.float16
+        )
+        self._scaler = self._new_scaler()
 
     @property
     def learning_rate(self) -> float:
@@ -56,6 +60,14 @@ class LocalEngine:
         """Adds the loss's gradient to what is accumulated for the next update."""
         self._scaler.scale(loss).backward()
 
+    def discard(self) -> None:
+        """Forgets what is accumulated for the next update, whatever state an interrupted one left behind."""
+        self._optimizer.zero_grad(set_to_none=True)
+        # a scaler that has unscaled an optimizer's gradients refuses to do so again before it is updated
+        state = self._scaler.state_dict()
+        self._scaler = self._new_scaler()
+        self._scaler.load_state_dict(state)
+
     def update(self) -> float:
         """Takes one optimizer step with the accumulated gradient, and clears it.
 
@@ -73,7 +85,7 @@ class LocalEngine:
             self._parameters, self._config.max_grad_norm, foreach=True
         ).item()
         if not math.isfinite(norm) and not self._scaler.is_enabled():
-            self._optimizer.zero_grad(set_to_none=True)
+            self.discard()
             raise NonFiniteError(f"the gradient's norm is {norm}")
         self._scaler.step(self._optimizer)
         self._scaler.update()
