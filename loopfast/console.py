@@ -78,7 +78,7 @@ class Display:
             self._live.start()
 
     def phase(self, name: str) -> None:
-        """Show beside the bar what the run is doing: rollout, reward, replay, evaluation."""
+        """Show beside the bar what the run is doing: rollout, reward, replay, evaluation, checkpoint."""
         self._phase = name
 
     def advance(self, metrics: Mapping[str, Any]) -> None:

@@ -44,6 +44,9 @@ METRICS: dict[str, Metric] = {
     ),
     "eval_reward": Metric("mean over the evaluation's images of the total reward", "reward", "evaluation"),
     "ratio_max_deviation": Metric("max |ratio - 1| over the first update's pairs, before it", "1", "policy"),
+    "on_policy_outside_clip": Metric(
+        "share of the first update's pairs whose ratio is outside the clip range before it", "1", "policy"
+    ),
     "ratio_outside_clip": Metric("share of pairs whose ratio is outside the clip range", "1", "policy"),
     "clip_fraction": Metric("share of pairs that the clip leaves without a gradient", "1", "policy"),
     "kl": Metric(
@@ -60,12 +63,32 @@ METRICS: dict[str, Metric] = {
     "loss": Metric("mean loss over the iteration's updates", "1", "optimization"),
     "grad_norm": Metric("mean norm of the gradient over the updates, before clipping", "1", "optimization"),
     "learning_rate": Metric("learning rate of the last update", "1", "optimization"),
-    "seconds_rollout": Metric("time the iteration spent sampling", "s", "time"),
-    "seconds_reward": Metric("time the iteration spent scoring images", "s", "time"),
-    "seconds_replay": Metric(
-        "time the iteration spent replaying trajectories and updating weights", "s", "time"
+    "seconds_iteration": Metric(
+        "time the iteration took, evaluation and checkpoint not included", "s", "time"
     ),
-    "seconds_eval": Metric("time the iteration spent evaluating", "s", "time"),
+    "seconds_rollout": Metric("time of it spent sampling", "s", "time"),
+    "seconds_reward": Metric(
+        "time of it spent decoding and scoring images, as far as sampling did not go on meanwhile",
+        "s",
+        "time",
+    ),
+    "seconds_replay": Metric("time of it spent replaying trajectories, forward and backward", "s", "time"),
+    "seconds_optimizer": Metric("time of it spent clipping gradients and updating weights", "s", "time"),
+    "seconds_model": Metric(
+        "time of it in which the denoiser, the autoencoder or a reward was at work", "s", "time"
+    ),
+    "seconds_eval": Metric("time spent evaluating after the iteration", "s", "time"),
+    "seconds_checkpoint": Metric("time spent writing the checkpoint before the iteration", "s", "time"),
+    "images_per_second": Metric(
+        "images of the iteration by its time, training on them included", "image/s", "speed"
+    ),
+    "model_calls": Metric("forward calls of the denoiser in the iteration", "count", "speed"),
+    "model_calls_per_second": Metric("those calls by the iteration's time", "call/s", "speed"),
+    "outside_model_share": Metric(
+        "share of the iteration's time in which no model was at work: what the loop itself costs",
+        "1",
+        "speed",
+    ),
     "peak_memory_bytes": Metric(
         "most memory held so far: the device's, or on a CPU the process's", "byte", "run"
     ),

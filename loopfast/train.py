@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import nvtx
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from loopfast.evaluation import evaluate
 from loopfast.files import writing
 from loopfast.interrupts import StopRequest
 from loopfast.policies import Conditioning, load_policy, load_schedule, trained_steps
+from loopfast.profiling import Category, Meter, model_call, range_
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.reporting import write_report
 from loopfast.rewards import Scores, build_rewards
@@ -138,6 +138,7 @@ class Trainer:
         self.engine = LocalEngine(policy, config.train)
         self.statistics = PromptStatistics()
         self.progress = Progress()
+        self.meter = Meter([policy.device, self.sampler.policy.device])
         if checkpoint is not None:
             self._restore(checkpoint)
         self._began = time.perf_counter() - self.progress.seconds
@@ -163,6 +164,7 @@ class Trainer:
     def sample(self) -> None:
         """Draws the iteration's prompts, samples K trajectories of each, and scores the images."""
         config, progress = self.config, self.progress
+        self.meter.start()
         batch, conditioning, owner = self._batch()
         seeds = row_seeds(
             config.run.seed,
@@ -192,6 +194,7 @@ class Trainer:
         trajectories, rewards = progress.trajectories, progress.rewards
         assert trajectories is not None
         assert rewards is not None
+        self.meter.start()
         batch, conditioning, owner = self._batch()
         texts = [prompt.text for prompt in batch]
         # joins the history when the iteration is complete, so that one resumed halfway counts its rewards once
@@ -226,6 +229,7 @@ class Trainer:
             progress.updates.append(asdict(done))
             self._check_stop()
         self.statistics = history
+        self._account()
         progress.iteration += 1
         progress.pending = {"iteration": progress.iteration, "images": progress.images, **self._summary()}
         progress.metrics, progress.updates, progress.trajectories, progress.rewards = {}, [], None, None
@@ -239,14 +243,14 @@ class Trainer:
         score = None
         if iteration == 0 or self.finished or _due(iteration, config.evaluation.every):
             began = time.perf_counter()
-            self.display.phase("evaluation")
-            result = evaluate(
-                self.sampler,
-                self.evaluation_prompts,
-                self._score,
-                config.evaluation,
-                between=self._check_stop,
-            )
+            with self._phase("evaluation"):
+                result = evaluate(
+                    self.sampler,
+                    self.evaluation_prompts,
+                    self._score,
+                    config.evaluation,
+                    between=self._check_stop,
+                )
             with writing(self.folder.path):
                 grid = result.save(self.folder.path, iteration, progress.images)
             if grid is not None:
@@ -263,7 +267,11 @@ class Trainer:
         self.display.advance(metrics)
         progress.pending = None
         if self.finished or _due(iteration, config.checkpoint.every):
-            self.save(score)
+            began = time.perf_counter()
+            with self._phase("checkpoint"):
+                self.save(score)
+            # this iteration's line is written: it goes to the next
+            self._add({"seconds_checkpoint": time.perf_counter() - began})
         self._check_stop()
 
     def finish(self) -> None:
@@ -289,6 +297,8 @@ class Trainer:
     def save(self, score: float | None = None) -> Path:
         """Writes a checkpoint of the present state, which is that between two updates."""
         progress = self.progress
+        if self.meter.running and progress.trajectories is not None:
+            self._account()
         progress.seconds = time.perf_counter() - self._began
         tensors, engine = self.engine.state()
         if progress.trajectories is not None and progress.rewards is not None:
@@ -327,7 +337,8 @@ class Trainer:
             rng.sample(self.prompts, min(available, wanted - done)) for done in range(0, wanted, available)
         ]
         batch = [prompt for part in rounds for prompt in part]
-        conditioning = self.sampler.policy.encode([prompt.text for prompt in batch])
+        with range_("encode", "rollout"):
+            conditioning = self.sampler.policy.encode([prompt.text for prompt in batch])
         return (
             batch,
             conditioning,
@@ -337,7 +348,8 @@ class Trainer:
     def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Scores a batch; what a reward cannot score is saved before the run stops."""
         try:
-            return self.rewards.score(images, [p.text for p in prompts], [p.metadata for p in prompts])
+            with model_call("reward", "reward"):
+                return self.rewards.score(images, [p.text for p in prompts], [p.metadata for p in prompts])
         except RewardError as error:
             self._fail(error, [(images[index], prompts[index].text) for index in error.images_index])
 
@@ -384,14 +396,25 @@ class Trainer:
             raise Stopped
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """Shows a phase, here and to Nsight, and adds its time to the iteration's metrics."""
+    def _phase(self, name: Category) -> Iterator[None]:
+        """Shows a part of the iteration, here and to profilers, and enters it in the accounts."""
         self.display.phase(name)
-        began = time.perf_counter()
-        with nvtx.annotate(name, domain="loopfast"):
+        with self.meter.phase(name):
             yield
-        key = f"seconds_{name}"
-        self.progress.metrics[key] = self.progress.metrics.get(key, 0.0) + time.perf_counter() - began
+
+    def _account(self) -> None:
+        """Adds what the meter counted to the iteration's metrics."""
+        times = self.meter.stop()
+        self._add(
+            {f"seconds_{name}": seconds for name, seconds in times.phases.items()}
+            | {"seconds_iteration": times.total, "seconds_model": times.model}
+            | {"model_calls": times.calls.get("denoiser", 0)}
+        )
+
+    def _add(self, amounts: dict[str, float]) -> None:
+        metrics = self.progress.metrics
+        for name, amount in amounts.items():
+            metrics[name] = metrics.get(name, 0) + amount
 
     def _summary(self) -> dict[str, Any]:
         """The iteration's metrics: those of the sampling, and the means over its updates."""
@@ -399,8 +422,14 @@ class Trainer:
         means = {name: statistics.fmean(update[name] for update in updates) for name in updates[0]}
         if self.config.algorithm.kl_weight == 0:
             del means["kl_reference"]
+        metrics = self.progress.metrics
+        seconds = metrics["seconds_iteration"]
+        images = self.config.rollout.prompts_per_iteration * self.config.algorithm.samples_per_prompt
         return {
-            **self.progress.metrics,
+            **metrics,
+            "images_per_second": images / seconds,
+            "model_calls_per_second": metrics["model_calls"] / seconds,
+            "outside_model_share": 1 - metrics["seconds_model"] / seconds,
             **means,
             "ratio_max_deviation": updates[0]["ratio_max_deviation"],
             "learning_rate": updates[-1]["learning_rate"],

@@ -14,6 +14,7 @@ from loopfast.config import AlgorithmConfig
 from loopfast.engines import LocalEngine
 from loopfast.errors import NonFiniteError
 from loopfast.policies import Conditioning, expand, pad_rows
+from loopfast.profiling import model_call, phase, range_
 from loopfast.rollout import Sampler, slices
 from loopfast.trajectories import Trajectories
 from loopfast_kernels import LoopLoss, clipped_loss, loop_loss
@@ -162,7 +163,8 @@ def update(
         )
         before_step(statistics)
         learning_rate = engine.learning_rate
-        norm = engine.update()
+        with phase("optimizer"):
+            norm = engine.update()
     except NonFiniteError as error:
         engine.discard()
         raise NonFiniteError(str(error), error.rows or pairs[0].unique().tolist()) from error
@@ -218,21 +220,28 @@ def _accumulate(
     losses = []
     for part in slices(len(rows), microbatch):
         size = part.stop - part.start
-        # every call has the batch size of the rollout's; see `pad_rows`
-        row, step = pad_rows(rows[part], microbatch), pad_rows(steps[part], microbatch)
-        transitions = trajectories.pairs(here[0][part], here[1][part])
-        sample = pad_rows(transitions[0], microbatch)
-        text = expand(conditioning, prompts[row])
-        timestep = sampler.schedule.timesteps[step]
+        with range_("pairs", "replay", part.start):
+            # every call has the batch size of the rollout's; see `pad_rows`
+            row, step = pad_rows(rows[part], microbatch), pad_rows(steps[part], microbatch)
+            transitions = trajectories.pairs(here[0][part], here[1][part])
+            sample = pad_rows(transitions[0], microbatch)
+            text = expand(conditioning, prompts[row])
+            timestep = sampler.schedule.timesteps[step]
         reference = _reference(sampler, sample, timestep, text, size) if with_reference else None
-        output, unconditional = sampler.policy.predict(sample, timestep, text, sampler.guidance_scale)
-        unconditional = None if unconditional is None else unconditional[:size]
-        result = surrogate(
-            sampler, output[:size], unconditional, reference, transitions, rows[part], steps[part]
-        )
-        engine.backward(result.loss * (size / len(rows)))
-        losses.append(LoopLoss(*(value.detach() for value in result)))
-    statistics = _statistics(losses, trajectories.logprob[steps, rows], surrogate.clip_range)
+        with model_call("denoiser", "replay", part.start, device):
+            output, unconditional = sampler.policy.predict(sample, timestep, text, sampler.guidance_scale)
+        with range_("loss", "replay", part.start):
+            unconditional = None if unconditional is None else unconditional[:size]
+            result = surrogate(
+                sampler, output[:size], unconditional, reference, transitions, rows[part], steps[part]
+            )
+            loss = result.loss * (size / len(rows))
+            losses.append(LoopLoss(*(value.detach() for value in result)))
+        # the loss has its gradients already: of the backward pass, the denoiser's is all but some ten microseconds
+        with model_call("backward", "replay", part.start, device):
+            engine.backward(loss)
+    with range_("statistics", "replay"):
+        statistics = _statistics(losses, trajectories.logprob[steps, rows], surrogate.clip_range)
     if not torch.isfinite(torch.tensor([statistics.loss, statistics.ratio_max_deviation])).all():
         finite = torch.cat([loss.logprob for loss in losses]).isfinite()
         at_fault = rows[~finite].unique().tolist() or rows.unique().tolist()
@@ -243,7 +252,7 @@ def _accumulate(
 @torch.no_grad()
 def _reference(sampler: Sampler, sample: Tensor, timestep: Tensor, text: Conditioning, size: int) -> Tensor:
     """The guided output of the policy before training, ``[size, *L]``."""
-    with sampler.policy.reference():
+    with sampler.policy.reference(), model_call("denoiser", "replay", device=sample.device):
         output, unconditional = sampler.policy.predict(sample, timestep, text, sampler.guidance_scale)
     if unconditional is not None:
         output = torch.lerp(unconditional, output, sampler.guidance_scale)

@@ -59,8 +59,14 @@ _DIAGNOSTICS = (
 _PHASES = (
     ("seconds_rollout", "Sampling", "phase-1"),
     ("seconds_reward", "Reward", "phase-2"),
-    ("seconds_replay", "Replay and update", "phase-3"),
+    ("seconds_replay", "Replay", "phase-3"),
+    ("seconds_optimizer", "Optimizer", "phase-6"),
     ("seconds_eval", "Evaluation", "phase-4"),
+    ("seconds_checkpoint", "Checkpoint", "phase-7"),
+)
+_SPEEDS = (
+    ("images_per_second", "Images a second", "{:.3g} (median, training on them included)"),
+    ("outside_model_share", "Outside model calls", "{:.1%} of an iteration (median)"),
 )
 
 
@@ -276,6 +282,10 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
     memory = [row["peak_memory_bytes"] for row in run.metrics if row.get("peak_memory_bytes")]
     if memory:
         add("Peak memory", max(memory) / 2**20, "{:,.0f} MiB")
+    for metric, name, text in _SPEEDS:
+        _, values = run.column(metric)
+        if values:
+            add(name, statistics.median(values), text)
     known = {name.lower() for name, _ in facts}
     for name, value in run.summary.get("facts", []):
         if str(name).lower() not in known:
