@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,17 +24,18 @@ from loopfast.errors import CheckpointError, Interrupted, LoopfastError, NonFini
 from loopfast.evaluation import evaluate
 from loopfast.files import writing
 from loopfast.interrupts import StopRequest
+from loopfast.microbatch import Microbatches, start_size
 from loopfast.policies import Conditioning, load_policy, load_schedule, trained_steps
 from loopfast.profiling import Category, Meter, model_call, range_
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.reporting import write_report
 from loopfast.rewards import Scores, build_rewards
-from loopfast.rollout import Sampler, automatic_microbatch
+from loopfast.rollout import Sampler
 from loopfast.runs import RunFolder, describe_run, peak_memory
 from loopfast.seeds import derive, row_seeds
 from loopfast.tracking import Tracker, read_metrics
 from loopfast.trajectories import Trajectories, shuffled_pairs
-from loopfast.update import Surrogate, UpdateStatistics, update
+from loopfast.update import Surrogate, UpdateStatistics, rehearse, update
 
 # Rollout and replay call the model alike, so the ratio before the first update is 1 exactly; where other batch sizes
 # make the model round otherwise, it may differ by this much.
@@ -79,6 +80,10 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
             ) from None
     trainer.tracker.close()
     return trainer.folder.path
+
+
+class _Resized(Exception):  # noqa: N818 - a way out, not an error
+    """Replay takes fewer rows per model call than the rollout did."""
 
 
 class Stopped(Exception):  # noqa: N818 - being stopped is not an error
@@ -126,15 +131,19 @@ class Trainer:
             config.model, seed=config.run.seed, keep_reference=config.algorithm.kl_weight > 0
         )
         images = config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt
-        automatic = automatic_microbatch(images, policy.latent_shape)
+        self.microbatches = Microbatches(
+            config.rollout.microbatch,
+            config.train.microbatch,
+            start_size(images, policy.latent_shape, policy.device),
+            display.warning,
+        )
         self.sampler = Sampler(
             policy,
             self.schedule.to(policy.device),
             config.rollout.guidance_scale,
             config.algorithm.logprob,
-            automatic if config.rollout.microbatch == "auto" else config.rollout.microbatch,
+            self.microbatches.rollout,
         )
-        self.microbatch = automatic if config.train.microbatch == "auto" else config.train.microbatch
         self.engine = LocalEngine(policy, config.train)
         self.statistics = PromptStatistics()
         self.progress = Progress()
@@ -158,8 +167,27 @@ class Trainer:
         self.display.header("loopfast train", facts)
         self.folder.write_summary(facts)
         self.display.start(self.config.train.iterations, self.progress.iteration)
+        self._rehearse()
         if self.progress.pending is not None:
             self.record()
+
+    def _resized(self, rows: int) -> Sampler:
+        """The sampler, with ``rows`` per model call."""
+        if self.sampler.microbatch != rows:
+            self.sampler = replace(self.sampler, microbatch=rows)
+        return self.sampler
+
+    def _rehearse(self) -> None:
+        """Finds out how many rows a training call can take before images are sampled for one that cannot."""
+        if self.sampler.policy.device.type != "cuda" or not self.microbatches.automatic("train"):
+            return
+        conditioning = self.sampler.policy.encode([self.prompts[0].text])
+        with_reference = self.config.algorithm.kl_weight > 0
+
+        def attempt(rows: int) -> None:
+            rehearse(self.sampler, self.engine, conditioning, microbatch=rows, with_reference=with_reference)
+
+        self.microbatches.fitting("train", attempt)
 
     def sample(self) -> None:
         """Draws the iteration's prompts, samples K trajectories of each, and scores the images."""
@@ -174,9 +202,14 @@ class Trainer:
             config.algorithm.samples_per_prompt,
         )
         with self._phase("rollout"):
-            trajectories = self.sampler.sample(conditioning, owner, seeds, between=self._check_stop)
+            trajectories = self.microbatches.fitting(
+                "rollout",
+                lambda rows: self._resized(rows).sample(conditioning, owner, seeds, between=self._check_stop),
+            )
         with self._phase("reward"):
             images = self.sampler.decode(trajectories.final)
+            if config.trajectories.device == "host":
+                trajectories = trajectories.to_host()
             scores = self._score(images, [batch[index] for index in owner.tolist()])
         rewards = scores.total.view(len(batch), -1)
         progress.metrics |= {
@@ -199,7 +232,7 @@ class Trainer:
         texts = [prompt.text for prompt in batch]
         # joins the history when the iteration is complete, so that one resumed halfway counts its rewards once
         history = copy.deepcopy(self.statistics)
-        surrogate = Surrogate(config.algorithm, rewards, texts, history, trajectories.latents.device)
+        surrogate = Surrogate(config.algorithm, rewards, texts, history, self.sampler.policy.device)
         parts = [
             pairs
             for epoch in range(config.train.inner_epochs)
@@ -210,11 +243,15 @@ class Trainer:
                 config.run.seed,
                 progress.iteration,
                 epoch,
+                config.train.step_fraction,
             )
         ]
         for pairs in parts[len(progress.updates) :]:
-            with self._phase("replay"), self._explained():
-                done = update(
+
+            def attempt(rows: int, pairs: tuple[Tensor, Tensor] = pairs) -> UpdateStatistics:
+                if self.microbatches.shared and not progress.updates and rows != self.sampler.microbatch:
+                    raise _Resized
+                return update(
                     self.sampler,
                     self.engine,
                     surrogate,
@@ -222,10 +259,20 @@ class Trainer:
                     conditioning,
                     owner,
                     pairs,
-                    microbatch=self.microbatch,
+                    microbatch=rows,
                     with_reference=config.algorithm.kl_weight > 0,
                     before_step=self._check_ratio,
                 )
+
+            try:
+                with self._phase("replay"), self._explained():
+                    done = self.microbatches.fitting("train", attempt)
+            except _Resized:
+                # nothing is learned from these images yet: new ones come from calls of the size they are trained in
+                progress.images -= trajectories.count
+                self.sample()
+                self.update()
+                return
             progress.updates.append(asdict(done))
             self._check_stop()
         self.statistics = history
@@ -244,12 +291,15 @@ class Trainer:
         if iteration == 0 or self.finished or _due(iteration, config.evaluation.every):
             began = time.perf_counter()
             with self._phase("evaluation"):
-                result = evaluate(
-                    self.sampler,
-                    self.evaluation_prompts,
-                    self._score,
-                    config.evaluation,
-                    between=self._check_stop,
+                result = self.microbatches.fitting(
+                    "rollout",
+                    lambda rows: evaluate(
+                        self._resized(rows),
+                        self.evaluation_prompts,
+                        self._score,
+                        config.evaluation,
+                        between=self._check_stop,
+                    ),
                 )
             with writing(self.folder.path):
                 grid = result.save(self.folder.path, iteration, progress.images)
@@ -309,6 +359,7 @@ class Trainer:
             }
         state = {
             "engine": engine,
+            "microbatch": self.microbatches.state_dict(),
             "prompt_statistics": self.statistics.state_dict(),
             **{name: getattr(progress, name) for name in _PLAIN},
         }
@@ -319,14 +370,16 @@ class Trainer:
         try:
             self.engine.load_state(tensors, state["engine"])
             self.statistics.load_state_dict(state["prompt_statistics"])
+            self.microbatches.load_state_dict(state.get("microbatch", {}))
+            self._resized(self.microbatches.rollout)
             self.progress = Progress(**{name: state[name] for name in _PLAIN})
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"checkpoint {checkpoint.path} cannot be resumed: {error}") from error
         if stored := tensors.get("trajectories"):
             device = self.sampler.policy.device
-            self.progress.trajectories = Trajectories(
-                stored["latents"].to(device), stored["logprob"].to(device)
-            )
+            trajectories = Trajectories(stored["latents"].to(device), stored["logprob"].to(device))
+            on_host = self.config.trajectories.device == "host"
+            self.progress.trajectories = trajectories.to_host() if on_host else trajectories
             self.progress.rewards = stored["rewards"]
 
     def _batch(self) -> tuple[list[Prompt], Conditioning, Tensor]:
@@ -363,7 +416,7 @@ class Trainer:
             assert trajectories is not None
             batch, _, owner = self._batch()
             rows = list(error.rows[: self.sampler.microbatch])
-            images = self.sampler.decode(trajectories.final[rows])
+            images = self.sampler.decode(trajectories.final[rows].to(self.sampler.policy.device))
             self._fail(
                 error, [(image, batch[owner[row]].text) for image, row in zip(images, rows, strict=True)]
             )
@@ -384,12 +437,24 @@ class Trainer:
             return
         message = (
             f"iteration {self.progress.iteration + 1}: before the first update the ratio differs from 1 by up to "
-            f"{done.ratio_max_deviation:.2g}; rollout and replay disagree. Give rollout.microbatch "
-            f"({self.sampler.microbatch}) and train.microbatch ({self.microbatch}) the same value"
+            f"{done.ratio_max_deviation:.2g}, and for {done.ratio_outside_clip:.1%} of the pairs by more than the "
+            f"clip range; rollout and replay disagree. {self._suspect()}"
         )
         if check == "error":
             raise LoopfastError(message)
         self.display.warning(message)
+
+    def _suspect(self) -> str:
+        """What most likely makes rollout and replay disagree, and what to do about it."""
+        config, sizes = self.config, self.microbatches
+        if config.rollout.merge_lora:
+            return "rollout.merge_lora=true rounds otherwise than the adapter that is trained"
+        if config.rollout.dtype not in (None, config.model.dtype):
+            return f"rollout.dtype ({config.rollout.dtype}) is not model.dtype ({config.model.dtype})"
+        if config.model.compile:
+            return "model.compile=true compiles calls with and without gradients to different kernels"
+        sizes_given = f"rollout.microbatch ({sizes.rollout}) and train.microbatch ({sizes.train})"
+        return f"Give {sizes_given} the same value"
 
     def _check_stop(self) -> None:
         if self._stop.requested:
@@ -432,6 +497,7 @@ class Trainer:
             "outside_model_share": 1 - metrics["seconds_model"] / seconds,
             **means,
             "ratio_max_deviation": updates[0]["ratio_max_deviation"],
+            "on_policy_outside_clip": updates[0]["ratio_outside_clip"],
             "learning_rate": updates[-1]["learning_rate"],
         }
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"", "errors", "files", "interrupts", "profiling", "seeds"},
     {"schedules", "algorithms", "config", "plugins"},
     {"policies", "trajectories", "prompts", "embedded", "integrations"},
-    {"rollout", "engines", "rewards", "checkpoints", "tracking", "console"},
+    {"rollout", "engines", "rewards", "checkpoints", "tracking", "console", "microbatch"},
     {"update", "runs", "evaluation", "reporting"},
     {"train"},
     {"cli", "doctor", "__main__"},

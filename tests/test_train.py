@@ -103,6 +103,7 @@ def test_metrics_have_a_line_per_iteration_and_one_before_training(finished: Pat
         "clip_fraction",
         "ratio_max_deviation",
         "ratio_outside_clip",
+        "on_policy_outside_clip",
         "logprob_change",
         "grad_norm",
         "learning_rate",
