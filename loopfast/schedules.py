@@ -35,12 +35,15 @@ class TransitionSchedule:
         table64: the same in float64, always on the CPU.
         sensitivity: float64 ``[T]`` on the CPU, ``(b / sigma)^2``: how strongly the log-probability reacts to
             the model's output. 0 where sigma is 0.
+        noiseless64: float64 ``[T, 3]`` on the CPU, the table of the same steps without noise (sigma = 0): the
+            deterministic sampler's. None for a schedule that was not made by `transition_schedule`.
     """
 
     timesteps: Tensor
     table: Tensor
     table64: Tensor
     sensitivity: Tensor
+    noiseless64: Tensor | None = None
 
     def __len__(self) -> int:
         return self.table64.shape[0]
@@ -48,6 +51,29 @@ class TransitionSchedule:
     def to(self, device: torch.device | str) -> TransitionSchedule:
         """Copy with `timesteps` and `table` on a device."""
         return replace(self, timesteps=self.timesteps.to(device), table=self.table.to(device))
+
+    def stochastic_in(self, start: int, stop: int) -> TransitionSchedule:
+        """The same steps, those outside ``[start, stop)`` being deterministic: sigma = 0, and a and b that fit it.
+
+        Args:
+            start, stop: indices into the table, ``0 <= start < stop <= T``.
+
+        Raises:
+            ValueError: they are not, or the deterministic table is not known.
+        """
+        if not 0 <= start < stop <= len(self):
+            raise ValueError(f"steps {start}:{stop} reach outside the schedule, which has {len(self)} steps")
+        if self.noiseless64 is None:
+            raise ValueError("the schedule does not know its deterministic steps")
+        steps = torch.arange(len(self))
+        inside = (steps >= start) & (steps < stop)
+        table = torch.where(inside[:, None], self.table64, self.noiseless64)
+        return replace(
+            self,
+            table=table.to(self.table),
+            table64=table,
+            sensitivity=torch.where(inside, self.sensitivity, 0.0),
+        )
 
     def trained_steps(self, spec: str) -> tuple[int, ...]:
         """Pick the steps to train on. Deterministic ones (sigma = 0) never are.
@@ -107,10 +133,12 @@ def transition_schedule(
         if noise_level is not None:
             raise ValueError("noise_level belongs to flow matching; a DDIMScheduler takes eta")
         timesteps, table = _ddim(scheduler, num_steps, 1.0 if eta is None else eta)
+        noiseless = _ddim(scheduler, num_steps, 0.0)[1]
     elif _FLOW in names:
         if eta is not None:
             raise ValueError(f"eta belongs to DDIM; a {_FLOW} takes noise_level")
         timesteps, table = _flow(scheduler, num_steps, 0.7 if noise_level is None else noise_level)
+        noiseless = _flow(scheduler, num_steps, 0.0)[1]
     else:
         raise ValueError(
             f"{type(scheduler).__name__} has no Gaussian first-order transition here; supported are "
@@ -119,7 +147,11 @@ def transition_schedule(
     _, b, sigma = table.unbind(1)
     sensitivity = torch.where(sigma > 0, b / torch.where(sigma > 0, sigma, 1.0), 0.0).square()
     return TransitionSchedule(
-        timesteps=timesteps, table=table.to(torch.float32), table64=table, sensitivity=sensitivity
+        timesteps=timesteps,
+        table=table.to(torch.float32),
+        table64=table,
+        sensitivity=sensitivity,
+        noiseless64=noiseless,
     )
 
 

@@ -1,7 +1,7 @@
 """Diffusion pipelines as policies: encode prompts, predict model outputs, decode latents."""
 
 from loopfast.policies.base import Conditioning, Policy, expand, pad_rows
-from loopfast.policies.loading import load_policy, load_schedule, load_scheduler, trained_steps
+from loopfast.policies.loading import load_policy, load_schedule, load_scheduler, torch_device, trained_steps
 from loopfast.policies.signature import adapter_signature, addresses
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "load_schedule",
     "load_scheduler",
     "pad_rows",
+    "torch_device",
     "trained_steps",
 ]

@@ -122,8 +122,8 @@ def locate(config: ModelConfig) -> Path | str:
     return path if path.is_dir() else config.pretrained
 
 
-def torch_device(name: str) -> torch.device:
-    """The device a configuration's ``model.device`` names.
+def torch_device(name: str, *, key: str = "model.device") -> torch.device:
+    """The device that a configuration's ``key`` names.
 
     Raises:
         ConfigError: there is no such device on this machine.
@@ -133,7 +133,7 @@ def torch_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"model.device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA device(s)"
+            f"{key}: {name} is not there; this machine has {torch.cuda.device_count()} CUDA device(s)"
         )
     return device
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from loopfast.policies import Conditioning, Policy, expand, pad_rows
+from loopfast.policies import Conditioning, Policy, pad_rows
+from loopfast.profiling import model_call
+from loopfast.rollout.capture import StepCache
+from loopfast.rollout.replica import Replica
+from loopfast.rollout.step import DenoisingStep
 from loopfast.schedules import TransitionSchedule
 from loopfast.seeds import derive
 from loopfast.trajectories import Trajectories
-from loopfast_kernels import denoise_step, philox_normal
+from loopfast_kernels import philox_normal
 
 
 def initial_latents(policy: Policy, seeds: Tensor) -> Tensor:
@@ -29,11 +33,13 @@ class Sampler:
     """A policy, the transitions it is sampled by, and how.
 
     Attributes:
-        policy: the model to sample from.
+        policy: the model that is trained.
         schedule: its T transitions, on the policy's device.
         guidance_scale: of classifier-free guidance; 1 for none.
         reduction: ``sum`` or ``mean``, of the log-probability over a latent's elements.
         microbatch: rows per model call. It changes neither the noise nor, beyond rounding in the model, the result.
+        replica: the copy of the policy to sample from; None: the policy itself.
+        steps: the denoising steps recorded so far.
     """
 
     policy: Policy
@@ -41,6 +47,8 @@ class Sampler:
     guidance_scale: float
     reduction: str
     microbatch: int
+    replica: Replica | None = None
+    steps: StepCache = field(default_factory=StepCache)
 
     @torch.no_grad()
     def sample(
@@ -50,6 +58,8 @@ class Sampler:
         seeds: Tensor,
         *,
         between: Callable[[], None] = lambda: None,
+        schedule: TransitionSchedule | None = None,
+        finished: Callable[[slice, Tensor], None] = lambda rows, latents: None,
     ) -> Trajectories:
         """Samples N trajectories.
 
@@ -58,48 +68,64 @@ class Sampler:
             prompts: int64 ``[N]``, each row's prompt.
             seeds: int64 ``[N]``, each row's noise seed.
             between: called before each microbatch; it may raise to stop.
+            schedule: the T transitions to sample by; None: the sampler's own.
+            finished: called after each microbatch with its rows and their denoised latents ``[rows, *L]``.
 
         Returns:
-            The trajectories, on the policy's device.
+            The trajectories, on the policy's device, in the type of the model that was sampled from.
+
+        Raises:
+            torch.OutOfMemoryError: the microbatch does not fit into memory; nothing is kept of the attempt.
         """
-        policy, schedule = self.policy, self.schedule
-        count, steps = len(seeds), len(schedule.timesteps)
-        latents = torch.empty(
-            steps + 1, count, *policy.latent_shape, dtype=policy.dtype, device=policy.device
-        )
-        logprob = torch.empty(steps, count, dtype=torch.float32, device=policy.device)
-        latents[0] = initial_latents(policy, seeds)
+        schedule = schedule or self.schedule
+        model = self.policy
+        if self.replica is not None:
+            self.replica.refresh()
+            model = self.replica.policy
+        count, steps, device = len(seeds), len(schedule), self.policy.device
+        latents = torch.empty(steps + 1, count, *model.latent_shape, dtype=model.dtype, device=device)
+        logprob = torch.empty(steps, count, dtype=torch.float32, device=device)
         for rows in slices(count, self.microbatch):
             between()
+            done = self._sample_rows(model, schedule, conditioning, prompts[rows], seeds[rows])
             size = rows.stop - rows.start
-            # every call has the same batch size; see `pad_rows`
-            text = expand(conditioning, pad_rows(prompts[rows], self.microbatch).to(policy.device))
-            seed = pad_rows(seeds[rows], self.microbatch).to(policy.device)
-            sample = pad_rows(latents[0, rows], self.microbatch)
-            for index in range(steps):
-                step = torch.full((self.microbatch,), index, dtype=torch.int64, device=policy.device)
-                output, unconditional = policy.predict(
-                    sample, schedule.timesteps[step], text, self.guidance_scale
-                )
-                sample, scores = denoise_step(
-                    output,
-                    sample,
-                    schedule.table,
-                    step,
-                    seed,
-                    uncond_output=unconditional,
-                    guidance_scale=self.guidance_scale,
-                    reduction=self.reduction,
-                )
-                latents[index + 1, rows] = sample[:size]
-                logprob[index, rows] = scores[:size]
+            latents[:, rows], logprob[:, rows] = done.trajectory[:, :size], done.logprob[:, :size]
+            finished(rows, latents[-1, rows])
         return Trajectories(latents, logprob)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images float32 ``[N, 3, H, W]`` in [0, 1] of latents ``[N, *L]``, decoded a microbatch at a time."""
-        return torch.cat(
-            [self.policy.decode(latents[rows]) for rows in slices(len(latents), self.microbatch)]
-        )
+        images = []
+        for rows in slices(len(latents), self.microbatch):
+            with model_call("decoder", "reward", rows.start, latents.device):
+                images.append(self.policy.decode(latents[rows]))
+        return torch.cat(images)
+
+    def release(self) -> None:
+        """Frees what sampling keeps for the next time: recorded steps and their buffers."""
+        self.steps.release()
+
+    def _sample_rows(
+        self,
+        model: Policy,
+        schedule: TransitionSchedule,
+        conditioning: Conditioning,
+        prompts: Tensor,
+        seeds: Tensor,
+    ) -> DenoisingStep:
+        """Samples at most a microbatch; the step's store holds the trajectories in its first rows."""
+        size = self.microbatch
+        # every call has the same batch size; see `pad_rows`
+        prompts, seeds = pad_rows(prompts, size), pad_rows(seeds, size)
+        try:
+            step = self.steps.get(model, size, schedule, conditioning, self.guidance_scale, self.reduction)
+            step.step.load(schedule, initial_latents(model, seeds), conditioning, prompts, seeds)
+            step.run(len(schedule))
+        except torch.OutOfMemoryError:
+            # who tries again with fewer rows needs the room of these
+            self.release()
+            raise
+        return step.step
 
 
 def slices(count: int, size: int) -> Iterator[slice]:

@@ -1,0 +1,207 @@
+"""Records a denoising step once and replays it; takes it step by step where that is impossible."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from loopfast.policies import Conditioning, Policy
+from loopfast.profiling import model_call, range_
+from loopfast.rollout.step import DenoisingStep
+from loopfast.schedules import TransitionSchedule
+
+WARM_UP = 3
+"""Times a step is taken before it is recorded: libraries choose algorithms and allocate in the first calls."""
+
+CHECK_ADDRESSES = "LOOPFAST_CHECK_ADDRESSES"
+"""Environment variable: 1 compares, before each replay, where tensors lie with where they lay when recorded."""
+
+
+class CapturedStep:
+    """A `DenoisingStep`, recorded in a CUDA graph if asked for and possible.
+
+    A failed recording is told once, with its reason; the step is then taken eagerly, with the same results.
+
+    Args:
+        step: what to record.
+        capture: whether to record it; False on devices without graphs.
+        pool: of memory, shared by graphs that are never replayed at the same time.
+        warn: is told why a recording failed.
+        check_addresses: before each replay, make sure that nothing has moved since the recording.
+    """
+
+    def __init__(
+        self,
+        step: DenoisingStep,
+        *,
+        capture: bool,
+        pool: Any = None,
+        warn: Callable[[str], None] = lambda text: None,
+        check_addresses: bool = False,
+    ) -> None:
+        self.step = step
+        self._check = check_addresses
+        self._addresses = step.addresses()
+        self._adapter = step.adapter()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if capture:
+            try:
+                self._graph = _record(step, pool)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                warn(
+                    f"the denoising step cannot be captured in a CUDA graph and runs without one: "
+                    f"{_reason(error)}"
+                )
+
+    @property
+    def captured(self) -> bool:
+        """Whether there is a graph to replay."""
+        return self._graph is not None
+
+    def is_current(self) -> bool:
+        """Whether the weights lie where they lay when the step was recorded, and the adapter acts as it did."""
+        return self.step.addresses() == self._addresses and self.step.adapter() == self._adapter
+
+    def run(self, steps: int) -> None:
+        """Takes the first ``steps`` steps of what was loaded.
+
+        Raises:
+            RuntimeError: under ``check_addresses``, a tensor has moved.
+        """
+        device = self.step.trajectory.device
+        for index in range(steps):
+            if self._check:
+                self._require_unmoved()
+            if self._graph is None:
+                with range_("step", "rollout", index):
+                    self.step.advance()
+            else:  # all but a sliver of the graph is the denoiser, whose own range does not replay
+                with model_call("denoiser", "rollout", index, device):
+                    self._graph.replay()
+
+    def release(self) -> None:
+        """Frees the graph; the step cannot be taken afterwards."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
+
+    def _require_unmoved(self) -> None:
+        now = self.step.addresses()
+        moved = [name for name, address in self._addresses.items() if now.get(name) != address]
+        if moved:
+            more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
+            raise RuntimeError(
+                f"{moved[0]}{more} moved in memory after the denoising step was recorded: a replay would read the "
+                "old place. Change tensors in place (copy_), or sample anew"
+            )
+
+
+class StepCache:
+    """The steps that were recorded, by what they depend on.
+
+    Args:
+        capture: record steps in CUDA graphs, on devices that have them.
+        warn: is told why a recording failed, once for each reason.
+        check_addresses: None: as the environment variable `CHECK_ADDRESSES` says.
+    """
+
+    def __init__(
+        self,
+        *,
+        capture: bool = True,
+        warn: Callable[[str], None] = lambda text: None,
+        check_addresses: bool | None = None,
+    ) -> None:
+        self._capture, self._warn = capture, warn
+        self._check = os.environ.get(CHECK_ADDRESSES) == "1" if check_addresses is None else check_addresses
+        self._steps: dict[Hashable, CapturedStep] = {}
+        self._failed: set[Hashable] = set()
+        self._told: set[str] = set()
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def get(
+        self,
+        policy: Policy,
+        rows: int,
+        schedule: TransitionSchedule,
+        conditioning: Conditioning,
+        guidance_scale: float,
+        reduction: str,
+    ) -> CapturedStep:
+        """The step of these arguments, which are those of `DenoisingStep`; recorded anew if weights have moved."""
+        key = DenoisingStep.key(policy, rows, schedule, conditioning, guidance_scale, reduction)
+        found = self._steps.get(key)
+        if found is not None and found.is_current():
+            return found
+        if found is not None:
+            found.release()
+            del self._steps[key]
+        capture = self._capture and policy.device.type == "cuda" and key not in self._failed
+        if capture and self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        step = DenoisingStep(policy, rows, schedule, conditioning, guidance_scale, reduction)
+        made = CapturedStep(
+            step, capture=capture, pool=self._pool, warn=self._tell, check_addresses=self._check
+        )
+        if capture and not made.captured:
+            self._failed.add(key)
+        self._steps[key] = made
+        return made
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            self._warn(reason)
+
+    def release(self) -> None:
+        """Frees every graph and buffer; what is sampled next is recorded anew."""
+        for step in self._steps.values():
+            step.release()
+        self._steps.clear()
+        self._pool = None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _record(step: DenoisingStep, pool: Any) -> torch.cuda.CUDAGraph:
+    """The graph of one step. Buffers hold anything afterwards.
+
+    Warm-up and recording share a stream: handles and workspaces of libraries belong to one.
+    """
+    graph = torch.cuda.CUDAGraph()
+    device = step.trajectory.device
+    cached = torch.is_autocast_cache_enabled()
+    # a cast weight that autocast cached outside the graph would be read after it is gone
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.cuda.device(device), torch.no_grad():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            # leaves the stream also where a failed recording does not
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    step.rewind()
+                    step.advance()
+                # reward workers use the device meanwhile: what other threads do must not break the recording
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    step.advance()
+            torch.cuda.current_stream().wait_stream(stream)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+    return graph
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first: ending a broken recording raises another error on top of it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,151 @@
+"""One denoising step on buffers that never move."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from loopfast.policies import Conditioning, Policy, adapter_signature, addresses
+from loopfast.profiling import model_call
+from loopfast.schedules import TransitionSchedule
+from loopfast_kernels import denoise_step_
+
+
+class DenoisingStep:
+    """Takes M trajectories from one step to the next, all inputs and outputs at fixed addresses.
+
+    Which step that is, the device knows alone: a counter selects the timestep, the coefficients, the row of the
+    store that is read and the one that is written. So the same work, recorded once, serves every step, and the host
+    never waits.
+
+    Args:
+        policy: predicts; with guidance, both halves in one call of 2 M rows.
+        rows: M.
+        schedule: the T transitions; :meth:`load` may give others of the same number.
+        conditioning: of any number of prompts; rows ``[P, ...]``, for their shapes and types.
+        guidance_scale: of classifier-free guidance; 1 for none.
+        reduction: of the log-probability, ``sum`` or ``mean``.
+
+    Attributes:
+        trajectory: ``[T + 1, M, *L]`` in the policy's dtype, the store.
+        logprob: float32 ``[T, M]``.
+        buffers: every tensor the step reads or writes, by name.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        rows: int,
+        schedule: TransitionSchedule,
+        conditioning: Conditioning,
+        guidance_scale: float,
+        reduction: str,
+    ) -> None:
+        device, dtype, steps = policy.device, policy.dtype, len(schedule)
+        self._policy, self._guidance_scale, self._reduction = policy, guidance_scale, reduction
+        self.trajectory = torch.zeros(steps + 1, rows, *policy.latent_shape, dtype=dtype, device=device)
+        self.logprob = torch.zeros(steps, rows, dtype=torch.float32, device=device)
+        self._input = torch.zeros_like(self.trajectory[0])
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._timesteps = schedule.timesteps.to(device, copy=True)
+        self._table = schedule.table.to(device, copy=True)
+        self._seed = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._text = {
+            name: torch.zeros(rows, *value.shape[1:], dtype=_dtype(value, dtype), device=device)
+            for name, value in conditioning.items()
+        }
+        self.buffers: Mapping[str, Tensor] = MappingProxyType(
+            {
+                "trajectory": self.trajectory,
+                "logprob": self.logprob,
+                "model_input": self._input,
+                "step": self._step,
+                "timesteps": self._timesteps,
+                "table": self._table,
+                "seed": self._seed,
+                **self._text,
+            }
+        )
+
+    @staticmethod
+    def key(
+        policy: Policy,
+        rows: int,
+        schedule: TransitionSchedule,
+        conditioning: Conditioning,
+        guidance_scale: float,
+        reduction: str,
+    ) -> Hashable:
+        """What has to be equal for a step to be used again; the arguments are those of the class."""
+        text = tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in conditioning.items())
+        latents = (tuple(policy.latent_shape), policy.dtype, policy.device)
+        types = (len(schedule), schedule.timesteps.dtype, schedule.table.dtype)
+        return id(policy), rows, latents, types, text, guidance_scale, reduction
+
+    def load(
+        self,
+        schedule: TransitionSchedule,
+        latents: Tensor,
+        conditioning: Conditioning,
+        prompts: Tensor,
+        seeds: Tensor,
+    ) -> None:
+        """Fills the buffers and sets the counter to the first step.
+
+        Args:
+            schedule: T transitions.
+            latents: ``[M, *L]``, the initial noise.
+            conditioning: of P prompts, rows ``[P, ...]``.
+            prompts: int64 ``[M]``, each row's prompt.
+            seeds: int64 ``[M]``, each row's noise seed.
+        """
+        self._timesteps.copy_(schedule.timesteps)
+        self._table.copy_(schedule.table)
+        self.trajectory[0].copy_(latents)
+        self._input.copy_(latents)
+        for name, buffer in self._text.items():
+            value = conditioning[name]
+            buffer.copy_(value[prompts.to(value.device)])
+        self._seed.copy_(seeds)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Sets the counter to the first step."""
+        self._step.zero_()
+
+    def advance(self) -> None:
+        """One step of all rows."""
+        timestep = self._timesteps.index_select(0, self._step).expand(self._seed.shape)
+        with model_call("denoiser", "rollout", device=self._input.device):
+            output, unconditional = self._policy.predict(
+                self._input, timestep, self._text, self._guidance_scale
+            )
+        denoise_step_(
+            output,
+            self.trajectory,
+            self.logprob,
+            self._input,
+            self._step,
+            self._table,
+            self._seed,
+            uncond_output=unconditional,
+            guidance_scale=self._guidance_scale,
+            reduction=self._reduction,
+        )
+
+    def addresses(self) -> dict[str, int]:
+        """Where everything lies that a recorded step reads or writes, by name: buffers and weights."""
+        weights = addresses(self._policy.denoiser)
+        return {name: tensor.data_ptr() for name, tensor in self.buffers.items()} | weights
+
+    def adapter(self) -> Hashable:
+        """The state of the denoiser's adapter, which a recorded step holds as constants."""
+        return adapter_signature(self._policy.denoiser)
+
+
+def _dtype(value: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of a row of conditioning: the policy's, unless it holds whole numbers or a mask."""
+    return dtype if value.is_floating_point() else value.dtype

@@ -1,0 +1,81 @@
+"""Which steps of an iteration draw noise, and are trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from loopfast.errors import ConfigError
+from loopfast.policies import trained_steps
+from loopfast.schedules import TransitionSchedule
+from loopfast.seeds import derive
+
+
+@dataclass(frozen=True)
+class StochasticSteps:
+    """The steps that draw noise: all, a range, or a window that is drawn for each iteration.
+
+    The others are deterministic (DDIM with eta = 0, the flow's ODE): they have no density, and so no gradient. A window
+    lies where every step in it is one to train on, so that each iteration has as many pairs.
+
+    Attributes:
+        schedule: the T transitions of the steps outside the window, too, as if they drew noise; on any device.
+        trained: the steps that may be trained on, ascending.
+        window: W steps in a row that one iteration is given of them; None: all.
+        starts: where a window may begin.
+    """
+
+    schedule: TransitionSchedule
+    trained: tuple[int, ...]
+    window: int | None = None
+    starts: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many steps of each trajectory an iteration trains on."""
+        return len(self.trained) if self.window is None else self.window
+
+    def drawn(self, seed: int, iteration: int) -> tuple[TransitionSchedule, tuple[int, ...]]:
+        """An iteration's transitions, and the steps that it trains on; a function of the run's seed and iteration."""
+        if self.window is None:
+            return self.schedule, self.trained
+        start = self.starts[derive(seed, "window", iteration) % len(self.starts)]
+        stop = start + self.window
+        return self.schedule.stochastic_in(start, stop), tuple(range(start, stop))
+
+    def to(self, device: torch.device) -> StochasticSteps:
+        """Copy with the schedule on a device."""
+        return StochasticSteps(self.schedule.to(device), self.trained, self.window, self.starts)
+
+
+def stochastic_steps(schedule: TransitionSchedule, stochastic: str, trained: str) -> StochasticSteps:
+    """The steps that ``rollout.stochastic_steps`` and ``train.steps`` select.
+
+    Args:
+        schedule: the sampler's T transitions, each with its noise.
+        stochastic: ``all``, ``START:STOP`` or ``window:W``.
+        trained: ``all``, ``auto`` or ``START:STOP``, of those that draw noise.
+
+    Raises:
+        ConfigError: they leave no step to train on, or no room for the window.
+    """
+    if stochastic == "all":
+        return StochasticSteps(schedule, trained_steps(schedule, trained))
+    first, _, last = stochastic.partition(":")
+    if first != "window":
+        start, stop = int(first or 0), int(last or len(schedule))
+        try:
+            inside = schedule.stochastic_in(start, stop)
+        except ValueError as error:
+            raise ConfigError(f"rollout.stochastic_steps: {error}") from error
+        return StochasticSteps(inside, trained_steps(inside, trained))
+    width, steps = int(last), trained_steps(schedule, trained)
+    starts = tuple(step for step in steps if set(range(step, step + width)) <= set(steps))
+    if not starts:
+        chosen = ", ".join(map(str, steps))
+        raise ConfigError(
+            f"rollout.stochastic_steps: found {stochastic}, allowed: a window that fits into the steps that "
+            f"train.steps ({trained}) selects: {chosen}"
+        )
+    return StochasticSteps(schedule, steps, width, starts)
