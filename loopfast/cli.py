@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,7 +17,8 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import loopfast
-from loopfast.errors import ConfigError, Interrupted
+from loopfast.errors import ConfigError, Interrupted, LoopfastError
+from loopfast.files import writing
 
 if TYPE_CHECKING:
     from loopfast.config import Config
@@ -267,10 +270,15 @@ def schedule(
     """
     settings = _load(config, overrides)
     _quiet_libraries()
-    from loopfast.policies import load_schedule, trained_steps
+    from loopfast.policies import load_schedule
+    from loopfast.rollout import stochastic_steps
 
-    transitions = load_schedule(settings.model, settings.rollout)
-    trained = trained_steps(transitions, settings.train.steps)
+    steps = stochastic_steps(
+        load_schedule(settings.model, settings.rollout),
+        settings.rollout.stochastic_steps,
+        settings.train.steps,
+    )
+    transitions, trained = steps.schedule, steps.trained
     table = Table("step", "timestep", "a", "b", "σ", "(b/σ)²", "trained")
     columns = zip(
         transitions.timesteps.tolist(),
@@ -284,11 +292,67 @@ def schedule(
     Console().print(table)
     print(
         f"train.steps {settings.train.steps}: {len(trained)} of {settings.rollout.steps} steps are trained on"
+        + (
+            f", {steps.window} in a row of them in an iteration, the others without noise"
+            if steps.window
+            else ""
+        )
     )
     if plot is not None:
         from loopfast.reporting import schedule_plot
 
         print(schedule_plot(transitions, trained, plot))
+
+
+@app.command(
+    epilog="**Example:** `loopfast profile --config tiny --iterations 2 --set rollout.guidance_scale=3`"
+)
+def profile(
+    config: _ConfigOption,
+    overrides: _Overrides = None,
+    iterations: Annotated[
+        int, typer.Option("--iterations", "-n", metavar="N", min=1, help="Iterations to time, and to trace.")
+    ] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Folder for what is found; default: profile-<run.name>."
+        ),
+    ] = None,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace/--no-trace",
+            help="Time and trace the iterations, or only run them, in the NVTX range `profile`, for a profiler from "
+            "outside.",
+        ),
+    ] = True,
+    nsys: Annotated[
+        bool, typer.Option("--nsys", help="Run under Nsight Systems instead of torch's profiler.")
+    ] = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Show where the time of an iteration goes.
+
+    Runs iterations, sampling and updates, of a configuration, without leaving a run behind: one to warm up, some that
+    are timed, and as many under torch's profiler. Prints the seconds of each part, the share outside model calls, and
+    the time of every operator and kernel; writes them to `profile.md` and `profile.json`, and a Chrome trace.
+    """
+    settings = _load(config, overrides)
+    folder = output or Path(f"profile-{settings.run.name}")
+    from loopfast.profiling import nsys_command
+
+    command = nsys_command(config, overrides or [], iterations=iterations, output=folder)
+    if nsys:
+        _replace_process(command, "--nsys needs Nsight Systems", folder)
+    _quiet_libraries()
+    from loopfast.console import Display
+    from loopfast.profile_run import profile as run
+
+    with Display(quiet=quiet) as display:
+        found = run(settings, iterations=iterations, output=folder, trace=trace, display=display)
+    if found is not None:
+        print(found.as_markdown(), *found.files, "", "With Nsight Systems:", shlex.join(command), sep="\n")
 
 
 @config_app.command(
@@ -334,6 +398,17 @@ def _load(source: str, overrides: list[str] | None) -> Config:
     from loopfast.config import load_config
 
     return load_config(source, overrides or [])
+
+
+def _replace_process(command: list[str], needed: str, folder: Path) -> NoReturn:
+    """Goes on as another program, which writes to a folder."""
+    program = shutil.which(command[0])
+    if program is None:
+        raise LoopfastError(f"{needed}, and no {command[0]} is on the PATH")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    os.execv(program, command)
 
 
 def _quiet_libraries() -> None:

@@ -11,6 +11,7 @@ host reads when the iteration has ended. Nothing waits in between.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from bisect import bisect_left, bisect_right
@@ -19,16 +20,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import nvtx
 import torch
 
-__all__ = ["DOMAIN", "Category", "Meter", "Times", "model_call", "phase", "range_"]
+__all__ = ["DOMAIN", "Category", "Meter", "Times", "model_call", "nsys_command", "phase", "range_"]
 
 DOMAIN = "loopfast"
-Category = Literal["rollout", "reward", "replay", "optimizer", "evaluation", "checkpoint"]
+Category = Literal["rollout", "reward", "replay", "optimizer", "evaluation", "checkpoint", "profile"]
 
 Mark = float | torch.cuda.Event
 """A moment: seconds of the host's clock, or an event in a GPU's stream."""
@@ -310,6 +312,39 @@ def _event(gpu: torch.device) -> torch.cuda.Event:
 def _capturing(device: torch.device | None) -> bool:
     """Whether what is called now is only recorded, to be replayed later."""
     return device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def nsys_command(source: str, overrides: Sequence[str], *, iterations: int, output: Path) -> list[str]:
+    """The command that records the same iterations with Nsight Systems.
+
+    Args:
+        source: a recipe's name or a file.
+        overrides: ``KEY=VALUE`` each.
+        iterations: how many are recorded, after one that warms up.
+        output: folder of the report, ``nsys.nsys-rep``.
+    """
+    return [
+        "nsys",
+        "profile",
+        "--trace=cuda,nvtx,cudnn,cublas",
+        "--sample=none",
+        "--cpuctxsw=none",
+        "--cuda-graph-trace=node",
+        "--capture-range=nvtx",
+        f"--nvtx-capture=profile@{DOMAIN}",
+        "--capture-range-end=stop",
+        "--force-overwrite=true",
+        f"--output={output / 'nsys'}",
+        sys.executable,
+        "-m",
+        "loopfast",
+        "profile",
+        "--config",
+        source,
+        f"--iterations={iterations}",
+        "--no-trace",
+        *(part for override in overrides for part in ("--set", override)),
+    ]
 
 
 class _Entry(NamedTuple):

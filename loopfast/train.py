@@ -26,7 +26,7 @@ from loopfast.files import writing
 from loopfast.interrupts import StopRequest
 from loopfast.microbatch import Microbatches, start_size
 from loopfast.policies import Conditioning, load_policy, load_schedule, trained_steps
-from loopfast.profiling import Category, Meter, model_call, range_
+from loopfast.profiling import Category, Meter, Times, model_call, range_
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.reporting import write_report
 from loopfast.rewards import Scores, build_rewards
@@ -148,6 +148,7 @@ class Trainer:
         self.statistics = PromptStatistics()
         self.progress = Progress()
         self.meter = Meter([policy.device, self.sampler.policy.device])
+        self.times = Times(0.0)
         if checkpoint is not None:
             self._restore(checkpoint)
         self._began = time.perf_counter() - self.progress.seconds
@@ -469,7 +470,7 @@ class Trainer:
 
     def _account(self) -> None:
         """Adds what the meter counted to the iteration's metrics."""
-        times = self.meter.stop()
+        self.times = times = self.meter.stop()
         self._add(
             {f"seconds_{name}": seconds for name, seconds in times.phases.items()}
             | {"seconds_iteration": times.total, "seconds_model": times.model}

@@ -19,7 +19,7 @@ LAYERS = [
     {"policies", "trajectories", "prompts", "embedded", "integrations"},
     {"rollout", "engines", "rewards", "checkpoints", "tracking", "console", "microbatch"},
     {"update", "runs", "evaluation", "reporting"},
-    {"train"},
+    {"train", "profile_run"},
     {"cli", "doctor", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
