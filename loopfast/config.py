@@ -218,8 +218,8 @@ class RolloutConfig(_Section):
     microbatch: _Microbatch = "auto"
     """Images per model call. Changes memory and speed; the result by rounding at most."""
     stochastic_steps: _StochasticSteps = "all"
-    """Steps that draw noise and are trained on: all, a range START:STOP, or window:W, W steps in a row drawn anew
-    each iteration. The others are deterministic and cost no gradient."""
+    """Steps that draw noise and are trained on: all, a range START:STOP, or window:W, W of the trained steps in a row,
+    drawn anew each iteration. The others are deterministic and cost no gradient; evaluations keep all their noise."""
     cuda_graph: bool = True
     """Capture a denoising step once and replay it; on GPUs only."""
     dtype: _Dtype | None = None
@@ -597,6 +597,11 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
             allowed = f"a range with START < STOP inside 0:{rollout.steps} (rollout.steps)"
             yield _problem(("train", "steps"), train.steps, allowed)
             trained = rollout.steps
+    trained = min(trained, _stochastic(rollout, train)[1])
+    for message in _stochastic(rollout, train)[0]:
+        yield _problem(("rollout", "stochastic_steps"), rollout.stochastic_steps, message)
+    if rollout.merge_lora and config.model.tune != "lora":
+        yield _problem(("rollout", "merge_lora"), True, "false with model.tune: full, which has no adapter")
     pairs = rollout.prompts_per_iteration * samples * trained
     if pairs < train.updates_per_iteration:
         allowed = f"at most {pairs}, the number of (image, step) pairs in an iteration"
@@ -609,6 +614,35 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
         yield _problem(("reward",), [], _allowed(_schema_at(("reward",))[1]))
     elif not any(term.weight for term in config.reward):
         yield _problem(("reward", 0, "weight"), 0, "a weight other than 0 for at least one reward")
+
+
+def _stochastic(rollout: RolloutConfig, train: TrainConfig) -> tuple[list[str], int]:
+    """What is wrong with ``rollout.stochastic_steps``, and at most how many steps it leaves to train on."""
+    steps, spec = rollout.steps, rollout.stochastic_steps
+    start, stop = _range(train.steps, steps)
+    if spec == "all":
+        return [], steps
+    if spec.startswith("window:"):
+        width, room = int(spec.removeprefix("window:")), stop - start
+        if width > room:
+            key = "rollout.steps" if room == steps else "train.steps"
+            return [f"a window of at most {room} steps, the number that {key} selects"], steps
+        return [], width
+    first, last = _range(spec, steps)
+    if not 0 <= first < last <= steps:
+        return [f"a range with START < STOP inside 0:{steps} (rollout.steps)"], steps
+    common = min(last, stop) - max(first, start)
+    if common < 1:
+        return [
+            f"a range that shares a step with train.steps, {train.steps}: others are not trained on"
+        ], steps
+    return [], common
+
+
+def _range(spec: str, steps: int) -> tuple[int, int]:
+    """``START:STOP`` as numbers; all steps where it names none."""
+    start, _, stop = spec.partition(":") if ":" in spec else ("", "", "")
+    return int(start or 0), int(stop or steps)
 
 
 @cache

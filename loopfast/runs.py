@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from loopfast.checkpoints import Checkpoint, CheckpointStore
-from loopfast.config import Config, config_to_yaml, load_config
+from loopfast.config import Config, RolloutConfig, config_to_yaml, load_config
 from loopfast.console import Display
 from loopfast.errors import CheckpointError, ConfigError
 from loopfast.files import write_file, writing
+from loopfast.rollout import Sampler
 from loopfast_kernels import info
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ _CHANGEABLE = {
     "run.directory",
     "run.trackers",
     "model.device",
+    "rollout.cuda_graph",
+    "rollout.device",
+    "rollout.reward_worker",
     "train.iterations",
     "train.on_policy_check",
     "evaluation.every",
@@ -163,14 +167,28 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def describe_rollout(sampler: Sampler, config: RolloutConfig) -> str:
+    """The levers of the rollout, off or on."""
+    graphs = sampler.model.device.type == "cuda" and config.cuda_graph
+    replica = "off"
+    if sampler.replica is not None:
+        merged = ", LoRA merged" if config.merge_lora else ""
+        dtype = str(sampler.model.dtype).removeprefix("torch.")
+        replica = f"{dtype} on {sampler.model.device}{merged}"
+    return (
+        f"stochastic steps {config.stochastic_steps}, CUDA graph {'on' if graphs else 'off'}, replica {replica}, "
+        f"reward worker {config.reward_worker}"
+    )
+
+
 def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
     """The header's lines: what is trained, how, on what, and where it goes."""
     config, sampler = trainer.config, trainer.sampler
     policy, algorithm, settings = sampler.policy, config.algorithm, config.train
     steps = config.rollout.steps
     images = config.rollout.prompts_per_iteration * algorithm.samples_per_prompt
-    pairs = images * len(trainer.trained_steps) // settings.updates_per_iteration
-    left_out = [str(step) for step in range(steps) if step not in trainer.trained_steps]
+    pairs = images * trainer.steps.count // settings.updates_per_iteration
+    left_out = [str(step) for step in range(steps) if step not in trainer.steps.trained]
     reason = {"auto": " (each would outweigh the others)", "all": " (deterministic)"}.get(settings.steps, "")
     threads = f", {torch.get_num_threads()} thread(s)" if policy.device.type == "cpu" else ""
     facts = info()
@@ -191,8 +209,12 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
         ),
         (
             "steps",
-            f"{len(trainer.trained_steps)} of {steps} trained"
+            f"{trainer.steps.count} of {steps} trained"
+            + (f", a window of {len(trainer.steps.trained)}" if trainer.steps.window else "")
             + (f", not {', '.join(left_out)}{reason}" if left_out else ""),
         ),
+        ("rollout", describe_rollout(sampler, config.rollout)),
+        ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in policy.levers.items())),
+        ("memory", _describe_memory(trainer)),
         ("run", str(trainer.folder.path)),
     ]

@@ -30,7 +30,7 @@ from loopfast.profiling import Category, Meter, Times, model_call, range_
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.reporting import write_report
 from loopfast.rewards import Scores, build_rewards
-from loopfast.rollout import Sampler
+from loopfast.rollout import Sampler, StepCache, make_replica, stochastic_steps
 from loopfast.runs import RunFolder, describe_run, peak_memory
 from loopfast.seeds import derive, row_seeds
 from loopfast.tracking import Tracker, read_metrics
@@ -123,7 +123,7 @@ class Trainer:
         self.evaluation_prompts = load_prompts(config.evaluation.prompts or config.prompts.source)
         self.rewards = build_rewards(config.reward)
         self.schedule = load_schedule(config.model, config.rollout)
-        self.trained_steps = trained_steps(self.schedule, config.train.steps)
+        self.steps = stochastic_steps(self.schedule, config.rollout.stochastic_steps, config.train.steps)
         self.folder = RunFolder(config)
         checkpoint = self.folder.open(resume, display)
 
@@ -147,7 +147,10 @@ class Trainer:
         self.engine = LocalEngine(policy, config.train)
         self.statistics = PromptStatistics()
         self.progress = Progress()
-        self.meter = Meter([policy.device, self.sampler.policy.device])
+            make_replica(policy, config.rollout),
+            StepCache(capture=config.rollout.cuda_graph, warn=display.warning),
+        self.meter = Meter([policy.device, self.sampler.model.device])
+        self.steps = self.steps.to(policy.device)
         self.times = Times(0.0)
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -205,7 +208,10 @@ class Trainer:
         with self._phase("rollout"):
             trajectories = self.microbatches.fitting(
                 "rollout",
-                lambda rows: self._resized(rows).sample(conditioning, owner, seeds, between=self._check_stop),
+                lambda rows: self._resized(rows).sample(
+                    conditioning, owner, seeds, between=self._check_stop, schedule=schedule
+                ),
+        schedule, _ = self.steps.drawn(config.run.seed, progress.iteration)
             )
         with self._phase("reward"):
             images = self.sampler.decode(trajectories.final)
@@ -235,11 +241,12 @@ class Trainer:
         history = copy.deepcopy(self.statistics)
         surrogate = Surrogate(config.algorithm, rewards, texts, history, self.sampler.policy.device)
         parts = [
+        _, trained = self.steps.drawn(config.run.seed, progress.iteration)
             pairs
             for epoch in range(config.train.inner_epochs)
             for pairs in shuffled_pairs(
                 trajectories.count,
-                self.trained_steps,
+                trained,
                 config.train.updates_per_iteration,
                 config.run.seed,
                 progress.iteration,
@@ -295,7 +302,7 @@ class Trainer:
                 result = self.microbatches.fitting(
                     "rollout",
                     lambda rows: evaluate(
-                        self._resized(rows),
+                        replace(self._resized(rows), replica=None),
                         self.evaluation_prompts,
                         self._score,
                         config.evaluation,

@@ -224,7 +224,8 @@ def _accumulate(
             # every call has the batch size of the rollout's; see `pad_rows`
             row, step = pad_rows(rows[part], microbatch), pad_rows(steps[part], microbatch)
             transitions = trajectories.pairs(here[0][part], here[1][part])
-            sample = pad_rows(transitions[0], microbatch)
+            # stored in the type of the model that was sampled from
+            sample = pad_rows(transitions[0], microbatch).to(sampler.policy.dtype)
             text = expand(conditioning, prompts[row])
             timestep = sampler.schedule.timesteps[step]
         reference = _reference(sampler, sample, timestep, text, size) if with_reference else None

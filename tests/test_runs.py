@@ -184,8 +184,8 @@ def test_the_header_says_what_is_trained(
     policy = SimpleNamespace(describe=lambda: "the model", device=torch.device("cpu"))
     trainer: Any = SimpleNamespace(
         config=config,
-        sampler=SimpleNamespace(policy=policy),
-        trained_steps=trained,
+        sampler=SimpleNamespace(policy=policy, model=policy, replica=None),
+        steps=SimpleNamespace(trained=trained, count=len(trained), window=None),
         prompts=[None] * 9,
         folder=RunFolder(config),
     )

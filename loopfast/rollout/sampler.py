@@ -50,6 +50,11 @@ class Sampler:
     replica: Replica | None = None
     steps: StepCache = field(default_factory=StepCache)
 
+    @property
+    def model(self) -> Policy:
+        """What is sampled from: the replica's policy, or the policy itself."""
+        return self.policy if self.replica is None else self.replica.policy
+
     @torch.no_grad()
     def sample(
         self,
@@ -77,11 +82,9 @@ class Sampler:
         Raises:
             torch.OutOfMemoryError: the microbatch does not fit into memory; nothing is kept of the attempt.
         """
-        schedule = schedule or self.schedule
-        model = self.policy
+        schedule, model = schedule or self.schedule, self.model
         if self.replica is not None:
             self.replica.refresh()
-            model = self.replica.policy
         count, steps, device = len(seeds), len(schedule), self.policy.device
         latents = torch.empty(steps + 1, count, *model.latent_shape, dtype=model.dtype, device=device)
         logprob = torch.empty(steps, count, dtype=torch.float32, device=device)
