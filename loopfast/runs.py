@@ -218,3 +218,23 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
         ("memory", _describe_memory(trainer)),
         ("run", str(trainer.folder.path)),
     ]
+
+
+def _describe_memory(trainer: Trainer) -> str:
+    config, sizes = trainer.config, trainer.microbatches
+    kinds = {True: " (auto)", False: ""}
+    return ", ".join(
+        [
+            f"microbatch {sizes.rollout}{kinds[sizes.automatic('rollout')]} in rollout",
+            f"{sizes.train}{kinds[sizes.automatic('train')]} in replay",
+            f"gradient checkpointing {_switch(config.train.gradient_checkpointing)}",
+            f"optimizer {config.train.optimizer}",
+            f"trajectories on the {config.trajectories.device}",
+            f"VAE tiling {_switch(config.model.vae_tiling)}",
+            f"text encoder {'released' if config.model.free_text_encoder else 'kept'}",
+        ]
+    )
+
+
+def _switch(state: bool | str) -> str:
+    return state if isinstance(state, str) else "on" if state else "off"

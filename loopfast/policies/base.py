@@ -20,12 +20,14 @@ class Policy(Protocol):
         scheduler: the diffusers scheduler whose transitions are sampled.
         latent_shape: ``*L``, the shape of one latent.
         device, dtype: where the denoiser is, and the type its latents have.
+        levers: what makes its denoiser faster, by name: on or off, or which.
     """
 
     scheduler: Any
     latent_shape: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
+    levers: dict[str, bool | str]
 
     def describe(self) -> str:
         """One line that names the model and what of it is trained."""
@@ -50,6 +52,15 @@ class Policy(Protocol):
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Conditioning of P prompts: rows ``[P, ...]``."""
+
+    def free_text_encoder(self, prompts: list[str]) -> None:
+        """Encodes ``prompts`` and the empty one, and releases the text encoder; no other can be encoded afterwards.
+
+        What is encoded stays on the device, or in the host's memory where it is large.
+        """
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Lets the denoiser's backward pass recompute activations instead of keeping them."""
 
     def predict(
         self, sample: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0

@@ -17,11 +17,14 @@ from typing_extensions import override
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
 from loopfast.policies.base import Conditioning, Policy
+from loopfast.policies.levers import compile_blocks, set_attention, set_tf32
 from loopfast.policies.loading import first_line, locate, torch_device
 from loopfast.policies.portable import save_portable
 from loopfast.seeds import derive
 
 ADAPTER = "loopfast"
+# Prompts encoded in one call, and the bytes from which on what comes out is kept in the host's memory.
+ENCODED_AT_ONCE, LARGE = 64, 256 * 2**20
 ATTENTION_PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -33,7 +36,8 @@ class StableDiffusionPolicy(Policy):
     the autoencoder computes in float32.
 
     Raises:
-        ConfigError: the pipeline cannot be loaded, or no module matches ``model.lora.targets``.
+        ConfigError: the pipeline cannot be loaded, no module matches ``model.lora.targets``, or ``model.attention``,
+            ``model.compile`` or ``model.tf32`` asks for what is not to be had here.
     """
 
     def __init__(self, config: ModelConfig, scheduler: Any, *, seed: int, keep_reference: bool) -> None:
@@ -64,6 +68,19 @@ class StableDiffusionPolicy(Policy):
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape = (self._unet.config.in_channels, height, width)
 
+        if config.vae_tiling:
+            self._vae.enable_tiling()
+        set_tf32(config, self.device)
+        attention = set_attention(self._unet, config, self.device, self.dtype)
+        if config.channels_last:
+            self._unet.to(memory_format=torch.channels_last)
+        self.levers = {
+            "attention": attention + (" (auto)" if config.attention == "auto" else ""),
+            "channels last": config.channels_last,
+            "compile": config.compile,
+            "TF32": config.tf32,
+        }
+
         self._base: torch.nn.Module | None = None
         if config.tune == "full":
             if keep_reference:
@@ -76,6 +93,9 @@ class StableDiffusionPolicy(Policy):
         self._active: torch.nn.Module = self._unet
         self._autocast = config.tune == "full" and self.dtype != torch.float32
         self._unconditional: Conditioning | None = None
+        self._encoded: tuple[dict[str, int], Tensor] | None = None
+        if config.compile:
+            compile_blocks(self._unet, self.device)
 
     def _add_adapter(self, seed: int) -> None:
         lora = self._config.lora
@@ -123,6 +143,10 @@ class StableDiffusionPolicy(Policy):
     @override
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
+        if self._encoded is not None:
+            index, states = self._encoded
+            rows = states[[index[prompt] for prompt in prompts]]
+            return {"encoder_hidden_states": rows.to(self.device)}
         tokenizer = self.pipeline.tokenizer
         ids = tokenizer(
             prompts,
@@ -132,6 +156,31 @@ class StableDiffusionPolicy(Policy):
             return_tensors="pt",
         ).input_ids
         return {"encoder_hidden_states": self._text_encoder(ids.to(self.device))[0].to(self.dtype)}
+
+    @override
+    def free_text_encoder(self, prompts: list[str]) -> None:
+        texts = list(dict.fromkeys(["", *prompts]))
+        parts = [texts[start : start + ENCODED_AT_ONCE] for start in range(0, len(texts), ENCODED_AT_ONCE)]
+        encoded = [self.encode(part)["encoder_hidden_states"] for part in parts]
+        large = sum(part.nbytes for part in encoded) > LARGE
+        states = torch.cat([part.cpu() for part in encoded] if large else encoded)
+        self._encoded = {text: row for row, text in enumerate(texts)}, states
+        self.pipeline.register_modules(text_encoder=None)
+        self._text_encoder_class = type(self._text_encoder)
+        del self._text_encoder
+
+    def _load_text_encoder(self) -> Any:
+        return self._text_encoder_class.from_pretrained(
+            locate(self._config),
+            subfolder="text_encoder",
+            revision=self._config.revision or "main",
+            variant=self._config.variant,
+            use_safetensors=True,
+        ).to(self.dtype)
+
+    @override
+    def enable_gradient_checkpointing(self) -> None:
+        self._unet.enable_gradient_checkpointing()
 
     @override
     def predict(
@@ -182,7 +231,12 @@ class StableDiffusionPolicy(Policy):
     @override
     def export(self, directory: Path) -> None:
         if self._config.tune == "full":
+            released = self.pipeline.text_encoder is None
+            if released:
+                self.pipeline.register_modules(text_encoder=self._load_text_encoder())
             save_portable(self.pipeline, directory)
+            if released:
+                self.pipeline.register_modules(text_encoder=None)
             return
         # readers take alpha to be the rank unless told, each release in its own way: the factor goes into the weights
         factor = self._config.lora.alpha / self._config.lora.rank

@@ -1,0 +1,176 @@
+"""Ways to make a denoiser faster or smaller that leave its mathematics alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from typing_extensions import override
+
+from loopfast.config import ModelConfig
+from loopfast.errors import ConfigError
+
+# Blocks of one class share a compile cache; this many shapes and gradient modes of them may be in it.
+_COMPILED_VARIANTS = 64
+# How much faster xformers must be in a trial to be chosen: noise should not decide how a run rounds.
+_CLEARLY_FASTER = 0.9
+
+
+class FlashAttention(AttnProcessor2_0):
+    """Diffusers' attention by PyTorch's FlashAttention kernels, and by no other."""
+
+    @override
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return super().__call__(*args, **kwargs)
+
+
+def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Gives a UNet the attention that ``model.attention`` names.
+
+    Args:
+        unet: a diffusers ``UNet2DConditionModel``.
+        config: the section ``model``.
+        device, dtype: where it will compute, and in which type.
+
+    Returns:
+        The implementation in use: ``sdpa``, ``xformers`` or ``flash``.
+
+    Raises:
+        ConfigError: the one asked for by name cannot work here.
+    """
+    name: str = config.attention
+    if name == "auto":
+        name = _fastest(unet, device, dtype)
+    reason = None
+    if config.attention == "xformers":
+        reason = _without_xformers(device)
+    elif config.attention == "flash":
+        reason = _without_flash(unet, device, dtype)
+    if reason is not None:
+        raise ConfigError(f"model.attention: {name} cannot be used here: {reason}")
+    if name == "xformers":
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
+            raise ConfigError(
+                f"model.attention: xformers cannot be used here: {_first_line(error)}"
+            ) from error
+    else:
+        unet.set_attn_processor(FlashAttention() if name == "flash" else AttnProcessor2_0())
+    return name
+
+
+def _fastest(unet: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """``sdpa``, unless xformers is there and clearly faster at the UNet's largest attention."""
+    if _without_xformers(device):
+        return "sdpa"
+    import xformers.ops
+
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        ).transpose(1, 2)
+
+    layer = _attentions(unet)[0]
+    size = unet.config.sample_size
+    tokens = size * size if isinstance(size, int) else size[0] * size[1]
+    shape = (2, tokens, layer.heads, layer.inner_dim // layer.heads)
+    inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    try:
+        theirs = _milliseconds(xformers.ops.memory_efficient_attention, inputs)
+    except (RuntimeError, ValueError):
+        return "sdpa"
+    return "xformers" if theirs < _CLEARLY_FASTER * _milliseconds(sdpa, inputs) else "sdpa"
+
+
+def _milliseconds(attention: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> float:
+    """Of a forward and backward pass on a GPU, the least of ten."""
+    times = []
+    for _ in range(13):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        torch.autograd.grad(attention(*inputs).sum(), inputs)
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return min(times[3:])
+
+
+def _without_xformers(device: torch.device) -> str | None:
+    """Why xformers cannot be used, if so."""
+    if device.type != "cuda":
+        return f"its kernels need a CUDA device, and model.device is {device}"
+    if importlib.util.find_spec("xformers") is None:
+        return "it is not installed; pip install 'loopfast[xformers]'"
+    return None
+
+
+def _without_flash(unet: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why PyTorch's FlashAttention cannot be used, if so: found out by trying every head size of the UNet."""
+    for width in sorted({layer.inner_dim // layer.heads for layer in _attentions(unet)}):
+        x = torch.randn(1, 1, 16, width, device=device, dtype=dtype, requires_grad=True)
+        try:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                scaled_dot_product_attention(x, x, x).sum().backward()
+        except RuntimeError as error:
+            return f"no kernel for heads of {width} in {str(dtype)[6:]} on {device} ({_first_line(error)})"
+    return None
+
+
+def _attentions(unet: Any) -> list[Any]:
+    return [module for module in unet.modules() if isinstance(module, Attention)]
+
+
+def set_tf32(config: ModelConfig, device: torch.device) -> None:
+    """Makes a GPU multiply and convolve float32 in TF32, or not (PyTorch's default is only to convolve so).
+
+    Raises:
+        ConfigError: it is asked for where there is none.
+    """
+    if device.type != "cuda":
+        if config.tf32:
+            raise ConfigError(f"model.tf32: needs a CUDA device, and model.device is {device}")
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if config.tf32 and major < 8:
+        raise ConfigError(
+            f"model.tf32: needs compute capability 8.0 or higher; {torch.cuda.get_device_name(device)} has "
+            f"{major}.{minor}"
+        )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+
+
+def compile_blocks(unet: Any, device: torch.device) -> None:
+    """Compiles the blocks that a UNet consists of several times, in place; no name in its state dict changes.
+
+    Raises:
+        ConfigError: there is no compiler for the device.
+    """
+    if reason := _without_compiler(device):
+        raise ConfigError(f"model.compile: {reason}")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)
+    # every call of a run has one batch size
+    unet.compile_repeated_blocks(dynamic=False)
+
+
+def _without_compiler(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "needs triton, which is not installed"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        return f"needs a C++ compiler on the CPU, such as g++ ({_first_line(error)})"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
