@@ -1,27 +1,30 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loopfast.config import TrainConfig
 from loopfast.engines import LocalEngine
-from loopfast.errors import NonFiniteError
+from loopfast.errors import MissingExtraError, NonFiniteError
 
 
-def make(seed: int = 0, **options: Any) -> tuple[LocalEngine, dict[str, torch.nn.Parameter]]:
+def make(
+    seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[LocalEngine, dict[str, torch.nn.Parameter]]:
     generator = torch.Generator().manual_seed(seed)
     parameters = {
         "layer.weight": torch.nn.Parameter(torch.randn(3, 2, generator=generator)),
         "layer.bias": torch.nn.Parameter(torch.randn(3, generator=generator)),
     }
-    policy: Any = SimpleNamespace(
-        trainable=lambda: parameters, device=torch.device("cpu"), dtype=torch.float32
-    )
+    policy: Any = SimpleNamespace(trainable=lambda: parameters, device=torch.device("cpu"), dtype=dtype)
     return LocalEngine(
         policy, TrainConfig(**{"learning_rate": 0.1, "warmup_updates": 0, **options})
     ), parameters
@@ -155,3 +158,101 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(bad: float) -> None:
     engine.backward(loss(parameters, 1))
     engine.update()
     assert all(parameter.isfinite().all() for parameter in parameters.values())
+
+
+def large(policy_seed: int, **options: Any) -> tuple[LocalEngine, dict[str, torch.nn.Parameter]]:
+    """Parameters of 4,096 elements, from which on bitsandbytes keeps moments in 8 bits, and of fewer."""
+    generator = torch.Generator().manual_seed(policy_seed)
+    parameters = {
+        "layer.weight": torch.nn.Parameter(torch.randn(64, 65, generator=generator)),
+        "layer.bias": torch.nn.Parameter(torch.randn(64, generator=generator)),
+    }
+    policy: Any = SimpleNamespace(
+        trainable=lambda: parameters, device=torch.device("cpu"), dtype=torch.float32
+    )
+    return LocalEngine(policy, TrainConfig(learning_rate=0.01, warmup_updates=0, **options)), parameters
+
+
+def steps(engine: LocalEngine, parameters: dict[str, torch.nn.Parameter], of: range) -> None:
+    for step in of:
+        engine.backward(loss(parameters, step))
+        engine.update()
+
+
+def test_8_bit_moments_train_alike_in_less_memory_and_go_on_bitwise(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    engine, parameters = large(0, optimizer="adamw_8bit")
+    plain, exact = large(0)
+    steps(engine, parameters, range(5))
+    steps(plain, exact, range(5))
+    # five steps of 0.01 each way; the moments are rounded to 8 bits
+    torch.testing.assert_close(parameters["layer.weight"], exact["layer.weight"], rtol=0, atol=0.02)
+    tensors, state = engine.state()
+    moments = tensors["optimizer"]
+    assert moments["layer.weight.state1"].dtype == torch.uint8
+    assert moments["layer.bias.state1"].dtype == torch.float32
+    held = sum(value.nbytes for name, value in moments.items() if "weight" in name)
+    assert held < 0.3 * sum(v.nbytes for n, v in plain.state()[0]["optimizer"].items() if "weight" in n)
+    for group, named in tensors.items():
+        save_file(named, tmp_path / f"{group}.safetensors")
+
+    restored, others = large(1, optimizer="adamw_8bit")
+    restored.load_state({group: load_file(tmp_path / f"{group}.safetensors") for group in tensors}, state)
+    for each, its in ((engine, parameters), (restored, others)):
+        steps(each, its, range(5, 8))
+    assert all(torch.equal(parameters[name], others[name]) for name in parameters)
+
+
+@pytest.mark.parametrize(("given", "taken"), [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")])
+def test_the_state_of_another_optimizer_is_refused(given: Any, taken: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    engine, parameters = large(0, optimizer=given)
+    steps(engine, parameters, range(1))
+    with pytest.raises(ValueError, match=r"not that of train\.optimizer"):
+        large(0, optimizer=taken)[0].load_state(*engine.state())
+
+
+def test_8_bit_moments_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtraError, match=r"adamw_8bit needs .* pip install 'loopfast\[bnb\]'"):
+        large(0, optimizer="adamw_8bit")
+
+
+def test_weights_with_channels_innermost_go_on_bitwise(tmp_path: Path) -> None:
+    def make_convolution(seed: int) -> tuple[LocalEngine, dict[str, torch.nn.Parameter]]:
+        weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+        parameters = {"weight": torch.nn.Parameter(weight.to(memory_format=torch.channels_last))}
+        policy: Any = SimpleNamespace(
+            trainable=lambda: parameters, device=torch.device("cpu"), dtype=torch.float32
+        )
+        return LocalEngine(policy, TrainConfig(learning_rate=0.01, warmup_updates=0)), parameters
+
+    engine, parameters = make_convolution(0)
+    steps(engine, parameters, range(3))
+    tensors, state = engine.state()
+    for group, named in tensors.items():
+        save_file(named, tmp_path / f"{group}.safetensors")
+    restored, others = make_convolution(1)
+    restored.load_state({group: load_file(tmp_path / f"{group}.safetensors") for group in tensors}, state)
+    for each, its in ((engine, parameters), (restored, others)):
+        steps(each, its, range(3, 6))
+    assert torch.equal(parameters["weight"], others["weight"])
+    assert others["weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_what_is_accumulated_can_be_discarded(unscaled: bool) -> None:
+    results = []
+    for interrupted in (False, True):
+        engine, parameters = make(dtype=torch.float16)
+        if interrupted:
+            engine.backward(loss(parameters, 7))
+            if unscaled:
+                engine._scaler.unscale_(engine._optimizer)  # where an update runs out of memory
+            engine.discard()
+        for step in range(3):
+            engine.backward(loss(parameters, step))
+            engine.update()
+        assert engine.state()[1]["scaler"]["scale"] == 65536.0
+        results.append(copies(parameters))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loopfast.config import TrainConfig
+from loopfast.engines.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from loopfast.errors import NonFiniteError
 from loopfast.policies import Policy
 
@@ -20,19 +21,16 @@ class LocalEngine:
     Args:
         policy: whose trainable parameters it owns.
         config: the section ``train``.
+
+    Raises:
+        MissingExtraError: ``train.optimizer`` needs a package that is not installed.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         self._config = config
         self._named = policy.trainable()
         self._parameters = list(self._named.values())
-        self._optimizer = torch.optim.AdamW(
-            self._parameters,
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self._optimizer = build_optimizer(self._parameters, config)
         self._total = config.iterations * config.updates_per_iteration * config.inner_epochs
         self._updates = 0
         # gradients of float16 activations vanish unless the loss is scaled up; a no-op for the other types
@@ -95,19 +93,17 @@ class LocalEngine:
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Weights and optimizer state as groups of named tensors, and the rest as JSON."""
-        moments = {
-            f"{name}.{key}": value
-            for name, parameter in self._named.items()
-            for key, value in self._optimizer.state.get(parameter, {}).items()
+        tensors = {
+            "policy": {name: parameter.detach().contiguous() for name, parameter in self._named.items()},
+            "optimizer": optimizer_state(self._optimizer, self._named),
         }
-        tensors = {"policy": {name: p.detach() for name, p in self._named.items()}, "optimizer": moments}
         return tensors, {"updates": self._updates, "scaler": self._scaler.state_dict()}
 
     def load_state(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Takes back what :meth:`state` gave.
 
         Raises:
-            ValueError: the weights are not those of this model.
+            ValueError: the weights are not those of this model, or the state is another optimizer's.
         """
         saved = tensors["policy"]
         if saved.keys() != self._named.keys() or any(
@@ -117,10 +113,6 @@ class LocalEngine:
         with torch.no_grad():
             for name, parameter in self._named.items():
                 parameter.copy_(saved[name])
-        for key, value in tensors.get("optimizer", {}).items():
-            name, _, moment = key.rpartition(".")
-            parameter = self._named[name]
-            # AdamW's step counter stays where the fused kernel expects it, next to the parameter
-            self._optimizer.state[parameter][moment] = value.to(parameter.device)
+        load_optimizer_state(self._optimizer, self._named, tensors.get("optimizer", {}))
         self._updates = state["updates"]
         self._scaler.load_state_dict(state["scaler"])
