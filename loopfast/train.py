@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,16 +21,16 @@ from loopfast.checkpoints import Checkpoint
 from loopfast.config import Config
 from loopfast.console import Display
 from loopfast.engines import LocalEngine
-from loopfast.errors import CheckpointError, Interrupted, LoopfastError, NonFiniteError, RewardError
+from loopfast.errors import CheckpointError, ConfigError, Interrupted, LoopfastError, NonFiniteError, RewardError
 from loopfast.evaluation import evaluate
 from loopfast.files import writing
 from loopfast.interrupts import StopRequest
 from loopfast.microbatch import Microbatches, start_size
-from loopfast.policies import Conditioning, load_policy, load_schedule, trained_steps
-from loopfast.profiling import Category, Meter, Times, model_call, range_
+from loopfast.policies import Conditioning, load_policy, load_schedule
+from loopfast.profiling import Category, Meter, Times, model_call, phase, range_
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.reporting import write_report
-from loopfast.rewards import Scores, build_rewards
+from loopfast.rewards import RewardProcess, RewardThread, Scores, build_rewards
 from loopfast.rollout import Sampler, StepCache, make_replica, stochastic_steps
 from loopfast.runs import RunFolder, describe_run, peak_memory
 from loopfast.seeds import derive, row_seeds
@@ -78,6 +79,8 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
             raise Interrupted(
                 f"stopped; {path} is saved, --resume auto goes on from there", stop.exit_code
             ) from None
+        finally:
+            trainer.close()
     trainer.tracker.close()
     return trainer.folder.path
 
@@ -121,7 +124,8 @@ class Trainer:
         self.config, self.display, self._stop = config, display, stop
         self.prompts = load_prompts(config.prompts.source)
         self.evaluation_prompts = load_prompts(config.evaluation.prompts or config.prompts.source)
-        self.rewards = build_rewards(config.reward)
+        in_process = config.rollout.reward_worker == "process"
+        self.rewards = RewardProcess(config.reward) if in_process else build_rewards(config.reward)
         self.schedule = load_schedule(config.model, config.rollout)
         self.steps = stochastic_steps(self.schedule, config.rollout.stochastic_steps, config.train.steps)
         self.folder = RunFolder(config)
@@ -212,12 +216,38 @@ class Trainer:
                     conditioning, owner, seeds, between=self._check_stop, schedule=schedule
                 ),
         schedule, _ = self.steps.drawn(config.run.seed, progress.iteration)
-            )
-        with self._phase("reward"):
-            images = self.sampler.decode(trajectories.final)
-            if config.trajectories.device == "host":
-                trajectories = trajectories.to_host()
-            scores = self._score(images, [batch[index] for index in owner.tolist()])
+        prompts = [batch[index] for index in owner.tolist()]
+        sample = partial(
+            Sampler.sample,
+            conditioning=conditioning,
+            prompts=owner,
+            seeds=seeds,
+            between=self._check_stop,
+            schedule=schedule,
+        )
+
+        def sampled_then_scored(rows: int) -> tuple[Trajectories, Scores]:
+            trajectories = sample(self._resized(rows))
+            with self._phase("reward"):
+                return trajectories, self._score(self.sampler.decode(trajectories.final), prompts)
+
+        def scored_meanwhile(rows: int) -> tuple[Trajectories, Scores]:
+            sampler = self._resized(rows)
+            with RewardThread(self._score) as worker:
+
+                def finished(rows: slice, latents: Tensor) -> None:
+                    with phase("reward"):
+                        worker.add(sampler.decode(latents), prompts[rows])
+
+                trajectories = sample(sampler, finished=finished)
+                with self._phase("reward"):
+                    return trajectories, worker.result()
+
+        attempt = sampled_then_scored if config.rollout.reward_worker == "none" else scored_meanwhile
+        with self._phase("rollout"):
+            trajectories, scores = self.microbatches.fitting("rollout", attempt)
+        if config.trajectories.device == "host":
+            trajectories = trajectories.to_host()
         rewards = scores.total.view(len(batch), -1)
         progress.metrics |= {
             "reward_mean": rewards.mean().item(),
@@ -370,6 +400,12 @@ class Trainer:
             "microbatch": self.microbatches.state_dict(),
             "prompt_statistics": self.statistics.state_dict(),
             **{name: getattr(progress, name) for name in _PLAIN},
+    def close(self) -> None:
+        """Ends what runs beside this process, and frees what sampling keeps."""
+        if isinstance(self.rewards, RewardProcess):
+            self.rewards.close()
+        self.sampler.release()
+
         }
         return self.folder.checkpoints.save(progress.iteration, len(progress.updates), tensors, state, score)
 

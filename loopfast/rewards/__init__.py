@@ -6,6 +6,17 @@ see `Reward`. The package's own have a file each and a name in `REWARDS`; the us
 """
 
 from loopfast.rewards.base import Reward, RewardSet, RewardTerm, Scores
+from loopfast.rewards.process import RewardProcess
 from loopfast.rewards.registry import REWARDS, build_rewards
+from loopfast.rewards.worker import RewardThread
 
-__all__ = ["REWARDS", "Reward", "RewardSet", "RewardTerm", "Scores", "build_rewards"]
+__all__ = [
+    "REWARDS",
+    "Reward",
+    "RewardProcess",
+    "RewardSet",
+    "RewardTerm",
+    "RewardThread",
+    "Scores",
+    "build_rewards",
+]

@@ -1,0 +1,131 @@
+"""Rewards in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopfast.config import RewardConfig
+from loopfast.errors import LoopfastError, RewardError
+from loopfast.rewards.base import Scores
+
+_PROGRAM = "from loopfast.rewards.process import serve; serve()"
+
+
+class RewardProcess:
+    """The rewards of a configuration in another process; scores as a `RewardSet` does, and fails as it does.
+
+    What a reward computes in Python runs beside the sampling then, and not in turn with it. Images, prompts, metadata
+    and scores are copied between the processes. The process ends with this object, and with its owner, however that
+    ends. It is not interrupted by Ctrl-C, which its owner answers.
+
+    Args:
+        terms: the rewards to build there.
+
+    Raises:
+        ConfigError: a reward does not exist, cannot be imported, or does not take the options given.
+    """
+
+    def __init__(self, terms: Sequence[RewardConfig]) -> None:
+        self._names = ", ".join(repr(term.name) for term in terms)
+        connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                # modules are found where they are found here, those beside the user's program too
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
+                },
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+            )
+        self._connection: Connection[Any, Any] = connection
+        self.close = weakref.finalize(self, _end, connection, self._process)
+        """Ends the process; once it has returned the reward it is in. Nothing happens the second time."""
+        self._ask([term.model_dump() for term in terms])
+
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Scores:
+        """Score a batch; see `RewardSet.score`.
+
+        Raises:
+            RewardError: as there, or the metadata cannot be sent, or the process has ended.
+        """
+        entries = None if metadata is None else [dict(entry) for entry in metadata]
+        try:
+            found = self._ask((images.detach().cpu().numpy(), list(prompts), entries))
+        except (TypeError, AttributeError, ValueError) as error:
+            if "pickle" not in str(error):
+                raise
+            raise RewardError(
+                f"rewards {self._names}: the prompts' metadata cannot be sent to their process ({error}); use "
+                "rollout.reward_worker=thread",
+                range(len(prompts)),
+            ) from error
+        total, parts = found
+        return Scores(torch.from_numpy(total), {name: torch.from_numpy(part) for name, part in parts.items()})
+
+    def _ask(self, question: object) -> Any:
+        """What the process answers; the error it answers with is raised."""
+        try:
+            self._connection.send(question)
+            kind, answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            code = self._process.wait()
+            raise RewardError(
+                f"the process of the rewards {self._names} ended with exit code {code}; what it last said is above"
+            ) from error
+        if kind is None:
+            return answer
+        if issubclass(kind, RewardError):
+            raise kind(*answer)
+        raise kind(answer[0])
+
+
+def serve() -> None:
+    """The process's side: builds the rewards it is told, then scores until the other end is closed."""
+    from loopfast.rewards.registry import build_rewards
+
+    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    rewards = None
+    while True:
+        try:
+            question = connection.recv()
+        except EOFError:
+            return
+        answer: tuple[type[LoopfastError] | None, Any]
+        try:
+            if rewards is None:
+                rewards = build_rewards([RewardConfig.model_validate(term) for term in question])
+                answer = None, None
+            else:
+                images, prompts, metadata = question
+                scores = rewards.score(torch.from_numpy(images), prompts, metadata)
+                parts = {name: part.numpy() for name, part in scores.parts.items()}
+                answer = None, (scores.total.numpy(), parts)
+        except RewardError as error:
+            answer = RewardError, (str(error), error.images_index)
+        except LoopfastError as error:
+            answer = type(error), (str(error),)
+        try:
+            connection.send(answer)
+        except BrokenPipeError:  # nobody is waiting any more
+            return
+
+
+def _end(connection: Connection[Any, Any], process: subprocess.Popen[bytes]) -> None:
+    connection.close()
+    process.wait()
