@@ -434,7 +434,7 @@ class Trainer:
             rng.sample(self.prompts, min(available, wanted - done)) for done in range(0, wanted, available)
         ]
         batch = [prompt for part in rounds for prompt in part]
-        with range_("encode", "rollout"):
+        with self.meter.phase("rollout"), range_("encode", "rollout"):
             conditioning = self.sampler.policy.encode([prompt.text for prompt in batch])
         return (
             batch,

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Measures kernels inside an iteration of a configuration with Nsight Compute.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: profiles/ncu.sh [OPTION]... CONFIG [KEY=VALUE]...
+
+Measures kernels of an iteration of a configuration with Nsight Compute, after one iteration that warms up.
+
+  CONFIG             a recipe's name, such as tiny, or a YAML file
+  KEY=VALUE          overrides, such as rollout.cuda_graph=false
+
+  -k, --kernel REGEX  kernels to measure, by name (those of the ops of loopfast)
+  -r, --range NAME    only those started in this NVTX range (profile: the iteration as a whole); others: step,
+                      denoiser, backward, decoder, reward, loss, optimizer
+  -c, --count N       how many launches of them (20)
+  -o, --output DIR    folder of the report, ncu.ncu-rep (profile)
+      --dry-run       print the command and do nothing
+  -h, --help          this text
+
+PYTHON picks the interpreter (.venv/bin/python). profiles/README.md says how to read the report.
+TEXT
+}
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+value() {
+    [[ $# -gt 1 ]] || fail "$1 needs a value"
+}
+
+kernel='^(denoise_step|loss|settle|mean|scale_gradients|transition_logprob|score|leave_one_out|philox_normal|advance)(_.*)?$'
+range=profile
+count=20
+output=profile
+dry_run=
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        -h | --help) usage; exit ;;
+        --dry-run) dry_run=yes; shift ;;
+        -k | --kernel) value "$@"; kernel=$2; shift 2 ;;
+        -r | --range) value "$@"; range=$2; shift 2 ;;
+        -c | --count) value "$@"; count=$2; shift 2 ;;
+        -o | --output) value "$@"; output=$2; shift 2 ;;
+        -*) fail "unknown option $1; see --help" ;;
+        *) break ;;
+    esac
+done
+[[ $# -gt 0 ]] || fail "which configuration? see --help"
+[[ $count =~ ^[1-9][0-9]*$ ]] || fail "--count: $count is not a number of launches"
+config=$1
+shift
+overrides=()
+for override in "$@"; do
+    overrides+=(--set "$override")
+done
+
+# The slash says push/pop range. Scope process: autograd starts the kernels of the backward pass from another thread.
+# Sections: speed of light and memory tables answer "is it at the bandwidth's limit?", the others "if not, why?".
+command=(
+    ncu
+    --nvtx
+    --nvtx-include "loopfast@$range/"
+    --nvtx-push-pop-scope process
+    --kernel-name "regex:$kernel"
+    --launch-count "$count"
+    --graph-profiling node
+    --section SpeedOfLight
+    --section MemoryWorkloadAnalysis
+    --section MemoryWorkloadAnalysis_Tables
+    --section LaunchStats
+    --section Occupancy
+    --section WarpStateStats
+    --force-overwrite
+    --export "$output/ncu"
+    "${PYTHON:-.venv/bin/python}" -m loopfast profile
+    --config "$config"
+    --iterations=1
+    --no-trace
+    "${overrides[@]}"
+)
+if [[ $dry_run ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit
+fi
+command -v ncu > /dev/null || fail "no ncu on the PATH: it comes with Nsight Compute"
+mkdir -p "$output"
+exec "${command[@]}"
