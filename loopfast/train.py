@@ -147,14 +147,14 @@ class Trainer:
             config.rollout.guidance_scale,
             config.algorithm.logprob,
             self.microbatches.rollout,
+            make_replica(policy, config.rollout),
+            StepCache(capture=config.rollout.cuda_graph, warn=display.warning),
         )
+        self.steps = self.steps.to(policy.device)
         self.engine = LocalEngine(policy, config.train)
         self.statistics = PromptStatistics()
         self.progress = Progress()
-            make_replica(policy, config.rollout),
-            StepCache(capture=config.rollout.cuda_graph, warn=display.warning),
         self.meter = Meter([policy.device, self.sampler.model.device])
-        self.steps = self.steps.to(policy.device)
         self.times = Times(0.0)
         if checkpoint is not None:
             self._restore(checkpoint)
