@@ -9,6 +9,7 @@ allowed.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -148,6 +149,8 @@ class ModelConfig(_Section):
     """Attention's implementation; auto: the fastest that works here."""
     channels_last: bool = False
     """Hold the denoiser's images with the channels innermost."""
+    shared_trunk: bool = True
+    """Under guidance, compute what does not depend on the prompt once for both halves."""
     compile: bool = False
     """Compile the denoiser's repeated blocks with torch.compile."""
     tf32: bool = False
@@ -274,6 +277,10 @@ class TrainConfig(_Section):
     """Recompute activations in the backward pass: less memory, a third more model time."""
     on_policy_check: Literal["error", "warn", "off"] = "error"
     """What to do when the ratio before an iteration's first update is not 1."""
+
+    def steps_drawn(self, steps: int) -> int:
+        """How many of a trajectory's ``steps`` trained steps ``step_fraction`` is: the nearest whole number."""
+        return math.floor(self.step_fraction * steps + 0.5)
 
 
 class EvaluationConfig(_Section):
@@ -602,10 +609,17 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
         yield _problem(("rollout", "stochastic_steps"), rollout.stochastic_steps, message)
     if rollout.merge_lora and config.model.tune != "lora":
         yield _problem(("rollout", "merge_lora"), True, "false with model.tune: full, which has no adapter")
-    pairs = rollout.prompts_per_iteration * samples * trained
+    drawn = train.steps_drawn(trained)
+    if drawn < 1:
+        allowed = f"at least {0.5 / trained:.3g}, with which one of {trained} trained steps is drawn"
+        yield _problem(("train", "step_fraction"), train.step_fraction, allowed)
+    pairs = rollout.prompts_per_iteration * samples * max(1, drawn)
     if pairs < train.updates_per_iteration:
         allowed = f"at most {pairs}, the number of (image, step) pairs in an iteration"
         yield _problem(("train", "updates_per_iteration"), train.updates_per_iteration, allowed)
+    if config.model.channels_last and config.model.tune == "full" and train.optimizer == "adamw_8bit":
+        allowed = "adamw with model.channels_last: bitsandbytes would lay the weights out anew"
+        yield _problem(("train", "optimizer"), train.optimizer, allowed)
     names = [term.name for term in config.reward]
     for index, name in enumerate(names):
         if name in names[:index]:

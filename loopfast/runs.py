@@ -187,7 +187,7 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
     policy, algorithm, settings = sampler.policy, config.algorithm, config.train
     steps = config.rollout.steps
     images = config.rollout.prompts_per_iteration * algorithm.samples_per_prompt
-    pairs = images * trainer.steps.count // settings.updates_per_iteration
+    pairs = images * trainer.drawn // settings.updates_per_iteration
     left_out = [str(step) for step in range(steps) if step not in trainer.steps.trained]
     reason = {"auto": " (each would outweigh the others)", "all": " (deterministic)"}.get(settings.steps, "")
     threads = f", {torch.get_num_threads()} thread(s)" if policy.device.type == "cpu" else ""
@@ -211,7 +211,8 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
             "steps",
             f"{trainer.steps.count} of {steps} trained"
             + (f", a window of {len(trainer.steps.trained)}" if trainer.steps.window else "")
-            + (f", not {', '.join(left_out)}{reason}" if left_out else ""),
+            + (f", not {', '.join(left_out)}{reason}" if left_out else "")
+            + (f"; {trainer.drawn} of them drawn for a pass" if trainer.drawn < trainer.steps.count else ""),
         ),
         ("rollout", describe_rollout(sampler, config.rollout)),
         ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in policy.levers.items())),

@@ -21,7 +21,14 @@ from loopfast.checkpoints import Checkpoint
 from loopfast.config import Config
 from loopfast.console import Display
 from loopfast.engines import LocalEngine
-from loopfast.errors import CheckpointError, ConfigError, Interrupted, LoopfastError, NonFiniteError, RewardError
+from loopfast.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    LoopfastError,
+    NonFiniteError,
+    RewardError,
+)
 from loopfast.evaluation import evaluate
 from loopfast.files import writing
 from loopfast.interrupts import StopRequest
@@ -128,6 +135,7 @@ class Trainer:
         self.rewards = RewardProcess(config.reward) if in_process else build_rewards(config.reward)
         self.schedule = load_schedule(config.model, config.rollout)
         self.steps = stochastic_steps(self.schedule, config.rollout.stochastic_steps, config.train.steps)
+        self.drawn = self._steps_drawn()
         self.folder = RunFolder(config)
         checkpoint = self.folder.open(resume, display)
 
@@ -135,6 +143,10 @@ class Trainer:
             config.model, seed=config.run.seed, keep_reference=config.algorithm.kl_weight > 0
         )
         images = config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt
+        if config.train.gradient_checkpointing:
+            policy.enable_gradient_checkpointing()
+        if config.model.free_text_encoder:
+            policy.free_text_encoder([p.text for p in (*self.prompts, *self.evaluation_prompts)])
         self.microbatches = Microbatches(
             config.rollout.microbatch,
             config.train.microbatch,
@@ -163,6 +175,24 @@ class Trainer:
         if checkpoint is not None:
             resume_at = self.progress.iteration - (self.progress.pending is not None)
         self.tracker = Tracker(self.folder.path, config.run.trackers, resume_at=resume_at)
+
+    def _steps_drawn(self) -> int:
+        """How many steps of a trajectory each pass trains on."""
+        train, steps = self.config.train, self.steps.count
+        drawn = train.steps_drawn(steps)
+        if drawn < 1:
+            raise ConfigError(
+                f"train.step_fraction: found {train.step_fraction:g}, allowed: at least {0.5 / steps:.3g}, with which "
+                f"one of {steps} trained steps is drawn"
+            )
+        rollout = self.config.rollout
+        pairs = rollout.prompts_per_iteration * self.config.algorithm.samples_per_prompt * drawn
+        if pairs < train.updates_per_iteration:
+            raise ConfigError(
+                f"train.updates_per_iteration: found {train.updates_per_iteration}, allowed: at most {pairs}, the "
+                f"number of (image, step) pairs in an iteration"
+            )
+        return drawn
 
     @property
     def finished(self) -> bool:
@@ -209,12 +239,6 @@ class Trainer:
             list(range(len(batch))),
             config.algorithm.samples_per_prompt,
         )
-        with self._phase("rollout"):
-            trajectories = self.microbatches.fitting(
-                "rollout",
-                lambda rows: self._resized(rows).sample(
-                    conditioning, owner, seeds, between=self._check_stop, schedule=schedule
-                ),
         schedule, _ = self.steps.drawn(config.run.seed, progress.iteration)
         prompts = [batch[index] for index in owner.tolist()]
         sample = partial(
@@ -267,11 +291,11 @@ class Trainer:
         self.meter.start()
         batch, conditioning, owner = self._batch()
         texts = [prompt.text for prompt in batch]
+        _, trained = self.steps.drawn(config.run.seed, progress.iteration)
         # joins the history when the iteration is complete, so that one resumed halfway counts its rewards once
         history = copy.deepcopy(self.statistics)
         surrogate = Surrogate(config.algorithm, rewards, texts, history, self.sampler.policy.device)
         parts = [
-        _, trained = self.steps.drawn(config.run.seed, progress.iteration)
             pairs
             for epoch in range(config.train.inner_epochs)
             for pairs in shuffled_pairs(
@@ -281,7 +305,7 @@ class Trainer:
                 config.run.seed,
                 progress.iteration,
                 epoch,
-                config.train.step_fraction,
+                self.drawn,
             )
         ]
         for pairs in parts[len(progress.updates) :]:
@@ -331,6 +355,7 @@ class Trainer:
             with self._phase("evaluation"):
                 result = self.microbatches.fitting(
                     "rollout",
+                    # the policy itself, by the whole schedule: what is measured depends on no lever of the rollout
                     lambda rows: evaluate(
                         replace(self._resized(rows), replica=None),
                         self.evaluation_prompts,
@@ -382,6 +407,12 @@ class Trainer:
             ]
         )
 
+    def close(self) -> None:
+        """Ends what runs beside this process, and frees what sampling keeps."""
+        if isinstance(self.rewards, RewardProcess):
+            self.rewards.close()
+        self.sampler.release()
+
     def save(self, score: float | None = None) -> Path:
         """Writes a checkpoint of the present state, which is that between two updates."""
         progress = self.progress
@@ -400,12 +431,6 @@ class Trainer:
             "microbatch": self.microbatches.state_dict(),
             "prompt_statistics": self.statistics.state_dict(),
             **{name: getattr(progress, name) for name in _PLAIN},
-    def close(self) -> None:
-        """Ends what runs beside this process, and frees what sampling keeps."""
-        if isinstance(self.rewards, RewardProcess):
-            self.rewards.close()
-        self.sampler.release()
-
         }
         return self.folder.checkpoints.save(progress.iteration, len(progress.updates), tensors, state, score)
 

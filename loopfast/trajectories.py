@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -72,11 +71,6 @@ class Trajectories:
         return part.to(device, non_blocking=True)
 
 
-def steps_drawn(fraction: float, steps: int) -> int:
-    """How many of a trajectory's ``steps`` trained transitions the share ``fraction`` is: the nearest whole number."""
-    return math.floor(fraction * steps + 0.5)
-
-
 def shuffled_pairs(
     count: int,
     steps: tuple[int, ...],
@@ -84,28 +78,27 @@ def shuffled_pairs(
     seed: int,
     iteration: int,
     epoch: int,
-    fraction: float = 1.0,
+    drawn: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The (row, step) pairs of a pass over an iteration, shuffled together and dealt out to its updates.
 
-    The loss is a mean over pairs. With a ``fraction`` below 1, each trajectory contributes equally many of its steps,
-    drawn without replacement, each step being as likely as any other: the mean over what is drawn then has the mean
-    over all pairs as its expectation, and so has its gradient, without weights. Drawn anew in every pass, the steps
-    that one pass leaves out are in another.
+    The loss is a mean over pairs. Where fewer steps are ``drawn`` than there are, each trajectory contributes equally
+    many, drawn without replacement, each step being as likely as any other: the mean over what is drawn then has
+    the mean over all pairs as its expectation, and so has its gradient, without weights. Drawn anew in every pass, the
+    steps that one pass leaves out are in another.
 
     Args:
         count: N, the number of trajectories.
         steps: the transitions that are trained on.
         updates: how many parts to cut the pairs into; their sizes differ by one at most.
         seed, iteration, epoch: of the run; they determine the draw and the order.
-        fraction: the share of each trajectory's steps that is drawn, see `steps_drawn`.
+        drawn: how many of each trajectory's steps; None: all.
 
     Yields:
         ``(rows [M], steps [M])`` int64 on the CPU, once per update.
     """
     transitions = torch.tensor(steps, dtype=torch.int64)
-    drawn = steps_drawn(fraction, len(steps))
-    if drawn < len(steps):
+    if drawn is not None and drawn < len(steps):
         keys = torch.rand(count, len(steps), generator=generator(seed, "steps", iteration, epoch))
         chosen = transitions[keys.argsort(1)[:, :drawn]].T.flatten()
     else:
