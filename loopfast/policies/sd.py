@@ -17,6 +17,7 @@ from typing_extensions import override
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
 from loopfast.policies.base import Conditioning, Policy
+from loopfast.policies.guided_unet import guided_forward, shares_trunk
 from loopfast.policies.levers import compile_blocks, set_attention, set_tf32
 from loopfast.policies.loading import first_line, locate, torch_device
 from loopfast.policies.portable import save_portable
@@ -192,6 +193,10 @@ class StableDiffusionPolicy(Policy):
         if self._unconditional is None:
             self._unconditional = self.encode([""])
         empty = self._unconditional["encoder_hidden_states"].expand_as(text)
+        if self._config.shared_trunk and shares_trunk(self._active):
+            with self._precision():
+                conditional, unconditional = guided_forward(self._active, sample, timestep, text, empty)
+            return conditional.to(self.dtype).contiguous(), unconditional.to(self.dtype).contiguous()
         both = self._denoise(
             torch.cat([sample, sample]), torch.cat([timestep, timestep]), torch.cat([text, empty])
         )
@@ -199,10 +204,15 @@ class StableDiffusionPolicy(Policy):
         return conditional, unconditional
 
     def _denoise(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self._autocast, cache_enabled=False):
-            return self._active(sample, timestep, encoder_hidden_states=text, return_dict=False)[0].to(
-                self.dtype
-            )
+        with self._precision():
+            output = self._active(sample, timestep, encoder_hidden_states=text, return_dict=False)[0]
+        result: Tensor = output.to(self.dtype).contiguous()
+        return result
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self._autocast, cache_enabled=False
+        )
 
     @override
     @contextmanager

@@ -53,7 +53,7 @@ def test_guidance_is_one_call_that_equals_two(pipeline_folder: Path, tune: str) 
     sample, timestep, text = inputs(policy)
     empty = policy.encode([""] * 3)
     calls = []
-    policy.pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    policy.pipeline.unet.conv_out.register_forward_hook(lambda *_: calls.append(1))
     conditional, unconditional = policy.predict(sample, timestep, text, 3.0)
     assert len(calls) == 1
     torch.testing.assert_close(conditional, policy.predict(sample, timestep, text)[0], atol=1e-5, rtol=0)
