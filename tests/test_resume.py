@@ -20,19 +20,14 @@ from loopfast.config import Config, config_to_yaml
 from loopfast.console import Display
 from loopfast.errors import CheckpointError, Interrupted, LoopfastError
 from loopfast.rollout import Sampler
-from loopfast.tracking import read_metrics
+from loopfast.tracking import METRICS, read_metrics
 
 MakeConfig = Callable[..., Config]
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
 # Of two equal runs these differ.
-MEASURED = {
-    "seconds",
-    "seconds_rollout",
-    "seconds_reward",
-    "seconds_replay",
-    "seconds_eval",
+MEASURED = {name for name, metric in METRICS.items() if metric.section in ("time", "speed")} | {
     "peak_memory_bytes",
 }
 
