@@ -12,7 +12,7 @@ WHEEL := build/wheel
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-wheel test-trl sanitize lint bench bench-gpu ptx-report study clean help
+.PHONY: demo test test-wheel test-trl sanitize lint bench race race-sweep race-reward bench-gpu ptx-report study clean help
 
 demo: $(VENV)/.train ## train the embedded model with LOOP and write a report (ARGS="--set run.seed=1" adds options)
 	$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
@@ -40,6 +40,15 @@ sanitize: $(VENV)/.dev ## the C interface under the address and undefined-behavi
 bench: $(VENV)/.dev ## time the ops; results go to benchmarks/results (ARGS="-k loop_loss" selects)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json $(ARGS)
 	$(BIN)/python -m benchmarks.keep build/benchmarks.json
+
+race: $(TRL)/.wheel ## TRL's trainer against ours, the same work (about 20 minutes; ARGS="--works embedded" selects)
+	$(BIN)/python -m benchmarks.race equal $(ARGS)
+
+race-sweep: $(TRL)/.wheel ## the settings both are tried with before race-reward (an hour)
+	$(BIN)/python -m benchmarks.race sweep $(ARGS)
+
+race-reward: $(TRL)/.wheel ## how soon either reaches the same held-out reward (an hour)
+	$(BIN)/python -m benchmarks.race reward $(ARGS)
 
 bench-gpu: $(VENV)/.dev ## on a GPU: its tests, the benchmarks, a roofline plot; results go to profiles/results
 	PYTHON=$(BIN)/python benchmarks/gpu.sh
@@ -74,7 +83,7 @@ $(TRL)/.libraries: tests/integrations/trl-constraints.txt
 	$(PYTHON) -m venv $(TRL)
 	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check -c $< \
-	  trl diffusers transformers peft tensorboard pytest hypothesis
+	  trl diffusers transformers peft tensorboard pydantic pytest hypothesis
 	@touch $@
 
 $(TRL)/.wheel: $(TRL)/.libraries $(VENV)/.dev $(shell git ls-files loopfast kernels tests/kernels 2>/dev/null)

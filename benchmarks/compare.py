@@ -28,7 +28,8 @@ class Change(NamedTuple):
         return self.after_us / self.before_us
 
 
-def _table(header: Row, rows: Sequence[Row]) -> str:
+def table(header: Row, rows: Sequence[Row]) -> str:
+    """A table in Markdown; the first column is left-aligned, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Row) -> str:
@@ -93,7 +94,7 @@ def speedups(run: dict[str, Any]) -> str:
             )
         )
     header = ("op", "latent", "rows", "dtype", "ours", "eager", "compile", "TRL", "GB/s", "of copy")
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _flat(run: dict[str, Any]) -> dict[str, float]:
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(moved)} of {len(changes)} medians moved by more than {options.threshold:g}×")
     if moved:
         rows = [(c.name, _time(c.before_us), _time(c.after_us), f"{c.ratio:.2f}×") for c in moved]
-        print(_table(("benchmark", "A", "B", "B / A"), rows))
+        print(table(("benchmark", "A", "B", "B / A"), rows))
     for title, names in (("only in A", old.keys() - new.keys()), ("only in B", new.keys() - old.keys())):
         for name in sorted(names):
             print(f"{title}: {name}")

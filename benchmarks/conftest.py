@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,18 +13,10 @@ import loopfast_kernels
 from .cases import OPS, SHAPES, Case, device, make_inputs
 from .competitors import MissingCompetitorError, runner
 from .counting import kernel_launches, peak_extra_bytes
+from .machine import device_name
 from .timing import Playback, copy_bandwidth, durations, settle_heap
 
 BUDGET_SECONDS = 0.7
-
-
-def _device_name(where: torch.device) -> str:
-    if where.type == "cuda":
-        return torch.cuda.get_device_name(where)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
 
 def _backend(where: torch.device) -> str:
@@ -49,7 +39,7 @@ def machine() -> dict[str, Any]:
     where = device()
     settle_heap()
     return {
-        "device": _device_name(where),
+        "device": device_name(where),
         "copy_gb_per_s": copy_bandwidth(where) / 1e9,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

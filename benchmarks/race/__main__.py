@@ -1,0 +1,187 @@
+"""Race TRL's DDPOTrainer against loopfast: ``python -m benchmarks.race COMMAND``.
+
+Results go to ``benchmarks/results/race-<device>.json`` and, as a chart, to the PNG beside it; each command fills in its
+own part. Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.cases import device
+from benchmarks.keep import RESULTS
+from benchmarks.machine import device_name
+from loopfast.config import load_config
+from loopfast.policies import load_schedule, trained_steps
+from loopfast.prompts import load_prompts
+
+from . import chart, results
+from .equal import race_equal_work
+from .jobs import TRL_PYTHON, RaceError
+from .reward import PROMPTS, Field, race_to_reward, sweep
+from .settings import WORKS, merged
+
+DEFAULT_BATCHES = (128, 32)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise RaceError(f"--set {assignment}: allowed: --set section.key=value")
+        inner: Any = yaml.safe_load(value)
+        for part in reversed(key.split(".")):
+            inner = {part: inner}
+        changes = merged(changes, inner)
+    return changes
+
+
+def _field(options: argparse.Namespace, found: dict[str, Any]) -> Field:
+    recipe = load_config("tiny")
+    steps = trained_steps(load_schedule(recipe.model, recipe.rollout), recipe.train.steps)
+    equal = found.get("equal_work", {}).get("embedded", {})
+    return Field(
+        options.command,
+        [prompt.text for prompt in load_prompts(PROMPTS)],
+        recipe.model_dump(mode="json"),
+        len(steps),
+        tuple(equal.get("trl", {}).get("batches", DEFAULT_BATCHES)),
+        options.threads,
+        options.fresh,
+    )
+
+
+def _chosen(options: argparse.Namespace, found: dict[str, Any]) -> dict[str, str]:
+    chosen = {}
+    for trainer in ("trl", "loopfast"):
+        named = getattr(options, f"{trainer}_setting")
+        if named is None and trainer not in found.get("sweep", {}):
+            raise RaceError(
+                f"no setting for {trainer}: run the sweep first, or name one with --{trainer}-setting"
+            )
+        chosen[trainer] = named or found["sweep"][trainer]["chosen"]
+    return chosen
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.race",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")
+    timed = argparse.ArgumentParser(add_help=False, parents=[common])
+    timed.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="OMP_NUM_THREADS of both (all cores)"
+    )
+    runs = argparse.ArgumentParser(add_help=False, parents=[timed])
+    runs.add_argument("--fresh", action="store_true", help="forget finished runs of an earlier call")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    equal = commands.add_parser("equal", parents=[timed], help="seconds for the same iteration")
+    equal.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK")
+    equal.add_argument("--rounds", type=int, default=3, help="runs of each trainer, in turn (3)")
+    equal.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our configuration")
+
+    swept = commands.add_parser("sweep", parents=[runs], help="every setting, on the validation prompts")
+    swept.add_argument(
+        "--iterations", type=int, default=25, help="of TRL's at its defaults, or as many rows (25)"
+    )
+    swept.add_argument("--only", choices=("trl", "loopfast"), help="one of them")
+
+    reward = commands.add_parser("reward", parents=[runs], help="seconds to TRL's held-out reward")
+    reward.add_argument("--seeds", type=int, default=3)
+    reward.add_argument("--trl-seconds", type=float, default=600.0, help="TRL's training time (600)")
+    reward.add_argument("--loopfast-seconds", type=float, default=300.0, help="ours, at most (300)")
+    reward.add_argument("--trl-setting", metavar="NAME", help="instead of the sweep's")
+    reward.add_argument("--loopfast-setting", metavar="NAME", help="instead of the sweep's")
+
+    commands.add_parser("show", parents=[common], help="the tables and the chart of the results there are")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0, or 1 with a message where a run failed or a comparison would not be one.
+    """
+    options = _parser().parse_args(arguments)
+    where = device_name(device())
+    path = results.path_for(where, options.folder)
+    found = results.load(path)
+    try:
+        if options.command != "show":
+            if not TRL_PYTHON.exists():
+                raise RaceError(f"{TRL_PYTHON} is not there: make race installs TRL's environment")
+            found = _run(options, found, path, where)
+    except RaceError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(results.report(found) or f"{path} holds no results")
+    if found:
+        print(f"\n{path}\n{chart.draw(found, path.with_suffix('.png'))}")
+    return 0
+
+
+def _run(options: argparse.Namespace, found: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
+    """A command's part, written as soon as it is there."""
+    today = datetime.now(timezone.utc).date().isoformat()
+    machine = {"device": where, "threads": options.threads}
+
+    def keep(part: dict[str, Any], versions: Any = None) -> dict[str, Any]:
+        stated = {**machine, "versions": versions} if versions else machine
+        return results.update(path, {"machine": stated, **part})
+
+    if options.command == "equal":
+        prompts = [prompt.text for prompt in load_prompts(PROMPTS)]
+        overrides = _overrides(options.set)
+        for name in options.works:
+            entry = race_equal_work(
+                name,
+                WORKS[name],
+                prompts,
+                threads=options.threads,
+                rounds=options.rounds,
+                overrides=overrides,
+                say=_say,
+            )
+            versions = entry.pop("versions")
+            found = keep({"equal_work": {name: {**entry, "date": today}}}, versions)
+    elif options.command == "sweep":
+        trainers = (options.only,) if options.only else ("trl", "loopfast")
+        for trainer, entry in sweep(_field(options, found), options.iterations, trainers, _say).items():
+            entry |= {"date": today, "threads": options.threads}
+            found = keep({"sweep": {trainer: entry}})
+    else:
+        chosen = _chosen(options, found)
+        part = race_to_reward(
+            _field(options, found),
+            chosen,
+            seeds=options.seeds,
+            trl_seconds=options.trl_seconds,
+            loopfast_seconds=options.loopfast_seconds,
+            say=_say,
+        )
+        found = keep({"time_to_reward": {**part, "date": today}})
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # this process only waits
+    sys.exit(main())

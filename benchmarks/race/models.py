@@ -1,0 +1,96 @@
+"""Models to race on that are nobody's: Stable Diffusion 1.5's structure, scaled down, with random weights."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from loopfast.embedded.tokenizer import write_tokenizer
+from loopfast.policies.portable import save_portable
+
+TOKENS = 77
+TEXT_WIDTH = 128
+
+
+def sd_small() -> StableDiffusionPipeline:
+    """SD 1.5's blocks and depths at a fifth of its width, on latents of 4×32×32 and images of 256×256."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = write_tokenizer(Path(folder))
+        tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=vocabulary["<|startoftext|>"],
+            eos_token_id=vocabulary["<|endoftext|>"],
+            pad_token_id=vocabulary["<|endoftext|>"],
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        block_out_channels=(64, 128, 256, 256),
+        layers_per_block=2,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=8,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 16, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=256,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.race.models", description=__doc__)
+    parser.add_argument(
+        "folder", type=Path, help="where the pipeline goes; it appears there when it is whole"
+    )
+    folder = parser.parse_args().folder
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_portable(sd_small(), unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+if __name__ == "__main__":
+    main()

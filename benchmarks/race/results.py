@@ -1,0 +1,133 @@
+"""The file the race writes, and the tables made from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare import table
+from benchmarks.keep import RESULTS, device_slug
+
+from .figures import PHASES
+from .settings import merged
+
+Json = dict[str, Any]
+
+
+def path_for(device: str, folder: Path = RESULTS) -> Path:
+    """The results' file of a device."""
+    return folder / f"race-{device_slug(device)}.json"
+
+
+def load(path: Path) -> Json:
+    """Results, or an empty mapping where there are none yet."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def update(path: Path, part: Mapping[str, Any]) -> Json:
+    """Add to the file: sections are merged, what is in both is replaced."""
+    results = rounded(merged(load(path), part))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", "utf-8")
+    return results
+
+
+def rounded(value: Any) -> Any:
+    """With five significant digits, as many as a repetition would not change."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 2**20:.0f} MiB"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2g} %" if 0 < share < 0.1 else f"{share:.0f} %"
+
+
+def equal_work_table(results: Mapping[str, Any]) -> str:
+    """Markdown: an iteration of each trainer, phase by phase."""
+    header = ("work", "trainer", "images/s", "iteration", *PHASES, "peak memory", "TRL / ours")
+    rows = []
+    for name, entry in results.get("equal_work", {}).items():
+        for trainer in ("trl", "loopfast"):
+            figures = entry[trainer]
+            rows.append(
+                (
+                    name,
+                    "TRL" if trainer == "trl" else "loopfast",
+                    f"{figures['images_per_s']:.3g}",
+                    f"{figures['seconds']:.2f} s",
+                    *(f"{figures[phase]:.2f} s" for phase in PHASES),
+                    _megabytes(figures["peak_bytes"]),
+                    f"{entry['speedup']:.2f}×" if trainer == "loopfast" else "",
+                )
+            )
+    return table(header, rows)
+
+
+def ratio_table(results: Mapping[str, Any]) -> str:
+    """Markdown: the share of ratios outside the clip range before the first update."""
+    rows = [
+        (name, dtype, *(_percent(100 * shares[trainer]) for trainer in ("trl", "loopfast")))
+        for name, entry in results.get("equal_work", {}).items()
+        for dtype, shares in entry["ratios"].items()
+    ]
+    return table(("work", "dtype", "TRL", "loopfast"), rows)
+
+
+def sweep_table(results: Mapping[str, Any]) -> str:
+    """Markdown: each trainer's settings and the validation reward they came to."""
+    rows = [
+        (
+            "TRL" if trainer == "trl" else "loopfast",
+            entry["name"] + (" (chosen)" if entry["name"] == sweep["chosen"] else ""),
+            str(entry["iterations"]),
+            f"{entry['reward']:.3f}",
+        )
+        for trainer, sweep in results.get("sweep", {}).items()
+        for entry in sorted(sweep["settings"], key=lambda entry: -entry["reward"])
+    ]
+    return table(("trainer", "setting", "iterations", "validation reward"), rows)
+
+
+def reward_table(results: Mapping[str, Any]) -> str:
+    """Markdown: the time to TRL's reward, at each guidance of the evaluation."""
+    rows = []
+    for guidance, figures in results.get("time_to_reward", {}).get("figures", {}).items():
+        ours, speedup = figures["loopfast_seconds"], figures["speedup"]
+        rows.append(
+            (
+                guidance,
+                f"{figures['target']:.3f}",
+                f"{figures['trl_seconds']:.0f} s",
+                "not reached" if ours is None else f"{ours:.0f} s",
+                _seeds(figures["loopfast_seeds"]),
+                "" if speedup is None else f"{speedup:.1f}×",
+            )
+        )
+    header = ("guidance", "TRL's reward", "TRL", "loopfast", "each seed", "TRL / ours")
+    return table(header, rows)
+
+
+def _seeds(seconds: Iterable[float | None]) -> str:
+    return ", ".join("–" if value is None else f"{value:.0f}" for value in seconds)
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """All tables there are results for."""
+    parts: Sequence[tuple[str, str, Any]] = (
+        ("equal_work", "Equal work", equal_work_table),
+        ("equal_work", "Ratios outside 1 ± 1e-4 before the first update", ratio_table),
+        ("sweep", "Settings tried", sweep_table),
+        ("time_to_reward", "Time to reward", reward_table),
+    )
+    return "\n\n".join(
+        f"{title}\n\n{make(results)}" for section, title, make in parts if results.get(section)
+    )

@@ -1,0 +1,241 @@
+"""Time to reward: how soon each trainer, at its best settings, has a model of a certain held-out reward."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .figures import mean_curve, time_to_reward
+from .jobs import BUILD, EMBEDDED, evaluation_job, loopfast_job, run_worker, trl_job
+from .settings import (
+    EVALUATION_GUIDANCE,
+    LOOPFAST_SWEEP,
+    REWARD_WORK,
+    TRL_SWEEP,
+    Json,
+    best,
+    iterations_for,
+    loopfast_rows,
+    merged,
+    trl_config,
+    trl_rows,
+)
+
+Say = Callable[[str], None]
+
+PROMPTS, VALIDATION, HELD_OUT = "embedded:color", "embedded:color-validation", "embedded:color-heldout"
+VALIDATION_IMAGES, HELD_OUT_IMAGES = 10, 4
+SWEEP_EXPORTS = 5
+"""Points of a setting's curve in the sweep."""
+
+TRL_EXPORT_EVERY, LOOPFAST_EXPORT_EVERY = 5, 2
+SIDE_GUIDANCE = 1.0
+"""The trained models are also measured without guidance."""
+
+BASE = EMBEDDED / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def trl_settings(name: str, batches: tuple[int, int], seed: int) -> Json:
+    """``DDPOConfig`` of one of `TRL_SWEEP`: TRL's defaults but for the batch sizes and what the setting names."""
+    config = trl_config(REWARD_WORK, batches, seed=seed)
+    return {**config, **TRL_SWEEP[name]}
+
+
+def loopfast_settings(name: str, recipe: Mapping[str, Any], seed: int) -> Json:
+    """A configuration of ours: the recipe at the evaluation's guidance, and what the setting changes.
+
+    Args:
+        name: of `LOOPFAST_SWEEP`.
+        recipe: the recipe `tiny`, with all its keys.
+        seed: of the run.
+    """
+    common = {
+        "run": {"seed": seed},
+        "model": {"pretrained": str(EMBEDDED)},
+        "reward": [{"name": "embedded"}],
+        "rollout": {"guidance_scale": EVALUATION_GUIDANCE},
+        "evaluation": {"every": 0, "limit_prompts": 1, "images_per_prompt": 1, "preview_images": 0},
+    }
+    return merged(merged(recipe, common), LOOPFAST_SWEEP[name])
+
+
+class Field:
+    """Runs towards a reward and their evaluations, kept in a folder so that an interrupted race goes on.
+
+    Args:
+        folder: below the race's.
+        prompts: TRL's, the texts of `PROMPTS`.
+        recipe: the recipe `tiny`, with all its keys.
+        recipe_steps: transitions it trains on.
+        batches: TRL's batch sizes.
+        threads: of both.
+        fresh: forget earlier runs.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        prompts: Sequence[str],
+        recipe: Mapping[str, Any],
+        recipe_steps: int,
+        batches: tuple[int, int],
+        threads: int,
+        fresh: bool,
+    ) -> None:
+        self._folder = BUILD / folder
+        self._prompts, self._recipe, self._steps = prompts, recipe, recipe_steps
+        self._batches, self._threads = batches, threads
+        if fresh:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def rows(self, trainer: str, name: str) -> float:
+        """Rows an iteration of a setting asks of the model."""
+        if trainer == "trl":
+            return trl_rows(trl_settings(name, self._batches, 0))
+        return loopfast_rows(loopfast_settings(name, self._recipe, 0), self._steps)
+
+    def train(
+        self, trainer: str, name: str, seed: int, *, iterations: int, every: int, seconds: float | None = None
+    ) -> list[Json]:
+        """Train, or take what is there of the same run.
+
+        Returns:
+            The exported weights: ``iteration``, ``seconds`` and ``file`` of each.
+        """
+        folder = self._folder / trainer / f"{_slug(name)}-seed-{seed}"
+        if trainer == "trl":
+            export = folder / "weights"
+            export.mkdir(parents=True, exist_ok=True)
+            job = trl_job(
+                REWARD_WORK,
+                trl_settings(name, self._batches, seed),
+                self._prompts,
+                iterations=iterations,
+                repeat=None,
+                seconds=seconds,
+                export=export,
+                export_every=every,
+            )
+        else:
+            config = loopfast_settings(name, self._recipe, seed)
+            job = loopfast_job(
+                config, folder / "run", iterations=iterations, seconds=seconds, checkpoints=every
+            )
+        return run_worker(f"{trainer}_worker", job, folder, self._threads, reuse=True)["exports"]
+
+    def evaluate(self, name: str, files: Sequence[str], prompts: str, images: int, guidance: float) -> Json:
+        """Held-out or validation rewards of weights, a list."""
+        job = evaluation_job(files, [guidance], prompts, images_per_prompt=images)
+        folder = self._folder / "evaluations" / f"{_slug(name)}-{guidance:g}"
+        found = run_worker("judge", job, folder, self._threads, reuse=True)["evaluations"]
+        return [entry[f"{guidance:g}"] for entry in found]
+
+
+def _slug(name: str) -> str:
+    return "".join(character if character.isalnum() or character in ".-" else "-" for character in name)
+
+
+def sweep(field: Field, budget: int, trainers: Sequence[str], say: Say) -> Json:
+    """Try every setting for as many model rows as `budget` default iterations of TRL's take.
+
+    Args:
+        field: where the runs are.
+        budget: iterations of TRL's at its defaults.
+        trainers: ``trl``, ``loopfast`` or both.
+        say: shows a line of progress.
+
+    Returns:
+        The results' section ``sweep``: for each trainer the settings with their curves on the validation prompts, and
+        the one chosen, by the reward at the end.
+    """
+    rows = budget * field.rows("trl", "lr 1e-4")
+    found: Json = {}
+    for trainer in trainers:
+        entries = []
+        for name in TRL_SWEEP if trainer == "trl" else LOOPFAST_SWEEP:
+            iterations = iterations_for(rows, field.rows(trainer, name))
+            every = max(1, iterations // SWEEP_EXPORTS)
+            exports = field.train(trainer, name, 0, iterations=iterations, every=every)
+            files = [export["file"] for export in exports]
+            rewards = field.evaluate(
+                f"{trainer}-{name}", files, VALIDATION, VALIDATION_IMAGES, EVALUATION_GUIDANCE
+            )
+            curve = [[e["iteration"], r["reward"]] for e, r in zip(exports, rewards, strict=True)]
+            entries.append({"name": name, "iterations": iterations, "curve": curve, "reward": curve[-1][1]})
+            say(f"  {trainer}, {name}: {curve[-1][1]:.3f} after {iterations} iterations")
+        found[trainer] = {
+            "settings": entries,
+            "chosen": best(entries, "reward", largest=True)["name"],
+            "rows": rows,
+        }
+    return found
+
+
+def race_to_reward(
+    field: Field,
+    chosen: Mapping[str, str],
+    *,
+    seeds: int,
+    trl_seconds: float,
+    loopfast_seconds: float,
+    say: Say,
+) -> Json:
+    """Train both with several seeds, in turn, then evaluate everything they exported.
+
+    Args:
+        field: where the runs are.
+        chosen: each trainer's setting.
+        seeds: how many.
+        trl_seconds: TRL's training time.
+        loopfast_seconds: ours, at most.
+        say: shows a line of progress.
+
+    Returns:
+        The results' section ``time_to_reward``.
+    """
+    exports: dict[str, list[list[Json]]] = {"trl": [], "loopfast": []}
+    for seed in range(seeds):
+        for trainer, seconds, every in (
+            ("trl", trl_seconds, TRL_EXPORT_EVERY),
+            ("loopfast", loopfast_seconds, LOOPFAST_EXPORT_EVERY),
+        ):
+            say(f"  {trainer}, seed {seed}: {chosen[trainer]}, {seconds:.0f} s")
+            exports[trainer].append(
+                field.train(trainer, chosen[trainer], seed, iterations=10_000, every=every, seconds=seconds)
+            )
+
+    def rewards(name: str, files: Sequence[str], guidance: float) -> list[float]:
+        say(f"  evaluating {name}: {len(files)} models at guidance {guidance:g}")
+        found = field.evaluate(name, files, HELD_OUT, HELD_OUT_IMAGES, guidance)
+        return [entry["reward"] for entry in found]
+
+    figures, base = {}, {}
+    for guidance in (EVALUATION_GUIDANCE, SIDE_GUIDANCE):
+        (base[f"{guidance:g}"],) = rewards("base", [str(BASE)], guidance)
+        curves: dict[str, list[list[tuple[float, float]]]] = {}
+        for trainer, of_seeds in exports.items():
+            curves[trainer] = []
+            for seed, points in enumerate(of_seeds):
+                if guidance != EVALUATION_GUIDANCE:
+                    points = points[1::2] or points  # a look aside, at half the cost
+                values = rewards(f"{trainer}-seed-{seed}", [point["file"] for point in points], guidance)
+                curves[trainer].append(
+                    [(p["seconds"], value) for p, value in zip(points, values, strict=True)]
+                )
+        found = time_to_reward(curves["trl"], curves["loopfast"])
+        figures[f"{guidance:g}"] = {**found, "curves": curves}
+    return {
+        "primary": f"{EVALUATION_GUIDANCE:g}",
+        "figures": figures,
+        "base": base,
+        "chosen": dict(chosen),
+        "seeds": seeds,
+        "trl_budget": trl_seconds,
+        "loopfast_budget": loopfast_seconds,
+        "last": {
+            trainer: mean_curve(figures[f"{EVALUATION_GUIDANCE:g}"]["curves"][trainer])[-1]
+            for trainer in exports
+        },
+        "images": HELD_OUT_IMAGES,
+    }

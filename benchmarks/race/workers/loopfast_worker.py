@@ -1,0 +1,94 @@
+"""One run of ours: ``python loopfast_worker.py JOB``.
+
+JOB is a JSON file that `benchmarks.race.jobs.loopfast_job` describes. What is measured is read from the run's own
+record, ``metrics.jsonl``: an iteration is the time between two lines, less that of evaluations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import threading
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from resident import resident_peak
+from safetensors import safe_open
+
+from loopfast.config import parse_config
+from loopfast.console import Display
+from loopfast.errors import Interrupted
+from loopfast.tracking import read_metrics
+from loopfast.train import train
+
+IMPORTED = resident_peak()
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains, and says what it took."""
+    config = parse_config(json.dumps(job["config"]))
+    timer = None
+    if job["seconds"] is not None:
+        # as Ctrl-C would: the run saves its state and ends between two updates
+        timer = threading.Timer(job["seconds"], os.kill, (os.getpid(), signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+    try:
+        train(config, display=Display(quiet=True))
+    except Interrupted:
+        pass
+    finally:
+        if timer is not None:
+            timer.cancel()
+    folder = Path(config.run.directory) / config.run.name
+    records = list(read_metrics(folder / "metrics.jsonl"))
+    iterations: list[dict[str, Any]] = []
+    until = [0.0]
+    for before, record in itertools.pairwise(records):
+        seconds = record["seconds"] - before["seconds"] - record.get("seconds_eval", 0.0)
+        iterations.append(
+            {
+                "seconds": seconds,
+                "sampling": record["seconds_rollout"],
+                "reward": record["seconds_reward"],
+                "training": record["seconds_replay"],
+            }
+        )
+        until.append(until[-1] + seconds)
+    # those of complete iterations; an interruption may have left one within
+    checkpoints = sorted(path for path in (folder / "checkpoints").glob("iteration-??????") if path.is_dir())
+    exports = []
+    for path in checkpoints:
+        number = int(path.name.removeprefix("iteration-"))
+        if 0 < number < len(until):
+            file = str(path / "policy.safetensors")
+            exports.append({"iteration": number, "seconds": until[number], "file": file})
+    with safe_open(checkpoints[-1] / "policy.safetensors", framework="pt") as weights:
+        trainable = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    cuda = torch.cuda.is_available()
+    return {
+        "iterations": iterations,
+        "optimizer_steps": config.train.updates_per_iteration * config.train.inner_epochs,
+        "trainable": trainable,
+        "outside": records[1]["ratio_outside_clip"],
+        "deviation": records[1]["ratio_max_deviation"],
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else resident_peak(),
+        "imported_bytes": IMPORTED,
+        "exports": exports,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            name: version(name)
+            for name in ("loopfast", "torch", "diffusers", "transformers", "accelerate", "peft")
+        },
+    }
+
+
+if __name__ == "__main__":
+    task = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    Path(task["result"]).write_text(json.dumps(run(task)), "utf-8")
