@@ -205,7 +205,9 @@ class Trainer:
         self.display.header("loopfast train", facts)
         self.folder.write_summary(facts)
         self.display.start(self.config.train.iterations, self.progress.iteration)
-        self._rehearse()
+        # elsewhere running out of memory is not an error that can be caught
+        if self.sampler.policy.device.type == "cuda" and self.microbatches.automatic("train"):
+            self._rehearse()
         if self.progress.pending is not None:
             self.record()
 
@@ -217,8 +219,6 @@ class Trainer:
 
     def _rehearse(self) -> None:
         """Finds out how many rows a training call can take before images are sampled for one that cannot."""
-        if self.sampler.policy.device.type != "cuda" or not self.microbatches.automatic("train"):
-            return
         conditioning = self.sampler.policy.encode([self.prompts[0].text])
         with_reference = self.config.algorithm.kl_weight > 0
 

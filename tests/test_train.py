@@ -67,6 +67,38 @@ def same(found: Weights, expected: Weights) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
 
 
+GUIDED_AND_PADDED = ("rollout.guidance_scale=3.0", "rollout.microbatch=5", "train.microbatch=5")
+
+
+@contextmanager
+def memory_for(rows: int, *, of_training_calls: bool, skip: int = 0) -> Iterator[list[int]]:
+    """Inside, a model call with more rows runs out of memory, after the first ``skip`` ones; gives the calls' rows.
+
+    Args:
+        of_training_calls: calls without gradients always fit.
+    """
+    predict = StableDiffusionPolicy.predict
+    calls: list[int] = []
+
+    def limited(self: StableDiffusionPolicy, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or not of_training_calls:
+            calls.append(len(sample))
+            if len(sample) > rows and len(calls) > skip:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return predict(self, sample, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StableDiffusionPolicy, "predict", limited)
+        yield calls
+
+
+def run_told(config: Config, resume: str | None = None) -> tuple[Path, list[str]]:
+    """The run's folder, and the warnings it gave."""
+    warnings = io.StringIO()
+    display = Display(quiet=True, errors=Console(file=warnings, width=1000))
+    return training.train(config, resume=resume, display=display), warnings.getvalue().splitlines()
+
+
 @contextmanager
 def predictions_in_training(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, what the policy predicts where it is trained is changed; where it samples it is not."""
@@ -110,16 +142,34 @@ def test_metrics_have_a_line_per_iteration_and_one_before_training(finished: Pat
         "seconds_rollout",
         "seconds_reward",
         "seconds_replay",
+        "seconds_optimizer",
+        "seconds_iteration",
+        "seconds_model",
+        "images_per_second",
+        "model_calls",
+        "model_calls_per_second",
+        "outside_model_share",
     }
     evaluated = {"eval_reward", "eval_jpeg_compressibility", "eval_embedded", "seconds_eval"}
     for line in lines:
         expected = always | (trained if line["iteration"] else set())
+        # a checkpoint's time is known when its iteration is recorded: it is in the next line
+        expected |= {"seconds_checkpoint"} if line["iteration"] > 1 else set()
         assert set(line) == expected | (evaluated if "eval_reward" in line else set())
         assert all(describe(name) for name in line)
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in line.values())
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds)
     assert seconds[0] > 0
+    for line in lines[1:]:
+        parts = sum(line[f"seconds_{name}"] for name in ("rollout", "reward", "replay", "optimizer"))
+        assert 0.9 * line["seconds_iteration"] < parts <= line["seconds_iteration"] * (1 + 1e-9)
+        assert 0.3 * parts < line["seconds_model"] < parts
+        share = line["outside_model_share"]
+        assert share == pytest.approx(1 - line["seconds_model"] / line["seconds_iteration"])
+        assert line["images_per_second"] == pytest.approx(8 / line["seconds_iteration"])
+        # 8 images in 4 steps; 2 updates of 16 pairs, 8 of them a call
+        assert line["model_calls"] == 8
     assert lines[1]["reward_mean"] == pytest.approx(lines[1]["reward_jpeg_compressibility"], rel=1e-6)
     assert lines[1]["peak_memory_bytes"] > 1e8
 
@@ -177,6 +227,22 @@ def test_the_same_configuration_trains_the_same_run(finished: Path, small_config
             id="all-at-once",
         ),
         pytest.param(("algorithm.name=grpo", "algorithm.logprob=mean", "train.steps=1:3"), id="grpo"),
+        pytest.param(("model.dtype=bfloat16", *GUIDED_AND_PADDED), id="bfloat16"),
+        pytest.param(
+            ("model.dtype=bfloat16", "model.tune=lora", "model.lora.rank=2", *GUIDED_AND_PADDED),
+            id="bfloat16-lora",
+        ),
+        pytest.param(
+            (
+                "model.attention=flash",
+                "model.channels_last=true",
+                "model.free_text_encoder=true",
+                "train.gradient_checkpointing=true",
+                "trajectories.device=host",
+                *GUIDED_AND_PADDED,
+            ),
+            id="levers",
+        ),
     ],
 )
 def test_the_ratio_is_one_for_every_pair_before_the_first_update(
@@ -377,6 +443,140 @@ def test_the_microbatch_changes_no_result(
         sizes = (f"rollout.microbatch={rollout}", f"train.microbatch={replay}")
         parts = weights(run(small_config(*options, *sizes, f"run.name=parts-{rollout}-{replay}")), 1)
         assert relative_distance(parts, whole) < 1e-5, (rollout, replay)
+
+
+def test_the_microbatch_changes_no_loss(
+    small_config: MakeConfig, user_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    options = (f"reward=[{{name: '{module}:reward'}}]", "train.iterations=5", "evaluation.every=0")
+    update, losses = training.update, {}
+    for size in (3, 8, 64, "auto"):
+        record = losses[size] = []
+
+        def recorded(*arguments: Any, record: list[float] = record, **options: Any) -> UpdateStatistics:
+            done = update(*arguments, **options)
+            record.append(done.loss)
+            return done
+
+        monkeypatch.setattr(training, "update", recorded)
+        sizes = (f"rollout.microbatch={size}", f"train.microbatch={size}")
+        run(small_config(*options, *sizes, f"run.name=size-{size}"))
+    assert len(losses["auto"]) == 10
+    for found in losses.values():
+        # The losses are small differences of terms whose size is the advantages': their standard deviation, 1.
+        assert found == pytest.approx(losses["auto"], rel=1e-5, abs=1e-6)
+    assert max(map(abs, losses["auto"])) > 1e-2
+
+
+@pytest.mark.parametrize("of_training_calls", [True, False])
+@pytest.mark.parametrize("options", [(), ("model.tune=lora", "model.lora.rank=2", "model.dtype=float16")])
+def test_auto_halves_until_a_model_call_fits_and_then_trains_as_with_that_size(
+    of_training_calls: bool, options: tuple[str, ...], small_config: MakeConfig
+) -> None:
+    options = ("train.iterations=2", "rollout.guidance_scale=3.0", "evaluation.every=0", *options)
+    with memory_for(3, of_training_calls=of_training_calls) as calls:
+        folder, warnings = run_told(small_config(*options))
+    key = "train" if of_training_calls else "rollout"
+    assert warnings == [
+        f"warning: {key}.microbatch: {rows} rows per model call do not fit into memory; going on with {rows // 2}"
+        for rows in (8, 4)
+    ]
+    assert calls[:3] == [8, 4, 2]
+    assert set(calls[3:]) == {2}
+    given = small_config(*options, "rollout.microbatch=2", "train.microbatch=2", "run.name=given")
+    expected, warnings = run_told(given)
+    assert warnings == []
+    assert same(weights(folder, 2), weights(expected, 2))
+    lines, others = (read_metrics(path / "metrics.jsonl")[1:] for path in (folder, expected))
+    for line, other in zip(lines, others, strict=True):
+        assert line["ratio_max_deviation"] == 0.0
+        for name in ("images", "loss", "reward_mean", "grad_norm", "on_policy_outside_clip"):
+            assert line[name] == other[name], name
+
+
+def test_an_update_that_runs_out_of_memory_halfway_is_done_again_with_smaller_calls(
+    small_config: MakeConfig, user_module: Callable[[str], str]
+) -> None:
+    module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    options = (f"reward=[{{name: '{module}:reward'}}]", "train.iterations=1", "evaluation.every=0")
+    whole = run(small_config(*options))
+    # two calls for the first update, and one of the second's
+    with memory_for(4, of_training_calls=True, skip=3) as calls:
+        folder, [warning] = run_told(small_config(*options, "run.name=halved"))
+    assert calls == [8, 8, 8, 8, 4, 4, 4, 4]
+    assert warning.startswith("warning: train.microbatch: 8 rows")
+    assert relative_distance(weights(folder, 1), weights(whole, 1)) < 1e-6
+    first, second = (read_metrics(path / "metrics.jsonl")[1] for path in (whole, folder))
+    for name in ("loss", "grad_norm", "images", "ratio_max_deviation"):
+        assert second[name] == pytest.approx(first[name], rel=1e-5), name
+
+
+def test_a_resumed_run_goes_on_with_the_size_that_fitted(small_config: MakeConfig) -> None:
+    with memory_for(2, of_training_calls=True):
+        straight, _ = run_told(small_config("run.name=straight"))
+        folder, warnings = run_told(small_config("train.iterations=1"))
+        assert len(warnings) == 2
+        run_told(small_config(), "auto")
+    assert same(weights(folder, 3), weights(straight, 3))
+    with memory_for(2, of_training_calls=True) as calls:
+        _, warnings = run_told(small_config("train.iterations=4"), "auto")
+    assert warnings == []
+    assert set(calls) == {2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (
+            ("train.microbatch=4",),
+            r"train\.microbatch: 4 row\(s\) per model call do not fit into memory; give a ",
+        ),
+        (("rollout.microbatch=1",), r"train\.microbatch: not even one row per model call fits into memory"),
+    ],
+)
+def test_what_cannot_fit_into_memory_is_told(
+    overrides: tuple[str, ...], reason: str, small_config: MakeConfig
+) -> None:
+    with memory_for(0, of_training_calls=True), pytest.raises(LoopfastError, match=reason):
+        run(small_config(*overrides))
+
+
+def test_a_training_call_is_rehearsed_before_images_are_sampled_for_it(small_config: MakeConfig) -> None:
+    warnings = io.StringIO()
+    display = Display(quiet=True, errors=Console(file=warnings, width=1000))
+    with StopRequest() as stop:
+        trainer = training.Trainer(small_config(), None, display, stop)
+    before = {name: p.detach().clone() for name, p in trainer.sampler.policy.trainable().items()}
+    with memory_for(3, of_training_calls=True) as calls:
+        trainer._rehearse()
+    assert calls == [8, 4, 2]
+    assert (trainer.microbatches.rollout, trainer.microbatches.train) == (2, 2)
+    assert warnings.getvalue().count("do not fit") == 2
+    assert same(dict(trainer.sampler.policy.trainable()), before)
+    assert all(p.grad is None for p in trainer.sampler.policy.trainable().values())
+
+
+def test_a_fraction_of_the_steps_is_a_fraction_of_the_model_calls(small_config: MakeConfig) -> None:
+    options = ("train.iterations=1", "evaluation.every=0", "train.microbatch=4", "train.inner_epochs=2")
+    with memory_for(4, of_training_calls=True) as calls:
+        folder = run(small_config(*options, "train.step_fraction=0.5"))
+    assert len(calls) == 2 * 8 * 4 * 0.5 / 4
+    assert read_metrics(folder / "metrics.jsonl")[1]["ratio_max_deviation"] < 1e-3
+    with pytest.raises(ConfigError, match=r"train\.step_fraction: found 0\.13, allowed: at least 0\.167"):
+        # auto leaves the last of the four steps out
+        run(small_config("train.step_fraction=0.13", "train.steps=auto", "run.name=none"))
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_trajectories_on_the_host_and_a_released_text_encoder_change_no_bit(
+    tune: str, small_config: MakeConfig
+) -> None:
+    options = ("train.iterations=1", "rollout.guidance_scale=2.0", f"model.tune={tune}", "evaluation.every=0")
+    plain = run(small_config(*options))
+    levers = ("trajectories.device=host", "model.free_text_encoder=true", "run.name=levers")
+    folder = run(small_config(*options, *levers))
+    assert same(weights(folder, 1), weights(plain, 1))
 
 
 def test_the_native_kernels_train_as_the_reference_does(

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from loopfast.algorithms import PromptStatistics
-from loopfast.config import AlgorithmConfig
+from loopfast.config import AlgorithmConfig, TrainConfig
+from loopfast.engines import LocalEngine
 from loopfast.errors import NonFiniteError
 from loopfast.rollout import Sampler
 from loopfast.schedules import TransitionSchedule
 from loopfast.trajectories import Trajectories
-from loopfast.update import Surrogate, UpdateStatistics, update
+from loopfast.update import Surrogate, UpdateStatistics, rehearse, update
 
 GROUPS, SAMPLES, STEPS, SHAPE = 2, 3, 3, (2, 2)
 ROWS = GROUPS * SAMPLES
@@ -275,3 +276,63 @@ def test_a_gradient_that_is_not_finite_names_all_trajectories(monkeypatch: pytes
     with pytest.raises(NonFiniteError, match="norm is nan") as caught:
         case.update(config("loop"))
     assert caught.value.rows == (2, 5)
+
+
+def test_an_update_that_runs_out_of_memory_leaves_nothing_behind() -> None:
+    case = Case(guidance_scale=2.0)
+    expected = case.update(config("loop"), microbatch=4)
+    gradients = case.gradients()
+    engine = LocalEngine(case.policy, TrainConfig())  # type: ignore[arg-type]
+    before = [parameter.detach().clone() for parameter in case.policy.trainable().values()]
+    predict, calls = case.policy.predict, []
+
+    def limited(*args: Any) -> Any:
+        calls.append(len(args[0]))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate everything")
+        return predict(*args)
+
+    case.policy.predict = limited  # type: ignore[method-assign]
+    surrogate = Surrogate(config("loop"), REWARDS, ["a", "b"], PromptStatistics(), torch.device("cpu"))
+
+    def attempt(rows: int) -> UpdateStatistics:
+        return update(
+            case.sampler,
+            engine,
+            surrogate,
+            case.trajectories,
+            {"text": case.text},
+            case.prompts,
+            (case.rows, case.steps),
+            microbatch=rows,
+            with_reference=False,
+            before_step=shown.append,
+        )
+
+    shown: list[UpdateStatistics] = []
+    with pytest.raises(torch.OutOfMemoryError):
+        attempt(8)
+    assert all(parameter.grad is None for parameter in case.policy.trainable().values())
+    for parameter, value in zip(case.policy.trainable().values(), before, strict=True):
+        assert torch.equal(parameter, value)
+    done = attempt(4)
+    assert calls == [8, 8, 4, 4, 4]
+    assert len(shown) == 1
+    assert done.loss == expected.loss
+    assert done.grad_norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item())
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_a_rehearsal_calls_as_an_update_does_and_changes_nothing(with_reference: bool) -> None:
+    case = Case(guidance_scale=2.0)
+    case.policy.batches.clear()
+    engine = LocalEngine(case.policy, TrainConfig())  # type: ignore[arg-type]
+    before = [parameter.detach().clone() for parameter in case.policy.trainable().values()]
+    backward = []
+    case.policy.weight.register_post_accumulate_grad_hook(lambda parameter: backward.append(1))
+    rehearse(case.sampler, engine, {"text": case.text}, microbatch=5, with_reference=with_reference)
+    assert case.policy.batches == [5] * (1 + with_reference)
+    assert len(backward) == 1
+    for parameter, value in zip(case.policy.trainable().values(), before, strict=True):
+        assert parameter.grad is None
+        assert torch.equal(parameter, value)
