@@ -276,14 +276,22 @@ def _rows(events: Iterable[FunctionEvent], iterations: int) -> list[Row]:
     for event in events:
         owner = group(event)
         name = _BETWEEN if event.name.startswith(f"{DOMAIN}/") else event.name
-        _count(sums[name, owner, "operator"], event.self_cpu_time_total)
+        _count(sums[name, owner, "operator"], event.self_cpu_time_total, 0 if _again(event) else 1)
         for kernel in event.kernels:
-            _count(sums[kernel.name, owner, "kernel"], kernel.duration)
+            _count(sums[kernel.name, owner, "kernel"], kernel.duration, 1)
     rows = [
         Row(name, owner, kind, calls / iterations, microseconds / iterations / 1e3)
         for (name, owner, kind), (calls, microseconds) in sums.items()
     ]
     return sorted(rows, key=lambda row: -row.milliseconds)
+
+
+def _again(event: FunctionEvent) -> bool:
+    """Whether an operator is within one of its name: one with a gradient is dispatched to autograd, and below it."""
+    parent: FunctionEvent | None = event.cpu_parent
+    while parent is not None and parent.name != event.name:
+        parent = parent.cpu_parent
+    return parent is not None
 
 
 def _group_of_range(name: str) -> str:
@@ -292,8 +300,8 @@ def _group_of_range(name: str) -> str:
     return _GROUP_OF_CALL.get(call) or ("optimizer" if category == "optimizer" else _REST)
 
 
-def _count(entry: list[float], microseconds: float) -> None:
-    entry[0] += 1
+def _count(entry: list[float], microseconds: float, calls: int) -> None:
+    entry[0] += calls
     entry[1] += microseconds
 
 
