@@ -6,6 +6,7 @@ transition coefficients; ``kernels/README.md`` shows how to call them.
 
 from .backends import BACKENDS, BackendUnavailableError, backend, info
 from .denoise_step import denoise_step, denoise_step_
+from .group_norm_silu import group_norm_silu
 from .leave_one_out import leave_one_out
 from .loop_loss import LoopLoss, clipped_loss, loop_loss
 from .philox import philox_normal
@@ -21,6 +22,7 @@ __all__ = [
     "clipped_loss",
     "denoise_step",
     "denoise_step_",
+    "group_norm_silu",
     "info",
     "leave_one_out",
     "loop_loss",

@@ -81,6 +81,24 @@ class LossResults(Structure):
     )
 
 
+class Norm(Structure):
+    """``loopfast_norm``."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("channels", c_int64),
+        ("pixels", c_int64),
+        ("groups", c_int64),
+        ("channels_last", c_int32),
+        ("eps", c_float),
+        ("x", Latents),
+        ("weight", Latents),
+        ("bias", Latents),
+        ("shift", Latents),
+        ("threads", c_int32),
+    )
+
+
 _SIGNATURES = {
     "loopfast_denoise_step": (POINTER(Transition), c_void_p, Latents, Latents, c_int64, c_void_p),
     "loopfast_transition_logprob": (POINTER(Transition), Latents, c_void_p),
@@ -88,6 +106,16 @@ _SIGNATURES = {
     "loopfast_loss": (POINTER(Transition), POINTER(LossArguments), POINTER(LossResults)),
     "loopfast_scale_gradients": (c_int64, c_int64, Latents, Latents, c_void_p, c_float, c_int32),
     "loopfast_leave_one_out": (c_void_p, c_int64, c_int64, c_void_p),
+    "loopfast_group_norm_silu": (POINTER(Norm), Latents, c_void_p),
+    "loopfast_group_norm_silu_backward": (
+        POINTER(Norm),
+        c_void_p,
+        Latents,
+        Latents,
+        Latents,
+        Latents,
+        Latents,
+    ),
     "loopfast_philox_normal": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int32),
     "loopfast_philox_4x32": (c_void_p, c_void_p, c_void_p),
 }
@@ -171,6 +199,17 @@ def latents(name: str, tensor: Tensor | None) -> Latents:
     if tensor is None or tensor.numel() == 0:
         return Latents(None, 0)
     return Latents(pointer(name, tensor), _DTYPES[tensor.dtype])
+
+
+def image(name: str, tensor: Tensor) -> Latents:
+    """An image ``[N, C, H, W]`` in the memory format it has; as `latents`.
+
+    Raises:
+        ValueError: it is neither contiguous nor channels last.
+    """
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return Latents(tensor.data_ptr(), _DTYPES[tensor.dtype])
+    return latents(name, tensor)
 
 
 def as_float32(tensor: Tensor) -> Tensor:

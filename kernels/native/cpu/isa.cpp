@@ -41,6 +41,7 @@ std::string detect_features() {
 struct Isa {
   const char *name;
   const Kernels *kernels;
+  const NormKernels *norm_kernels;
 };
 
 Isa choose() {
@@ -52,10 +53,10 @@ Isa choose() {
   const bool avx512 = avx2 && !asks_for("avx2") && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512) return {"avx512", &kernels_avx512};
-  if (avx2) return {"avx2", &kernels_avx2};
+  if (avx512) return {"avx512", &kernels_avx512, &norm_kernels_avx512};
+  if (avx2) return {"avx2", &kernels_avx2, &norm_kernels_avx2};
 #endif
-  return {"portable", &kernels_portable};
+  return {"portable", &kernels_portable, &norm_kernels_portable};
 }
 
 const Isa &chosen() {
@@ -66,6 +67,8 @@ const Isa &chosen() {
 }  // namespace
 
 const Kernels &kernels() { return *chosen().kernels; }
+
+const NormKernels &norm_kernels() { return *chosen().norm_kernels; }
 
 }  // namespace loopfast
 

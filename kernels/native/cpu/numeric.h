@@ -90,6 +90,26 @@ inline float log_of_uniform(float x) {
   return high + (lost + (f * square * p + e * -2.12194440e-4f - 0.5f * square));
 }
 
+// e^x to 1 ulp within [-87, 40], and its value at the nearer end outside: as far as a sigmoid in float32 can tell.
+// x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial in r. Coefficients of Moshier's Cephes library (expf).
+inline float exp_for_sigmoid(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 40.0f ? 40.0f : x;
+  // Added to 1.5 2^23, a number is rounded to a whole one, in the sum's last places.
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  // ln 2 in two parts, the first with few enough bits for an exact product.
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return as_float(as_bits(p) + (as_bits(shifted) << 23));
+}
+
 // sin and cos of an angle in [0, 2 pi], to 0.7 ulp: the angle less the nearest multiple of pi/2, as x + tail, and a
 // polynomial. Coefficients of Moshier's Cephes library (sinf, cosf).
 inline void sine_and_cosine(float angle, float &sine, float &cosine) {

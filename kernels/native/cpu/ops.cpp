@@ -2,10 +2,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <new>
 #include <vector>
 
-#include "error.h"
+#include "checks.h"
 #include "isa.h"
 #include "loopfast.h"
 #include "numeric.h"
@@ -61,10 +60,6 @@ float logprob_of(const loopfast_transition &t, float sigma, double squares) {
   return total * -0.5f - (std::log(sigma) + kHalfLogTwoPi) * (mean ? 1.0f : elements);
 }
 
-bool known(int32_t dtype) {
-  return dtype == LOOPFAST_FLOAT32 || dtype == LOOPFAST_FLOAT16 || dtype == LOOPFAST_BFLOAT16;
-}
-
 bool streamed(const loopfast_transition &t, loopfast_output output, loopfast_output uncond) {
   int64_t size = 0;
   for (const loopfast_output &gradient : {output, uncond}) {
@@ -74,11 +69,6 @@ bool streamed(const loopfast_transition &t, loopfast_output output, loopfast_out
 }
 
 // Checks of arguments: 0, or the status to return.
-
-int check_latents(const char *name, const void *data, int32_t dtype, bool optional) {
-  if (data == nullptr) return optional ? 0 : invalid("%s is missing", name);
-  return known(dtype) ? 0 : invalid("%s has the unknown dtype tag %d", name, dtype);
-}
 
 int check_size(int64_t rows, int64_t elements) {
   if (rows < 1) return invalid("rows must be at least 1, got %lld", static_cast<long long>(rows));
@@ -325,18 +315,6 @@ int check_loss(const loopfast_transition &t, const loopfast_loss_arguments *argu
                     (out.grad_uncond.data != nullptr && out.grad_uncond.dtype == LOOPFAST_FLOAT16);
   if (half && out.grad_scale == nullptr) return invalid("grad_scale is missing: a gradient is float16");
   return 0;
-}
-
-// Runs what may allocate.
-template <class Body>
-int guarded(Body &&body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::bad_alloc &) {
-    std::snprintf(error_message(), 256, "out of memory");
-    return kOutOfMemory;
-  }
 }
 
 // The log-probability of every row, from the sum of squares of each of its blocks.

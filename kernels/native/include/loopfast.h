@@ -145,6 +145,32 @@ LOOPFAST_API int loopfast_scale_gradients(int64_t rows, int64_t elements, loopfa
 /* rewards [G, K] to advantages [G, K]: each less the mean of its group's others. K at least 2. */
 LOOPFAST_API int loopfast_leave_one_out(const float *rewards, int64_t groups, int64_t samples, float *advantage);
 
+/* Group normalization and SiLU, y = silu(w (u - mean) / sqrt(variance + eps) + b) with u = x + shift: mean and variance
+ * are those of a row's group of C / G channels. Here N, C, H W and G are what a row consists of. */
+typedef struct {
+  int64_t rows;          /* N, at least 1 */
+  int64_t channels;      /* C, at least 1 */
+  int64_t pixels;        /* H W, at least 1 */
+  int64_t groups;        /* G, divides C */
+  int32_t channels_last; /* 0: x, y and their gradients are [N, C, H W]; else they are [N, H W, C] */
+  float eps;             /* positive */
+  loopfast_input x;
+  loopfast_input weight; /* w, [C] */
+  loopfast_input bias;   /* b, [C] */
+  loopfast_input shift;  /* [N, C]; optional */
+  int32_t threads;
+} loopfast_norm;
+
+/* y like x, and statistics [N, G, 3]: the mean in two parts and 1 / sqrt(variance + eps). */
+LOOPFAST_API int loopfast_group_norm_silu(const loopfast_norm *norm, loopfast_output y, float *statistics);
+
+/* Its gradients, each like what it is the gradient by and each optional. grad_y has the layout of x. Those by weight
+ * and bias are summed over the rows in their order. */
+LOOPFAST_API int loopfast_group_norm_silu_backward(const loopfast_norm *norm, const float *statistics,
+                                                   loopfast_input grad_y, loopfast_output grad_x,
+                                                   loopfast_output grad_weight, loopfast_output grad_bias,
+                                                   loopfast_output grad_shift);
+
 /* Standard normal noise [N, E], a pure function of seed [N], step [N] and the element. */
 LOOPFAST_API int loopfast_philox_normal(int64_t rows, int64_t elements, const int64_t *seed, const int64_t *step,
                                         float *noise, int32_t threads);
