@@ -168,6 +168,7 @@ class Trainer:
         self.progress = Progress()
         self.meter = Meter([policy.device, self.sampler.model.device])
         self.times = Times(0.0)
+        self._encoded: tuple[int, tuple[list[Prompt], Conditioning, Tensor]] | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
         self._began = time.perf_counter() - self.progress.seconds
@@ -453,6 +454,12 @@ class Trainer:
 
     def _batch(self) -> tuple[list[Prompt], Conditioning, Tensor]:
         """The iteration's prompts, their conditioning, and each row's prompt; a function of seed and iteration."""
+        iteration = self.progress.iteration
+        if self._encoded is None or self._encoded[0] != iteration:
+            self._encoded = iteration, self._encode()
+        return self._encoded[1]
+
+    def _encode(self) -> tuple[list[Prompt], Conditioning, Tensor]:
         wanted, available = self.config.rollout.prompts_per_iteration, len(self.prompts)
         rng = random.Random(derive(self.config.run.seed, "prompts", self.progress.iteration))
         rounds = [

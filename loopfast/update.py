@@ -238,7 +238,7 @@ def _accumulate(
             )
             loss = result.loss * (size / len(rows))
             losses.append(LoopLoss(*(value.detach() for value in result)))
-        # the loss has its gradients already: of the backward pass, the denoiser's is all but some ten microseconds
+        # the loss has its gradients already: of the backward pass, the denoiser's is all but about 0.1 ms
         with model_call("backward", "replay", part.start, device):
             engine.backward(loss)
     with range_("statistics", "replay"):
