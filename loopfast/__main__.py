@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from loopfast.allocator import reuse_freed_memory
 from loopfast.errors import LoopfastError, MissingExtraError
 
 __all__ = ["main"]
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 success, 1 failure, 2 wrong usage or configuration, 130 or 143 stopped by a signal.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    reuse_freed_memory()
     try:
         try:
             from loopfast.cli import app

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # From bottom to top. A module may import from its own layer and from those below.
 LAYERS = [
-    {"", "errors", "files", "interrupts", "profiling", "seeds"},
+    {"", "allocator", "errors", "files", "interrupts", "profiling", "seeds"},
     {"schedules", "algorithms", "config", "plugins"},
     {"policies", "trajectories", "prompts", "embedded", "integrations"},
     {"rollout", "engines", "rewards", "checkpoints", "tracking", "console", "microbatch"},
