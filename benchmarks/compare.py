@@ -73,7 +73,7 @@ def speedups(run: dict[str, Any]) -> str:
     rows = []
     for op, setting, competitors in _settings(run["results"]):
         ours = competitors.get("ours")
-        if ours is None:
+        if ours is None or "gb_per_s" not in ours:
             continue
 
         def against(competitor: str, ours: Any = ours, competitors: Any = competitors) -> str:
@@ -95,6 +95,29 @@ def speedups(run: dict[str, Any]) -> str:
         )
     header = ("op", "latent", "rows", "dtype", "ours", "eager", "compile", "TRL", "GB/s", "of copy")
     return table(header, rows)
+
+
+def engine(run: dict[str, Any]) -> str:
+    """A table of the engine's competitors, one line per phase and competitor; empty if none was measured.
+
+    Args:
+        run: of `benchmarks.keep.load`.
+    """
+    rows = []
+    for op, setting, competitors in _settings(run["results"]):
+        for name, entry in sorted(competitors.items(), key=lambda item: item[1].get("ratio", 0.0)):
+            if "ratio" not in entry:
+                continue
+            rate = next(
+                f"{entry[key]:.3g} {unit}"
+                for key, unit in (("images_per_s", "images/s"), ("pairs_per_s", "pairs/s"))
+                if key in entry
+            )
+            memory = f"{entry['peak_bytes'] / 2**20:.0f} MiB"
+            cells = (op.removeprefix("engine_"), setting, name, _time(entry["median_us"]), rate)
+            rows.append((*cells, f"{entry['ratio']:.2f}×", memory))
+    header = ("phase", "setting", "competitor", "median", "rate", "time / ours", "peak memory")
+    return table(header, rows) if rows else ""
 
 
 def _flat(run: dict[str, Any]) -> dict[str, float]:
@@ -131,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     before = load(options.before)
     if options.after is None:
-        print(speedups(before))
+        print("\n\n".join(filter(None, (speedups(before), engine(before)))))
         return 0
     after = load(options.after)
     old, new = _flat(before), _flat(after)

@@ -15,7 +15,16 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 _MACHINE = ("device", "threads", "copy_gb_per_s", "python", "torch", "triton", "loopfast")
-_MEASURED = ("bytes", "gb_per_s", "copy_share", "launches", "peak_bytes")
+_MEASURED = (
+    "bytes",
+    "gb_per_s",
+    "copy_share",
+    "launches",
+    "peak_bytes",
+    "images_per_s",
+    "pairs_per_s",
+    "ratio",
+)
 
 
 def _rounded(value: Any) -> Any:
@@ -45,7 +54,7 @@ def slim(raw: dict[str, Any]) -> dict[str, Any]:
             "median_us": stats["median"] * 1e6,
             "iqr_us": stats["iqr"] * 1e6,
             "rounds": stats["rounds"],
-            **{key: info[key] for key in _MEASURED},
+            **{key: info[key] for key in _MEASURED if key in info},
         }
         competitors = results.setdefault(info["op"], {}).setdefault(info["setting"], {})
         competitors[info["competitor"]] = {key: _rounded(value) for key, value in entry.items()}

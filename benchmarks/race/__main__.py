@@ -53,13 +53,13 @@ def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
 def _field(options: argparse.Namespace, found: dict[str, Any]) -> Field:
     recipe = load_config("tiny")
     steps = trained_steps(load_schedule(recipe.model, recipe.rollout), recipe.train.steps)
-    equal = found.get("equal_work", {}).get("embedded", {})
+    equal = found.get("equal_work", {}).get("embedded", {}).get("trl", {})
     return Field(
         options.command,
         [prompt.text for prompt in load_prompts(PROMPTS)],
         recipe.model_dump(mode="json"),
         len(steps),
-        tuple(equal.get("trl", {}).get("batches", DEFAULT_BATCHES)),
+        tuple(options.trl_batches or equal.get("batches", DEFAULT_BATCHES)),
         options.threads,
         options.fresh,
     )
@@ -90,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=int, default=os.cpu_count(), help="OMP_NUM_THREADS of both (all cores)"
     )
     runs = argparse.ArgumentParser(add_help=False, parents=[timed])
+    runs.add_argument(
+        "--trl-batches",
+        type=int,
+        nargs=2,
+        metavar=("SAMPLED", "TRAINED"),
+        help="TRL's batch sizes, instead of those that equal work found best",
+    )
     runs.add_argument("--fresh", action="store_true", help="forget finished runs of an earlier call")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

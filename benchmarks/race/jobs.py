@@ -138,11 +138,11 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
-def run_worker(name: str, job: Json, folder: Path, threads: int, *, reuse: bool = False) -> Json:
+def run_worker(worker: str | Path, job: Json, folder: Path, threads: int, *, reuse: bool = False) -> Json:
     """Run a worker to its end.
 
     Args:
-        name: its file in `WORKERS`, without the suffix.
+        worker: its file, or the name of one in `WORKERS`.
         job: what to do.
         folder: for its files: ``job.json``, ``result.json``, ``log.txt``.
         threads: OpenMP's.
@@ -159,10 +159,11 @@ def run_worker(name: str, job: Json, folder: Path, threads: int, *, reuse: bool 
     result.unlink(missing_ok=True)
     shutil.rmtree(folder / "run", ignore_errors=True)  # of ours, cut off or of another job
     file.write_text(json.dumps(job, indent=1), "utf-8")
-    python = str(TRL_PYTHON) if name == "trl_worker" else sys.executable
+    python = str(TRL_PYTHON) if worker == "trl_worker" else sys.executable
+    script = WORKERS / f"{worker}.py" if isinstance(worker, str) else worker
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         done = subprocess.run(
-            [python, str(WORKERS / f"{name}.py"), str(file)],
+            [python, str(script), str(file)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment(threads),
@@ -171,5 +172,5 @@ def run_worker(name: str, job: Json, folder: Path, threads: int, *, reuse: bool 
         )
     if done.returncode or not result.exists():
         tail = "\n".join((folder / "log.txt").read_text("utf-8").splitlines()[-12:])
-        raise RaceError(f"{name} ended with {done.returncode}; {folder / 'log.txt'} ends with\n{tail}")
+        raise RaceError(f"{script.stem} ended with {done.returncode}; {folder / 'log.txt'} ends with\n{tail}")
     return json.loads(result.read_text("utf-8"))

@@ -1,0 +1,1 @@
+"""Benchmarks of the whole engine: an iteration, its rollout and its replay."""
