@@ -67,7 +67,7 @@ command=(
     --config "$config"
     "--iterations=$iterations"
     --no-trace
-    "${overrides[@]}"
+    ${overrides[@]+"${overrides[@]}"} # bash before 4.4 takes an empty array for an unset one
 )
 if [[ $dry_run ]]; then
     printf '%q ' "${command[@]}"

@@ -18,7 +18,7 @@ from loopfast.config import Config, config_to_yaml, load_config
 from loopfast.errors import Interrupted, LoopfastError, MissingExtraError, RewardError
 from loopfast.policies import load_schedule, trained_steps
 
-COMMANDS = ["train", "sample", "eval", "report", "schedule", "config", "doctor"]
+COMMANDS = ["train", "profile", "sample", "eval", "report", "schedule", "config", "doctor"]
 
 
 class Calls(list[tuple[tuple[Any, ...], dict[str, Any]]]):

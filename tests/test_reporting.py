@@ -109,7 +109,11 @@ def write_metrics(run: Path, last: int, evaluations: dict[int, dict[str, Any]]) 
                 "loss": rng.gauss(0, 0.01),
                 "seconds_rollout": 1.0,
                 "seconds_reward": 0.25,
-                "seconds_replay": 1.5,
+                "seconds_replay": 1.0,
+                "seconds_optimizer": 0.5,
+                "seconds_checkpoint": 0.125,
+                "images_per_second": 40 + iteration / 60,
+                "outside_model_share": 0.02 if iteration < 50 else 0.9,
                 "peak_memory_bytes": 3 * 2**20,
             }
         if data := evaluations.get(iteration):
@@ -242,7 +246,25 @@ def test_the_shares_of_the_phases_add_up(run: Path) -> None:
     shares = [float(share) for share in re.findall(r"([\d.]+) %", text)]
     assert sum(shares) == pytest.approx(100, abs=0.3)
     assert "Sampling 1 min 00 s" in text
+    assert "Optimizer 30 s" in text
+    assert "Checkpoint 7.5 s" in text
     assert "Other" in text
+
+
+def test_the_facts_tell_the_speed(run: Path) -> None:
+    text = Page(write_report(run)).text
+    assert "Images a second 40.5 (median, training on them included)" in text
+    assert "Outside model calls 2.0% of an iteration (median)" in text
+
+
+def test_runs_from_before_there_were_such_numbers_have_a_report(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    new = {"seconds_optimizer", "seconds_checkpoint", "images_per_second", "outside_model_share"}
+    old = [{name: value for name, value in line.items() if name not in new} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    text = Page(write_report(run)).text
+    assert "Images a second" not in text
+    assert "Optimizer" not in text.split("Where the time went")[1].split("Configuration")[0]
 
 
 def test_facts_of_the_summary_are_shown_once(run: Path) -> None:
