@@ -102,7 +102,8 @@ class Sampler:
         for rows in slices(len(latents), self.microbatch):
             with model_call("decoder", "reward", rows.start, latents.device):
                 images.append(self.policy.decode(latents[rows]))
-        return torch.cat(images)
+        # of one layout however many microbatches there were, as a reward's sums depend on it
+        return torch.cat(images).contiguous()
 
     def release(self) -> None:
         """Frees what sampling keeps for the next time: recorded steps and their buffers."""

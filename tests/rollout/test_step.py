@@ -29,7 +29,13 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
         packet = function.overloadpacket
-        self.reads += packet in (aten._local_scalar_dense, aten.item, aten.nonzero, aten.is_nonzero, aten.equal)
+        self.reads += packet in (
+            aten._local_scalar_dense,
+            aten.item,
+            aten.nonzero,
+            aten.is_nonzero,
+            aten.equal,
+        )
         result = function(*args, **(kwargs or {}))
         if packet in (aten._to_copy, aten.copy_, aten.copy):
             source = args[1] if packet is aten.copy_ else args[0]
@@ -91,7 +97,9 @@ def test_steps_are_taken_in_fixed_memory(policy: Policy, pipeline_folder: Path) 
     step = step_of(policy, pipeline_folder, 3.0)
     before = step.addresses()
     text = policy.encode(list(reversed(toy.PROMPTS)))
-    step.load(toy.schedule(pipeline_folder), initial_latents(policy, toy.SEEDS), text, toy.ROWS, toy.SEEDS + 1)
+    step.load(
+        toy.schedule(pipeline_folder), initial_latents(policy, toy.SEEDS), text, toy.ROWS, toy.SEEDS + 1
+    )
     for _ in range(toy.STEPS):
         step.advance()
     assert step.addresses() == before

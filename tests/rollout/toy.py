@@ -28,7 +28,9 @@ def schedule(folder: Path, **options: Any) -> TransitionSchedule:
     return load_schedule(ModelConfig(pretrained=str(folder)), RolloutConfig(steps=STEPS, **options))
 
 
-def sampler(policy: Policy, folder: Path, guidance: float = 1.0, microbatch: int = 3, **options: Any) -> Sampler:
+def sampler(
+    policy: Policy, folder: Path, guidance: float = 1.0, microbatch: int = 3, **options: Any
+) -> Sampler:
     options.setdefault("steps", StepCache())
     return Sampler(policy, schedule(folder).to(policy.device), guidance, "sum", microbatch, **options)
 

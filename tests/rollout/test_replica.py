@@ -1,0 +1,123 @@
+"""The copy that is sampled from: equal to the policy after every refresh, at fixed addresses."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import loopfast.train as training
+from loopfast.config import Config, RolloutConfig
+from loopfast.console import Display
+from loopfast.errors import ConfigError, LoopfastError
+from loopfast.policies import addresses
+from loopfast.rollout import Replica, make_replica
+from loopfast.tracking import read_metrics
+from tests.rollout import toy
+
+MakeConfig = Callable[..., Config]
+CPU = torch.device("cpu")
+LORA: dict[str, Any] = {"tune": "lora", "lora": {"rank": 2, "alpha": 8.0}}
+
+
+def test_there_is_no_copy_where_nothing_asks_for_one(pipeline_folder: Path) -> None:
+    policy = toy.load(pipeline_folder, dtype="bfloat16")
+    for config in (RolloutConfig(), RolloutConfig(dtype="bfloat16"), RolloutConfig(device="cpu")):
+        assert make_replica(policy, config) is None
+    with pytest.raises(ConfigError, match=r"rollout\.device: cuda:77 is not there"):
+        make_replica(policy, RolloutConfig(device="cuda:77"))
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, LORA], ids=["full", "autocast", "lora"])
+def test_a_copy_of_the_same_type_samples_the_same_bits(
+    pipeline_folder: Path, options: dict[str, Any]
+) -> None:
+    policy = toy.load(pipeline_folder, **options)
+    replica = Replica(policy, dtype=None, device=CPU, merge_lora=False)
+    before = addresses(replica.policy.denoiser)
+    assert not set(before.values()) & set(addresses(policy.denoiser).values())
+    for _ in range(2):
+        toy.move(policy)
+        direct = toy.run(toy.sampler(policy, pipeline_folder, 2.0))
+        assert toy.same(toy.run(toy.sampler(policy, pipeline_folder, 2.0, replica=replica)), direct)
+    assert addresses(replica.policy.denoiser) == before
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("targets", [None, ["to_q", "conv1", "proj_in"]])
+def test_merged_weights_compute_what_the_adapter_does(
+    pipeline_folder: Path, guidance: float, targets: list[str] | None
+) -> None:
+    policy = toy.load(pipeline_folder, tune="lora", lora={**LORA["lora"], "targets": targets})
+    plain = toy.run(toy.sampler(policy, pipeline_folder, guidance))
+    replica = Replica(policy, dtype=None, device=CPU, merge_lora=True)
+    before = addresses(replica.policy.denoiser)
+    assert not any("lora" in name or "base_layer" in name for name in before)
+    for _ in range(2):
+        toy.move(policy, 0.2)
+        direct = toy.run(toy.sampler(policy, pipeline_folder, guidance))
+        merged = toy.run(toy.sampler(policy, pipeline_folder, guidance, replica=replica))
+        torch.testing.assert_close(merged.latents, direct.latents, atol=2e-4, rtol=1e-4)
+        assert (direct.latents - plain.latents).abs().max() > 1e-2
+    assert addresses(replica.policy.denoiser) == before
+    assert not any(parameter.requires_grad for parameter in replica.policy.denoiser.parameters())
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_latents_have_the_type_that_the_model_saw(pipeline_folder: Path, merge: bool) -> None:
+    policy = toy.load(pipeline_folder, **(LORA if merge else {}))
+    config = RolloutConfig(dtype="bfloat16", merge_lora=merge)
+    replica = make_replica(policy, config)
+    assert replica is not None
+    assert {parameter.dtype for parameter in replica.policy.denoiser.parameters()} == {torch.bfloat16}
+    made = toy.sampler(policy, pipeline_folder, 2.0, replica=replica)
+    found = toy.run(made)
+    assert found.latents.dtype == torch.bfloat16
+    assert found.latents.device == policy.device
+    exact = toy.run(toy.sampler(policy, pipeline_folder, 2.0))
+    difference = (found.final.float() - exact.final).norm() / exact.final.norm()
+    assert 0 < difference < 0.1
+
+
+def train(config: Config) -> tuple[Path, str]:
+    warnings = io.StringIO()
+    display = Display(quiet=True, errors=Console(file=warnings, width=1000))
+    return training.train(config, display=display), warnings.getvalue()
+
+
+def test_training_from_a_merged_copy_measures_what_it_changes(small_config: MakeConfig) -> None:
+    options = ("model.tune=lora", "rollout.merge_lora=true", "rollout.dtype=bfloat16", "train.iterations=2")
+    with pytest.raises(LoopfastError) as caught:
+        train(small_config(*options, "run.name=strict"))
+    for said in ("before the first update the ratio differs from 1 by up to", "merge_lora"):
+        assert said in str(caught.value)
+    folder, warnings = train(small_config(*options, "train.on_policy_check=warn"))
+    assert warnings.count("before the first update the ratio differs from 1") == 2
+    lines = read_metrics(folder / "metrics.jsonl")[1:]
+    assert all(line["ratio_max_deviation"] > 1e-3 for line in lines)
+    # what evaluation measures is the policy itself: the same before training, with or without a copy
+    plain, _ = train(small_config("model.tune=lora", "train.iterations=1", "run.name=plain"))
+    first, other = (read_metrics(path / "metrics.jsonl")[0]["eval_reward"] for path in (folder, plain))
+    assert first == other
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_copy_on_another_device_is_refreshed_under_a_graph(pipeline_folder: Path, merge: bool) -> None:
+    policy = toy.load(pipeline_folder, **LORA)
+    config = RolloutConfig(device="cuda", merge_lora=merge)
+    replica = make_replica(policy, config)
+    assert replica is not None
+    made = toy.sampler(policy, pipeline_folder, 2.0, replica=replica)
+    for _ in range(2):
+        toy.move(policy)
+        found = toy.run(made)
+        assert found.latents.device == CPU
+        direct = toy.run(toy.sampler(policy, pipeline_folder, 2.0))
+        torch.testing.assert_close(found.latents, direct.latents, atol=2e-2, rtol=1e-2)
+    assert len(made.steps) == 1

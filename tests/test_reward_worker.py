@@ -1,0 +1,311 @@
+"""Rewards in a thread or a process: the same scores and errors as without, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import loopfast.train as training
+from loopfast.config import Config, RewardConfig
+from loopfast.console import Display
+from loopfast.errors import ConfigError, Interrupted, RewardError
+from loopfast.rewards import RewardProcess, RewardThread, Scores, build_rewards
+from loopfast.tracking import describe, read_metrics
+
+MakeConfig = Callable[..., Config]
+TERMS = [RewardConfig(name="jpeg_compressibility"), RewardConfig(name="embedded", weight=0.5)]
+PROMPTS = [
+    "a red circle",
+    "a blue square and a red cross",
+    "two green squares",
+    "three green triangles",
+    "a red cross and a green circle",
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name == "loopfast-reward"]
+
+
+def images(count: int = 5) -> Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def brightness(found: Tensor, prompts: Any) -> Scores:
+    values = found.mean((1, 2, 3))
+    return Scores(values, {"brightness": values})
+
+
+def test_scores_of_parts_are_those_of_the_batch() -> None:
+    rewards = build_rewards(TERMS)
+    expected = rewards.score(images(), PROMPTS)
+    with RewardThread(rewards.score) as worker:
+        for part in (slice(0, 2), slice(2, 4), slice(4, 5)):
+            worker.add(images()[part], PROMPTS[part])
+        found = worker.result()
+    assert torch.equal(found.total, expected.total)
+    assert list(found.parts) == list(expected.parts)
+    assert all(torch.equal(found.parts[name], part) for name, part in expected.parts.items())
+
+
+def test_scoring_goes_on_beside_and_no_further_ahead_than_the_queue() -> None:
+    go, called = threading.Semaphore(0), threading.Semaphore(0)
+
+    def slow(found: Tensor, prompts: Any) -> Scores:
+        called.release()
+        assert go.acquire(timeout=10)
+        return brightness(found, prompts)
+
+    with RewardThread(slow) as worker:
+        added = []
+
+        def fill() -> None:
+            for number in range(5):
+                worker.add(images(1), [str(number)])
+                added.append(number)
+
+        other = threading.Thread(target=fill)
+        other.start()
+        assert called.acquire(timeout=10)
+        while len(added) < 3:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        # one is being scored and two wait: the fourth has to
+        assert added == [0, 1, 2]
+        for _ in range(5):
+            go.release()
+        other.join(timeout=10)
+        assert len(worker.result().total) == 5
+
+
+def test_an_error_comes_out_where_the_next_part_goes_in_or_the_result_is_asked_for() -> None:
+    def fails(found: Tensor, prompts: Any) -> Scores:
+        raise RewardError("reward 'x' raised", [1])
+
+    with RewardThread(fails) as worker:
+        worker.add(images(), PROMPTS)
+        with pytest.raises(RewardError, match="'x' raised") as caught:
+            worker.result()
+    assert caught.value.images_index == (1,)
+
+    def add_for_ever() -> None:
+        with RewardThread(fails) as worker:
+            while True:
+                worker.add(images(), PROMPTS)
+
+    with pytest.raises(RewardError, match="'x' raised"):
+        add_for_ever()
+
+
+def test_what_waits_is_given_up_when_the_sampling_stops() -> None:
+    scored = []
+
+    def slow(found: Tensor, prompts: Any) -> Scores:
+        scored.append(prompts)
+        time.sleep(0.1)
+        return brightness(found, prompts)
+
+    def stopped() -> None:
+        with RewardThread(slow) as worker:
+            for number in range(3):
+                worker.add(images(1), [str(number)])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert len(scored) <= 1
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(text: str) -> str:
+        name = f"user_module_{tmp_path.name}".replace("-", "_")
+        (tmp_path / f"{name}.py").write_text(text)
+        return name
+
+    return write
+
+
+USER = """\
+import os
+
+def pid(images, prompts, metadata):
+    return [os.getpid()] * len(prompts)
+
+def plain(images, prompts, metadata, fail=""):
+    for index, prompt in enumerate(prompts):
+        if fail and fail in prompt:
+            if metadata[index].get("die"):
+                os._exit(7)
+            values = images.mean((1, 2, 3))
+            values[index] = float("nan")
+            return values
+    return images.mean((1, 2, 3))
+"""
+
+
+def test_a_process_scores_fails_and_ends_as_it_should(user_module: Callable[[str], str]) -> None:
+    module = user_module(USER)
+    terms = [*TERMS, RewardConfig(name=f"{module}:plain", options={"fail": "cross"})]
+    pid = RewardConfig(name=f"{module}:pid", weight=0.0)
+    rewards = RewardProcess([*terms, pid])
+    prompts = [prompt.replace("cross", "circle") for prompt in PROMPTS]
+    expected = build_rewards(terms).score(images(), prompts)
+    found = rewards.score(images(), prompts, [{"category": "color"}] * 5)
+    assert torch.equal(found.total, expected.total)
+    assert all(torch.equal(found.parts[name], part) for name, part in expected.parts.items())
+    child = int(found.parts[pid.name][0])
+    assert child != os.getpid()
+
+    with pytest.raises(RewardError) as here:
+        build_rewards(terms).score(images(), PROMPTS)
+    with pytest.raises(RewardError) as there:
+        rewards.score(images(), PROMPTS)
+    assert str(there.value) == str(here.value)
+    assert there.value.images_index == here.value.images_index == (1, 4)
+
+    with pytest.raises(RewardError, match=r"metadata cannot be sent to their process .* use rollout"):
+        rewards.score(images(1), PROMPTS[:1], [{"function": lambda: None}])
+    assert rewards.score(images(1), PROMPTS[:1]).total.shape == (1,)
+    with pytest.raises(RewardError, match=r"'embedded', .* ended with exit code 7"):
+        rewards.score(images(2), PROMPTS[:2], [{"die": True}] * 2)
+    rewards.close()
+    rewards.close()
+
+
+def test_a_process_that_cannot_start_says_why_and_ends() -> None:
+    with pytest.raises(ConfigError, match="no reward 'beauty'; nearest:"):
+        RewardProcess([RewardConfig(name="beauty")])
+
+
+def test_a_process_ends_with_its_owner(tmp_path: Path) -> None:
+    """Even one that is killed."""
+    program = (
+        "import os, time\n"
+        "from loopfast.config import RewardConfig\n"
+        "from loopfast.rewards import RewardProcess\n"
+        "rewards = RewardProcess([RewardConfig(name='jpeg_compressibility')])\n"
+        "print(rewards._process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as owner:
+        assert owner.stdout is not None
+        child = int(owner.stdout.readline())
+        owner.send_signal(signal.SIGKILL)
+    end = time.monotonic() + 20
+    while running(child):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_run_is_the_same_wherever_its_images_are_scored(
+    small_config: MakeConfig, user_module: Callable[[str], str]
+) -> None:
+    module = user_module(USER)
+    outcomes = []
+    for worker in ("none", "thread", "process"):
+        config = small_config(
+            f"rollout.reward_worker={worker}",
+            f"reward=[{{name: jpeg_compressibility}}, {{name: '{module}:plain'}}]",
+            "rollout.microbatch=3",
+            "train.microbatch=3",
+            "train.iterations=1",
+            f"run.name={worker}",
+        )
+        folder = training.train(config, display=Display(quiet=True))
+        lines = [
+            {name: value for name, value in line.items() if describe(name).section not in ("time", "speed")}
+            for line in read_metrics(folder / "metrics.jsonl")
+        ]
+        for line in lines:
+            del line["peak_memory_bytes"]
+        outcomes.append(lines)
+        [_, timed] = read_metrics(folder / "metrics.jsonl")
+        assert 0 < timed["seconds_reward"] < timed["seconds_iteration"]
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+@pytest.mark.parametrize("worker", ["thread", "process"])
+def test_a_reward_that_fails_in_a_later_part_names_itself_and_the_sample(
+    worker: str, small_config: MakeConfig, user_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    module = user_module(USER)
+    (tmp_path / "prompts.txt").write_text("a red circle\na green ring\na blue square\na white star\n")
+    (tmp_path / "easy.txt").write_text("a red circle\n")
+    config = small_config(
+        f"rollout.reward_worker={worker}",
+        f"reward=[{{name: '{module}:plain', options: {{fail: star}}}}]",
+        "prompts.source=prompts.txt",
+        "evaluation.prompts=easy.txt",
+        "evaluation.limit_prompts=1",
+        "rollout.microbatch=2",
+        "train.microbatch=2",
+    )
+    with pytest.raises(RewardError) as caught:
+        training.train(config, display=Display(quiet=True))
+    failures = Path(config.run.directory, "small", "failures", "iteration-000001")
+    message = str(caught.value)
+    assert message.startswith(f"iteration 1: reward '{module}:plain' is not finite for 1 of 2 image(s)")
+    assert message.endswith(f"'a white star'; images and prompts are in {failures}")
+    assert list(json.loads((failures / "prompts.json").read_text()).values()) == ["a white star"]
+
+
+def test_a_signal_while_images_are_scored_leaves_no_thread(
+    small_config: MakeConfig, user_module: Callable[[str], str]
+) -> None:
+    module = user_module(
+        "import os, signal\n"
+        "calls = 0\n"
+        "def stop(images, prompts, metadata):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if calls == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    options = (
+        f"reward=[{{name: '{module}:stop'}}]",
+        "rollout.microbatch=2",
+        "train.microbatch=2",
+        "evaluation.limit_prompts=1",
+        "train.iterations=1",
+        "rollout.reward_worker=thread",
+    )
+    with pytest.raises(Interrupted) as caught:
+        training.train(small_config(*options), display=Display(quiet=True))
+    assert caught.value.exit_code == 143
+    folder = training.train(small_config(*options), resume="auto", display=Display(quiet=True))
+    whole = training.train(small_config(*options, "run.name=whole"), display=Display(quiet=True))
+    names = ("reward_mean", "loss", "grad_norm")
+    first, other = (read_metrics(path / "metrics.jsonl")[1] for path in (folder, whole))
+    assert [first[name] for name in names] == [other[name] for name in names]
