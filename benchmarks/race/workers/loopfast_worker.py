@@ -1,7 +1,8 @@
 """One run of ours: ``python loopfast_worker.py JOB``.
 
 JOB is a JSON file that `benchmarks.race.jobs.loopfast_job` describes. What is measured is read from the run's own
-record, ``metrics.jsonl``: an iteration is the time between two lines, less that of evaluations.
+record, ``metrics.jsonl``: an iteration is the time between two lines, less that of evaluations and
+checkpoints.
 """
 
 from __future__ import annotations
@@ -51,13 +52,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     iterations: list[dict[str, Any]] = []
     until = [0.0]
     for before, record in itertools.pairwise(records):
-        seconds = record["seconds"] - before["seconds"] - record.get("seconds_eval", 0.0)
+        apart = sum(record.get(key, 0.0) for key in ("seconds_eval", "seconds_checkpoint"))
+        seconds = record["seconds"] - before["seconds"] - apart
         iterations.append(
             {
                 "seconds": seconds,
                 "sampling": record["seconds_rollout"],
                 "reward": record["seconds_reward"],
-                "training": record["seconds_replay"],
+                "training": record["seconds_replay"] + record["seconds_optimizer"],
             }
         )
         until.append(until[-1] + seconds)
