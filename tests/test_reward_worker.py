@@ -150,14 +150,13 @@ def pid(images, prompts, metadata):
     return [os.getpid()] * len(prompts)
 
 def plain(images, prompts, metadata, fail=""):
+    values = images.mean((1, 2, 3))
     for index, prompt in enumerate(prompts):
+        if metadata[index].get("die"):
+            os._exit(7)
         if fail and fail in prompt:
-            if metadata[index].get("die"):
-                os._exit(7)
-            values = images.mean((1, 2, 3))
             values[index] = float("nan")
-            return values
-    return images.mean((1, 2, 3))
+    return values
 """
 
 
