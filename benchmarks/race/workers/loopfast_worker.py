@@ -49,6 +49,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             timer.cancel()
     folder = Path(config.run.directory) / config.run.name
     records = list(read_metrics(folder / "metrics.jsonl"))
+    if len(records) < 2:
+        raise SystemExit(
+            f"the run was stopped after {job['seconds']} s, before its first iteration was complete"
+        )
     iterations: list[dict[str, Any]] = []
     until = [0.0]
     for before, record in itertools.pairwise(records):
