@@ -49,7 +49,8 @@ Isa choose() {
   const char *asked = std::getenv("LOOPFAST_ISA");
   const auto asks_for = [asked](const char *name) { return asked != nullptr && std::strcmp(asked, name) == 0; };
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && !asks_for("portable");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !asks_for("portable");
   const bool avx512 = avx2 && !asks_for("avx2") && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");

@@ -16,7 +16,7 @@ using namespace loopfast;
 // Lanes are emptied into float64 after this many blocks: long sums of float32 lose digits.
 constexpr int64_t kBlocksBetweenFolds = 64;
 constexpr int64_t kLane = 16;           // elements of the widest vector
-constexpr int64_t kSmallestBlock = 256;  // enough vectors that a lane is not waited for
+constexpr int64_t kSmallestBlock = 128;  // enough vectors that a lane is not waited for
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -203,7 +203,7 @@ void add_deviations(const float *x, Of shift, Of mean, int64_t count, float *sum
   for (int64_t i = 0; i < count; ++i) {
     const float deviation = shifted<kShifted>(x[i], shift, i) - mean[i];
     sums[i] += deviation;
-    squares[i] += deviation * deviation;
+    squares[i] = multiply_add(deviation, deviation, squares[i]);
   }
 }
 
@@ -211,9 +211,9 @@ template <bool kShifted, class Of>
 void activate(const float *x, Of shift, Of mean, Of scale, Of offset, int64_t count, float *y) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    const float z = (shifted<kShifted>(x[i], shift, i) - mean[i]) * scale[i] + offset[i];
+    const float z = multiply_add(shifted<kShifted>(x[i], shift, i) - mean[i], scale[i], offset[i]);
     const float e = exp_for_sigmoid(z);
-    y[i] = z * e / (1.0f + e);
+    y[i] = z * (e * reciprocal(1.0f + e));
   }
 }
 
@@ -224,13 +224,13 @@ void differentiate(const float *x, const float *grad, Of shift, Of mean, Of scal
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     const float deviation = shifted<kShifted>(x[i], shift, i) - mean[i];
-    const float z = deviation * scale[i] + offset[i];
+    const float z = multiply_add(deviation, scale[i], offset[i]);
     const float e = exp_for_sigmoid(z);
-    const float rest = 1.0f / (1.0f + e);  // 1 - sigmoid(z)
-    const float slope = grad[i] * (e * rest) * (1.0f + z * rest);
+    const float rest = reciprocal(1.0f + e);  // 1 - sigmoid(z)
+    const float slope = grad[i] * (e * rest) * multiply_add(z, rest, 1.0f);
     grad_z[i] = slope;
     sums[i] += slope;
-    products[i] += slope * deviation;
+    products[i] = multiply_add(slope, deviation, products[i]);
   }
 }
 
@@ -240,7 +240,7 @@ void normalize_gradient(const float *x, const float *grad_z, Of shift, Of mean, 
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     const float deviation = shifted<kShifted>(x[i], shift, i) - mean[i];
-    grad_x[i] = scale[i] * grad_z[i] + (slope[i] * deviation + constant[i]);
+    grad_x[i] = multiply_add(scale[i], grad_z[i], multiply_add(slope[i], deviation, constant[i]));
   }
 }
 

@@ -1,7 +1,7 @@
 // Arithmetic without branches, for loops that a compiler turns into vector instructions.
 //
-// Every operation is an IEEE operation that rounds once (no contraction to fused multiply-adds), so that all
-// instruction sets give the same bits. In an unnamed namespace: each instruction set keeps its own copy.
+// Every operation is an IEEE operation that rounds once (no contraction to fused multiply-adds but where multiply_add
+// asks for one), so that all instruction sets give the same bits. In an unnamed namespace: each instruction set keeps its own copy.
 #pragma once
 
 #include <cmath>
@@ -90,24 +90,53 @@ inline float log_of_uniform(float x) {
   return high + (lost + (f * square * p + e * -2.12194440e-4f - 0.5f * square));
 }
 
-// e^x to 1 ulp within [-87, 40], and its value at the nearer end outside: as far as a sigmoid in float32 can tell.
-// x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial in r. Coefficients of Moshier's Cephes library (expf).
+// a b + c, rounded once.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  // The product is exact in float64. A sum that is not is moved to its odd neighbor, on the side of what was lost, so
+  // that the second rounding sees on which side of a tie it lies.
+  const double product = static_cast<double>(a) * static_cast<double>(b), addend = static_cast<double>(c);
+  const double sum = product + addend;
+  const double part = sum - product;
+  const double lost = (product - (sum - part)) + (addend - part);
+  int64_t bits;
+  std::memcpy(&bits, &sum, sizeof bits);
+  const int64_t away = (lost > 0.0) == (sum > 0.0) ? 1 : -1;
+  bits += (bits & 1) == 0 && (lost > 0.0 || lost < 0.0) ? away : 0;
+  double odd;
+  std::memcpy(&odd, &bits, sizeof odd);
+  return static_cast<float>(odd);
+#endif
+}
+
+// e^x to 3 ulp, of x limited to +-87: as far as a sigmoid in float32 can tell. x = n ln 2 + r with |r| <= ln 2 / 2, and
+// the polynomial of fifth degree in r that is best relative to e^r.
 inline float exp_for_sigmoid(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 40.0f ? 40.0f : x;
+  // In integers: of a branch on x the compiler would work one side out beforehand, and blend.
+  const uint32_t magnitude = as_bits(x) & 0x7fffffff, limit = 0x42ae0000;  // 87
+  x = as_float((magnitude < limit ? magnitude : limit) | (as_bits(x) & 0x80000000));
   // Added to 1.5 2^23, a number is rounded to a whole one, in the sum's last places.
-  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float shifted = multiply_add(x, 1.44269504f, 12582912.0f);
   const float n = shifted - 12582912.0f;
-  // ln 2 in two parts, the first with few enough bits for an exact product.
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const float r = multiply_add(n, -0.693147182f, x);
+  float p = 8.290272206e-3f;
+  p = multiply_add(p, r, 4.189816117e-2f);
+  p = multiply_add(p, r, 1.666763872e-1f);
+  p = multiply_add(p, r, 4.999914765e-1f);
+  p = multiply_add(p, r, 9.999997020e-1f);
+  p = multiply_add(p, r, 1.0f);
   return as_float(as_bits(p) + (as_bits(shifted) << 23));
+}
+
+// 1 / x for x in [1, 2^126], to 1 ulp: a division takes longer than all the rest of a sigmoid. The difference of the
+// bits is right to 5.1 %, one step cubes that error and one squares it.
+inline float reciprocal(float x) {
+  float r = as_float(0x7ef31000 - as_bits(x));
+  const float cubed = multiply_add(-x, r, 1.0f);
+  r = multiply_add(r, multiply_add(cubed, cubed, cubed), r);
+  return multiply_add(r, multiply_add(-x, r, 1.0f), r);
 }
 
 // sin and cos of an angle in [0, 2 pi], to 0.7 ulp: the angle less the nearest multiple of pi/2, as x + tail, and a
