@@ -20,7 +20,7 @@ from loopfast.files import writing
 from loopfast.policies import Policy, load_policy, load_schedule
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.rewards import Scores, build_rewards
-from loopfast.rollout import Sampler, automatic_microbatch, slices
+from loopfast.rollout import Sampler, StepCache, automatic_microbatch, slices
 from loopfast.runs import save_image
 from loopfast.seeds import row_seeds
 
@@ -187,4 +187,5 @@ def _sampler(config: Config, policy: Policy) -> Sampler:
         config.rollout.guidance_scale,
         config.algorithm.logprob,
         microbatch,
+        steps=StepCache(capture=config.rollout.cuda_graph),
     )

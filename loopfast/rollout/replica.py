@@ -31,6 +31,9 @@ class Replica:
         denoiser = copy.deepcopy(policy.denoiser).requires_grad_(False)
         self._merged = _merge_layers(denoiser) if merge_lora else []
         denoiser.to(device, dtype)
+        for name, module in policy.denoiser.named_modules():
+            if module._compiled_call_impl is not None:  # which a copy does not take along
+                denoiser.get_submodule(name).compile(dynamic=False)
         # weights that have the type to compute in need no autocast; float32 ones kept for training do
         autocast = dtype is None and any(
             parameter.is_floating_point() and parameter.dtype != policy.dtype

@@ -84,6 +84,19 @@ def test_latents_have_the_type_that_the_model_saw(pipeline_folder: Path, merge: 
     assert 0 < difference < 0.1
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_compiled_blocks_are_compiled_in_the_copy_too(pipeline_folder: Path, merge: bool) -> None:
+    policy = toy.load(pipeline_folder, **LORA)
+    denoiser: Any = policy.denoiser
+    denoiser.compile_repeated_blocks(dynamic=False)
+    replica = Replica(policy, dtype=torch.bfloat16, device=CPU, merge_lora=merge)
+    first, other = (
+        [name for name, module in made.named_modules() if module._compiled_call_impl is not None]
+        for made in (denoiser, replica.policy.denoiser)
+    )
+    assert first == other != []
+
+
 def train(config: Config) -> tuple[Path, str]:
     warnings = io.StringIO()
     display = Display(quiet=True, errors=Console(file=warnings, width=1000))
