@@ -235,7 +235,7 @@ def test_the_same_configuration_trains_the_same_run(finished: Path, small_config
         pytest.param(
             (
                 "model.attention=flash",
-                "model.channels_last=true",
+                "model.channels_last=on",
                 "model.free_text_encoder=true",
                 "train.gradient_checkpointing=true",
                 "trajectories.device=host",
@@ -449,9 +449,10 @@ def test_the_microbatch_changes_no_loss(
     small_config: MakeConfig, user_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
-    options = (f"reward=[{{name: '{module}:reward'}}]", "train.iterations=5", "evaluation.every=0")
+    options = (f"reward=[{{name: '{module}:reward'}}]", "train.iterations=5", "train.learning_rate=1e-5")
+    options = (*options, "evaluation.every=0")
     update, losses = training.update, {}
-    for size in (3, 8, 64, "auto"):
+    for size in (3, 64, "auto"):  # auto: 8
         record = losses[size] = []
 
         def recorded(*arguments: Any, record: list[float] = record, **options: Any) -> UpdateStatistics:
@@ -465,7 +466,7 @@ def test_the_microbatch_changes_no_loss(
     assert len(losses["auto"]) == 10
     for found in losses.values():
         # The losses are small differences of terms whose size is the advantages': their standard deviation, 1.
-        assert found == pytest.approx(losses["auto"], rel=1e-5, abs=1e-6)
+        assert found == pytest.approx(losses["auto"], rel=0, abs=1e-5)
     assert max(map(abs, losses["auto"])) > 1e-2
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loopfast.config import ModelConfig
+from loopfast.errors import ConfigError
 from loopfast.policies import Policy, load_policy
 from loopfast.rollout import Sampler, initial_latents
 from loopfast.schedules import transition_schedule
@@ -253,3 +254,63 @@ def test_an_exported_pipeline_is_read_by_transformers_4(pipeline_folder: Path, t
     again = load_policy(ModelConfig(pretrained=str(tmp_path), device="cpu"))
     for ours, theirs in zip(policy.encode(PROMPTS).values(), again.encode(PROMPTS).values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"attention": "xformers"},
+            r"model\.attention: xformers cannot be used here: its kernels need a CUDA",
+        ),
+        ({"tf32": True}, r"model\.tf32: needs a CUDA device"),
+    ],
+)
+def test_a_lever_that_cannot_work_here_says_why(
+    options: dict[str, Any], reason: str, pipeline_folder: Path
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        make(pipeline_folder, "full", **options)
+
+
+def test_compiling_needs_a_compiler_and_renames_nothing(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = set(make(pipeline_folder, "lora").trainable())
+    assert set(make(pipeline_folder, "lora", compile=True).trainable()) == names
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    with pytest.raises(ConfigError, match=r"model\.compile: needs a C\+\+ compiler on the CPU"):
+        make(pipeline_folder, "lora", compile=True)
+
+
+@pytest.mark.parametrize("options", [{"attention": "flash"}, {"channels_last": "on"}])
+def test_levers_of_speed_leave_the_output(options: dict[str, Any], pipeline_folder: Path) -> None:
+    off: dict[str, Any] = {"attention": "sdpa", "channels_last": "off"}
+    plain, lever = make(pipeline_folder, "full", **off), make(pipeline_folder, "full", **{**off, **options})
+    assert plain.levers != lever.levers
+    torch.testing.assert_close(outputs(lever), outputs(plain), atol=1e-5, rtol=0)
+
+
+def test_recomputed_activations_have_the_same_gradient(pipeline_folder: Path) -> None:
+    gradients = []
+    for recompute in (False, True):
+        policy: Any = make(pipeline_folder, "full")
+        if recompute:
+            policy.enable_gradient_checkpointing()
+        policy.predict(*inputs(policy), 3.0)[0].square().sum().backward()
+        gradients.append([parameter.grad for parameter in policy.trainable().values()])
+    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
+
+
+def test_a_released_text_encoder_has_encoded_all_and_comes_back_for_the_export(
+    pipeline_folder: Path, tmp_path: Path
+) -> None:
+    policy: Any = make(pipeline_folder, "full")
+    expected = policy.encode(PROMPTS)["encoder_hidden_states"]
+    policy.free_text_encoder(PROMPTS)
+    assert policy.pipeline.text_encoder is None
+    torch.testing.assert_close(policy.encode(PROMPTS)["encoder_hidden_states"], expected)
+    policy.export(tmp_path)
+    assert policy.pipeline.text_encoder is None
+    again = load_policy(ModelConfig(pretrained=str(tmp_path), device="cpu"))
+    torch.testing.assert_close(again.encode(PROMPTS)["encoder_hidden_states"], expected)
