@@ -145,10 +145,12 @@ class ModelConfig(_Section):
     """Train all weights of the denoiser, or a low-rank adapter."""
     lora: LoraConfig = LoraConfig()
     """The adapter; read only when tune is lora."""
-    attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"
+    attention: Literal["auto", "sdpa", "matmul", "xformers", "flash"] = "auto"
     """Attention's implementation; auto: the fastest that works here."""
-    channels_last: bool = False
-    """Hold the denoiser's images with the channels innermost."""
+    fast_layers: Literal["auto", "on", "off"] = "auto"
+    """Compute residual blocks and upsampling with less work, equal up to rounding; auto: on the CPU."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Hold the denoiser's images with the channels innermost; auto: on the CPU, with fast layers."""
     shared_trunk: bool = True
     """Under guidance, compute what does not depend on the prompt once for both halves."""
     compile: bool = False
@@ -617,7 +619,7 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
     if pairs < train.updates_per_iteration:
         allowed = f"at most {pairs}, the number of (image, step) pairs in an iteration"
         yield _problem(("train", "updates_per_iteration"), train.updates_per_iteration, allowed)
-    if config.model.channels_last and config.model.tune == "full" and train.optimizer == "adamw_8bit":
+    if config.model.channels_last == "on" and config.model.tune == "full" and train.optimizer == "adamw_8bit":
         allowed = "adamw with model.channels_last: bitsandbytes would lay the weights out anew"
         yield _problem(("train", "optimizer"), train.optimizer, allowed)
     names = [term.name for term in config.reward]

@@ -194,7 +194,7 @@ def test_all_problems_are_reported_at_once() -> None:
         (["train.steps=:4", "train.step_fraction=0.12"], "train.step_fraction", "at least 0.125"),
         (["train.steps=9:", "train.step_fraction=0.4"], "train.step_fraction", "at least 0.5"),
         (
-            ["model.channels_last=true", "train.optimizer=adamw_8bit"],
+            ["model.channels_last=on", "train.optimizer=adamw_8bit"],
             "train.optimizer",
             "lay the weights out",
         ),
@@ -218,7 +218,7 @@ def test_keys_that_contradict_each_other_are_reported(overrides: list[str], key:
         ["train.steps=5:"],
         ["rollout.prompts_per_iteration=1", "train.steps=:2", "train.updates_per_iteration=8"],
         ["train.steps=:4", "train.step_fraction=0.125"],
-        ["model.channels_last=true", "model.tune=lora", "train.optimizer=adamw_8bit"],
+        ["model.channels_last=on", "model.tune=lora", "train.optimizer=adamw_8bit"],
     ],
 )
 def test_keys_that_only_just_agree_are_accepted(overrides: list[str]) -> None:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
+from loopfast.policies.layers import ShortAttnProcessor, use_fast_layers
 
 # Blocks of one class share a compile cache; this many shapes and gradient modes of them may be in it.
 _COMPILED_VARIANTS = 64
@@ -39,7 +40,7 @@ def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: t
         device, dtype: where it will compute, and in which type.
 
     Returns:
-        The implementation in use: ``sdpa``, ``xformers`` or ``flash``.
+        The implementation in use: ``sdpa``, ``matmul``, ``xformers`` or ``flash``.
 
     Raises:
         ConfigError: the one asked for by name cannot work here.
@@ -62,12 +63,17 @@ def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: t
                 f"model.attention: xformers cannot be used here: {_first_line(error)}"
             ) from error
     else:
-        unet.set_attn_processor(FlashAttention() if name == "flash" else AttnProcessor2_0())
+        unet.set_attn_processor(_PROCESSORS[name]())
     return name
 
 
+_PROCESSORS = {"sdpa": AttnProcessor2_0, "matmul": ShortAttnProcessor, "flash": FlashAttention}
+
+
 def _fastest(unet: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """``sdpa``, unless xformers is there and clearly faster at the UNet's largest attention."""
+    """``matmul`` on a CPU; on a GPU ``sdpa``, unless xformers is clearly faster at the UNet's largest attention."""
+    if device.type == "cpu":
+        return "matmul"
     if _without_xformers(device):
         return "sdpa"
     import xformers.ops
@@ -125,6 +131,22 @@ def _without_flash(unet: Any, device: torch.device, dtype: torch.dtype) -> str |
 
 def _attentions(unet: Any) -> list[Any]:
     return [module for module in unet.modules() if isinstance(module, Attention)]
+
+
+def set_layers(unet: Any, config: ModelConfig, device: torch.device) -> dict[str, bool]:
+    """Gives a UNet the layers and the memory format that ``model.fast_layers`` and ``model.channels_last`` name.
+
+    Returns:
+        Which of the two are in use.
+    """
+    by_device = device.type == "cpu"
+    fast = by_device if config.fast_layers == "auto" else config.fast_layers == "on"
+    last = fast and by_device if config.channels_last == "auto" else config.channels_last == "on"
+    if fast:
+        use_fast_layers(unet)
+    if last:
+        unet.to(memory_format=torch.channels_last)
+    return {"fast layers": fast, "channels last": last}
 
 
 def set_tf32(config: ModelConfig, device: torch.device) -> None:

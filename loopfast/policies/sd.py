@@ -18,7 +18,7 @@ from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
 from loopfast.policies.base import Conditioning, Policy
 from loopfast.policies.guided_unet import guided_forward, shares_trunk
-from loopfast.policies.levers import compile_blocks, set_attention, set_tf32
+from loopfast.policies.levers import compile_blocks, set_attention, set_layers, set_tf32
 from loopfast.policies.loading import first_line, locate, torch_device
 from loopfast.policies.portable import save_portable
 from loopfast.seeds import derive
@@ -73,11 +73,11 @@ class StableDiffusionPolicy(Policy):
             self._vae.enable_tiling()
         set_tf32(config, self.device)
         attention = set_attention(self._unet, config, self.device, self.dtype)
-        if config.channels_last:
-            self._unet.to(memory_format=torch.channels_last)
+        fast_layers = set_layers(self._unet, config, self.device)
         self.levers = {
             "attention": attention + (" (auto)" if config.attention == "auto" else ""),
-            "channels last": config.channels_last,
+            "shared trunk": config.shared_trunk and shares_trunk(self._unet),
+            **fast_layers,
             "compile": config.compile,
             "TF32": config.tf32,
         }

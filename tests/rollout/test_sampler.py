@@ -43,7 +43,7 @@ def test_microbatches_change_nothing(policy: Policy, guidance: float) -> None:
     for microbatch in (1, 2, 3, 5, 16):
         parts = run(sampler(policy, microbatch, guidance))
         assert torch.equal(parts.latents[0], whole.latents[0])
-        torch.testing.assert_close(parts.latents, whole.latents, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(parts.latents, whole.latents, atol=5e-5, rtol=1e-5)
         torch.testing.assert_close(parts.logprob, whole.logprob, atol=1e-3, rtol=1e-5)
 
 

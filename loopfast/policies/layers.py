@@ -1,0 +1,146 @@
+"""Layers of diffusers' UNets computed with less work: the same functions, up to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from typing_extensions import override
+
+from loopfast_kernels import group_norm_silu
+
+# Queries x keys of a head up to which two batched products beat scaled_dot_product_attention on a CPU.
+SHORT_ATTENTION = 1024
+
+
+def use_fast_layers(unet: nn.Module) -> int:
+    """Replaces the classes of a UNet's layers by faster equivalents; their parameters and names stay.
+
+    Measured on CPUs, for which it is meant; ``docs/speed.md`` has the figures.
+
+    Returns:
+        How many layers were replaced.
+    """
+    replaced = 0
+    for module in unet.modules():
+        for fast in (FusedResnetBlock2D, TransposedUpsample2D):
+            if type(module) is fast.__base__ and fast.replaces(module):
+                module.__class__ = fast
+                replaced += 1
+    return replaced
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """A residual block whose normalizations, the time embedding's addition and SiLU are one op each."""
+
+    @staticmethod
+    def replaces(block: Any) -> bool:
+        """Whether the block is of the kind that Stable Diffusion is made of."""
+        return (
+            block.upsample is None
+            and block.downsample is None
+            and block.time_embedding_norm == "default"
+            and block.time_emb_proj is not None
+            and not block.skip_time_act
+            and isinstance(block.nonlinearity, nn.SiLU)
+            and block.dropout.p == 0
+        )
+
+    @override
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        hidden = self.conv1(_norm_silu(input_tensor, self.norm1))
+        hidden = _norm_silu(hidden, self.norm2, self.time_emb_proj(F.silu(temb)))
+        hidden = self.conv2(hidden)
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        output = input_tensor + hidden
+        return output if self.output_scale_factor == 1.0 else output / self.output_scale_factor
+
+
+def _norm_silu(hidden: Tensor, norm: nn.GroupNorm, shift: Tensor | None = None) -> Tensor:
+    result: Tensor = group_norm_silu(
+        hidden, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, shift=shift
+    )
+    return result
+
+
+class TransposedUpsample2D(Upsample2D):
+    """Nearest-neighbor upsampling and its 3x3 convolution as one transposed convolution.
+
+    Each output sees 2x2 of the inputs, so the nine taps on the enlarged image collapse to four: 4/9 of the work, and
+    no enlarged image. The 4x4 kernel is the sum of the 3x3 one's four shifts.
+    """
+
+    @staticmethod
+    def replaces(layer: Any) -> bool:
+        """Whether the layer is a convolution of an enlarged image, without an adapter of its own."""
+        return (
+            layer.norm is None
+            and layer.use_conv
+            and not layer.use_conv_transpose
+            and layer.interpolate
+            and layer.name == "conv"
+            and type(layer.conv) is nn.Conv2d
+            and layer.conv.kernel_size == (3, 3)
+            and layer.conv.padding == (1, 1)
+        )
+
+    @override
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        doubled = tuple(2 * size for size in hidden_states.shape[-2:])
+        if output_size is not None and tuple(output_size) != doubled:
+            return super().forward(hidden_states, output_size)
+        weight = self.conv.weight
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            # rounded before they are added, as weights are that are stored in this type
+            weight = weight.to(torch.get_autocast_dtype(device))
+        weight = weight.flip(2, 3).transpose(0, 1)
+        shifts = [F.pad(weight, (x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1)]
+        kernel = torch.stack(shifts).sum(0)
+        return F.conv_transpose2d(hidden_states, kernel, self.conv.bias, stride=2, padding=1)
+
+
+class ShortAttnProcessor(AttnProcessor2_0):
+    """Attention among few tokens by two batched matrix products; among many as its base does."""
+
+    @override
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        plain = hidden_states.ndim == 3 and attention_mask is None and _is_plain(attn)
+        if not plain or hidden_states.shape[1] * states.shape[1] > SHORT_ATTENTION:
+            return super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
+            )
+        query = _split_heads(attn.to_q(hidden_states) * attn.scale, attn.heads)
+        key, value = (_split_heads(project(states), attn.heads) for project in (attn.to_k, attn.to_v))
+        weights = torch.bmm(query, key.transpose(1, 2)).softmax(-1, dtype=torch.float32).to(value.dtype)
+        hidden = torch.bmm(weights, value).unflatten(0, (-1, attn.heads)).transpose(1, 2).flatten(2)
+        hidden = attn.to_out[1](attn.to_out[0](hidden))
+        hidden = hidden + hidden_states if attn.residual_connection else hidden
+        return hidden if attn.rescale_output_factor == 1.0 else hidden / attn.rescale_output_factor
+
+
+def _is_plain(attn: Any) -> bool:
+    """Whether the layer is projections and attention alone."""
+    extras = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
+    return not any(extras)
+
+
+def _split_heads(tensor: Tensor, heads: int) -> Tensor:
+    """``[B, S, heads · D]`` as ``[B · heads, S, D]``."""
+    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
