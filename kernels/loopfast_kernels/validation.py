@@ -24,12 +24,14 @@ def check_tensor(
     dtypes: Sequence[torch.dtype],
     shape: tuple[int, ...] | None = None,
     device: torch.device | None = None,
+    channels_last: bool = False,
 ) -> None:
     """Check one tensor argument.
 
     Raises:
         TypeError: `value` is not a tensor, or of none of `dtypes`.
-        ValueError: its shape or device is not the one given, or it is not contiguous.
+        ValueError: its shape or device is not the one given, or it is not contiguous (with `channels_last`: nor
+            that).
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -41,8 +43,11 @@ def check_tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}, the model output on {device}")
     if not value.is_contiguous():
+        if channels_last and value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+            return
+        layout = "contiguous or channels last" if channels_last else "contiguous"
         raise ValueError(
-            f"{name} must be contiguous, got strides {list(value.stride())} for shape {list(value.shape)}"
+            f"{name} must be {layout}, got strides {list(value.stride())} for shape {list(value.shape)}"
         )
 
 

@@ -36,12 +36,12 @@ class _GroupNormSilu(torch.autograd.Function):
             return (None,) * 6
         x, *rest = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:4])
-        grad = grad.contiguous(memory_format=memory_format(x))
+        grad = grad.contiguous(memory_format=_memory_format(x))
         grads = _group_norm_silu_backward(grad, x, *rest, ctx.groups, ctx.eps, wanted)
         return *(value if want else None for value, want in zip(grads, wanted, strict=True)), None, None
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
+def _memory_format(x: Tensor) -> torch.memory_format:
     """The format of a dense image; where both fit, contiguous."""
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
@@ -102,7 +102,9 @@ def group_norm_silu(
         TypeError: an argument has a wrong type or dtype.
         ValueError: a wrong shape, device, memory format or value.
     """
-    _check_image(x)
+    check_tensor("x", x, dtypes=LATENT_DTYPES, channels_last=True)
+    if x.dim() != 4 or x.numel() == 0:
+        raise ValueError(f"x must have shape [N, C, H, W] with elements in it, got {list(x.shape)}")
     channels, device = x.shape[1], x.device
     if not isinstance(groups, int) or groups < 1 or channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
@@ -115,12 +117,3 @@ def group_norm_silu(
         check_tensor("shift", shift, dtypes=(x.dtype,), shape=(x.shape[0], channels), device=device)
     result: Tensor = _group_norm_silu(x, weight, bias, shift, groups, float(eps))[0]
     return result
-
-
-def _check_image(x: Tensor) -> None:
-    if isinstance(x, Tensor) and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        check_tensor("x", x[:1, :1, :1, :1], dtypes=LATENT_DTYPES)
-    else:
-        check_tensor("x", x, dtypes=LATENT_DTYPES)
-    if x.dim() != 4 or x.numel() == 0:
-        raise ValueError(f"x must have shape [N, C, H, W] with elements in it, got {list(x.shape)}")
