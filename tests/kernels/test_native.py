@@ -18,7 +18,7 @@ NATIVE = Path(__file__).parents[2] / "kernels" / "native"
 # Every op on inputs that fill no vector evenly, and the bytes of all results.
 DIGEST = """
 import hashlib, torch
-from loopfast_kernels import denoise_step, loop_loss, native_library, philox_normal
+from loopfast_kernels import denoise_step, group_norm_silu, loop_loss, native_library, philox_normal
 torch.manual_seed(0)
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -32,6 +32,14 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
                        clip_range=0.2, reference_output=r, kl_weight=0.1, **guidance)
     for tensor in (prev, logprob, *result, *torch.autograd.grad(result.loss * 3, [c, u])):
         digest.update(bytes(tensor.detach().reshape(-1).view(torch.uint8).tolist()))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        images = (3 * torch.randn(2, 2, 42, 9, 7) + 50).to(dtype)
+        image, grad = (part.contiguous(memory_format=layout) for part in images)
+        inputs = [image, 3 * torch.randn(42), torch.randn(42), torch.randn(2, 42).to(dtype)]
+        inputs = [value.requires_grad_() for value in inputs]
+        y = group_norm_silu(*inputs[:3], 6, shift=inputs[3])
+        for tensor in (y, *torch.autograd.grad(y, inputs, grad)):
+            digest.update(bytes(tensor.detach().reshape(-1).view(torch.uint8).tolist()))
 digest.update(philox_normal(seed, step, (3, 5003)).numpy().tobytes())
 print(native_library.load().loopfast_isa().decode(), digest.hexdigest())
 """

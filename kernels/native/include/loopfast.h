@@ -146,7 +146,7 @@ LOOPFAST_API int loopfast_scale_gradients(int64_t rows, int64_t elements, loopfa
 LOOPFAST_API int loopfast_leave_one_out(const float *rewards, int64_t groups, int64_t samples, float *advantage);
 
 /* Group normalization and SiLU, y = silu(w (u - mean) / sqrt(variance + eps) + b) with u = x + shift: mean and variance
- * are those of a row's group of C / G channels. Here N, C, H W and G are what a row consists of. */
+ * are those of a row's group of C / G channels. */
 typedef struct {
   int64_t rows;          /* N, at least 1 */
   int64_t channels;      /* C, at least 1 */
