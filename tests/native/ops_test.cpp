@@ -337,6 +337,103 @@ void errors() {
   refused("noise is missing", loopfast_philox_normal(2, 4, seed.data(), step.data(), nullptr, 1));
 }
 
+struct Image {
+  int64_t rows, channels, pixels, groups;
+  int32_t dtype;
+  bool channels_last, shifted;
+};
+
+// Group normalization and SiLU, and its gradients, against the formulas.
+void run_image(const Image &c) {
+  const int64_t elements = c.channels * c.pixels, members = elements / c.groups;
+  const size_t count = static_cast<size_t>(c.rows * elements), channels = static_cast<size_t>(c.channels);
+  const size_t shifts = static_cast<size_t>(c.rows) * channels;
+  const Latents x = Latents::random(count, c.dtype), grad = Latents::random(count, c.dtype);
+  const Latents shift = Latents::random(shifts, c.dtype);
+  const Latents weight = Latents::random(channels, LOOPFAST_FLOAT32), bias = Latents::random(channels, LOOPFAST_FLOAT32);
+  Latents y(count, c.dtype), grad_x(count, c.dtype), grad_shift(shifts, c.dtype);
+  Latents grad_weight(channels, LOOPFAST_FLOAT32), grad_bias(channels, LOOPFAST_FLOAT32);
+  std::vector<float> statistics(static_cast<size_t>(c.rows * c.groups * 3));
+
+  loopfast_norm norm = {c.rows, c.channels, c.pixels, c.groups, c.channels_last, 1e-3f, x.in(), weight.in(), bias.in(),
+                        c.shifted ? shift.in() : loopfast_input{}, 3};
+  CHECK(loopfast_group_norm_silu(&norm, y.out(), statistics.data()) == 0, "%s", loopfast_error());
+  CHECK(loopfast_group_norm_silu_backward(&norm, statistics.data(), grad.in(), grad_x.out(), grad_weight.out(),
+                                          grad_bias.out(), c.shifted ? grad_shift.out() : loopfast_output{}) == 0,
+        "%s", loopfast_error());
+
+  std::vector<double> by_y(count), by_x(count), by_weight(channels), by_bias(channels), by_shift(shifts);
+  for (int64_t row = 0; row < c.rows; ++row) {
+    for (int64_t group = 0; group < c.groups; ++group) {
+      const int64_t first = group * (c.channels / c.groups);
+      // Calls body(channel, element, u) for every element of the group.
+      const auto each = [&](auto body) {
+        for (int64_t i = 0; i < members; ++i) {
+          const int64_t channel = first + i / c.pixels, pixel = i % c.pixels;
+          const int64_t within = c.channels_last ? pixel * c.channels + channel : channel * c.pixels + pixel;
+          const size_t at = static_cast<size_t>(row * elements + within);
+          const size_t of_row = static_cast<size_t>(row * c.channels + channel);
+          body(static_cast<size_t>(channel), at, of_row, x.values[at] + (c.shifted ? shift.values[of_row] : 0.0));
+        }
+      };
+      double mean = 0.0, variance = 0.0, sum = 0.0, product = 0.0;
+      const double m = static_cast<double>(members);
+      each([&](size_t, size_t, size_t, double u) { mean += u / m; });
+      each([&](size_t, size_t, size_t, double u) { variance += (u - mean) * (u - mean) / m; });
+      const double inverse = 1.0 / std::sqrt(variance + 1e-3);
+      std::vector<double> by_z(count);
+      each([&](size_t channel, size_t at, size_t, double u) {
+        const double normal = (u - mean) * inverse, z = weight.values[channel] * normal + bias.values[channel];
+        const double sigmoid = 1.0 / (1.0 + std::exp(-z));
+        by_y[at] = z * sigmoid;
+        by_z[at] = grad.values[at] * sigmoid * (1.0 + z * (1.0 - sigmoid));
+        by_bias[channel] += by_z[at];
+        by_weight[channel] += by_z[at] * normal;
+        sum += weight.values[channel] * by_z[at] / m;
+        product += weight.values[channel] * by_z[at] * normal / m;
+      });
+      each([&](size_t channel, size_t at, size_t of_row, double u) {
+        by_x[at] = inverse * (weight.values[channel] * by_z[at] - sum - (u - mean) * inverse * product);
+        by_shift[of_row] += by_x[at];
+      });
+    }
+  }
+  const auto check = [&](const char *what, Latents &mine, const std::vector<double> &exact) {
+    mine.read();
+    const double off = distance(mine.values, exact);
+    CHECK(off < rounding(mine.dtype) + 1e-5, "%s, %lld rows, %lld channels, %lld pixels, dtype %d: off by %g", what,
+          static_cast<long long>(c.rows), static_cast<long long>(c.channels), static_cast<long long>(c.pixels),
+          c.dtype, off);
+  };
+  check("y", y, by_y);
+  check("grad_x", grad_x, by_x);
+  check("grad_weight", grad_weight, by_weight);
+  check("grad_bias", grad_bias, by_bias);
+  if (c.shifted) check("grad_shift", grad_shift, by_shift);
+}
+
+void image_errors() {
+  std::vector<float> values(12, 0.5f), statistics(6);
+  const loopfast_input in = {values.data(), LOOPFAST_FLOAT32};
+  const loopfast_output out = {values.data(), LOOPFAST_FLOAT32};
+  const loopfast_norm good = {1, 4, 3, 2, 0, 1e-5f, in, in, in, {}, 1};
+  const auto with = [&](auto change) {
+    loopfast_norm bad = good;
+    change(bad);
+    return loopfast_group_norm_silu(&bad, out, statistics.data());
+  };
+  refused("norm is missing", loopfast_group_norm_silu(nullptr, out, statistics.data()));
+  refused("pixels must be at least 1, got 0", with([](auto &n) { n.pixels = 0; }));
+  refused("groups must divide the 4 channels, got 3", with([](auto &n) { n.groups = 3; }));
+  refused("eps must be positive", with([](auto &n) { n.eps = 0.0f; }));
+  refused("weight is missing", with([](auto &n) { n.weight.data = nullptr; }));
+  refused("x has the unknown dtype tag 5", with([](auto &n) { n.x.dtype = 5; }));
+  refused("y is missing", loopfast_group_norm_silu(&good, {}, statistics.data()));
+  refused("statistics is missing", loopfast_group_norm_silu(&good, out, nullptr));
+  refused("grad_y is missing", loopfast_group_norm_silu_backward(&good, statistics.data(), {}, out, {}, {}, {}));
+  refused("grad_shift needs", loopfast_group_norm_silu_backward(&good, statistics.data(), in, out, {}, {}, out));
+}
+
 int32_t lent(int64_t begin, int64_t end, int64_t, loopfast_task task, void *state) {
   for (int64_t i = end; i > begin; --i) task(i - 1, i, state);
   return 0;
@@ -354,12 +451,26 @@ int main() {
       }
     }
   }
+  std::vector<Image> images;
+  for (int32_t dtype : {LOOPFAST_FLOAT32, LOOPFAST_FLOAT16, LOOPFAST_BFLOAT16}) {
+    for (bool last : {false, true}) {
+      for (bool shifted : {false, true}) {
+        images.push_back({5, 40, 64, 8, dtype, last, shifted});
+        images.push_back({3, 21, 35, 3, dtype, last, shifted});
+        images.push_back({2, 8, 1, 2, dtype, last, shifted});
+        images.push_back({1, 6, 9001, 2, dtype, last, shifted});
+      }
+    }
+  }
   for (const Case &c : cases) run(c);
+  for (const Image &c : images) run_image(c);
   // The same on threads of the host's, which take the pieces in another order.
   loopfast_set_parallel_for(lent);
   for (const Case &c : cases) run(c);
+  for (const Image &c : images) run_image(c);
   loopfast_set_parallel_for(nullptr);
   errors();
-  std::printf("%s: %zu cases, %d failures\n", loopfast_isa(), cases.size(), failures);
+  image_errors();
+  std::printf("%s: %zu cases, %d failures\n", loopfast_isa(), cases.size() + images.size(), failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
