@@ -91,11 +91,11 @@ class Contiguous {
 
   template <int kSums, class Body>
   void for_blocks(float *const *lanes, double *const *totals, Body &&body) const {
+    for (int sum = 0; sum < kSums; ++sum) {
+      for (int64_t at = 0; at < block_; at += kLane) clear(lanes[sum] + at);
+    }
     for (int64_t channel = 0; channel < channels_; ++channel) {
-      for (int sum = 0; sum < kSums; ++sum) {
-        for (int64_t i = 0; i < block_; ++i) lanes[sum][i] = 0.0f;
-        totals[sum][channel] = 0.0;
-      }
+      for (int sum = 0; sum < kSums; ++sum) totals[sum][channel] = 0.0;
       int64_t blocks = 0;
       for (int64_t at = 0; at < pixels_; at += block_) {
         body(channel * pixels_ + at, pixels_ - at < block_ ? pixels_ - at : block_, channel);
@@ -108,13 +108,23 @@ class Contiguous {
 
  private:
   double empty(float *lanes) const {
-    for (int64_t half = block_ / 2; half > 0; half /= 2) {
-#pragma GCC ivdep
-      for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    for (int64_t half = block_ / 2; half >= kLane; half /= 2) {
+      for (int64_t at = 0; at < half; at += kLane) fold<kLane>(lanes + at, half);
     }
-    const double total = lanes[0];
-    for (int64_t i = 0; i < block_; ++i) lanes[i] = 0.0f;
+    fold<8>(lanes, 8), fold<4>(lanes, 4), fold<2>(lanes, 2), fold<1>(lanes, 1);
+    const double total = static_cast<double>(lanes[0]);
+    for (int64_t at = 0; at < block_; at += kLane) clear(lanes + at);
     return total;
+  }
+
+  // Loops of a length that the compiler knows.
+  template <int64_t kCount>
+  static void fold(float *lanes, int64_t distance) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < kCount; ++i) lanes[i] += lanes[i + distance];
+  }
+  static void clear(float *lanes) {
+    for (int64_t i = 0; i < kLane; ++i) lanes[i] = 0.0f;
   }
 
   int64_t channels_, pixels_, block_;
