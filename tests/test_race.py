@@ -45,15 +45,15 @@ def whole(config: Json) -> Json:
     return parse_config(json.dumps(config)).model_dump(mode="json")
 
 
-def ours(work: str, microbatch: int, **options: Any) -> Json:
-    return loopfast_config(WORKS[work], microbatch, model="embedded", prompts="embedded:color", **options)
+def ours(work: str, microbatches: tuple[int, int], **options: Any) -> Json:
+    return loopfast_config(WORKS[work], microbatches, model="embedded", prompts="embedded:color", **options)
 
 
 @pytest.mark.parametrize("name", WORKS)
 def test_an_iteration_is_the_same_work_for_both(name: str) -> None:
     work = WORKS[name]
-    for microbatch in work.microbatches:
-        config = whole(ours(name, microbatch))
+    for microbatches in work.microbatches:
+        config = whole(ours(name, microbatches))
         for batches in work.trl_batches:
             trl = trl_config(work, batches)
             assert trl_updates(trl) == loopfast_updates(config) == work.updates
@@ -74,7 +74,7 @@ def test_an_iteration_is_the_same_work_for_both(name: str) -> None:
 def test_ratios_are_measured_over_all_pairs_of_one_update() -> None:
     work = WORKS["embedded"]
     trl = trl_config(work, (64, 16), updates=1)
-    config = whole(ours("embedded", 32, updates=1))
+    config = whole(ours("embedded", (32, 32), updates=1))
     assert trl_updates(trl) == loopfast_updates(config) == 1
     assert trl_pairs(trl) == loopfast_pairs(config, work.steps) == work.images * work.steps
 
@@ -317,7 +317,7 @@ def test_jobs_are_plain_data(tmp_path: Path) -> None:
         work, trl_config(work, (8, 2)), ["a"], iterations=2, repeat=4, export=tmp_path, keep_images=tmp_path
     )
     assert json.loads(json.dumps(job)) == job
-    job = jobs.loopfast_job(ours("embedded", 16), tmp_path / "run", iterations=3)
+    job = jobs.loopfast_job(ours("embedded", (16, 16)), tmp_path / "run", iterations=3)
     config = whole(job["config"])
     assert config["run"]["directory"] == str(tmp_path)
     assert config["checkpoint"]["every"] == config["train"]["iterations"] == 3
@@ -369,3 +369,15 @@ def test_the_plain_loop_computes_what_we_do(tmp_path: Path) -> None:
         "training",
     }
     assert any(not torch.equal(old, new) for old, new in zip(before, loop.parameters, strict=True))
+
+
+def test_our_batch_sizes_stay_within_the_memory_of_theirs() -> None:
+    from benchmarks.race.equal import _within
+
+    entries = [
+        {"microbatches": [128, 128], "seconds": 1.0, "peak_bytes": 900},
+        {"microbatches": [128, 64], "seconds": 2.0, "peak_bytes": 700},
+        {"microbatches": [64, 64], "seconds": 3.0, "peak_bytes": 600},
+    ]
+    for memory, chosen in ((1000, 128), (700, 64), (500, 128)):
+        assert _within(entries, {"peak_bytes": memory})["microbatches"][1] == chosen

@@ -449,7 +449,7 @@ def test_the_microbatch_changes_no_loss(
     small_config: MakeConfig, user_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
-    options = (f"reward=[{{name: '{module}:reward'}}]", "train.iterations=5", "train.learning_rate=1e-5")
+    options = (f"reward=[{{name: '{module}:reward'}}]", "train.iterations=5", "train.learning_rate=3e-6")
     options = (*options, "evaluation.every=0")
     update, losses = training.update, {}
     for size in (3, 64, "auto"):  # auto: 8
@@ -586,6 +586,8 @@ def test_the_native_kernels_train_as_the_reference_does(
     module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
     options = (
         "model.pretrained=embedded",
+        # the layers' ops have backends, too, which round differently; here the loss's are compared
+        "model.fast_layers=off",
         f"reward=[{{name: '{module}:reward'}}]",
         "train.iterations=10",
         "train.learning_rate=7e-5",

@@ -75,13 +75,18 @@ class Race:
         return run_worker("trl_worker", job, self._next(), self._threads)
 
     def loopfast(
-        self, microbatch: int, *, iterations: int, dtype: str = "float32", updates: int | None = None
+        self,
+        microbatches: tuple[int, int],
+        *,
+        iterations: int,
+        dtype: str = "float32",
+        updates: int | None = None,
     ) -> Json:
         """A run of ours."""
         folder = self._next()
         config = loopfast_config(
             self.work,
-            microbatch,
+            microbatches,
             model=str(model_folder(self.work)),
             prompts=str(self._file),
             dtype=dtype,
@@ -110,11 +115,17 @@ def _sizes(race: Race, say: Say) -> Json:
         kept.setdefault("prompts", run["prompts"])
         found["trl"].append({"batches": list(batches), **_brief(run, race.work.images)})
         say(f"  TRL, batches {batches}: {found['trl'][-1]['seconds']:.2f} s")
-    for microbatch in race.work.microbatches:
-        run = race.loopfast(microbatch, iterations=2)
-        found["loopfast"].append({"microbatch": microbatch, **_brief(run, race.work.images)})
-        say(f"  loopfast, microbatch {microbatch}: {found['loopfast'][-1]['seconds']:.2f} s")
+    for microbatches in race.work.microbatches:
+        run = race.loopfast(microbatches, iterations=2)
+        found["loopfast"].append({"microbatches": list(microbatches), **_brief(run, race.work.images)})
+        say(f"  loopfast, microbatches {microbatches}: {found['loopfast'][-1]['seconds']:.2f} s")
     return {**found, "scored_prompts": kept["prompts"]}
+
+
+def _within(entries: Sequence[Json], theirs: Json) -> Json:
+    """Our fastest sizes that need no more memory than TRL's fastest; of all, where none does."""
+    small = [entry for entry in entries if entry["peak_bytes"] <= theirs["peak_bytes"]]
+    return dict(best(small or entries, "seconds", largest=False))
 
 
 def _brief(run: Json, images: int) -> Json:
@@ -132,7 +143,7 @@ def race_equal_work(
     overrides: Mapping[str, object],
     say: Say,
 ) -> Json:
-    """Both trainers' best batch sizes, then runs in turn at those, then the ratios before the first update.
+    """Both trainers' best batch sizes (ours within the memory of TRL's), then runs in turn at those, then the ratios before the first update.
 
     Args:
         name: of the work.
@@ -154,7 +165,9 @@ def race_equal_work(
     say(f"{name}: batch sizes")
     sizes = _sizes(race, say)
     batches = tuple(best(sizes["trl"], "seconds", largest=False)["batches"])
-    microbatch = best(sizes["loopfast"], "seconds", largest=False)["microbatch"]
+    microbatches = tuple(
+        _within(sizes["loopfast"], best(sizes["trl"], "seconds", largest=False))["microbatches"]
+    )
     rewards = race.judge(sizes.pop("scored_prompts"))
     if rewards["largest_difference"] > REWARD_TOLERANCE:
         raise RaceError(f"{name}: the same images differ in reward by {rewards['largest_difference']:.2g}")
@@ -162,7 +175,7 @@ def race_equal_work(
     runs: Json = {"trl": [], "loopfast": []}
     for number in range(rounds):
         runs["trl"].append(race.trl(batches, iterations=1 + work.measured))
-        runs["loopfast"].append(race.loopfast(microbatch, iterations=1 + work.measured))
+        runs["loopfast"].append(race.loopfast(microbatches, iterations=1 + work.measured))
         say(f"  round {number + 1} of {rounds}: " + _round(runs))
     trl, ours = (summarize(runs[trainer], work.images) for trainer in ("trl", "loopfast"))
     for figure in ("optimizer_steps", "trainable"):
@@ -170,7 +183,7 @@ def race_equal_work(
             raise RaceError(f"{name}: {figure} is {trl[figure]} for TRL and {ours[figure]} for loopfast")
     pairs = (
         trl_pairs(trl_config(work, batches)),
-        loopfast_pairs(loopfast_config(work, microbatch, model="", prompts=""), work.steps),
+        loopfast_pairs(loopfast_config(work, microbatches, model="", prompts=""), work.steps),
     )
     if pairs[0] != pairs[1]:
         raise RaceError(f"{name}: an update is of {pairs[0]} pairs for TRL and {pairs[1]} for loopfast")
@@ -179,7 +192,8 @@ def race_equal_work(
     for dtype in work.precisions:
         say(f"  ratios before the first update, {dtype}")
         theirs = race.trl(batches, iterations=1, dtype=dtype, updates=1, ratios=True)
-        own = race.loopfast(microbatch, iterations=1, dtype=dtype, updates=1)
+        # of one size: then every model call has the same shape, in every precision
+        own = race.loopfast((microbatches[1], microbatches[1]), iterations=1, dtype=dtype, updates=1)
         ratios[dtype] = {
             "trl": theirs["outside"],
             "loopfast": own["outside"],
@@ -201,7 +215,7 @@ def race_equal_work(
         },
         "sizes": sizes,
         "trl": {**trl, "batches": list(batches)},
-        "loopfast": {**ours, "microbatch": microbatch},
+        "loopfast": {**ours, "microbatches": list(microbatches)},
         "speedup": trl["seconds"] / ours["seconds"],
         "memory": ours["peak_bytes"] / trl["peak_bytes"],
         "ratios": ratios,

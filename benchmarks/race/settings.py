@@ -34,7 +34,7 @@ class Work:
         updates: optimizer steps an iteration, each of as many (image, step) pairs.
         reward: its name in ``loopfast.rewards``.
         trl_batches: (sampling, training) batch sizes TRL is tried with.
-        microbatches: batch sizes we are tried with.
+        microbatches: (sampling, training) batch sizes we are tried with.
         measured: iterations timed in a run, after one to warm up.
         precisions: types the ratios before the first update are measured in.
     """
@@ -47,7 +47,7 @@ class Work:
     updates: int
     reward: str
     trl_batches: tuple[tuple[int, int], ...]
-    microbatches: tuple[int, ...]
+    microbatches: tuple[tuple[int, int], ...]
     samples: int = 4
     measured: int = 1
     precisions: tuple[str, ...] = ("float32", "bfloat16")
@@ -68,7 +68,7 @@ WORKS: dict[str, Work] = {
         updates=4,
         reward="embedded",
         trl_batches=((128, 32), (128, 16), (64, 32), (64, 16), (32, 32)),
-        microbatches=(16, 32, 64, 128),
+        microbatches=((128, 32), (128, 40), (128, 64), (64, 64), (128, 128)),
         measured=3,
     ),
     "sd-full": Work(
@@ -80,7 +80,7 @@ WORKS: dict[str, Work] = {
         updates=2,
         reward="jpeg_compressibility",
         trl_batches=((8, 4), (8, 2), (4, 4)),
-        microbatches=(4, 8),
+        microbatches=((8, 4), (8, 8)),
         precisions=("float32",),
     ),
     "sd-lora": Work(
@@ -92,7 +92,7 @@ WORKS: dict[str, Work] = {
         updates=2,
         reward="jpeg_compressibility",
         trl_batches=((8, 4), (8, 2), (4, 4)),
-        microbatches=(4, 8),
+        microbatches=((8, 4), (8, 8)),
         precisions=("float32",),
     ),
 }
@@ -146,7 +146,7 @@ def trl_config(
 
 def loopfast_config(
     work: Work,
-    microbatch: int,
+    microbatches: tuple[int, int],
     *,
     model: str,
     prompts: str,
@@ -158,13 +158,14 @@ def loopfast_config(
 
     Args:
         work: what to do.
-        microbatch: rows per model call, in sampling and training.
+        microbatches: rows per model call, in sampling and in training.
         model: the pipeline's folder.
         prompts: a text file of as many prompts as an iteration has.
         seed: of the run.
         dtype: the model's.
         updates: None for the work's.
     """
+    sampled, trained = microbatches
     return {
         "model": {
             "pretrained": model,
@@ -186,7 +187,7 @@ def loopfast_config(
             "steps": work.steps,
             "eta": ETA,
             "guidance_scale": work.guidance,
-            "microbatch": microbatch,
+            "microbatch": sampled,
         },
         "train": {
             "updates_per_iteration": work.updates if updates is None else updates,
@@ -194,7 +195,7 @@ def loopfast_config(
             "learning_rate": LEARNING_RATE,
             "warmup_updates": 0,
             "max_grad_norm": 1.0,
-            "microbatch": microbatch,
+            "microbatch": trained,
             "on_policy_check": "warn",
             **ADAM,
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -133,8 +133,13 @@ def _attentions(unet: Any) -> list[Any]:
     return [module for module in unet.modules() if isinstance(module, Attention)]
 
 
-def set_layers(unet: Any, config: ModelConfig, device: torch.device) -> dict[str, bool]:
-    """Gives a UNet the layers and the memory format that ``model.fast_layers`` and ``model.channels_last`` name.
+def set_layers(models: Sequence[Any], config: ModelConfig, device: torch.device) -> dict[str, bool]:
+    """Gives models the layers and the memory format that ``model.fast_layers`` and ``model.channels_last`` name.
+
+    Args:
+        models: the denoiser and the autoencoder.
+        config: the section ``model``.
+        device: where they will compute.
 
     Returns:
         Which of the two are in use.
@@ -142,10 +147,11 @@ def set_layers(unet: Any, config: ModelConfig, device: torch.device) -> dict[str
     by_device = device.type == "cpu"
     fast = by_device if config.fast_layers == "auto" else config.fast_layers == "on"
     last = fast and by_device if config.channels_last == "auto" else config.channels_last == "on"
-    if fast:
-        use_fast_layers(unet)
-    if last:
-        unet.to(memory_format=torch.channels_last)
+    for model in models:
+        if fast:
+            use_fast_layers(model)
+        if last:
+            model.to(memory_format=torch.channels_last)
     return {"fast layers": fast, "channels last": last}
 
 

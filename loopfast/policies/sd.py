@@ -73,7 +73,7 @@ class StableDiffusionPolicy(Policy):
             self._vae.enable_tiling()
         set_tf32(config, self.device)
         attention = set_attention(self._unet, config, self.device, self.dtype)
-        fast_layers = set_layers(self._unet, config, self.device)
+        fast_layers = set_layers((self._unet, self._vae), config, self.device)
         self.levers = {
             "attention": attention + (" (auto)" if config.attention == "auto" else ""),
             "shared trunk": config.shared_trunk and shares_trunk(self._unet),
@@ -236,7 +236,7 @@ class StableDiffusionPolicy(Policy):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         images = self._vae.decode(latents.float() / self._vae.config.scaling_factor, return_dict=False)[0]
-        return (images / 2 + 0.5).clamp(0, 1)
+        return (images / 2 + 0.5).clamp(0, 1).contiguous()
 
     @override
     def export(self, directory: Path) -> None:

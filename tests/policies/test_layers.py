@@ -87,6 +87,14 @@ def test_a_residual_block(
     assert_same(fast, base, image(3, channels[0], 4, 4, memory_format=memory_format), image(3, 10))
 
 
+def test_a_residual_block_without_time() -> None:
+    base = ResnetBlock2D(in_channels=8, temb_channels=None, groups=4)
+    fast = copy.deepcopy(base)
+    assert use_fast_layers(fast) == 1
+    x = image(3, 8, 4, 4)
+    torch.testing.assert_close(fast(x, None), base(x, None), atol=1e-5, rtol=1e-5)
+
+
 def test_residual_blocks_of_other_kinds_are_left_alone() -> None:
     common = {"in_channels": 8, "temb_channels": 10, "groups": 4}
     for options in (
@@ -96,7 +104,6 @@ def test_residual_blocks_of_other_kinds_are_left_alone() -> None:
         {"dropout": 0.1},
     ):
         assert use_fast_layers(ResnetBlock2D(**common, **options)) == 0
-    assert use_fast_layers(ResnetBlock2D(in_channels=8, temb_channels=None, groups=4)) == 0
 
 
 @pytest.mark.parametrize("queries", [4, SHORT_ATTENTION // 2 + 1])

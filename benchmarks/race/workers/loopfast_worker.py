@@ -18,6 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loopfast.allocator import reuse_freed_memory
+
+# as the command line does, before torch is imported
+reuse_freed_memory()
+
+# ruff: noqa: E402
 import torch
 from resident import resident_peak
 from safetensors import safe_open
