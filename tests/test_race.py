@@ -116,7 +116,7 @@ def test_the_sweeps_leave_trl_its_defaults_but_for_what_they_name() -> None:
 
 @pytest.mark.parametrize("name", LEVERS)
 def test_levers_are_configurations(name: str) -> None:
-    base = loopfast_config(ENGINE_WORK, 16, model="embedded", prompts="embedded:color")
+    base = loopfast_config(ENGINE_WORK, (16, 16), model="embedded", prompts="embedded:color")
     assert whole(merged(base, LEVERS[name].config)) != whole(base)
     assert bool(LEVERS[name].reason) == (LEVERS[name].device == "cuda")
 
@@ -346,7 +346,7 @@ def test_the_plain_loop_computes_what_we_do(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle and a blue square\n", "utf-8")
     work = replace(ENGINE_WORK, images=4, steps=4, updates=1)
-    data = loopfast_config(work, 4, model=str(jobs.EMBEDDED), prompts=str(prompts))
+    data = loopfast_config(work, (4, 4), model=str(jobs.EMBEDDED), prompts=str(prompts))
     config = parse_config(json.dumps(data))
     loop = Plain(config, ["a red circle and a blue square"])
     text, empty = loop.encode(loop.prompts), loop.encode([""])

@@ -449,7 +449,12 @@ def test_the_microbatch_changes_no_loss(
     small_config: MakeConfig, user_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
-    options = (f"reward=[{{name: '{module}:reward'}}]", "train.iterations=5", "train.learning_rate=3e-6")
+    options = (
+        f"reward=[{{name: '{module}:reward'}}]",
+        "train.iterations=5",
+        "train.learning_rate=1e-5",
+        "algorithm.logprob=mean",
+    )
     options = (*options, "evaluation.every=0")
     update, losses = training.update, {}
     for size in (3, 64, "auto"):  # auto: 8

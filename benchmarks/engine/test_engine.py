@@ -37,7 +37,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Run:
         if competitor not in known:
             changes = LEVERS[competitor].config if competitor in LEVERS else {}
             config = merged(
-                loopfast_config(WORK, WORK.images, model=str(model_folder(WORK)), prompts=str(prompts)),
+                loopfast_config(
+                    WORK, (WORK.images, WORK.images), model=str(model_folder(WORK)), prompts=str(prompts)
+                ),
                 changes,
             )
             here = folder / competitor

@@ -143,7 +143,7 @@ def race_equal_work(
     overrides: Mapping[str, object],
     say: Say,
 ) -> Json:
-    """Both trainers' best batch sizes (ours within the memory of TRL's), then runs in turn at those, then the ratios before the first update.
+    """Batch sizes (ours within the memory of TRL's best), runs of both in turn, and the ratios before the first update.
 
     Args:
         name: of the work.
