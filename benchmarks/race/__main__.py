@@ -27,7 +27,7 @@ from loopfast.prompts import load_prompts
 from . import chart, results
 from .equal import race_equal_work
 from .jobs import TRL_PYTHON, RaceError
-from .reward import PROMPTS, Field, race_to_reward, sweep
+from .reward import PROMPTS, Field, pace, race_to_reward, sweep
 from .settings import WORKS, merged
 
 DEFAULT_BATCHES = (128, 32)
@@ -111,12 +111,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     swept.add_argument("--only", choices=("trl", "loopfast"), help="one of them")
 
-    reward = commands.add_parser("reward", parents=[runs], help="seconds to TRL's held-out reward")
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument("--trl-setting", metavar="NAME", help="instead of the sweep's")
+    chosen.add_argument("--loopfast-setting", metavar="NAME", help="instead of the sweep's")
+    commands.add_parser(
+        "pace", parents=[runs, chosen], help="seconds an iteration of either setting takes, for reward --by-pace"
+    )
+
+    reward = commands.add_parser("reward", parents=[runs, chosen], help="seconds to TRL's held-out reward")
     reward.add_argument("--seeds", type=int, default=3)
     reward.add_argument("--trl-seconds", type=float, default=600.0, help="TRL's training time (600)")
     reward.add_argument("--loopfast-seconds", type=float, default=300.0, help="ours, at most (300)")
-    reward.add_argument("--trl-setting", metavar="NAME", help="instead of the sweep's")
-    reward.add_argument("--loopfast-setting", metavar="NAME", help="instead of the sweep's")
+    reward.add_argument(
+        "--by-pace",
+        action="store_true",
+        help="count iterations and multiply by the pace, so that the machine may do other work meanwhile",
+    )
 
     commands.add_parser("show", parents=[common], help="the tables and the chart of the results there are")
     return parser
@@ -175,11 +185,20 @@ def _run(options: argparse.Namespace, found: dict[str, Any], path: Path, where: 
         for trainer, entry in sweep(_field(options, found), options.iterations, trainers, _say).items():
             entry |= {"date": today, "threads": options.threads}
             found = keep({"sweep": {trainer: entry}})
+    elif options.command == "pace":
+        paces = pace(_field(options, found), _chosen(options, found), _say)
+        found = keep({"pace": {**paces, "date": today}})
     else:
         chosen = _chosen(options, found)
+        paces = found.get("pace") if options.by_pace else None
+        if options.by_pace and any(
+            (paces or {}).get(trainer, {}).get("name") != name for trainer, name in chosen.items()
+        ):
+            raise RaceError(f"no pace of the settings {chosen}: run the command pace first")
         part = race_to_reward(
             _field(options, found),
             chosen,
+            paces=paces,
             seeds=options.seeds,
             trl_seconds=options.trl_seconds,
             loopfast_seconds=options.loopfast_seconds,

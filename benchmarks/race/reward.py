@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .figures import mean_curve, time_to_reward
@@ -30,6 +33,9 @@ SWEEP_EXPORTS = 5
 """Points of a setting's curve in the sweep."""
 
 TRL_EXPORT_EVERY, LOOPFAST_EXPORT_EVERY = 5, 2
+PACED = 3
+"""Iterations whose median is a trainer's pace."""
+
 SIDE_GUIDANCE = 1.0
 """The trained models are also measured without guidance."""
 
@@ -104,10 +110,24 @@ class Field:
             The exported weights: ``iteration``, ``seconds`` and ``file`` of each.
         """
         folder = self._folder / trainer / f"{_slug(name)}-seed-{seed}"
+        job = self._job(trainer, name, seed, folder, iterations=iterations, every=every, seconds=seconds)
+        return run_worker(f"{trainer}_worker", job, folder, self._threads, reuse=True)["exports"]
+
+    def _job(
+        self,
+        trainer: str,
+        name: str,
+        seed: int,
+        folder: Path,
+        *,
+        iterations: int,
+        every: int,
+        seconds: float | None,
+    ) -> Json:
         if trainer == "trl":
             export = folder / "weights"
             export.mkdir(parents=True, exist_ok=True)
-            job = trl_job(
+            return trl_job(
                 REWARD_WORK,
                 trl_settings(name, self._batches, seed),
                 self._prompts,
@@ -117,12 +137,16 @@ class Field:
                 export=export,
                 export_every=every,
             )
-        else:
-            config = loopfast_settings(name, self._recipe, seed)
-            job = loopfast_job(
-                config, folder / "run", iterations=iterations, seconds=seconds, checkpoints=every
-            )
-        return run_worker(f"{trainer}_worker", job, folder, self._threads, reuse=True)["exports"]
+        config = loopfast_settings(name, self._recipe, seed)
+        return loopfast_job(config, folder / "run", iterations=iterations, seconds=seconds, checkpoints=every)
+
+    def times(self, trainer: str, name: str, iterations: int) -> list[float]:
+        """Seconds of each of as many iterations of a run of its own."""
+        folder = self._folder / "pace" / f"{trainer}-{_slug(name)}"
+        shutil.rmtree(folder, ignore_errors=True)
+        job = self._job(trainer, name, 0, folder, iterations=iterations, every=iterations, seconds=None)
+        run = run_worker(f"{trainer}_worker", job, folder, self._threads)
+        return [iteration["seconds"] for iteration in run["iterations"]]
 
     def evaluate(self, name: str, files: Sequence[str], prompts: str, images: int, guidance: float) -> Json:
         """Held-out or validation rewards of weights, a list."""
@@ -172,10 +196,25 @@ def sweep(field: Field, budget: int, trainers: Sequence[str], say: Say) -> Json:
     return found
 
 
+def pace(field: Field, chosen: Mapping[str, str], say: Say) -> Json:
+    """Seconds an iteration of either trainer takes at its setting, on a quiet machine: the median after a warm-up.
+
+    Returns:
+        The results' section ``pace``: each trainer's setting and seconds.
+    """
+    found: Json = {}
+    for trainer, name in chosen.items():
+        times = field.times(trainer, name, 1 + PACED)[1:]
+        found[trainer] = {"name": name, "seconds": statistics.median(times), "iterations": len(times)}
+        say(f"  {trainer}, {name}: {found[trainer]['seconds']:.2f} s an iteration")
+    return found
+
+
 def race_to_reward(
     field: Field,
     chosen: Mapping[str, str],
     *,
+    paces: Mapping[str, Json] | None = None,
     seeds: int,
     trl_seconds: float,
     loopfast_seconds: float,
@@ -186,6 +225,8 @@ def race_to_reward(
     Args:
         field: where the runs are.
         chosen: each trainer's setting.
+        paces: of :func:`pace`; then runs are as many iterations as fit the times at these, and an iteration counts
+            as long, whatever else the machine did. None: the clock decides.
         seeds: how many.
         trl_seconds: TRL's training time.
         loopfast_seconds: ours, at most.
@@ -201,9 +242,17 @@ def race_to_reward(
             ("loopfast", loopfast_seconds, LOOPFAST_EXPORT_EVERY),
         ):
             say(f"  {trainer}, seed {seed}: {chosen[trainer]}, {seconds:.0f} s")
-            exports[trainer].append(
-                field.train(trainer, chosen[trainer], seed, iterations=10_000, every=every, seconds=seconds)
-            )
+            if paces is None:
+                exports[trainer].append(
+                    field.train(
+                        trainer, chosen[trainer], seed, iterations=10_000, every=every, seconds=seconds
+                    )
+                )
+                continue
+            each = paces[trainer]["seconds"]
+            count = math.ceil(seconds / each)
+            made = field.train(trainer, chosen[trainer], seed, iterations=count, every=every)
+            exports[trainer].append([{**export, "seconds": export["iteration"] * each} for export in made])
 
     def rewards(name: str, files: Sequence[str], guidance: float) -> list[float]:
         say(f"  evaluating {name}: {len(files)} models at guidance {guidance:g}")
@@ -230,6 +279,7 @@ def race_to_reward(
         "figures": figures,
         "base": base,
         "chosen": dict(chosen),
+        "paces": None if paces is None else dict(paces),
         "seeds": seeds,
         "trl_budget": trl_seconds,
         "loopfast_budget": loopfast_seconds,
