@@ -115,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--trl-setting", metavar="NAME", help="instead of the sweep's")
     chosen.add_argument("--loopfast-setting", metavar="NAME", help="instead of the sweep's")
     commands.add_parser(
-        "pace", parents=[runs, chosen], help="seconds an iteration of either setting takes, for reward --by-pace"
+        "pace",
+        parents=[runs, chosen],
+        help="seconds an iteration of either setting takes, for reward --by-pace",
     )
 
     reward = commands.add_parser("reward", parents=[runs, chosen], help="seconds to TRL's held-out reward")

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from typing_extensions import override
@@ -33,7 +35,7 @@ def use_fast_layers(model: nn.Module) -> int:
     """
     replaced = 0
     for module in model.modules():
-        for fast in (FusedResnetBlock2D, TransposedUpsample2D, PaddedTimestepEmbedding):
+        for fast in _FAST:
             if type(module) is fast.__base__ and fast.replaces(module):
                 module.__class__ = fast
                 replaced += 1
@@ -133,6 +135,52 @@ class TransposedUpsample2D(Upsample2D):
         return F.conv_transpose2d(hidden_states, kernel, self.conv.bias, stride=2, padding=1)
 
 
+class SplitGEGLU(GEGLU):
+    """The gated activation with a product for each half, which autograd need not cut apart and put together."""
+
+    @staticmethod
+    def replaces(layer: Any) -> bool:
+        """Whether the projection has no adapter of its own."""
+        return type(layer.proj) is nn.Linear
+
+    @override
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight = self.proj.weight.chunk(2)
+        bias = (None, None) if self.proj.bias is None else self.proj.bias.chunk(2)
+        hidden, gate = (F.linear(hidden_states, *half) for half in zip(weight, bias, strict=True))
+        return hidden * F.gelu(gate)
+
+
+class ViewingTransformer2DModel(Transformer2DModel):
+    """Transformer blocks on images with the channels innermost, whose tokens are a view of the image and back."""
+
+    @staticmethod
+    def replaces(model: Any) -> bool:
+        """Whether it is of the kind that Stable Diffusion is made of."""
+        return bool(model.is_input_continuous)
+
+    def _get_output_for_continuous_inputs(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> Tensor:
+        if not residual.is_contiguous(memory_format=torch.channels_last):
+            result: Tensor = super()._get_output_for_continuous_inputs(
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+            return result
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        hidden_states = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        if not self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        return hidden_states + residual
+
+
 class ShortAttnProcessor(AttnProcessor2_0):
     """Attention among few tokens by two batched matrix products; among many as its base does."""
 
@@ -171,3 +219,12 @@ def _is_plain(attn: Any) -> bool:
 def _split_heads(tensor: Tensor, heads: int) -> Tensor:
     """``[B, S, heads · D]`` as ``[B · heads, S, D]``."""
     return tensor.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+_FAST: tuple[Any, ...] = (
+    FusedResnetBlock2D,
+    TransposedUpsample2D,
+    PaddedTimestepEmbedding,
+    SplitGEGLU,
+    ViewingTransformer2DModel,
+)

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from loopfast.policies.layers import (
     FusedResnetBlock2D,
     ShortAttnProcessor,
     TransposedUpsample2D,
+    ViewingTransformer2DModel,
     use_fast_layers,
 )
 
@@ -104,6 +107,33 @@ def test_residual_blocks_of_other_kinds_are_left_alone() -> None:
         {"dropout": 0.1},
     ):
         assert use_fast_layers(ResnetBlock2D(**common, **options)) == 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_gated_activation(bias: bool) -> None:
+    base = GEGLU(6, 10, bias=bias)
+    fast = copy.deepcopy(base)
+    assert use_fast_layers(fast) == 1
+    assert_same(fast, base, image(2, 5, 6))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_transformer(linear: bool, memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    base = Transformer2DModel(
+        2, 4, 8, norm_num_groups=4, cross_attention_dim=6, use_linear_projection=linear
+    ).to(memory_format=memory_format)
+    fast = copy.deepcopy(base)
+    assert use_fast_layers(fast) == 2  # with its activation
+    assert type(fast) is ViewingTransformer2DModel
+    x, text = image(3, 8, 4, 6, memory_format=memory_format), image(3, 5, 6)
+    found, wanted = (model(x, encoder_hidden_states=text, return_dict=False)[0] for model in (fast, base))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    for gradient, expected in zip(
+        gradients(fast, found, x, text), gradients(base, wanted, x, text), strict=True
+    ):
+        torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("queries", [4, SHORT_ATTENTION // 2 + 1])
