@@ -153,8 +153,9 @@ class ModelConfig(_Section):
     """Hold the denoiser's images with the channels innermost; auto: on the CPU, with fast layers."""
     shared_trunk: bool = True
     """Under guidance, compute what does not depend on the prompt once for both halves."""
-    compile: bool = False
-    """Compile the denoiser's repeated blocks with torch.compile."""
+    compile: Literal["off", "blocks", "whole"] = "off"
+    """Compile the denoiser with torch.compile: its repeated blocks (soon done), or the whole (faster calls, after
+    minutes)."""
     tf32: bool = False
     """Multiply float32 matrices in TF32 on GPUs that can: faster, with 10 bits of mantissa."""
     vae_tiling: bool = False
@@ -277,6 +278,10 @@ class TrainConfig(_Section):
     """AdamW, or bitsandbytes' with 8-bit moments."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more model time."""
+    screening: Literal["auto", "on", "off"] = "auto"
+    """Find the pairs that the clip or an advantage of 0 leaves without a gradient by a forward pass, and train on the
+    others only; gradients are the same up to the rounding of a sum. Never in an iteration's first update, where nothing
+    is clipped. auto: where more than 40 % of the pairs of the update before, first ones aside, had none."""
     on_policy_check: Literal["error", "warn", "off"] = "error"
     """What to do when the ratio before an iteration's first update is not 1."""
 
@@ -622,6 +627,12 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
     if config.model.channels_last == "on" and config.model.tune == "full" and train.optimizer == "adamw_8bit":
         allowed = "adamw with model.channels_last: bitsandbytes would lay the weights out anew"
         yield _problem(("train", "optimizer"), train.optimizer, allowed)
+    if train.screening == "on" and config.algorithm.kl_weight > 0:
+        allowed = "auto or off with algorithm.kl_weight above 0, which gives every pair a gradient"
+        yield _problem(("train", "screening"), "on", allowed)
+    if train.screening == "on" and algorithm.clip_range is None:
+        allowed = f"auto or off with algorithm.name {algorithm.name}, which does not clip"
+        yield _problem(("train", "screening"), "on", allowed)
     names = [term.name for term in config.reward]
     for index, name in enumerate(names):
         if name in names[:index]:

@@ -190,6 +190,7 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
     pairs = images * trainer.drawn // settings.updates_per_iteration
     left_out = [str(step) for step in range(steps) if step not in trainer.steps.trained]
     reason = {"auto": " (each would outweigh the others)", "all": " (deterministic)"}.get(settings.steps, "")
+    levers = {**policy.levers, "screening": trainer.screening}
     threads = f", {torch.get_num_threads()} thread(s)" if policy.device.type == "cpu" else ""
     facts = info()
     by_device = facts.get(policy.device.type, "reference")
@@ -215,7 +216,7 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
             + (f"; {trainer.drawn} of them drawn for a pass" if trainer.drawn < trainer.steps.count else ""),
         ),
         ("rollout", describe_rollout(sampler, config.rollout)),
-        ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in policy.levers.items())),
+        ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in levers.items())),
         ("memory", _describe_memory(trainer)),
         ("run", str(trainer.folder.path)),
     ]

@@ -49,6 +49,11 @@ METRICS: dict[str, Metric] = {
     ),
     "ratio_outside_clip": Metric("share of pairs whose ratio is outside the clip range", "1", "policy"),
     "clip_fraction": Metric("share of pairs that the clip leaves without a gradient", "1", "policy"),
+    "zero_gradient": Metric(
+        "share of pairs without a gradient: clipped, or of advantage 0, where no divergence is penalized",
+        "1",
+        "policy",
+    ),
     "kl": Metric(
         "estimate of the divergence from the policy that sampled: mean of ratio - 1 - log ratio",
         "nat",
@@ -61,6 +66,9 @@ METRICS: dict[str, Metric] = {
     ),
     "logprob_change": Metric("mean |log-probability - the one at sampling| over the pairs", "nat", "policy"),
     "loss": Metric("mean loss over the iteration's updates", "1", "optimization"),
+    "screened_out": Metric(
+        "share of pairs whose backward pass was left out, as they have no gradient", "1", "optimization"
+    ),
     "grad_norm": Metric("mean norm of the gradient over the updates, before clipping", "1", "optimization"),
     "learning_rate": Metric("learning rate of the last update", "1", "optimization"),
     "seconds_iteration": Metric(

@@ -11,12 +11,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
-from loopfast.algorithms import PromptStatistics
+from loopfast.algorithms import ALGORITHMS, PromptStatistics
 from loopfast.checkpoints import Checkpoint
 from loopfast.config import Config
 from loopfast.console import Display
@@ -32,7 +32,7 @@ from loopfast.errors import (
 from loopfast.evaluation import evaluate
 from loopfast.files import writing
 from loopfast.interrupts import StopRequest
-from loopfast.microbatch import Microbatches, start_size
+from loopfast.microbatch import Call, Microbatches, start_size
 from loopfast.policies import Conditioning, load_policy, load_schedule
 from loopfast.profiling import Category, Meter, Times, model_call, phase, range_
 from loopfast.prompts import Prompt, load_prompts
@@ -43,11 +43,15 @@ from loopfast.runs import RunFolder, describe_run, peak_memory
 from loopfast.seeds import derive, row_seeds
 from loopfast.tracking import Tracker, read_metrics
 from loopfast.trajectories import Trajectories, shuffled_pairs
-from loopfast.update import Surrogate, UpdateStatistics, rehearse, update
+from loopfast.update import Surrogate, UpdateStatistics, rehearse, screen, update
 
 # Rollout and replay call the model alike, so the ratio before the first update is 1 exactly; where other batch sizes
 # make the model round otherwise, it may differ by this much.
 ON_POLICY_TOLERANCE = 1e-3
+
+# Screening pays from a share of 1/3 without a gradient, or a little more where a forward pass costs over half of a
+# backward pass; what the update before had, this one may just miss.
+SCREENING_SHARE = 0.4
 
 
 def train(config: Config, *, resume: str | None = None, display: Display) -> Path:
@@ -111,6 +115,7 @@ class Progress:
         pending: metrics of the latest iteration (0: before training) as long as it is not evaluated and recorded.
         metrics: of the iteration under way.
         updates: statistics of the updates done in it.
+        zero_gradient: share of pairs without a gradient in the latest update that was not an iteration's first.
         trajectories, rewards: what was sampled for it, and float32 ``[G, K]``.
     """
 
@@ -120,6 +125,7 @@ class Progress:
     pending: dict[str, Any] | None = field(default_factory=lambda: {"iteration": 0, "images": 0})
     metrics: dict[str, Any] = field(default_factory=dict)
     updates: list[dict[str, float]] = field(default_factory=list)
+    zero_gradient: float = 0.0
     trajectories: Trajectories | None = None
     rewards: Tensor | None = None
 
@@ -194,6 +200,13 @@ class Trainer:
                 f"number of (image, step) pairs in an iteration"
             )
         return drawn
+
+    @property
+    def screening(self) -> Literal["auto", "on", "off"]:
+        """``train.screening``; off where nothing is clipped, or where a divergence gives every pair a gradient."""
+        algorithm = self.config.algorithm
+        possible = ALGORITHMS[algorithm.name].clip_range is not None and algorithm.kl_weight == 0
+        return self.config.train.screening if possible else "off"
 
     @property
     def finished(self) -> bool:
@@ -310,32 +323,17 @@ class Trainer:
             )
         ]
         for pairs in parts[len(progress.updates) :]:
-
-            def attempt(rows: int, pairs: tuple[Tensor, Tensor] = pairs) -> UpdateStatistics:
-                if self.microbatches.shared and not progress.updates and rows != self.sampler.microbatch:
-                    raise _Resized
-                return update(
-                    self.sampler,
-                    self.engine,
-                    surrogate,
-                    trajectories,
-                    conditioning,
-                    owner,
-                    pairs,
-                    microbatch=rows,
-                    with_reference=config.algorithm.kl_weight > 0,
-                    before_step=self._check_ratio,
-                )
-
             try:
                 with self._phase("replay"), self._explained():
-                    done = self.microbatches.fitting("train", attempt)
+                    done = self._learn(surrogate, trajectories, conditioning, owner, pairs)
             except _Resized:
                 # nothing is learned from these images yet: new ones come from calls of the size they are trained in
                 progress.images -= trajectories.count
                 self.sample()
                 self.update()
                 return
+            if progress.updates:
+                progress.zero_gradient = done.zero_gradient
             progress.updates.append(asdict(done))
             self._check_stop()
         self.statistics = history
@@ -343,6 +341,54 @@ class Trainer:
         progress.iteration += 1
         progress.pending = {"iteration": progress.iteration, "images": progress.images, **self._summary()}
         progress.metrics, progress.updates, progress.trajectories, progress.rewards = {}, [], None, None
+
+    def _learn(
+        self,
+        surrogate: Surrogate,
+        trajectories: Trajectories,
+        conditioning: Conditioning,
+        owner: Tensor,
+        pairs: tuple[Tensor, Tensor],
+    ) -> UpdateStatistics:
+        """One update, of pairs that are screened first where that pays."""
+        screening = None
+        if self._screens():
+            screening = self.microbatches.fitting(
+                self._screening_call(),
+                lambda rows: screen(
+                    self.sampler, surrogate, trajectories, conditioning, owner, pairs, microbatch=rows
+                ),
+            )
+
+        def attempt(rows: int) -> UpdateStatistics:
+            if self.microbatches.shared and not self.progress.updates and rows != self.sampler.microbatch:
+                raise _Resized
+            return update(
+                self.sampler,
+                self.engine,
+                surrogate,
+                trajectories,
+                conditioning,
+                owner,
+                pairs,
+                microbatch=rows,
+                with_reference=self.config.algorithm.kl_weight > 0,
+                screening=screening,
+                before_step=self._check_ratio,
+            )
+
+        return self.microbatches.fitting("train", attempt)
+
+    def _screens(self) -> bool:
+        """Whether the next update is screened; not an iteration's first, whose ratio is 1: nothing is clipped."""
+        if not self.progress.updates or self.screening == "off":
+            return False
+        return self.screening == "on" or self.progress.zero_gradient > SCREENING_SHARE
+
+    def _screening_call(self) -> Call:
+        """Whose rows a screening call takes: of the sizes that are known to fit on the policy's device the larger."""
+        sizes = self.microbatches
+        return "rollout" if self.sampler.replica is None and sizes.rollout > sizes.train else "train"
 
     def record(self) -> None:
         """Evaluates where it is due, writes the iteration's metrics, and saves a checkpoint where it is due."""
@@ -431,6 +477,7 @@ class Trainer:
             "engine": engine,
             "microbatch": self.microbatches.state_dict(),
             "prompt_statistics": self.statistics.state_dict(),
+            "zero_gradient": progress.zero_gradient,
             **{name: getattr(progress, name) for name in _PLAIN},
         }
         return self.folder.checkpoints.save(progress.iteration, len(progress.updates), tensors, state, score)
@@ -443,6 +490,7 @@ class Trainer:
             self.microbatches.load_state_dict(state.get("microbatch", {}))
             self._resized(self.microbatches.rollout)
             self.progress = Progress(**{name: state[name] for name in _PLAIN})
+            self.progress.zero_gradient = state.get("zero_gradient", 0.0)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"checkpoint {checkpoint.path} cannot be resumed: {error}") from error
         if stored := tensors.get("trajectories"):
@@ -527,8 +575,9 @@ class Trainer:
             return "rollout.merge_lora=true rounds otherwise than the adapter that is trained"
         if config.rollout.dtype not in (None, config.model.dtype):
             return f"rollout.dtype ({config.rollout.dtype}) is not model.dtype ({config.model.dtype})"
-        if config.model.compile:
-            return "model.compile=true compiles calls with and without gradients to different kernels"
+        if config.model.compile != "off":
+            how = config.model.compile
+            return f"model.compile={how} compiles calls with and without gradients to different kernels"
         sizes_given = f"rollout.microbatch ({sizes.rollout}) and train.microbatch ({sizes.train})"
         return f"Give {sizes_given} the same value"
 

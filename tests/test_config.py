@@ -101,6 +101,7 @@ def test_unknown_key_is_reported_with_its_line_and_the_nearest_known_one(
         ("train.beta2=1", "1", "a number >= 0 and < 1"),
         ("train.lr_schedule=step", "'step'", "constant or linear or cosine"),
         ("train.on_policy_check=no", "'no'", "error or warn or off"),
+        ("train.screening=true", "true", "auto or on or off"),
         ("train.microbatch=0", "0", "auto or a whole number >= 1"),
         ("train.steps=5", "5", "all, auto or a half-open range"),
         ("train.steps=5-9", "'5-9'", "all, auto or a half-open range"),
@@ -198,6 +199,12 @@ def test_all_problems_are_reported_at_once() -> None:
             "train.optimizer",
             "lay the weights out",
         ),
+        (
+            ["algorithm.kl_weight=0.1", "train.screening=on"],
+            "train.screening",
+            "algorithm.kl_weight above 0",
+        ),
+        (["algorithm.name=rloo", "train.screening=on"], "train.screening", "rloo, which does not clip"),
         (["reward=[{name: embedded, weight: 0}]"], "reward.0.weight", "at least one reward"),
         (["reward=[{name: embedded}, {name: embedded}]"], "reward.1.name", "each reward once"),
     ],
@@ -219,6 +226,8 @@ def test_keys_that_contradict_each_other_are_reported(overrides: list[str], key:
         ["rollout.prompts_per_iteration=1", "train.steps=:2", "train.updates_per_iteration=8"],
         ["train.steps=:4", "train.step_fraction=0.125"],
         ["model.channels_last=on", "model.tune=lora", "train.optimizer=adamw_8bit"],
+        ["algorithm.kl_weight=0.1", "train.screening=auto"],
+        ["algorithm.name=ppo", "train.screening=on"],
     ],
 )
 def test_keys_that_only_just_agree_are_accepted(overrides: list[str]) -> None:

@@ -16,6 +16,7 @@ from loopfast.config import Config, load_config
 from loopfast.console import Display
 from loopfast.errors import ConfigError, LoopfastError
 from loopfast.files import write_file, writing
+from loopfast.microbatch import Microbatches
 from loopfast.runs import RunFolder, describe_run, peak_memory, save_image
 
 MakeConfig = Callable[..., Config]
@@ -181,11 +182,16 @@ def test_the_header_says_what_is_trained(
     overrides: tuple[str, ...], trained: tuple[int, ...], said: str, small_config: MakeConfig
 ) -> None:
     config = small_config("train.inner_epochs=3", *overrides)
-    policy = SimpleNamespace(describe=lambda: "the model", device=torch.device("cpu"))
+    policy = SimpleNamespace(
+        describe=lambda: "the model", device=torch.device("cpu"), levers={"attention": "sdpa", "tf32": False}
+    )
     trainer: Any = SimpleNamespace(
         config=config,
         sampler=SimpleNamespace(policy=policy, model=policy, replica=None),
         steps=SimpleNamespace(trained=trained, count=len(trained), window=None),
+        drawn=len(trained),
+        screening="auto",
+        microbatches=Microbatches(4, "auto", 8, QUIET.warning),
         prompts=[None] * 9,
         folder=RunFolder(config),
     )
@@ -197,4 +203,8 @@ def test_the_header_says_what_is_trained(
     assert facts["an iteration"] == f"8 images, 6 updates of {8 * len(trained) // 2} pairs"
     assert facts["reward"] == "1 x jpeg_compressibility, 0 x embedded"
     assert facts["device"].startswith(f"cpu, {torch.get_num_threads()} thread(s)")
+    assert facts["speed"] == "attention sdpa, tf32 off, screening auto"
+    assert facts["memory"].startswith(
+        "microbatch 4 in rollout, 4 (auto) in replay, gradient checkpointing off"
+    )
     assert facts["run"] == str(RunFolder(config).path)

@@ -15,7 +15,7 @@ from loopfast.errors import NonFiniteError
 from loopfast.rollout import Sampler
 from loopfast.schedules import TransitionSchedule
 from loopfast.trajectories import Trajectories
-from loopfast.update import Surrogate, UpdateStatistics, rehearse, update
+from loopfast.update import Screening, Surrogate, UpdateStatistics, rehearse, screen, update
 
 GROUPS, SAMPLES, STEPS, SHAPE = 2, 3, 3, (2, 2)
 ROWS = GROUPS * SAMPLES
@@ -36,6 +36,8 @@ class ToyPolicy:
         self._initial = [self.weight.detach().clone(), self.prompt.detach().clone()]
         self._inside_reference = False
         self.batches: list[int] = []
+        self.outputs: list[Tensor] = []
+        self.gradients: list[Tensor] = []
         self.denoiser = torch.nn.ParameterDict(self.trainable())
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -48,7 +50,14 @@ class ToyPolicy:
         weight, prompt = self._initial if self._inside_reference else (self.weight, self.prompt)
         plain = (sample.flatten(1) @ weight + timestep[:, None] / 10).view_as(sample)
         told = plain + (conditioning["text"][:, None] * prompt).view_as(sample)
+        self.outputs.append(told)
+        if told.requires_grad:
+            told.register_hook(self.gradients.append)
         return told, None if guidance_scale == 1.0 else plain
+
+    def forget(self) -> None:
+        for record in (self.batches, self.outputs, self.gradients):
+            record.clear()
 
     @contextmanager
     def reference(self) -> Any:
@@ -95,15 +104,35 @@ class Case:
         order = torch.randperm(ROWS * STEPS)[:11]
         self.rows, self.steps = order % ROWS, order // ROWS
 
-    def update(self, algorithm: AlgorithmConfig, microbatch: int = 4, **options: Any) -> UpdateStatistics:
-        self.policy.batches.clear()
+    def screen(
+        self, algorithm: AlgorithmConfig, microbatch: int = 11, rewards: Tensor = REWARDS
+    ) -> Screening:
+        self.policy.forget()
+        return screen(
+            self.sampler,
+            Surrogate(algorithm, rewards, ["a", "b"], PromptStatistics(), torch.device("cpu")),
+            self.trajectories,
+            {"text": self.text},
+            self.prompts,
+            (self.rows, self.steps),
+            microbatch=microbatch,
+        )
+
+    def update(
+        self,
+        algorithm: AlgorithmConfig,
+        microbatch: int = 4,
+        rewards: Tensor = REWARDS,
+        engine: Any = None,
+        **options: Any,
+    ) -> UpdateStatistics:
+        self.policy.forget()
         for parameter in self.policy.trainable().values():
             parameter.grad = None
-        engine: Any = Gradients()
-        surrogate = Surrogate(algorithm, REWARDS, ["a", "b"], PromptStatistics(), torch.device("cpu"))
+        surrogate = Surrogate(algorithm, rewards, ["a", "b"], PromptStatistics(), torch.device("cpu"))
         done = update(
             self.sampler,
-            engine,
+            gradients := engine or Gradients(),
             surrogate,
             self.trajectories,
             {"text": self.text},
@@ -113,7 +142,7 @@ class Case:
             with_reference=algorithm.kl_weight > 0,
             **options,
         )
-        assert engine.updates == 1
+        assert engine is not None or gradients.updates == 1
         return done
 
     def gradients(self) -> list[Tensor]:
@@ -336,3 +365,85 @@ def test_a_rehearsal_calls_as_an_update_does_and_changes_nothing(with_reference:
     for parameter, value in zip(case.policy.trainable().values(), before, strict=True):
         assert parameter.grad is None
         assert torch.equal(parameter, value)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["loop", "grpo"])
+@pytest.mark.parametrize("microbatch", [1, 3, 16])
+def test_a_screened_update_has_the_gradient_of_all_pairs_from_those_that_have_one(
+    microbatch: int, name: str, guidance_scale: float
+) -> None:
+    case = Case(moved=0.3, guidance_scale=guidance_scale)
+    algorithm = config(name, clip_range=0.05)
+    # a prompt's equal rewards are no advantage over each other
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]])
+    whole = case.update(algorithm, rewards=rewards)
+    expected = case.gradients()
+    screening = case.screen(algorithm, rewards=rewards)
+    assert case.policy.batches == [11]
+    assert not any(output.requires_grad for output in case.policy.outputs)
+    kept = int(screening.kept.sum())
+    assert 0 < kept < 11 * (1 - whole.clip_fraction)
+    assert whole.zero_gradient == screening.statistics.zero_gradient == pytest.approx(1 - kept / 11)
+    done = case.update(algorithm, microbatch, rewards, screening=screening)
+    assert case.policy.batches == [microbatch] * math.ceil(kept / microbatch)
+    # the rows that pad a call up have no gradient either
+    assert sum(int(grad.flatten(1).any(1).sum()) for grad in case.policy.gradients) == kept
+    for gradient, other in zip(case.gradients(), expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-12)
+    assert (whole.screened_out, done.screened_out) == (0.0, pytest.approx(1 - kept / 11))
+    for field, value in vars(whole).items():
+        if field != "screened_out":
+            assert vars(done)[field] == pytest.approx(value, rel=1e-9), field
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_an_update_without_any_gradient_steps_as_if_it_were_not_screened(weight_decay: float) -> None:
+    algorithm, equal = config("loop", clip_range=0.05), torch.ones(GROUPS, SAMPLES)
+    results = []
+    for screened in (False, True):
+        torch.manual_seed(1)
+        case = Case()
+        settings = TrainConfig(learning_rate=0.1, warmup_updates=0, weight_decay=weight_decay)
+        engine = LocalEngine(case.policy, settings)  # type: ignore[arg-type]
+        case.update(algorithm, engine=engine)  # moments that a step without a gradient goes on with
+        screening = case.screen(algorithm, rewards=equal) if screened else None
+        before = case.policy.weight.detach().clone()
+        done = case.update(algorithm, 3, equal, engine, screening=screening)
+        assert len(case.policy.batches) == (1 if screened else 4)
+        assert (done.zero_gradient, done.screened_out, done.grad_norm) == (1.0, float(screened), 0.0)
+        assert not torch.equal(case.policy.weight, before)
+        tensors, state = engine.state()
+        results.append((tensors, state))
+    (tensors, state), (others, other_state) = results
+    assert state == other_state
+    for group in tensors:
+        assert tensors[group].keys() == others[group].keys()
+        assert all(torch.equal(value, others[group][name]) for name, value in tensors[group].items())
+
+
+def test_pairs_with_a_penalty_all_have_a_gradient() -> None:
+    case = Case(moved=0.5)
+    done = case.update(config("loop", clip_range=0.05, kl_weight=0.3))
+    assert done.clip_fraction > 0
+    assert done.zero_gradient == 0.0
+
+
+def test_a_screening_that_is_not_finite_names_its_trajectories() -> None:
+    case = Case()
+    case.trajectories.latents[2, 4] = math.nan
+    case.rows, case.steps = torch.tensor([0, 4, 3, 4]), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(NonFiniteError, match="the loss is not finite") as caught:
+        case.screen(config("loop"), 3)
+    assert caught.value.rows == (4,)
+
+
+def test_a_loss_that_only_calls_with_gradients_make_infinite_stops_a_screened_update() -> None:
+    case = Case(moved=0.3)
+    algorithm = config("loop", clip_range=0.05)
+    screening = case.screen(algorithm)
+    row = int(case.rows[screening.kept][0])
+    case.trajectories.latents[1, row] = math.nan
+    with pytest.raises(NonFiniteError, match="the loss is not finite") as caught:
+        case.update(algorithm, screening=screening)
+    assert caught.value.rows == (row,)
