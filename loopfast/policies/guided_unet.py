@@ -35,6 +35,12 @@ def shares_trunk(unet: torch.nn.Module) -> TypeGuard[UNet2DConditionModel]:
     )
 
 
+def plain_forward(unet: Any, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    """The outputs ``[M, C, H, W]`` of a UNet's own forward."""
+    output: Tensor = unet(sample, timestep, encoder_hidden_states=text, return_dict=False)[0]
+    return output
+
+
 def guided_forward(
     unet: UNet2DConditionModel, sample: Tensor, timestep: Tensor, text: Tensor, empty: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
 from loopfast.policies.layers import ShortAttnProcessor, use_fast_layers
 
-# Blocks of one class share a compile cache; this many shapes and gradient modes of them may be in it.
+# Blocks of one class, and calls of one function, share a compile cache; so many shapes and gradient modes may be in it.
 _COMPILED_VARIANTS = 64
 # How much faster xformers must be in a trial to be chosen: noise should not decide how a run rounds.
 _CLEARLY_FASTER = 0.9
@@ -180,11 +180,26 @@ def compile_blocks(unet: Any, device: torch.device) -> None:
     Raises:
         ConfigError: there is no compiler for the device.
     """
+    _prepare_compiling(device)
+    # every call of a run has one batch size
+    unet.compile_repeated_blocks(dynamic=False)
+
+
+def compile_calls(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """The function of a UNet and its inputs, compiled at its first calls: once for each shape and gradient mode.
+
+    Raises:
+        ConfigError: there is no compiler for the device.
+    """
+    _prepare_compiling(device)
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return compiled
+
+
+def _prepare_compiling(device: torch.device) -> None:
     if reason := _without_compiler(device):
         raise ConfigError(f"model.compile: {reason}")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)
-    # every call of a run has one batch size
-    unet.compile_repeated_blocks(dynamic=False)
 
 
 def _without_compiler(device: torch.device) -> str | None:

@@ -17,8 +17,8 @@ from typing_extensions import override
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
 from loopfast.policies.base import Conditioning, Policy
-from loopfast.policies.guided_unet import guided_forward, shares_trunk
-from loopfast.policies.levers import compile_blocks, set_attention, set_layers, set_tf32
+from loopfast.policies.guided_unet import guided_forward, plain_forward, shares_trunk
+from loopfast.policies.levers import compile_blocks, compile_calls, set_attention, set_layers, set_tf32
 from loopfast.policies.loading import first_line, locate, torch_device
 from loopfast.policies.portable import save_portable
 from loopfast.seeds import derive
@@ -95,8 +95,14 @@ class StableDiffusionPolicy(Policy):
         self._autocast = config.tune == "full" and self.dtype != torch.float32
         self._unconditional: Conditioning | None = None
         self._encoded: tuple[dict[str, int], Tensor] | None = None
-        if config.compile:
+        self._guided, self._plain = guided_forward, plain_forward
+        if config.compile == "blocks":
             compile_blocks(self._unet, self.device)
+        elif config.compile == "whole":
+            self._guided, self._plain = (
+                compile_calls(self._guided, self.device),
+                compile_calls(self._plain, self.device),
+            )
 
     def _add_adapter(self, seed: int) -> None:
         lora = self._config.lora
@@ -195,7 +201,7 @@ class StableDiffusionPolicy(Policy):
         empty = self._unconditional["encoder_hidden_states"].expand_as(text)
         if self._config.shared_trunk and shares_trunk(self._active):
             with self._precision():
-                conditional, unconditional = guided_forward(self._active, sample, timestep, text, empty)
+                conditional, unconditional = self._guided(self._active, sample, timestep, text, empty)
             return conditional.to(self.dtype).contiguous(), unconditional.to(self.dtype).contiguous()
         both = self._denoise(
             torch.cat([sample, sample]), torch.cat([timestep, timestep]), torch.cat([text, empty])
@@ -205,7 +211,7 @@ class StableDiffusionPolicy(Policy):
 
     def _denoise(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         with self._precision():
-            output = self._active(sample, timestep, encoder_hidden_states=text, return_dict=False)[0]
+            output = self._plain(self._active, sample, timestep, text)
         result: Tensor = output.to(self.dtype).contiguous()
         return result
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,14 +274,31 @@ def test_a_lever_that_cannot_work_here_says_why(
         make(pipeline_folder, "full", **options)
 
 
-def test_compiling_needs_a_compiler_and_renames_nothing(
-    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiling_needs_a_compiler_and_renames_nothing(pipeline_folder: Path) -> None:
     names = set(make(pipeline_folder, "lora").trainable())
-    assert set(make(pipeline_folder, "lora", compile=True).trainable()) == names
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
-    with pytest.raises(ConfigError, match=r"model\.compile: needs a C\+\+ compiler on the CPU"):
-        make(pipeline_folder, "lora", compile=True)
+    assert set(make(pipeline_folder, "lora", compile="blocks").trainable()) == names
+    without = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)})
+    for compiled in ("blocks", "whole"):
+        with without, pytest.raises(ConfigError, match=r"model\.compile: needs a C\+\+ compiler on the CPU"):
+            make(pipeline_folder, "lora", compile=compiled)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_whole_denoiser_compiled_computes_the_same(
+    guidance: float, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # traced and differentiated as Inductor's are, without its minutes of code generation
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    plain, compiled = make(pipeline_folder, "full"), make(pipeline_folder, "full", compile="whole")
+    assert compiled.levers["compile"] == "whole"
+    assert set(compiled.trainable()) == set(plain.trainable())
+    sums = []
+    for policy in (plain, compiled):
+        sample, timestep, text = inputs(policy)
+        outputs = policy.predict(sample, timestep, text, guidance)
+        sum(output.square().sum() for output in outputs if output is not None).backward()
+        sums.append((outputs[0].detach(), {name: p.grad for name, p in policy.trainable().items()}))
+    torch.testing.assert_close(sums[1], sums[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"attention": "flash"}, {"channels_last": "on"}])
