@@ -258,6 +258,30 @@ def test_a_run_can_be_stopped_again_and_again(small_config: MakeConfig) -> None:
     assert outcome(run(config, resume)) == expected
 
 
+def test_a_run_that_screens_its_pairs_can_be_stopped_between_any_updates(small_config: MakeConfig) -> None:
+    options = (
+        "algorithm.logprob=mean",
+        "algorithm.clip_range=1e-4",
+        "train.updates_per_iteration=4",
+        "train.iterations=2",
+        "evaluation.every=0",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        # half of the updates that may be screened are
+        patch.setattr(training, "SCREENING_SHARE", 0.3)
+        expected = outcome(run(small_config("run.name=unbroken", *options)))
+        screened = [line["screened_out"] for line in expected[1][1:]]
+        config = small_config("run.name=stopped", *options)
+        resume = None
+        for phase in ["replay"] * 8:
+            with pytest.raises(Interrupted):
+                run(config, resume, Signals(signal.SIGINT, phase, 1))
+            resume = "auto"
+        assert outcome(run(config, resume)) == expected
+    assert min(screened) > 0
+    assert screened != [line["zero_gradient"] for line in expected[1][1:]]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_command_exits_with_the_signals_code(
     number: int, code: int, tmp_path: Path, make_config: MakeConfig, launcher: Launcher

@@ -4,8 +4,9 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,8 @@ def test_metrics_have_a_line_per_iteration_and_one_before_training(finished: Pat
         "loss",
         "kl",
         "clip_fraction",
+        "zero_gradient",
+        "screened_out",
         "ratio_max_deviation",
         "ratio_outside_clip",
         "on_policy_outside_clip",
@@ -168,8 +171,10 @@ def test_metrics_have_a_line_per_iteration_and_one_before_training(finished: Pat
         share = line["outside_model_share"]
         assert share == pytest.approx(1 - line["seconds_model"] / line["seconds_iteration"])
         assert line["images_per_second"] == pytest.approx(8 / line["seconds_iteration"])
-        # 8 images in 4 steps; 2 updates of 16 pairs, 8 of them a call
-        assert line["model_calls"] == 8
+        # 8 images in 4 steps; 2 updates of 16 pairs, 8 of them a call, of which the second may be screened
+        kept = round(16 * (1 - 2 * line["screened_out"]))
+        screened = 2 + math.ceil(kept / 8) if kept < 16 else 2
+        assert line["model_calls"] == 4 + 2 + screened
     assert lines[1]["reward_mean"] == pytest.approx(lines[1]["reward_jpeg_compressibility"], rel=1e-6)
     assert lines[1]["peak_memory_bytes"] > 1e8
 
@@ -561,6 +566,142 @@ def test_a_training_call_is_rehearsed_before_images_are_sampled_for_it(small_con
     assert warnings.getvalue().count("do not fit") == 2
     assert same(dict(trainer.sampler.policy.trainable()), before)
     assert all(p.grad is None for p in trainer.sampler.policy.trainable().values())
+
+
+# Few ratios stay inside this clip range after an update.
+MUCH_CLIPPED = (
+    "algorithm.name=ppo",
+    "algorithm.logprob=mean",
+    "algorithm.clip_range=1e-4",
+    "train.updates_per_iteration=4",
+    "train.iterations=2",
+    "evaluation.every=0",
+)
+
+
+@dataclass
+class Replayed:
+    """What an update called the model with: the rows of its calls without and with gradients."""
+
+    screening: list[int] = field(default_factory=list)
+    training: list[int] = field(default_factory=list)
+    done: UpdateStatistics | None = None
+
+
+@contextmanager
+def replayed(zero_gradient: Sequence[float] = ()) -> Iterator[list[Replayed]]:
+    """Inside, updates are entered in the list; their shares without a gradient read as given, if they are."""
+    fit = training.Trainer._learn
+    entered: list[Replayed] = []
+
+    def learn(self: training.Trainer, *args: Any) -> UpdateStatistics:
+        def called(module: Any, args: Any, kwargs: Any) -> None:
+            part = entry.training if torch.is_grad_enabled() else entry.screening
+            part.append(len(kwargs.get("sample", args[0] if args else None)))
+
+        entered.append(entry := Replayed())
+        handle = self.sampler.policy.denoiser.register_forward_pre_hook(called, with_kwargs=True)
+        try:
+            entry.done = fit(self, *args)
+        finally:
+            handle.remove()
+        if zero_gradient:
+            entry.done = replace(entry.done, zero_gradient=zero_gradient[len(entered) - 1])
+        return entry.done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Trainer, "_learn", learn)
+        yield entered
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        (("model.tune=full",), 1e-6),
+        (("model.tune=lora", "model.lora.rank=2", "model.dtype=float16", "train.learning_rate=1e-3"), 1e-4),
+    ],
+)
+def test_screening_leaves_out_the_backward_pass_of_pairs_without_a_gradient_and_nothing_else(
+    options: tuple[str, ...],
+    tolerance: float,
+    small_config: MakeConfig,
+    user_module: Callable[[str], str],
+) -> None:
+    module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    options = (*MUCH_CLIPPED, *options, f"reward=[{{name: '{module}:reward'}}]")
+    options = (*options, "rollout.microbatch=8", "train.microbatch=2")
+    whole = run(small_config(*options, "train.screening=off", "run.name=whole"))
+    with replayed() as updates:
+        folder = run(small_config(*options, "train.screening=on"))
+    assert relative_distance(weights(folder, 2), weights(whole, 2)) < tolerance
+    lines, others = (read_metrics(path / "metrics.jsonl")[1:] for path in (folder, whole))
+    for index, (line, other) in enumerate(zip(lines, others, strict=True)):
+        for name in ("zero_gradient", "clip_fraction", "kl", "logprob_change", "grad_norm"):
+            assert line[name] == pytest.approx(other[name], rel=10 * tolerance), name
+        assert line["loss"] == pytest.approx(other["loss"], abs=tolerance)
+        assert line["zero_gradient"] > 0.1
+        assert line["screened_out"] == line["zero_gradient"]
+        assert other["screened_out"] == 0.0
+        mine = updates[4 * index : 4 * index + 4]
+        # 8 pairs each; the first is not screened
+        assert [update.screening for update in mine] == [[], [8], [8], [8]]
+        kept = [round(8 * (1 - update.done.screened_out)) for update in mine]
+        assert [update.training for update in mine] == [[2] * max(1, math.ceil(k / 2)) for k in kept]
+        calls = sum(len(update.screening) + len(update.training) for update in mine)
+        assert line["model_calls"] == 4 + calls
+        assert other["model_calls"] == 4 + 16
+
+
+def test_auto_screens_an_update_where_the_one_before_had_few_gradients(small_config: MakeConfig) -> None:
+    # of an iteration's first update nothing is learned about the others, and it is not screened
+    shares = [1.0, 0.3, 0.41, 0.5, 0.0, 0.39, 0.9, 0.6]
+    screened = [False, False, False, True, False, True, False, True]
+    options = MUCH_CLIPPED
+    with replayed(shares) as updates:
+        folder = run(small_config(*options))
+    assert [update.screening != [] for update in updates] == screened
+    # what the last update of an iteration had is in its checkpoint
+    with replayed(shares[:4]):
+        run(small_config(*options, "train.iterations=1", "run.name=resumed"))
+    with replayed(shares[4:]) as updates:
+        resumed = run(small_config(*options, "run.name=resumed"), "auto")
+    assert [update.screening != [] for update in updates] == screened[4:]
+    assert same(weights(resumed, 2), weights(folder, 2))
+
+
+@pytest.mark.parametrize("option", ["algorithm.kl_weight=0.1", "train.screening=off"])
+def test_what_is_not_to_be_screened_is_not(option: str, small_config: MakeConfig) -> None:
+    with replayed([0.9] * 4) as updates:
+        run(small_config(*MUCH_CLIPPED, "train.iterations=1", option))
+    assert [update.screening for update in updates] == [[]] * 4
+    assert [update.training for update in updates] == [[8]] * 4
+
+
+def test_a_screening_call_that_does_not_fit_halves_its_rows(
+    small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen, rows = training.screen, []
+
+    def limited(*args: Any, microbatch: int, **kwargs: Any) -> Any:
+        rows.append(microbatch)
+        if microbatch > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return screen(*args, microbatch=microbatch, **kwargs)
+
+    monkeypatch.setattr(training, "screen", limited)
+    options = (*MUCH_CLIPPED, "train.iterations=1", "train.screening=on")
+    with replayed() as updates:
+        folder, warnings = run_told(small_config(*options))
+    assert rows == [8, 4, 2, 2, 2]
+    assert [warning.split(" rows")[0] for warning in warnings] == [
+        "warning: train.microbatch: 8",
+        "warning: train.microbatch: 4",
+    ]
+    assert [update.training[0] for update in updates] == [8, 2, 2, 2]
+    assert read_metrics(folder / "metrics.jsonl")[1]["ratio_max_deviation"] == 0.0
+    sizes = ("rollout.microbatch=8", "train.microbatch=2", "run.name=given")
+    with pytest.raises(ConfigError, match=r"rollout\.microbatch: 8 row\(s\) per model call do not fit"):
+        run(small_config(*options, *sizes))
 
 
 def test_a_fraction_of_the_steps_is_a_fraction_of_the_model_calls(small_config: MakeConfig) -> None:
