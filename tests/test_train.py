@@ -268,7 +268,8 @@ def test_the_ratio_is_one_for_every_pair_before_the_first_update(
     original = training.update
     monkeypatch.setattr(training, "Surrogate", Recorded)
     monkeypatch.setattr(training, "update", update)
-    config = small_config("train.iterations=2", *overrides)
+    # a screening's ratios would be counted, too
+    config = small_config("train.iterations=2", "train.screening=off", *overrides)
     folder = run(config)
     first, second, third, fourth = (torch.cat(ratios) for ratios in updates)
     pairs = 8 * (2 if config.train.steps == "1:3" else 4) // 2
