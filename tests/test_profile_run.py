@@ -37,7 +37,9 @@ def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[s
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., Config]) -> Path:
     folder = tmp_path_factory.mktemp("profile")
-    config = make_config(folder / "runs", "rollout.guidance_scale=2", "rollout.reward_worker=none")
+    # calls are counted: each update makes as many
+    options = ("rollout.guidance_scale=2", "rollout.reward_worker=none", "train.screening=off")
+    config = make_config(folder / "runs", *options)
     (folder / "mine.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     return folder / "mine.yaml"
 
