@@ -32,7 +32,7 @@ value() {
     [[ $# -gt 1 ]] || fail "$1 needs a value"
 }
 
-kernel='^(denoise_step|loss|settle|mean|scale_gradients|transition_logprob|score|leave_one_out|philox_normal|advance)(_.*)?$'
+kernel='^(denoise_step|group_norm_silu|sum_rows|loss|settle|mean|scale_gradients|transition_logprob|score|leave_one_out|philox_normal|advance)(_.*)?$'
 range=profile
 count=20
 output=profile

@@ -126,7 +126,7 @@ class TransposedUpsample2D(Upsample2D):
             return super().forward(hidden_states, output_size)
         weight = self.conv.weight
         device = weight.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             # rounded before they are added, as weights are that are stored in this type
             weight = weight.to(torch.get_autocast_dtype(device))
         weight = weight.flip(2, 3).transpose(0, 1)
