@@ -6,6 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 NATIVE := CMakeLists.txt $(wildcard kernels/native/*/*)
 PACKAGING := pyproject.toml constraints.txt $(NATIVE)
 TRL := .venv-trl
+RACE := .venv-race
 WHEEL := build/wheel
 
 # Two busy processes with two threads each slow each other down more than the second thread gains.
@@ -41,13 +42,13 @@ bench: $(VENV)/.dev ## time the ops; results go to benchmarks/results (ARGS="-k 
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json $(ARGS)
 	$(BIN)/python -m benchmarks.keep build/benchmarks.json
 
-race: $(TRL)/.wheel ## TRL's trainer against ours, the same work (about 20 minutes; ARGS="--works embedded" selects)
+race: $(TRL)/.wheel $(RACE)/.train ## TRL's trainer against ours, the same work (about 20 minutes; ARGS="--works embedded" selects)
 	$(BIN)/python -m benchmarks.race equal $(ARGS)
 
-race-sweep: $(TRL)/.wheel ## the settings both are tried with before race-reward (an hour)
+race-sweep: $(TRL)/.wheel $(RACE)/.train ## the settings both are tried with before race-reward (an hour)
 	$(BIN)/python -m benchmarks.race sweep $(ARGS)
 
-race-reward: $(TRL)/.wheel ## how soon either reaches the same held-out reward (an hour)
+race-reward: $(TRL)/.wheel $(RACE)/.train ## how soon either reaches the same held-out reward (an hour)
 	$(BIN)/python -m benchmarks.race reward $(ARGS)
 
 bench-gpu: $(VENV)/.dev ## on a GPU: its tests, the benchmarks, a roofline plot; results go to profiles/results
@@ -60,7 +61,7 @@ study: $(VENV)/.train ## compare the algorithms on the embedded benchmark (hours
 	$(BIN)/python -m loopfast.evaluation.study $(ARGS)
 
 clean: ## remove the environment, builds and caches (runs/ stays)
-	rm -rf $(VENV) $(TRL) build dist .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TRL) $(RACE) build dist .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
@@ -92,4 +93,10 @@ $(TRL)/.wheel: $(TRL)/.libraries $(VENV)/.dev $(shell git ls-files loopfast kern
 	cp -r tests/kernels tests/conftest.py $(WHEEL)/tree/tests
 	mkdir -p $(WHEEL)/tree/kernels && cp -r kernels/native kernels/README.md $(WHEEL)/tree/kernels
 	$(TRL)/bin/python -m pip install --quiet --no-deps --force-reinstall $(WHEEL)/*.whl
+	@touch $@
+
+# Ours as a user has it, without the tools of development.
+$(RACE)/.train: $(PACKAGING)
+	$(PYTHON) -m venv $(RACE)
+	$(RACE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[train]'
 	@touch $@

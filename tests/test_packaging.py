@@ -41,8 +41,8 @@ def test_one_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", loopfast.__version__)
 
 
-def test_the_base_install_needs_torch_and_triton_only():
-    assert [normalized(requirement) for requirement in PROJECT["dependencies"]] == ["torch", "triton"]
+def test_the_base_install_needs_torch_only():
+    assert [normalized(requirement) for requirement in PROJECT["dependencies"]] == ["torch"]
 
 
 def test_what_the_makefile_installs_is_pinned():

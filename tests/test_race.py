@@ -283,7 +283,8 @@ def test_show_prints_and_draws(
 def test_a_race_without_trl_or_a_setting_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "TRL_PYTHON", tmp_path / "python")
+    for name in ("TRL_PYTHON", "LOOPFAST_PYTHON"):
+        monkeypatch.setattr(command, name, tmp_path / "python")
     assert command.main(["equal", "--folder", str(tmp_path)]) == 1
     assert "make race" in capsys.readouterr().err
     (tmp_path / "python").touch()

@@ -26,7 +26,7 @@ from loopfast.prompts import load_prompts
 
 from . import chart, results
 from .equal import race_equal_work
-from .jobs import TRL_PYTHON, RaceError
+from .jobs import LOOPFAST_PYTHON, TRL_PYTHON, RaceError
 from .reward import PROMPTS, Field, pace, race_to_reward, sweep
 from .settings import WORKS, merged
 
@@ -146,8 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = results.load(path)
     try:
         if options.command != "show":
-            if not TRL_PYTHON.exists():
-                raise RaceError(f"{TRL_PYTHON} is not there: make race installs TRL's environment")
+            for python in (TRL_PYTHON, LOOPFAST_PYTHON):
+                if not python.exists():
+                    raise RaceError(f"{python} is not there: make race installs both environments")
             found = _run(options, found, path, where)
     except RaceError as error:
         print(error, file=sys.stderr)

@@ -18,6 +18,8 @@ BUILD = ROOT / "build" / "race"
 EMBEDDED = ROOT / "loopfast" / "embedded" / "model"
 WORKERS = Path(__file__).parent / "workers"
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
+LOOPFAST_PYTHON = ROOT / ".venv-race" / "bin" / "python"
+"""Of an environment as a user has it: ``loopfast[train]``, without the tools of development."""
 
 
 class RaceError(Exception):
@@ -159,7 +161,8 @@ def run_worker(worker: str | Path, job: Json, folder: Path, threads: int, *, reu
     result.unlink(missing_ok=True)
     shutil.rmtree(folder / "run", ignore_errors=True)  # of ours, cut off or of another job
     file.write_text(json.dumps(job, indent=1), "utf-8")
-    python = str(TRL_PYTHON) if worker == "trl_worker" else sys.executable
+    environments = {"trl_worker": TRL_PYTHON, "loopfast_worker": LOOPFAST_PYTHON}
+    python = str(environments.get(str(worker), sys.executable))
     script = WORKERS / f"{worker}.py" if isinstance(worker, str) else worker
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         done = subprocess.run(
