@@ -101,11 +101,11 @@ def _memory(place: Axes, works: Mapping[str, Any]) -> None:
         positions = [index + (side - 0.5) * width for index in range(len(works))]
         bars = place.bar(positions, heights, width, color=COLORS[trainer], label=TRAINERS[trainer])
         place.bar_label(bars, fmt="%.0f", fontsize=7)
-    place.set_xticks(range(len(works)), works, rotation=20)
+    place.set_xticks(range(len(works)), works, rotation=20 if len(works) > 1 else 0)
     place.set_ylabel("MiB")
     place.set_title("peak memory\nof the process", fontsize=9)
-    place.margins(y=0.2)
-    place.legend(frameon=False, fontsize=8, loc="upper left")
+    place.margins(y=0.3)  # room for the legend above the bars
+    place.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
 
 
 def _curves(place: Axes, race: Mapping[str, Any]) -> None:
