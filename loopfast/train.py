@@ -36,14 +36,16 @@ from loopfast.microbatch import Call, Microbatches, start_size
 from loopfast.policies import Conditioning, load_policy, load_schedule
 from loopfast.profiling import Category, Meter, Times, model_call, phase, range_
 from loopfast.prompts import Prompt, load_prompts
+from loopfast.replay import Replay, rehearse
 from loopfast.reporting import write_report
 from loopfast.rewards import RewardProcess, RewardThread, Scores, build_rewards
 from loopfast.rollout import Sampler, StepCache, make_replica, stochastic_steps
 from loopfast.runs import RunFolder, describe_run, peak_memory
 from loopfast.seeds import derive, row_seeds
+from loopfast.surrogate import Surrogate
 from loopfast.tracking import Tracker, read_metrics
 from loopfast.trajectories import Trajectories, shuffled_pairs
-from loopfast.update import Surrogate, UpdateStatistics, rehearse, screen, update
+from loopfast.update import UpdateStatistics, screen, update
 
 # Rollout and replay call the model alike, so the ratio before the first update is 1 exactly; where other batch sizes
 # make the model round otherwise, it may differ by this much.
@@ -308,7 +310,9 @@ class Trainer:
         _, trained = self.steps.drawn(config.run.seed, progress.iteration)
         # joins the history when the iteration is complete, so that one resumed halfway counts its rewards once
         history = copy.deepcopy(self.statistics)
-        surrogate = Surrogate(config.algorithm, rewards, texts, history, self.sampler.policy.device)
+        device = self.sampler.policy.device
+        surrogate = Surrogate(config.algorithm, rewards, texts, history, device)
+        replay = Replay(self.sampler, surrogate, trajectories, conditioning, owner.to(device))
         parts = [
             pairs
             for epoch in range(config.train.inner_epochs)
@@ -325,7 +329,7 @@ class Trainer:
         for pairs in parts[len(progress.updates) :]:
             try:
                 with self._phase("replay"), self._explained():
-                    done = self._learn(surrogate, trajectories, conditioning, owner, pairs)
+                    done = self._learn(replay, pairs)
             except _Resized:
                 # nothing is learned from these images yet: new ones come from calls of the size they are trained in
                 progress.images -= trajectories.count
@@ -342,37 +346,22 @@ class Trainer:
         progress.pending = {"iteration": progress.iteration, "images": progress.images, **self._summary()}
         progress.metrics, progress.updates, progress.trajectories, progress.rewards = {}, [], None, None
 
-    def _learn(
-        self,
-        surrogate: Surrogate,
-        trajectories: Trajectories,
-        conditioning: Conditioning,
-        owner: Tensor,
-        pairs: tuple[Tensor, Tensor],
-    ) -> UpdateStatistics:
+    def _learn(self, replay: Replay, pairs: tuple[Tensor, Tensor]) -> UpdateStatistics:
         """One update, of pairs that are screened first where that pays."""
         screening = None
         if self._screens():
             screening = self.microbatches.fitting(
-                self._screening_call(),
-                lambda rows: screen(
-                    self.sampler, surrogate, trajectories, conditioning, owner, pairs, microbatch=rows
-                ),
+                self._screening_call(), lambda rows: screen(replay, pairs, microbatch=rows)
             )
 
         def attempt(rows: int) -> UpdateStatistics:
             if self.microbatches.shared and not self.progress.updates and rows != self.sampler.microbatch:
                 raise _Resized
             return update(
-                self.sampler,
+                replay,
                 self.engine,
-                surrogate,
-                trajectories,
-                conditioning,
-                owner,
                 pairs,
                 microbatch=rows,
-                with_reference=self.config.algorithm.kl_weight > 0,
                 screening=screening,
                 before_step=self._check_ratio,
             )

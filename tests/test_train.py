@@ -33,8 +33,9 @@ from loopfast.errors import (
 from loopfast.interrupts import StopRequest
 from loopfast.policies import load_policy
 from loopfast.policies.sd import StableDiffusionPolicy
+from loopfast.surrogate import Surrogate
 from loopfast.tracking import describe, read_metrics
-from loopfast.update import Surrogate, UpdateStatistics
+from loopfast.update import UpdateStatistics
 from loopfast_kernels import backend
 
 MakeConfig = Callable[..., Config]

@@ -12,10 +12,12 @@ from loopfast.algorithms import PromptStatistics
 from loopfast.config import AlgorithmConfig, TrainConfig
 from loopfast.engines import LocalEngine
 from loopfast.errors import NonFiniteError
+from loopfast.replay import Replay, rehearse
 from loopfast.rollout import Sampler
 from loopfast.schedules import TransitionSchedule
+from loopfast.surrogate import Surrogate
 from loopfast.trajectories import Trajectories
-from loopfast.update import Screening, Surrogate, UpdateStatistics, rehearse, screen, update
+from loopfast.update import Screening, UpdateStatistics, screen, update
 
 GROUPS, SAMPLES, STEPS, SHAPE = 2, 3, 3, (2, 2)
 ROWS = GROUPS * SAMPLES
@@ -104,19 +106,16 @@ class Case:
         order = torch.randperm(ROWS * STEPS)[:11]
         self.rows, self.steps = order % ROWS, order // ROWS
 
+    def replay(self, algorithm: AlgorithmConfig, rewards: Tensor = REWARDS) -> Replay:
+        surrogate = Surrogate(algorithm, rewards, ["a", "b"], PromptStatistics(), torch.device("cpu"))
+        return Replay(self.sampler, surrogate, self.trajectories, {"text": self.text}, self.prompts)
+
     def screen(
         self, algorithm: AlgorithmConfig, microbatch: int = 11, rewards: Tensor = REWARDS
     ) -> Screening:
         self.policy.forget()
-        return screen(
-            self.sampler,
-            Surrogate(algorithm, rewards, ["a", "b"], PromptStatistics(), torch.device("cpu")),
-            self.trajectories,
-            {"text": self.text},
-            self.prompts,
-            (self.rows, self.steps),
-            microbatch=microbatch,
-        )
+        replay = self.replay(algorithm, rewards)
+        return screen(replay, (self.rows, self.steps), microbatch=microbatch)
 
     def update(
         self,
@@ -129,17 +128,11 @@ class Case:
         self.policy.forget()
         for parameter in self.policy.trainable().values():
             parameter.grad = None
-        surrogate = Surrogate(algorithm, rewards, ["a", "b"], PromptStatistics(), torch.device("cpu"))
         done = update(
-            self.sampler,
+            self.replay(algorithm, rewards),
             gradients := engine or Gradients(),
-            surrogate,
-            self.trajectories,
-            {"text": self.text},
-            self.prompts,
             (self.rows, self.steps),
             microbatch=microbatch,
-            with_reference=algorithm.kl_weight > 0,
             **options,
         )
         assert engine is not None or gradients.updates == 1
@@ -267,20 +260,8 @@ def test_statistics_are_shown_before_the_step_and_can_prevent_it() -> None:
         raise InterruptedError
 
     engine = Gradients()
-    surrogate = Surrogate(config("loop"), REWARDS, ["a", "b"], PromptStatistics(), torch.device("cpu"))
     with pytest.raises(InterruptedError):
-        update(
-            case.sampler,
-            engine,  # type: ignore[arg-type]
-            surrogate,
-            case.trajectories,
-            {"text": case.text},
-            case.prompts,
-            (case.rows, case.steps),
-            microbatch=4,
-            with_reference=False,
-            before_step=refuse,
-        )
+        case.update(config("loop"), engine=engine, before_step=refuse)
     assert (engine.updates, engine.discarded) == (0, 1)
     assert shown[0].ratio_max_deviation > 0
 
@@ -322,21 +303,10 @@ def test_an_update_that_runs_out_of_memory_leaves_nothing_behind() -> None:
         return predict(*args)
 
     case.policy.predict = limited  # type: ignore[method-assign]
-    surrogate = Surrogate(config("loop"), REWARDS, ["a", "b"], PromptStatistics(), torch.device("cpu"))
 
     def attempt(rows: int) -> UpdateStatistics:
-        return update(
-            case.sampler,
-            engine,
-            surrogate,
-            case.trajectories,
-            {"text": case.text},
-            case.prompts,
-            (case.rows, case.steps),
-            microbatch=rows,
-            with_reference=False,
-            before_step=shown.append,
-        )
+        replay, pairs = case.replay(config("loop")), (case.rows, case.steps)
+        return update(replay, engine, pairs, microbatch=rows, before_step=shown.append)
 
     shown: list[UpdateStatistics] = []
     with pytest.raises(torch.OutOfMemoryError):

@@ -239,7 +239,9 @@ TRL_SWEEP: dict[str, Json] = {
     "lr 1e-4": {"train_learning_rate": 1e-4},
     "lr 3e-4": {"train_learning_rate": 3e-4},
     "lr 1e-4, half the steps": {"train_learning_rate": 1e-4, "train_timestep_fraction": 0.5},
+    "lr 5e-5, clip 1e-3": {"train_learning_rate": 5e-5, "train_clip_range": 1e-3},
     "lr 1e-4, clip 1e-3": {"train_learning_rate": 1e-4, "train_clip_range": 1e-3},
+    "lr 2e-4, clip 1e-3": {"train_learning_rate": 2e-4, "train_clip_range": 1e-3},
     "lr 1e-4, statistics per prompt": {"train_learning_rate": 1e-4, "per_prompt_stat_tracking": True},
 }
 """What differs from TRL's defaults, beside batch sizes. A clip range of 1e-3 on TRL's mean is our 0.2 on a sum."""
@@ -249,6 +251,8 @@ LOOPFAST_SWEEP: dict[str, Json] = {
     "lr 1.4e-4": {"train": {"learning_rate": 1.4e-4}},
     "128 images": {"rollout": {"prompts_per_iteration": 32}},
     "trained without guidance": {"rollout": {"guidance_scale": 1.0}},
+    "without guidance, lr 1.4e-4": {"rollout": {"guidance_scale": 1.0}, "train": {"learning_rate": 1.4e-4}},
+    "without guidance, 128 images": {"rollout": {"guidance_scale": 1.0, "prompts_per_iteration": 32}},
 }
 """What differs from the recipe `tiny` at the evaluation's guidance."""
 
