@@ -155,18 +155,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(results.report(found) or f"{path} holds no results")
     if found:
-        print(f"\n{path}\n{chart.draw(found, path.with_suffix('.png'))}")
+        print(f"\n{path}")
+    if picture := chart.draw(found, path.with_suffix(".png")):
+        print(picture)
     return 0
 
 
 def _run(options: argparse.Namespace, found: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
     """A command's part, written as soon as it is there."""
     today = datetime.now(timezone.utc).date().isoformat()
-    machine = {"device": where, "threads": options.threads}
 
-    def keep(part: dict[str, Any], versions: Any = None) -> dict[str, Any]:
-        stated = {**machine, "versions": versions} if versions else machine
-        return results.update(path, {"machine": stated, **part})
+    def keep(part: dict[str, Any], **machine: Any) -> dict[str, Any]:
+        return results.update(path, {"machine": {"device": where, **machine}, **part})
 
     if options.command == "equal":
         prompts = [prompt.text for prompt in load_prompts(PROMPTS)]
@@ -182,7 +182,9 @@ def _run(options: argparse.Namespace, found: dict[str, Any], path: Path, where: 
                 say=_say,
             )
             versions = entry.pop("versions")
-            found = keep({"equal_work": {name: {**entry, "date": today}}}, versions)
+            found = keep(
+                {"equal_work": {name: {**entry, "date": today}}}, threads=options.threads, versions=versions
+            )
     elif options.command == "sweep":
         trainers = (options.only,) if options.only else ("trl", "loopfast")
         for trainer, entry in sweep(_field(options, found), options.iterations, trainers, _say).items():
@@ -190,7 +192,7 @@ def _run(options: argparse.Namespace, found: dict[str, Any], path: Path, where: 
             found = keep({"sweep": {trainer: entry}})
     elif options.command == "pace":
         paces = pace(_field(options, found), _chosen(options, found), _say)
-        found = keep({"pace": {**paces, "date": today}})
+        found = keep({"pace": {**paces, "date": today, "threads": options.threads}})
     else:
         chosen = _chosen(options, found)
         paces = found.get("pace") if options.by_pace else None
@@ -207,7 +209,7 @@ def _run(options: argparse.Namespace, found: dict[str, Any], path: Path, where: 
             loopfast_seconds=options.loopfast_seconds,
             say=_say,
         )
-        found = keep({"time_to_reward": {**part, "date": today}})
+        found = keep({"time_to_reward": {**part, "date": today, "threads": options.threads}})
     return found
 
 

@@ -17,7 +17,7 @@ COLORS = {"trl": "#c2703d", "loopfast": "#2a6f97"}
 PHASE_SHADES = dict(zip(PHASES, (0.65, 0.35, 1.0), strict=True))
 
 
-def draw(results: Mapping[str, Any], file: Path) -> Path:
+def draw(results: Mapping[str, Any], file: Path) -> Path | None:
     """Write what the results hold as a PNG: bars of seconds and memory, and the curves of the reward.
 
     Args:
@@ -25,15 +25,12 @@ def draw(results: Mapping[str, Any], file: Path) -> Path:
         file: where to; the picture's date is that of the results.
 
     Returns:
-        The file.
-
-    Raises:
-        ValueError: there is nothing to draw.
+        The file; None where the results hold nothing to draw.
     """
     works = results.get("equal_work", {})
     race = results.get("time_to_reward")
     if not works and race is None:
-        raise ValueError("the results hold neither equal work nor a time to reward")
+        return None
     panels = len(works) + bool(works) + (race is not None)
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(
@@ -65,7 +62,8 @@ def _caption(results: Mapping[str, Any]) -> str:
     dates = [
         part["date"] for part in (*works.values(), results.get("time_to_reward") or {}) if "date" in part
     ]
-    return " · ".join([f"{machine['device']}, {machine['threads']} threads", *named, max(dates, default="")])
+    threads = [f"{machine['threads']} threads"] if "threads" in machine else []
+    return " · ".join([", ".join([machine["device"], *threads]), *named, max(dates, default="")])
 
 
 def _seconds(place: Axes, name: str, entry: Mapping[str, Any]) -> None:

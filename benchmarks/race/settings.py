@@ -68,7 +68,7 @@ WORKS: dict[str, Work] = {
         updates=4,
         reward="embedded",
         trl_batches=((128, 32), (128, 16), (64, 32), (64, 16), (32, 32)),
-        microbatches=((128, 32), (128, 40), (128, 64), (64, 64), (128, 128)),
+        microbatches=((128, 32), (128, 40), (128, 64), (64, 32), (64, 40), (64, 64)),
         measured=3,
     ),
     "sd-full": Work(
