@@ -218,7 +218,7 @@ def test_the_ncu_script_measures_our_kernels() -> None:
     pattern = command[command.index("--kernel-name") + 1].removeprefix("regex:")
     kernels = [
         name
-        for file in (ROOT / "kernels/loopfast_kernels").glob("*/triton_kernels.py")
+        for file in (ROOT / "kernels/loopfast_kernels").rglob("triton_*.py")
         for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
     ]
     assert len(kernels) > 10

@@ -131,6 +131,8 @@ def test_conversions_are_torchs_for_every_pattern(each_backend, dtype):
         with each_backend.active():
             return denoise_step(row, torch.zeros_like(row, dtype=to), table, step, step)[0].cpu().flatten()
 
+    if each_backend.name == "triton" and device == "cpu":
+        near = near[::7]  # the interpreter takes half a minute for all
     for values, to in ((halves, torch.float32), (near.flatten(), dtype)):
         torch.testing.assert_close(convert(values, to), values.to(to), rtol=0, atol=0, equal_nan=True)
 
@@ -227,7 +229,7 @@ def test_opcheck(transition):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("halves", "shape"), [(1, (4, 3, 3)), (2, (4, 3, 3)), (2, (4, 64, 64))])
+@pytest.mark.parametrize(("halves", "shape"), [(1, (4, 3, 3)), (2, (4, 3, 3)), (2, (4, 34, 34))])
 def test_in_place_form_walks_the_same_trajectory(make_transition, each_backend, dtype, halves, shape):
     if dtype == torch.float64 and each_backend.name != "reference":
         pytest.skip("float64 is the reference's")
