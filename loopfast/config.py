@@ -234,8 +234,9 @@ class RolloutConfig(_Section):
     """Device of the sampling model; null: model.device, without a second copy of the weights."""
     merge_lora: bool = False
     """Sample from base weights with the adapter merged in: faster, but rounded otherwise."""
-    reward_worker: Literal["none", "thread", "process"] = "thread"
-    """Score images while the next ones are sampled (thread, process), or afterwards (none)."""
+    reward_worker: Literal["auto", "none", "thread", "process"] = "auto"
+    """Score images while the next ones are sampled (thread, process), or afterwards (none); auto: thread where a GPU
+    samples, none on the CPU, whose cores the sampling already keeps busy."""
 
 
 class TrajectoriesConfig(_Section):

@@ -167,8 +167,9 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def describe_rollout(sampler: Sampler, config: RolloutConfig) -> str:
+def describe_rollout(trainer: Trainer) -> str:
     """The levers of the rollout, off or on."""
+    sampler, config = trainer.sampler, trainer.config.rollout
     graphs = sampler.model.device.type == "cuda" and config.cuda_graph
     replica = "off"
     if sampler.replica is not None:
@@ -177,7 +178,7 @@ def describe_rollout(sampler: Sampler, config: RolloutConfig) -> str:
         replica = f"{dtype} on {sampler.model.device}{merged}"
     return (
         f"stochastic steps {config.stochastic_steps}, CUDA graph {'on' if graphs else 'off'}, replica {replica}, "
-        f"reward worker {config.reward_worker}"
+        f"reward worker {trainer.reward_worker}"
     )
 
 
@@ -215,7 +216,7 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
             + (f", not {', '.join(left_out)}{reason}" if left_out else "")
             + (f"; {trainer.drawn} of them drawn for a pass" if trainer.drawn < trainer.steps.count else ""),
         ),
-        ("rollout", describe_rollout(sampler, config.rollout)),
+        ("rollout", describe_rollout(trainer)),
         ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in levers.items())),
         ("memory", _describe_memory(trainer)),
         ("run", str(trainer.folder.path)),

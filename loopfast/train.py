@@ -211,6 +211,14 @@ class Trainer:
         return self.config.train.screening if possible else "off"
 
     @property
+    def reward_worker(self) -> Literal["none", "thread", "process"]:
+        """``rollout.reward_worker``, decided where it is ``auto``."""
+        worker = self.config.rollout.reward_worker
+        if worker != "auto":
+            return worker
+        return "thread" if self.sampler.model.device.type == "cuda" else "none"
+
+    @property
     def finished(self) -> bool:
         """Whether all iterations are done."""
         return self.progress.iteration >= self.config.train.iterations
@@ -283,7 +291,7 @@ class Trainer:
                 with self._phase("reward"):
                     return trajectories, worker.result()
 
-        attempt = sampled_then_scored if config.rollout.reward_worker == "none" else scored_meanwhile
+        attempt = sampled_then_scored if self.reward_worker == "none" else scored_meanwhile
         with self._phase("rollout"):
             trajectories, scores = self.microbatches.fitting("rollout", attempt)
         if config.trajectories.device == "host":

@@ -254,6 +254,18 @@ def test_a_run_is_the_same_wherever_its_images_are_scored(
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
+def test_images_are_scored_after_the_sampling_on_a_cpu(
+    small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a thread was started")
+
+    monkeypatch.setattr(training, "RewardThread", refuse)
+    config = small_config("rollout.microbatch=3", "train.microbatch=3", "train.iterations=1")
+    assert config.rollout.reward_worker == "auto"
+    training.train(config, display=Display(quiet=True))
+
+
 @pytest.mark.parametrize("worker", ["thread", "process"])
 def test_a_reward_that_fails_in_a_later_part_names_itself_and_the_sample(
     worker: str, small_config: MakeConfig, user_module: Callable[[str], str], tmp_path: Path

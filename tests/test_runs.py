@@ -191,6 +191,7 @@ def test_the_header_says_what_is_trained(
         steps=SimpleNamespace(trained=trained, count=len(trained), window=None),
         drawn=len(trained),
         screening="auto",
+        reward_worker="none",
         microbatches=Microbatches(4, "auto", 8, QUIET.warning),
         prompts=[None] * 9,
         folder=RunFolder(config),
@@ -204,6 +205,7 @@ def test_the_header_says_what_is_trained(
     assert facts["reward"] == "1 x jpeg_compressibility, 0 x embedded"
     assert facts["device"].startswith(f"cpu, {torch.get_num_threads()} thread(s)")
     assert facts["speed"] == "attention sdpa, tf32 off, screening auto"
+    assert facts["rollout"].endswith("CUDA graph off, replica off, reward worker none")
     assert facts["memory"].startswith(
         "microbatch 4 in rollout, 4 (auto) in replay, gradient checkpointing off"
     )

@@ -44,7 +44,7 @@ class Lever(NamedTuple):
 
 LEVERS: dict[str, Lever] = {
     "microbatch-4": Lever({"rollout": {"microbatch": 4}, "train": {"microbatch": 4}}),
-    "no-reward-worker": Lever({"rollout": {"reward_worker": "none"}}),
+    "reward-thread": Lever({"rollout": {"reward_worker": "thread"}}),
     "window-5": Lever({"rollout": {"stochastic_steps": "window:5"}}),
     "step-fraction-0.5": Lever({"train": {"step_fraction": 0.5}}),
     "gradient-checkpointing": Lever({"train": {"gradient_checkpointing": True}}),

@@ -129,6 +129,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="count iterations and multiply by the pace, so that the machine may do other work meanwhile",
     )
+    reward.add_argument(
+        "--iterations",
+        type=int,
+        nargs=2,
+        metavar=("TRL", "OURS"),
+        help="with --by-pace: iterations to train, at least as many as fit (as many as fit)",
+    )
 
     commands.add_parser("show", parents=[common], help="the tables and the chart of the results there are")
     return parser
@@ -200,10 +207,14 @@ def _run(options: argparse.Namespace, found: dict[str, Any], path: Path, where: 
             (paces or {}).get(trainer, {}).get("name") != name for trainer, name in chosen.items()
         ):
             raise RaceError(f"no pace of the settings {chosen}: run the command pace first")
+        if options.iterations and not options.by_pace:
+            raise RaceError("--iterations: only with --by-pace; otherwise the clock decides")
+        counts = options.iterations and dict(zip(("trl", "loopfast"), options.iterations, strict=True))
         part = race_to_reward(
             _field(options, found),
             chosen,
             paces=paces,
+            iterations=counts,
             seeds=options.seeds,
             trl_seconds=options.trl_seconds,
             loopfast_seconds=options.loopfast_seconds,

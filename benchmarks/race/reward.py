@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .figures import mean_curve, time_to_reward
-from .jobs import BUILD, EMBEDDED, evaluation_job, loopfast_job, run_worker, trl_job
+from .jobs import BUILD, EMBEDDED, RaceError, evaluation_job, loopfast_job, run_worker, trl_job
 from .settings import (
     EVALUATION_GUIDANCE,
     LOOPFAST_SWEEP,
@@ -32,7 +32,7 @@ VALIDATION_IMAGES, HELD_OUT_IMAGES = 10, 4
 SWEEP_EXPORTS = 5
 """Points of a setting's curve in the sweep."""
 
-TRL_EXPORT_EVERY, LOOPFAST_EXPORT_EVERY = 10, 4
+TRL_EXPORT_EVERY, LOOPFAST_EXPORT_EVERY = 10, 5
 PACED = 3
 """Iterations whose median is a trainer's pace."""
 
@@ -215,6 +215,7 @@ def race_to_reward(
     chosen: Mapping[str, str],
     *,
     paces: Mapping[str, Json] | None = None,
+    iterations: Mapping[str, int] | None = None,
     seeds: int,
     trl_seconds: float,
     loopfast_seconds: float,
@@ -227,6 +228,7 @@ def race_to_reward(
         chosen: each trainer's setting.
         paces: of :func:`pace`; then runs are as many iterations as fit the times at these, and an iteration counts
             as long, whatever else the machine did. None: the clock decides.
+        iterations: with `paces`, each trainer's, where more than fit were trained; the rest is not looked at.
         seeds: how many.
         trl_seconds: TRL's training time.
         loopfast_seconds: ours, at most.
@@ -250,9 +252,16 @@ def race_to_reward(
                 )
                 continue
             each = paces[trainer]["seconds"]
-            count = math.ceil(seconds / each)
+            fitting = math.ceil(seconds / each)
+            count = fitting if iterations is None else iterations[trainer]
+            if count < fitting:
+                raise RaceError(
+                    f"{trainer}: {fitting} iterations fit {seconds:.0f} s, and {count} were asked for"
+                )
             made = field.train(trainer, chosen[trainer], seed, iterations=count, every=every)
-            exports[trainer].append([{**export, "seconds": export["iteration"] * each} for export in made])
+            exports[trainer].append(
+                [{**e, "seconds": e["iteration"] * each} for e in made if e["iteration"] <= fitting]
+            )
 
     def rewards(name: str, files: Sequence[str], guidance: float) -> list[float]:
         say(f"  evaluating {name}: {len(files)} models at guidance {guidance:g}")

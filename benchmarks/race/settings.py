@@ -252,7 +252,12 @@ LOOPFAST_SWEEP: dict[str, Json] = {
     "128 images": {"rollout": {"prompts_per_iteration": 32}},
     "trained without guidance": {"rollout": {"guidance_scale": 1.0}},
     "without guidance, lr 1.4e-4": {"rollout": {"guidance_scale": 1.0}, "train": {"learning_rate": 1.4e-4}},
+    "without guidance, lr 2.1e-4": {"rollout": {"guidance_scale": 1.0}, "train": {"learning_rate": 2.1e-4}},
     "without guidance, 128 images": {"rollout": {"guidance_scale": 1.0, "prompts_per_iteration": 32}},
+    "without guidance, 128 images, lr 1.4e-4": {
+        "rollout": {"guidance_scale": 1.0, "prompts_per_iteration": 32},
+        "train": {"learning_rate": 1.4e-4},
+    },
 }
 """What differs from the recipe `tiny` at the evaluation's guidance."""
 
