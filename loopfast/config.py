@@ -154,8 +154,8 @@ class ModelConfig(_Section):
     shared_trunk: bool = True
     """Under guidance, compute what does not depend on the prompt once for both halves."""
     compile: Literal["off", "blocks", "whole"] = "off"
-    """Compile the denoiser with torch.compile: its repeated blocks (soon done), or the whole (faster calls, after
-    minutes)."""
+    """Compile the denoiser with torch.compile: its repeated blocks (soon done), or the whole (faster calls, after a
+    minute or more)."""
     tf32: bool = False
     """Multiply float32 matrices in TF32 on GPUs that can: faster, with 10 bits of mantissa."""
     vae_tiling: bool = False

@@ -572,9 +572,6 @@ class Trainer:
             return "rollout.merge_lora=true rounds otherwise than the adapter that is trained"
         if config.rollout.dtype not in (None, config.model.dtype):
             return f"rollout.dtype ({config.rollout.dtype}) is not model.dtype ({config.model.dtype})"
-        if config.model.compile != "off":
-            how = config.model.compile
-            return f"model.compile={how} compiles calls with and without gradients to different kernels"
         sizes_given = f"rollout.microbatch ({sizes.rollout}) and train.microbatch ({sizes.train})"
         return f"Give {sizes_given} the same value"
 

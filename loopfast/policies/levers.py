@@ -186,14 +186,27 @@ def compile_blocks(unet: Any, device: torch.device) -> None:
 
 
 def compile_calls(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """The function of a UNet and its inputs, compiled at its first calls: once for each shape and gradient mode.
+    """The function of a UNet and its inputs, compiled at its first calls: once for each shape.
+
+    A graph without gradients would be fused, and so rounded, otherwise than one with. Calls without gradients
+    therefore take the latter too, and drop what it keeps for a backward pass.
 
     Raises:
         ConfigError: there is no compiler for the device.
     """
     _prepare_compiling(device)
     compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
-    return compiled
+
+    def call(*inputs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return compiled(*inputs)
+        with torch.enable_grad():
+            outputs = compiled(*inputs)
+        if isinstance(outputs, torch.Tensor):
+            return outputs.detach()
+        return tuple(output.detach() for output in outputs)
+
+    return call
 
 
 def _prepare_compiling(device: torch.device) -> None:

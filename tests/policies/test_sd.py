@@ -296,6 +296,10 @@ def test_the_whole_denoiser_compiled_computes_the_same(
     for policy in (plain, compiled):
         sample, timestep, text = inputs(policy)
         outputs = policy.predict(sample, timestep, text, guidance)
+        with torch.no_grad():
+            sampled = policy.predict(sample, timestep, text, guidance)
+        assert not sampled[0].requires_grad
+        assert torch.equal(sampled[0], outputs[0])
         sum(output.square().sum() for output in outputs if output is not None).backward()
         sums.append((outputs[0].detach(), {name: p.grad for name, p in policy.trainable().items()}))
     torch.testing.assert_close(sums[1], sums[0], atol=1e-4, rtol=1e-4)
