@@ -15,11 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from loopfast.checkpoints import Checkpoint, CheckpointStore
-from loopfast.config import Config, RolloutConfig, config_to_yaml, load_config
+from loopfast.config import Config, config_to_yaml, load_config
 from loopfast.console import Display
 from loopfast.errors import CheckpointError, ConfigError
 from loopfast.files import write_file, writing
-from loopfast.rollout import Sampler
 from loopfast_kernels import info
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="OMP_NUM_THREADS of both (all cores)"
     )
+    sizes: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("SAMPLED", "TRAINED")}
     runs = argparse.ArgumentParser(add_help=False, parents=[timed])
     runs.add_argument(
-        "--trl-batches",
-        type=int,
-        nargs=2,
-        metavar=("SAMPLED", "TRAINED"),
-        help="TRL's batch sizes, instead of those that equal work found best",
+        "--trl-batches", **sizes, help="TRL's batch sizes, instead of those that equal work found best"
     )
     runs.add_argument("--fresh", action="store_true", help="forget finished runs of an earlier call")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -103,7 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     equal = commands.add_parser("equal", parents=[timed], help="seconds for the same iteration")
     equal.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK")
     equal.add_argument("--rounds", type=int, default=3, help="runs of each trainer, in turn (3)")
-    equal.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our configuration")
+    equal.add_argument("--trl-batches", **sizes, help="TRL's batch sizes, instead of the best of several")
+    equal.add_argument("--microbatches", **sizes, help="ours, instead of the best of several")
+    equal.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of our configuration; the result stands beside that of the defaults",
+    )
 
     swept = commands.add_parser("sweep", parents=[runs], help="every setting, on the validation prompts")
     swept.add_argument(
@@ -179,9 +185,15 @@ def _run(options: argparse.Namespace, found: dict[str, Any], path: Path, where: 
         prompts = [prompt.text for prompt in load_prompts(PROMPTS)]
         overrides = _overrides(options.set)
         for name in options.works:
+            work = WORKS[name]
+            if options.trl_batches:
+                work = replace(work, trl_batches=(tuple(options.trl_batches),))
+            if options.microbatches:
+                work = replace(work, microbatches=(tuple(options.microbatches),))
+            label = ", ".join([name, *options.set])
             entry = race_equal_work(
-                name,
-                WORKS[name],
+                label,
+                work,
                 prompts,
                 threads=options.threads,
                 rounds=options.rounds,
@@ -190,7 +202,7 @@ def _run(options: argparse.Namespace, found: dict[str, Any], path: Path, where: 
             )
             versions = entry.pop("versions")
             found = keep(
-                {"equal_work": {name: {**entry, "date": today}}}, threads=options.threads, versions=versions
+                {"equal_work": {label: {**entry, "date": today}}}, threads=options.threads, versions=versions
             )
     elif options.command == "sweep":
         trainers = (options.only,) if options.only else ("trl", "loopfast")

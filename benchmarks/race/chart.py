@@ -87,9 +87,9 @@ def _seconds(place: Axes, name: str, entry: Mapping[str, Any]) -> None:
     place.set_xticks(range(len(TRAINERS)), TRAINERS.values())
     place.set_ylim(0, 1.12 * highest)
     place.set_ylabel("seconds an iteration")
-    place.set_title(
-        f"{name}: {entry['speedup']:.2f}×\n{work['images']} images, {work['steps']} steps", fontsize=9
-    )
+    name, _, changes = name.partition(", ")
+    does = changes or f"{work['images']} images, {work['steps']} steps"
+    place.set_title(f"{name}: {entry['speedup']:.2f}×\n{does}", fontsize=9)
 
 
 def _memory(place: Axes, works: Mapping[str, Any]) -> None:
@@ -99,7 +99,8 @@ def _memory(place: Axes, works: Mapping[str, Any]) -> None:
         positions = [index + (side - 0.5) * width for index in range(len(works))]
         bars = place.bar(positions, heights, width, color=COLORS[trainer], label=TRAINERS[trainer])
         place.bar_label(bars, fmt="%.0f", fontsize=7)
-    place.set_xticks(range(len(works)), works, rotation=20 if len(works) > 1 else 0)
+    names = [name.replace(", ", "\n") for name in works]
+    place.set_xticks(range(len(works)), names, rotation=20 if len(works) > 1 else 0, fontsize=7)
     place.set_ylabel("MiB")
     place.set_title("peak memory\nof the process", fontsize=9)
     place.margins(y=0.3)  # room for the legend above the bars
