@@ -48,7 +48,12 @@ class Replay:
     prompts: Tensor
 
     def losses(
-        self, pairs: tuple[Tensor, Tensor], microbatch: int, gradient: Gradient | None = None
+        self,
+        pairs: tuple[Tensor, Tensor],
+        microbatch: int,
+        gradient: Gradient | None = None,
+        *,
+        padding: int | None = None,
     ) -> list[LoopLoss]:
         """The losses of the pairs' microbatches, detached, in the order of the pairs.
 
@@ -58,6 +63,7 @@ class Replay:
             pairs: ``(rows [M], steps [M])``.
             microbatch: pairs per model call.
             gradient: where it goes.
+            padding: the last call's rows are filled up to a multiple of this; None: to the microbatch, see `pad_rows`.
 
         Raises:
             torch.OutOfMemoryError: the microbatch does not fit.
@@ -71,7 +77,9 @@ class Replay:
             for part in slices(len(rows), microbatch):
                 with range_("pairs", "replay", part.start):
                     transitions = self.trajectories.pairs(stored[0][part], stored[1][part])
-                loss = self._loss(rows[part], steps[part], transitions, microbatch, part.start, gradient)
+                count = part.stop - part.start
+                padded = microbatch if padding is None else min(count + -count % padding, microbatch)
+                loss = self._loss(rows[part], steps[part], transitions, padded, part.start, gradient)
                 losses.append(LoopLoss(*(value.detach() for value in loss)))
         return losses
 
@@ -80,17 +88,16 @@ class Replay:
         rows: Tensor,
         steps: Tensor,
         transitions: tuple[Tensor, Tensor, Tensor],
-        microbatch: int,
+        padded: int,
         start: int,
         gradient: Gradient | None,
     ) -> LoopLoss:
-        """Of one model call, whose pairs begin at `start`."""
+        """Of one model call of as many rows as `padded` says, whose pairs begin at `start`."""
         policy, size, device = self.sampler.policy, len(rows), rows.device
         with range_("pairs", "replay", start):
-            # every call has the batch size of the rollout's; see `pad_rows`
-            row, step = pad_rows(rows, microbatch), pad_rows(steps, microbatch)
+            row, step = pad_rows(rows, padded), pad_rows(steps, padded)
             # stored in the type of the model that was sampled from
-            sample = pad_rows(transitions[0], microbatch).to(policy.dtype)
+            sample = pad_rows(transitions[0], padded).to(policy.dtype)
             text = expand(self.conditioning, self.prompts[row])
             timestep = self.sampler.schedule.timesteps[step]
         reference = None

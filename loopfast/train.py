@@ -56,6 +56,10 @@ ON_POLICY_TOLERANCE = 1e-3
 SCREENING_SHARE = 0.4
 
 
+# Of an update's last call: few enough sizes for libraries that prepare each one, and little work for nothing.
+PADDING = 16
+
+
 def train(config: Config, *, resume: str | None = None, display: Display) -> Path:
     """Trains a policy as a configuration says.
 
@@ -356,10 +360,10 @@ class Trainer:
 
     def _learn(self, replay: Replay, pairs: tuple[Tensor, Tensor]) -> UpdateStatistics:
         """One update, of pairs that are screened first where that pays."""
-        screening = None
+        screening, padding = None, self._padding()
         if self._screens():
             screening = self.microbatches.fitting(
-                self._screening_call(), lambda rows: screen(replay, pairs, microbatch=rows)
+                self._screening_call(), lambda rows: screen(replay, pairs, microbatch=rows, padding=padding)
             )
 
         def attempt(rows: int) -> UpdateStatistics:
@@ -370,11 +374,19 @@ class Trainer:
                 self.engine,
                 pairs,
                 microbatch=rows,
+                padding=padding,
                 screening=screening,
                 before_step=self._check_ratio,
             )
 
         return self.microbatches.fitting("train", attempt)
+
+    def _padding(self) -> int | None:
+        """To a multiple of how many rows an update's last call is filled up; None: to the microbatch.
+
+        An iteration's first update calls the model as the rollout did, and a compiled model is compiled for one size.
+        """
+        return PADDING if self.progress.updates and self.config.model.compile == "off" else None
 
     def _screens(self) -> bool:
         """Whether the next update is screened; not an iteration's first, whose ratio is 1: nothing is clipped."""

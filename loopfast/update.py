@@ -56,7 +56,9 @@ class Screening:
     kept: Tensor
 
 
-def screen(replay: Replay, pairs: tuple[Tensor, Tensor], *, microbatch: int) -> Screening:
+def screen(
+    replay: Replay, pairs: tuple[Tensor, Tensor], *, microbatch: int, padding: int | None = None
+) -> Screening:
     """Finds the pairs that an update's gradient consists of, by forward calls without gradients.
 
     Not for a loss with a KL penalty, of which every pair has a gradient.
@@ -65,12 +67,13 @@ def screen(replay: Replay, pairs: tuple[Tensor, Tensor], *, microbatch: int) -> 
         replay: the iteration's trajectories.
         pairs: as for `update`.
         microbatch: pairs per model call; may be larger than that of the update, as no activation is kept.
+        padding: as for `update`.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite. ``rows`` of the error holds the trajectories at fault.
         torch.OutOfMemoryError: the microbatch does not fit.
     """
-    losses = replay.losses(pairs, microbatch)
+    losses = replay.losses(pairs, microbatch, padding=padding)
     statistics = _statistics(losses, replay, pairs)
     zero = torch.cat([replay.surrogate.zero_gradient(loss) for loss in losses])
     return Screening(statistics, ~zero.cpu())
@@ -82,6 +85,7 @@ def update(
     pairs: tuple[Tensor, Tensor],
     *,
     microbatch: int,
+    padding: int | None = None,
     screening: Screening | None = None,
     before_step: Callable[[UpdateStatistics], None] = lambda statistics: None,
 ) -> UpdateStatistics:
@@ -92,6 +96,8 @@ def update(
         engine: owns the policy's weights.
         pairs: ``(rows [M], steps [M])``, which transitions to train on.
         microbatch: pairs per model call; it changes the result by no more than the rounding of a sum.
+        padding: the last call's rows are filled up to a multiple of this; None: to the microbatch, so that every call
+            is rounded alike.
         screening: of these pairs, under the present weights; those without a gradient are left out. The gradient is
             the same up to the rounding of a sum, and the statistics are the screening's.
         before_step: called with the statistics before the weights change; it may raise to keep them.
@@ -103,7 +109,7 @@ def update(
             can be tried again with a smaller one.
     """
     try:
-        statistics = _accumulate(replay, engine, pairs, microbatch, screening)
+        statistics = _accumulate(replay, engine, pairs, microbatch, padding, screening)
         before_step(statistics)
         learning_rate = engine.learning_rate
         with phase("optimizer"):
@@ -122,18 +128,19 @@ def _accumulate(
     engine: LocalEngine,
     pairs: tuple[Tensor, Tensor],
     microbatch: int,
+    padding: int | None,
     screening: Screening | None,
 ) -> UpdateStatistics:
     """Adds up the gradient of the pairs' mean loss; raises as `update` does."""
     if screening is None:
-        losses = replay.losses(pairs, microbatch, Gradient(engine, len(pairs[0])))
+        losses = replay.losses(pairs, microbatch, Gradient(engine, len(pairs[0])), padding=padding)
         return _statistics(losses, replay, pairs)
     rows, steps = (index.cpu() for index in pairs)
     trained, count = (rows[screening.kept], steps[screening.kept]), float(len(rows))
     if not screening.kept.any():
         # the optimizer still steps, with gradients that are there and 0, for which any pair will do
         trained, count = (rows[:1], steps[:1]), math.inf
-    losses = replay.losses(trained, microbatch, Gradient(engine, count))
+    losses = replay.losses(trained, microbatch, Gradient(engine, count), padding=padding)
     _statistics(losses, replay, trained)  # for what it raises: the screening's are of all pairs
     return replace(screening.statistics, screened_out=float((~screening.kept).double().mean()))
 

@@ -679,6 +679,17 @@ def test_what_is_not_to_be_screened_is_not(option: str, small_config: MakeConfig
     assert [update.training for update in updates] == [[8]] * 4
 
 
+def test_only_an_iterations_first_update_is_filled_up_to_calls_of_the_rollouts_size(
+    small_config: MakeConfig,
+) -> None:
+    options = ("rollout.prompts_per_iteration=5", "train.updates_per_iteration=2", "train.screening=off")
+    sizes = ("rollout.microbatch=18", "train.microbatch=18", "train.iterations=1", "train.steps=all")
+    with replayed() as updates:
+        run(small_config(*options, *sizes))
+    # 20 pairs each
+    assert [update.training for update in updates] == [[18, 18], [18, 16]]
+
+
 def test_a_screening_call_that_does_not_fit_halves_its_rows(
     small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

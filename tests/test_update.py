@@ -251,6 +251,18 @@ def test_the_microbatch_changes_nothing_but_the_size_of_calls(microbatch: int) -
         torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("padding", "calls"), [(None, [8, 8]), (1, [8, 3]), (2, [8, 4]), (16, [8, 8])])
+def test_the_last_call_is_filled_up_as_far_as_asked(padding: int | None, calls: list[int]) -> None:
+    case = Case()
+    expected = case.update(config("loop"), microbatch=11)
+    gradients = case.gradients()
+    found = case.update(config("loop"), microbatch=8, padding=padding)
+    assert case.policy.batches == calls
+    assert found.loss == pytest.approx(expected.loss, rel=1e-9)
+    for gradient, other in zip(case.gradients(), gradients, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-12)
+
+
 def test_statistics_are_shown_before_the_step_and_can_prevent_it() -> None:
     case = Case()
     shown: list[UpdateStatistics] = []
