@@ -32,7 +32,7 @@ VALIDATION_IMAGES, HELD_OUT_IMAGES = 10, 4
 SWEEP_EXPORTS = 5
 """Points of a setting's curve in the sweep."""
 
-TRL_EXPORT_EVERY, LOOPFAST_EXPORT_EVERY = 10, 10
+TRL_EXPORT_EVERY, LOOPFAST_EXPORT_EVERY = 10, 8
 PACED = 5
 """Iterations whose median is a trainer's pace."""
 
