@@ -18,6 +18,8 @@ LAYERS = [
     {"schedules", "algorithms", "config", "plugins"},
     {"policies", "trajectories", "prompts", "embedded", "integrations"},
     {"rollout", "engines", "rewards", "checkpoints", "tracking", "console", "microbatch"},
+    {"surrogate"},
+    {"replay"},
     {"update", "runs", "evaluation", "reporting"},
     {"train", "profile_run"},
     {"cli", "doctor", "__main__"},

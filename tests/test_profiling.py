@@ -243,7 +243,7 @@ def test_nsys_records_the_range_of_the_iterations() -> None:
     command = nsys_command("tiny", ["run.seed=1"], iterations=2, output=Path("here"))
     assert "--nvtx-capture=profile@loopfast" in command
     assert "--output=here/nsys" in command
-    assert command[-5:] == ["tiny", "--iterations=2", "--no-trace", "--set", "run.seed=1"]
+    assert command[-6:] == ["--iterations=2", "--no-trace", "--config", "tiny", "--set", "run.seed=1"]
 
 
 # A tool that NVTX loads, as Nsight does: it writes what it is told to the file NVTX_TOOL_LOG. From NVTX's ABI: the

@@ -145,7 +145,7 @@ def test_a_window_trains_its_share_and_a_resumed_run_the_same_windows(
     original = training.update
 
     def update(*arguments: object, **options: object) -> object:
-        _, steps = arguments[6]  # type: ignore[misc]
+        _, steps = arguments[2]  # type: ignore[misc]
         trained.append(set(steps.tolist()))
         assert len(steps) == 8 * 2 // 2
         return original(*arguments, **options)  # type: ignore[arg-type]
