@@ -15,6 +15,7 @@ from torch import Tensor
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
 from loopfast.policies import Policy, load_policy
+from loopfast.policies.levers import compile_calls
 from loopfast.rollout import Sampler, initial_latents
 from loopfast.schedules import transition_schedule
 
@@ -303,6 +304,24 @@ def test_the_whole_denoiser_compiled_computes_the_same(
         sum(output.square().sum() for output in outputs if output is not None).backward()
         sums.append((outputs[0].detach(), {name: p.grad for name, p in policy.trainable().items()}))
     torch.testing.assert_close(sums[1], sums[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_compiled_call_without_gradients_takes_the_graph_of_one_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, modes = torch.ones(2, requires_grad=True), []
+
+    def traced(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        modes.append(torch.is_grad_enabled())
+        return weight * inputs, weight + inputs
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", disable=True))
+    call = compile_calls(traced, torch.device("cpu"))
+    with torch.no_grad():
+        sampled = call(torch.ones(2))
+    trained = call(torch.ones(2))
+    assert modes == [True, True]
+    assert [output.requires_grad for output in (*sampled, *trained)] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("options", [{"attention": "flash"}, {"channels_last": "on"}])
