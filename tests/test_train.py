@@ -639,7 +639,8 @@ def test_screening_leaves_out_the_backward_pass_of_pairs_without_a_gradient_and_
     lines, others = (read_metrics(path / "metrics.jsonl")[1:] for path in (folder, whole))
     for index, (line, other) in enumerate(zip(lines, others, strict=True)):
         for name in ("zero_gradient", "clip_fraction", "kl", "logprob_change", "grad_norm"):
-            assert line[name] == pytest.approx(other[name], rel=10 * tolerance), name
+            # kl is a difference of numbers near 1, of which processors round the last bits each in their own way
+            assert line[name] == pytest.approx(other[name], rel=10 * tolerance, abs=1e-8), name
         assert line["loss"] == pytest.approx(other["loss"], abs=tolerance)
         assert line["zero_gradient"] > 0.1
         assert line["screened_out"] == line["zero_gradient"]
@@ -765,8 +766,10 @@ def test_the_native_kernels_train_as_the_reference_does(
         with backend(name):
             run(small_config(*options, f"run.name={name}"))
     assert len(losses["native"]) == 20
-    # The losses are small differences of terms whose size is the advantages': their standard deviation, 1.
-    assert losses["native"] == pytest.approx(losses["reference"], rel=0, abs=1e-5)
+    # The losses are small differences of terms whose size is the advantages': their standard deviation, 1. What
+    # processors round in their own way (the same bits on AMD's, not on Intel's) grows over 20 updates.
+    assert losses["native"][:10] == pytest.approx(losses["reference"][:10], rel=0, abs=1e-5)
+    assert losses["native"] == pytest.approx(losses["reference"], rel=0, abs=1e-4)
     assert max(map(abs, losses["native"])) > 1e-2
 
 

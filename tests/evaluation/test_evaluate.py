@@ -86,9 +86,13 @@ def test_previews_are_spread_over_the_prompts(measured: Evaluation, sampler: Sam
 
 def test_scores_depend_on_the_seed_and_not_on_the_batches(measured: Evaluation, sampler: Sampler) -> None:
     assert measure(sampler).items == measured.items
-    assert measure(sampler, limit_prompts=2).items == measured.items[:4]
     other = Sampler(sampler.policy, sampler.schedule, 1.0, "sum", 8)
-    for found, expected in zip(measure(other).items, measured.items, strict=True):
+    fewer = measure(sampler, limit_prompts=2).items
+    # in batches of other sizes some processors round images otherwise
+    for found, expected in [
+        *zip(fewer, measured.items[:4], strict=True),
+        *zip(measure(other).items, measured.items, strict=True),
+    ]:
         assert found["seed"] == expected["seed"]
         assert found["reward"] == pytest.approx(expected["reward"], abs=1e-5)
     seeded = measure(sampler, seed=1)
