@@ -35,6 +35,7 @@ _EXTRA_OF_MODULE = {
         ),
         "train",
     ),
+    "deepspeed": "zero3",
     "wandb": "wandb",
 }
 
@@ -79,7 +80,8 @@ def _top_level(error: ModuleNotFoundError) -> str:
 
 
 def _fail(error: LoopfastError) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    if not error.silent:
+        print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
 

@@ -86,6 +86,13 @@ _Overrides = Annotated[
 _Seed = Annotated[
     int, typer.Option("--seed", metavar="N", min=0, help="Seed of the noise; the same seed, the same images.")
 ]
+_Resume = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|PATH",
+        help="Go on from a checkpoint: the newest good one (auto; none yet: start), or that at PATH.",
+    ),
+]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
 
 
@@ -100,8 +107,10 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    # what the launcher `deepspeed` puts before a program's own arguments; it is in the environment, too
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
-    pass
+    """Read what stands before the command."""
 
 
 @app.command(
@@ -110,13 +119,7 @@ def _options(
 def train(
     config: _ConfigOption,
     overrides: _Overrides = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|PATH",
-            help="Go on from a checkpoint: the newest good one (auto; none yet: start), or that at PATH.",
-        ),
-    ] = None,
+    resume: _Resume = None,
     quiet: _Quiet = False,
 ) -> None:
     """Train a model.
@@ -132,6 +135,41 @@ def train(
 
     with Display(quiet=quiet) as display:
         run(settings, resume=resume, display=display)
+
+
+@app.command(
+    epilog="**Example:** `loopfast launch --nproc 4 --max-restarts 3 --config mine.yaml --set distributed.zero_stage=3`"
+)
+def launch(
+    processes: Annotated[
+        int, typer.Option("--nproc", "-n", metavar="N", min=1, help="Processes, normally one for each GPU.")
+    ],
+    config: _ConfigOption,
+    overrides: _Overrides = None,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            "--max-restarts",
+            metavar="N",
+            min=0,
+            help="Start again from the last checkpoint, at most so often.",
+        ),
+    ] = 0,
+    resume: _Resume = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Train a model with several processes on this host.
+
+    A configuration means the same whatever their number. On many hosts, or where a launcher is given, `loopfast train`
+    joins what `torchrun -m loopfast train ...`, `deepspeed --module loopfast train ...` or `srun` has started.
+    """
+    _load(config, overrides)
+    from loopfast.launch import launch as run
+
+    arguments = ["train", "--config", config]
+    arguments += [part for override in overrides or [] for part in ("--set", override)]
+    arguments += [*(["--resume", resume] if resume else []), *(["--quiet"] if quiet else [])]
+    run(arguments, processes=processes, restarts=restarts)
 
 
 @app.command(epilog='**Example:** `loopfast sample runs/tiny "a red circle and a blue square" --count 8`')
@@ -378,6 +416,20 @@ def config_check(config: _ConfigArgument, overrides: _Overrides = None) -> None:
     print(*lines, f"{config}: no problem found", sep="\n")
 
 
+@config_app.command(
+    "deepspeed", epilog="**Example:** `loopfast config deepspeed tiny --set distributed.zero_stage=3`"
+)
+def config_deepspeed(config: _ConfigArgument, overrides: _Overrides = None) -> None:
+    """Print the JSON that DeepSpeed is started with."""
+    settings = _load(config, overrides)
+    _quiet_libraries()
+    from loopfast.engines import deepspeed_settings
+    from loopfast.policies import denoiser_size, torch_device
+
+    pinned = torch_device(settings.model.device).type == "cuda"
+    print(json.dumps(deepspeed_settings(settings, denoiser_size(settings.model), pinned=pinned), indent=2))
+
+
 @config_app.command("schema", epilog="**Example:** `loopfast config schema > loopfast.schema.json`")
 def config_schema() -> None:
     """Print the JSON Schema of configurations, for editors: every key, its default and its meaning."""
@@ -417,6 +469,11 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    import torch
+
+    if not torch.cuda.is_available():
+        # DeepSpeed, which other libraries import where it is installed, says at length what it found
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

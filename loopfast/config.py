@@ -30,6 +30,7 @@ __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
     "Config",
+    "DistributedConfig",
     "EvaluationConfig",
     "LoraConfig",
     "ModelConfig",
@@ -232,6 +233,10 @@ class RolloutConfig(_Section):
     """Type the sampling model computes in; null: model.dtype, without a second copy of the weights."""
     device: _Device | None = None
     """Device of the sampling model; null: model.device, without a second copy of the weights."""
+    replica: Literal["auto", "resident", "gathered", "none"] = "auto"
+    """A whole copy of the denoiser to sample from: kept (resident), made for each rollout and given back (gathered), or
+    none. auto: none unless dtype, device or merge_lora ask for one, or the weights are sharded (ZeRO-3): then resident
+    for an adapter, gathered for a whole model."""
     merge_lora: bool = False
     """Sample from base weights with the adapter merged in: faster, but rounded otherwise."""
     reward_worker: Literal["auto", "none", "thread", "process"] = "auto"
@@ -319,6 +324,20 @@ class CheckpointConfig(_Section):
     """Also keep the one with the best evaluation reward."""
 
 
+class DistributedConfig(_Section):
+    """How a run is spread over processes. Counts in other sections are of all processes together."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What each process holds only a part of, by DeepSpeed's ZeRO: nothing (0), the optimizer's state (1), gradients
+    too (2), weights too (3)."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in the host's memory: nothing, the optimizer's state (from stage 1), or weights too (stage 3)."""
+    timeout: _Positive = 600.0
+    """Seconds after which a collective operation that some process does not join ends the run."""
+    deepspeed: _Text | None = None
+    """A JSON file with further settings of DeepSpeed; one that contradicts this configuration is an error."""
+
+
 # pydantic's own min_length counts valid items only, and so adds a second error to that of an item.
 _Rewards = Annotated[tuple[RewardConfig, ...], Field(strict=False, json_schema_extra={"minItems": 1})]
 
@@ -340,6 +359,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -615,6 +635,19 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
     trained = min(trained, _stochastic(rollout, train)[1])
     for message in _stochastic(rollout, train)[0]:
         yield _problem(("rollout", "stochastic_steps"), rollout.stochastic_steps, message)
+    wanted = [
+        key
+        for key, value in (
+            ("dtype", rollout.dtype),
+            ("device", rollout.device),
+            ("merge_lora", rollout.merge_lora),
+        )
+        if value not in (None, False)
+    ]
+    if rollout.replica == "none" and wanted:
+        allowed = f"auto, resident or gathered beside rollout.{wanted[0]}, which needs a copy of the denoiser"
+        yield _problem(("rollout", "replica"), "none", allowed)
+    yield from _distributed(config)
     if rollout.merge_lora and config.model.tune != "lora":
         yield _problem(("rollout", "merge_lora"), True, "false with model.tune: full, which has no adapter")
     drawn = train.steps_drawn(trained)
@@ -642,6 +675,15 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
         yield _problem(("reward",), [], _allowed(_schema_at(("reward",))[1]))
     elif not any(term.weight for term in config.reward):
         yield _problem(("reward", 0, "weight"), 0, "a weight other than 0 for at least one reward")
+
+
+def _distributed(config: Config) -> Iterator[tuple[_Path, str]]:
+    """What is wrong between ``distributed`` and other keys."""
+    distributed = config.distributed
+    least = {"none": 0, "optimizer": 1, "all": 3}[distributed.offload]
+    if distributed.zero_stage < least:
+        allowed = f"{least} or more with distributed.offload: {distributed.offload}"
+        yield _problem(("distributed", "zero_stage"), distributed.zero_stage, allowed)
 
 
 def _stochastic(rollout: RolloutConfig, train: TrainConfig) -> tuple[list[str], int]:

@@ -6,6 +6,7 @@ pipe or a log file: the same facts as plain lines, at most one an iteration, wit
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -45,6 +46,12 @@ class Display:
         self._began = self._advanced = time.monotonic()
         self._phase = ""
         self._last: dict[str, float] = {}
+
+    @staticmethod
+    def silent() -> Display:
+        """One that shows nothing, for a process whose run another one shows."""
+        nowhere = Console(file=io.StringIO())
+        return Display(quiet=True, console=nowhere, errors=nowhere)
 
     def __enter__(self) -> Display:
         return self

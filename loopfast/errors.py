@@ -15,14 +15,23 @@ __all__ = [
     "LoopfastError",
     "MissingExtraError",
     "NonFiniteError",
+    "PeerError",
     "RewardError",
 ]
 
 
 class LoopfastError(Exception):
-    """Base of every error with a message written for the user."""
+    """Base of every error with a message written for the user.
+
+    Attributes:
+        exit_code: of the process.
+        shared: raised in every process of a group at once: the first says it.
+        silent: said by another process.
+    """
 
     exit_code: int = 1
+    shared: bool = False
+    silent: bool = False
 
 
 class ConfigError(LoopfastError):
@@ -76,6 +85,12 @@ class MissingExtraError(LoopfastError):
         super().__init__(f"{feature} needs the extra {extra!r}{missing}: pip install 'loopfast[{extra}]'")
         self.extra = extra
         self.package = package
+
+
+class PeerError(LoopfastError):
+    """Another process of the group has ended, or does not answer; the message names its rank."""
+
+    shared = True
 
 
 class Interrupted(LoopfastError):  # noqa: N818 - being stopped is not an error

@@ -25,6 +25,7 @@ class Microbatches:
         rollout, train: ``rollout.microbatch`` and ``train.microbatch``.
         start: what ``auto`` begins with when both are.
         warn: is told of each halving.
+        retries: whether a call that failed can be made again; not where other processes wait for its end.
     """
 
     def __init__(
@@ -33,7 +34,10 @@ class Microbatches:
         train: int | Literal["auto"],
         start: int,
         warn: Callable[[str], None],
+        *,
+        retries: bool = True,
     ) -> None:
+        self._retries = retries
         given = {"rollout": rollout, "train": train}
         self._automatic = {name for name, value in given.items() if value == "auto"}
         number = next((value for value in given.values() if value != "auto"), start)
@@ -80,6 +84,11 @@ class Microbatches:
             LoopfastError: the size is given, or is 1 already.
         """
         size, key = self._sizes[call], f"{call}.microbatch"
+        if not self._retries:
+            raise ConfigError(
+                f"{key}: {size} row(s) per model call do not fit into memory, and processes that train together cannot "
+                f"try again with fewer; give a smaller number, `loopfast plan` says which ({reason})"
+            )
         if call not in self._automatic:
             raise ConfigError(
                 f"{key}: {size} row(s) per model call do not fit into memory; give a smaller number, or auto ({reason})"

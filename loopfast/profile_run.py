@@ -23,7 +23,7 @@ from loopfast.files import write_file, writing
 from loopfast.interrupts import StopRequest
 from loopfast.profiling import DOMAIN, Times, range_
 from loopfast.runs import peak_memory
-from loopfast.train import Stopped, Trainer
+from loopfast.train import Stopped, Trainer, processes
 
 __all__ = ["Profile", "Row", "profile"]
 
@@ -179,9 +179,14 @@ def profile(
         LoopfastError: the run cannot start or go on, or the output cannot be written.
         Interrupted: a signal stopped it.
     """
-    with tempfile.TemporaryDirectory(prefix="loopfast-profile-") as scratch, StopRequest() as stop:
+    with (
+        tempfile.TemporaryDirectory(prefix="loopfast-profile-") as scratch,
+        StopRequest() as stop,
+        processes(config, stop) as group,
+    ):
+        display = display if group.first else Display.silent()
         run = config.run.model_copy(update={"directory": scratch, "trackers": ()})
-        trainer = Trainer(config.model_copy(update={"run": run}), None, display, stop)
+        trainer = Trainer(config.model_copy(update={"run": run}), None, display, stop, group)
         try:
             _iterate(trainer, 1, "warming up", display)
             if not trace:
@@ -200,7 +205,9 @@ def profile(
         except Stopped:
             raise Interrupted("stopped; nothing was written", stop.exit_code) from None
         finally:
-            trainer.tracker.close()
+            trainer.close_tracker()
+    if not group.first:
+        return None
     found = Profile(times, _rows(profiler.events(), iterations), facts)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)

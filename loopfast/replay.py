@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from loopfast.engines import LocalEngine
+from loopfast.engines import Engine
+from loopfast.group import ALONE, Group
 from loopfast.policies import Conditioning, expand, pad_rows
 from loopfast.profiling import model_call, range_
 from loopfast.rollout import Sampler, slices
+from loopfast.share import Part, Share
 from loopfast.surrogate import Surrogate
 from loopfast.trajectories import Trajectories
 from loopfast_kernels import LoopLoss
@@ -25,8 +27,27 @@ class Gradient:
         count: of the pairs whose mean loss it is of; the sum of the replayed pairs' losses is divided by it.
     """
 
-    engine: LocalEngine
+    engine: Engine
     count: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What was found about M pairs, in their order; the same in every process.
+
+    Attributes:
+        loss: their mean loss.
+        logprob, ratio, kl: float32 ``[M]``, as in `LoopLoss`.
+        clipped: bool ``[M]``, as there.
+        zero_gradient: bool ``[M]``, the pairs whose loss has no gradient.
+    """
+
+    loss: float
+    logprob: Tensor
+    ratio: Tensor
+    kl: Tensor
+    clipped: Tensor
+    zero_gradient: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,7 @@ class Replay:
         trajectories: what was sampled, N rows.
         conditioning: of the iteration's prompts.
         prompts: int64 ``[N]``, each row's prompt; on the policy's device.
+        group: the processes that replay together; every one is given the same pairs and replays its share.
     """
 
     sampler: Sampler
@@ -46,6 +68,7 @@ class Replay:
     trajectories: Trajectories
     conditioning: Conditioning
     prompts: Tensor
+    group: Group = field(default=ALONE)
 
     def losses(
         self,
@@ -54,8 +77,8 @@ class Replay:
         gradient: Gradient | None = None,
         *,
         padding: int | None = None,
-    ) -> list[LoopLoss]:
-        """The losses of the pairs' microbatches, detached, in the order of the pairs.
+    ) -> Losses:
+        """The losses of pairs, in their order.
 
         Without a gradient none is computed, and the policy before training is not asked.
 
@@ -68,36 +91,31 @@ class Replay:
         Raises:
             torch.OutOfMemoryError: the microbatch does not fit.
         """
-        device = self.trajectories.logprob.device
-        # indices of the stored latents, which may be on the host: moved once, not in every microbatch
-        stored = [index.to(self.trajectories.latents.device) for index in pairs]
-        rows, steps = (index.to(device) for index in pairs)
+        with range_("pairs", "replay"):
+            share = Share(self.group, self.trajectories, pairs)
+        # every process makes as many calls: weights and gradients may lie in parts with all of them
+        calls = list(slices(len(share.positions), microbatch, -(-share.most // microbatch)))
         losses = []
         with torch.set_grad_enabled(gradient is not None):
-            for part in slices(len(rows), microbatch):
-                with range_("pairs", "replay", part.start):
-                    transitions = self.trajectories.pairs(stored[0][part], stored[1][part])
-                count = part.stop - part.start
+            for call in calls:
+                with range_("pairs", "replay", call.start):
+                    part = share.part(call)
+                count = len(part.rows)
                 padded = microbatch if padding is None else min(count + -count % padding, microbatch)
-                loss = self._loss(rows[part], steps[part], transitions, padded, part.start, gradient)
-                losses.append(LoopLoss(*(value.detach() for value in loss)))
-        return losses
+                loss = self._loss(part, padded, call.start, gradient, last=call is calls[-1])
+                if part.count:
+                    losses.append(LoopLoss(*(value.detach() for value in loss)))
+        return self._together(losses, share.positions, len(pairs[0]))
 
     def _loss(
-        self,
-        rows: Tensor,
-        steps: Tensor,
-        transitions: tuple[Tensor, Tensor, Tensor],
-        padded: int,
-        start: int,
-        gradient: Gradient | None,
+        self, part: Part, padded: int, start: int, gradient: Gradient | None, *, last: bool
     ) -> LoopLoss:
         """Of one model call of as many rows as `padded` says, whose pairs begin at `start`."""
-        policy, size, device = self.sampler.policy, len(rows), rows.device
+        policy, size, device = self.sampler.policy, len(part.rows), part.rows.device
         with range_("pairs", "replay", start):
-            row, step = pad_rows(rows, padded), pad_rows(steps, padded)
+            row, step = pad_rows(part.rows, padded), pad_rows(part.steps, padded)
             # stored in the type of the model that was sampled from
-            sample = pad_rows(transitions[0], padded).to(policy.dtype)
+            sample = pad_rows(part.transitions[0], padded).to(policy.dtype)
             text = expand(self.conditioning, self.prompts[row])
             timestep = self.sampler.schedule.timesteps[step]
         reference = None
@@ -108,13 +126,36 @@ class Replay:
         with range_("loss", "replay", start):
             unconditional = None if unconditional is None else unconditional[:size]
             loss = self.surrogate(
-                self.sampler, output[:size], unconditional, reference, transitions, rows, steps
+                self.sampler,
+                output[:size],
+                unconditional,
+                reference,
+                part.transitions,
+                part.rows,
+                part.steps,
             )
         if gradient is not None:
             # the loss has its gradients already: of the backward pass, the denoiser's is all but about 0.1 ms
             with model_call("backward", "replay", start, device):
-                gradient.engine.backward(loss.loss * (size / gradient.count))
+                gradient.engine.backward(loss.loss * (part.count / gradient.count), last=last)
         return loss
+
+    def _together(self, losses: list[LoopLoss], positions: Tensor, count: int) -> Losses:
+        """What all processes found, in the order of the pairs."""
+        home = self.trajectories.logprob
+        sizes = torch.tensor([len(loss.ratio) for loss in losses], dtype=torch.float64)
+        means = torch.zeros(0, dtype=torch.float64)
+        numbers, flags = home.new_empty(0, 3), torch.empty(0, 2, dtype=torch.bool, device=home.device)
+        if losses:
+            means = torch.stack([loss.loss for loss in losses]).double().cpu()
+            numbers = torch.cat([torch.stack([loss.logprob, loss.ratio, loss.kl], 1) for loss in losses])
+            flags = torch.cat(
+                [torch.stack([loss.clipped, self.surrogate.zero_gradient(loss)], 1) for loss in losses]
+            )
+        total = self.group.sum((means * sizes).sum())
+        numbers = self.group.gather(numbers, positions, count)
+        flags = self.group.gather(flags, positions, count)
+        return Losses(float(total) / count, *numbers.unbind(1), *flags.unbind(1))
 
 
 @torch.no_grad()
@@ -127,7 +168,7 @@ def reference_output(sampler: Sampler, sample: Tensor, timestep: Tensor, text: C
 
 def rehearse(
     sampler: Sampler,
-    engine: LocalEngine,
+    engine: Engine,
     conditioning: Conditioning,
     *,
     microbatch: int,

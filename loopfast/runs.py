@@ -17,6 +17,7 @@ from torch import Tensor
 from loopfast.checkpoints import Checkpoint, CheckpointStore
 from loopfast.config import Config, config_to_yaml, load_config
 from loopfast.console import Display
+from loopfast.engines import needs_deepspeed
 from loopfast.errors import CheckpointError, ConfigError
 from loopfast.files import write_file, writing
 from loopfast_kernels import info
@@ -31,6 +32,7 @@ _CHANGEABLE = {
     "model.device",
     "rollout.cuda_graph",
     "rollout.device",
+    "rollout.replica",
     "rollout.reward_worker",
     "train.iterations",
     "train.on_policy_check",
@@ -38,6 +40,10 @@ _CHANGEABLE = {
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.keep_best",
+    "distributed.zero_stage",
+    "distributed.offload",
+    "distributed.timeout",
+    "distributed.deepspeed",
 }
 
 
@@ -117,13 +123,16 @@ class RunFolder:
         with writing(self.path):
             write_file(self.path / "summary.json", json.dumps({"facts": facts}, indent=1).encode())
 
-    def save_failure(self, iteration: int, images: Sequence[Tensor], prompts: Sequence[str]) -> Path:
+    def save_failure(
+        self, iteration: int, images: Sequence[Tensor], prompts: Sequence[str], rank: int | None = None
+    ) -> Path:
         """Keeps the images that a run stopped at, with their prompts.
 
         Args:
             iteration: the one it stopped in.
             images: N float ``[3, H, W]`` in [0, 1]; NaN is drawn black.
             prompts: N texts.
+            rank: of the process they are from, where each has its own.
 
         Returns:
             The folder they are in.
@@ -131,7 +140,8 @@ class RunFolder:
         Raises:
             LoopfastError: the folder cannot be written.
         """
-        folder = self.path / "failures" / f"iteration-{iteration:06d}"
+        place = "" if rank is None else f"-rank-{rank}"
+        folder = self.path / "failures" / f"iteration-{iteration:06d}{place}"
         names = [f"{index:03d}.png" for index in range(len(prompts))]
         with writing(folder):
             write_file(
@@ -174,7 +184,8 @@ def describe_rollout(trainer: Trainer) -> str:
     if sampler.replica is not None:
         merged = ", LoRA merged" if config.merge_lora else ""
         dtype = str(sampler.model.dtype).removeprefix("torch.")
-        replica = f"{dtype} on {sampler.model.device}{merged}"
+        gathered = "" if sampler.replica.resident else ", gathered for each rollout"
+        replica = f"{dtype} on {sampler.model.device}{merged}{gathered}"
     return (
         f"stochastic steps {config.stochastic_steps}, CUDA graph {'on' if graphs else 'off'}, replica {replica}, "
         f"reward worker {trainer.reward_worker}"
@@ -215,11 +226,20 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
             + (f", not {', '.join(left_out)}{reason}" if left_out else "")
             + (f"; {trainer.drawn} of them drawn for a pass" if trainer.drawn < trainer.steps.count else ""),
         ),
+        ("processes", _describe_processes(trainer)),
         ("rollout", describe_rollout(trainer)),
         ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in levers.items())),
         ("memory", _describe_memory(trainer)),
         ("run", str(trainer.folder.path)),
     ]
+
+
+def _describe_processes(trainer: Trainer) -> str:
+    distributed, size = trainer.config.distributed, trainer.group.size
+    if not needs_deepspeed(trainer.config, size):
+        return "1"
+    offload = "" if distributed.offload == "none" else f", {distributed.offload} offloaded to the host"
+    return f"{size}, ZeRO stage {distributed.zero_stage}{offload}"
 
 
 def _describe_memory(trainer: Trainer) -> str:

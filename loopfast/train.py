@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -20,7 +20,7 @@ from loopfast.algorithms import ALGORITHMS, PromptStatistics
 from loopfast.checkpoints import Checkpoint
 from loopfast.config import Config
 from loopfast.console import Display
-from loopfast.engines import LocalEngine
+from loopfast.engines import build_engine, needs_deepspeed
 from loopfast.errors import (
     CheckpointError,
     ConfigError,
@@ -29,11 +29,14 @@ from loopfast.errors import (
     NonFiniteError,
     RewardError,
 )
-from loopfast.evaluation import evaluate
+from loopfast.evaluation import Evaluation, evaluate
 from loopfast.files import writing
+from loopfast.group import ALONE, Group
 from loopfast.interrupts import StopRequest
+from loopfast.join import joined, leave, note_opened, opened_before
 from loopfast.microbatch import Call, Microbatches, start_size
-from loopfast.policies import Conditioning, load_policy, load_schedule
+from loopfast.place import find_place
+from loopfast.policies import Conditioning, load_policy, load_schedule, torch_device
 from loopfast.profiling import Category, Meter, Times, model_call, phase, range_
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.replay import Replay, rehearse
@@ -61,13 +64,13 @@ PADDING = 16
 
 
 def train(config: Config, *, resume: str | None = None, display: Display) -> Path:
-    """Trains a policy as a configuration says.
+    """Trains a policy as a configuration says, together with the other processes of its launch, if any.
 
     Args:
         config: the run.
         resume: None for a new run, ``auto`` for its newest good checkpoint, or a checkpoint's path. A resumed run
-            continues as if it had not stopped.
-        display: where progress is shown.
+            continues as if it had not stopped. A launch that ``torchrun`` has started anew goes on with its run.
+        display: where progress is shown, by the first process.
 
     Returns:
         The run's folder.
@@ -76,8 +79,12 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
         LoopfastError: the run cannot start or go on; the message says why. What was saved stays.
         Interrupted: a signal stopped the run, which is saved.
     """
-    with StopRequest() as stop:
-        trainer = Trainer(config, resume, display, stop)
+    place = find_place(os.environ)
+    with StopRequest() as stop, processes(config, stop) as group:
+        if resume is None and opened_before(place):
+            resume = "auto"
+        trainer = Trainer(config, resume, display if group.first else Display.silent(), stop, group)
+        note_opened(place)
         try:
             trainer.start()
             while not trainer.finished:
@@ -89,17 +96,38 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
         except BaseException as error:
             # on a full disk this fails too, and what came first says more
             with suppress(LoopfastError):
-                trainer.tracker.close()
+                trainer.close_tracker()
             if not isinstance(error, Stopped):
                 raise
             path = trainer.save()
-            raise Interrupted(
+            interrupted = Interrupted(
                 f"stopped; {path} is saved, --resume auto goes on from there", stop.exit_code
-            ) from None
+            )
+            interrupted.shared = True
+            raise interrupted from None
         finally:
             trainer.close()
-    trainer.tracker.close()
+        trainer.close_tracker()
     return trainer.folder.path
+
+
+@contextmanager
+def processes(config: Config, stop: StopRequest) -> Iterator[Group]:
+    """The processes that this one's launcher has started with it, while a run goes on.
+
+    Raises:
+        LoopfastError: they do not all come.
+        PeerError: one of them has ended, or does not answer.
+    """
+    place = find_place(os.environ)
+    if not needs_deepspeed(config, place.size):
+        yield ALONE
+        return
+    group = joined(place, torch_device(config.model.device), config.distributed.timeout)
+    with group.explained(lambda: stop.requested):
+        yield group
+        group.barrier()
+    leave(group)
 
 
 class _Resized(Exception):  # noqa: N818 - a way out, not an error
@@ -139,8 +167,15 @@ class Progress:
 class Trainer:
     """A run in progress: its parts, and the four things it does with them."""
 
-    def __init__(self, config: Config, resume: str | None, display: Display, stop: StopRequest) -> None:
-        self.config, self.display, self._stop = config, display, stop
+    def __init__(
+        self,
+        config: Config,
+        resume: str | None,
+        display: Display,
+        stop: StopRequest,
+        group: Group = ALONE,
+    ) -> None:
+        self.config, self.display, self._stop, self.group = config, display, stop, group
         self.prompts = load_prompts(config.prompts.source)
         self.evaluation_prompts = load_prompts(config.evaluation.prompts or config.prompts.source)
         in_process = config.rollout.reward_worker == "process"
@@ -149,10 +184,15 @@ class Trainer:
         self.steps = stochastic_steps(self.schedule, config.rollout.stochastic_steps, config.train.steps)
         self.drawn = self._steps_drawn()
         self.folder = RunFolder(config)
-        checkpoint = self.folder.open(resume, display)
+        checkpoint = self._open(resume)
 
+        stage = config.distributed.zero_stage
         policy = load_policy(
-            config.model, seed=config.run.seed, keep_reference=config.algorithm.kl_weight > 0
+            config.model,
+            seed=config.run.seed,
+            keep_reference=config.algorithm.kl_weight > 0,
+            cast=stage > 0,
+            sharded=stage == 3,
         )
         images = config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt
         if config.train.gradient_checkpointing:
@@ -162,20 +202,28 @@ class Trainer:
         self.microbatches = Microbatches(
             config.rollout.microbatch,
             config.train.microbatch,
-            start_size(images, policy.latent_shape, policy.device),
+            start_size(-(-images // group.size), policy.latent_shape, policy.device),
             display.warning,
+            retries=not needs_deepspeed(config, group.size),
         )
+        # before the engine takes the weights apart
+        replica = make_replica(policy, config.rollout, sharded=stage == 3)
         self.sampler = Sampler(
             policy,
             self.schedule.to(policy.device),
             config.rollout.guidance_scale,
             config.algorithm.logprob,
             self.microbatches.rollout,
-            make_replica(policy, config.rollout),
+            replica,
             StepCache(capture=config.rollout.cuda_graph, warn=display.warning),
         )
         self.steps = self.steps.to(policy.device)
-        self.engine = LocalEngine(policy, config.train)
+        self.engine = build_engine(policy, config, group)
+        if replica is not None:
+            replica.whole = self.engine.whole
+        elif self.engine.sharded:
+            # gathered weights lie elsewhere in every call
+            self.sampler = replace(self.sampler, steps=StepCache(capture=False))
         self.statistics = PromptStatistics()
         self.progress = Progress()
         self.meter = Meter([policy.device, self.sampler.model.device])
@@ -187,7 +235,26 @@ class Trainer:
         resume_at = None
         if checkpoint is not None:
             resume_at = self.progress.iteration - (self.progress.pending is not None)
-        self.tracker = Tracker(self.folder.path, config.run.trackers, resume_at=resume_at)
+        self._tracker: Tracker | None = None
+        if group.first:
+            self._tracker = Tracker(self.folder.path, config.run.trackers, resume_at=resume_at)
+
+    def _open(self, resume: str | None) -> Checkpoint | None:
+        """The run's folder is prepared, and a checkpoint to go on from read, by the first process.
+
+        The others get all of it but the tensors.
+        """
+        found: list[Checkpoint] = []
+
+        def opened() -> Checkpoint | None:
+            checkpoint = self.folder.open(resume, self.display)
+            if checkpoint is None:
+                return None
+            found.append(checkpoint)
+            return replace(checkpoint, tensors={})
+
+        checkpoint = self.group.on_first(opened)
+        return found[0] if found else checkpoint
 
     def _steps_drawn(self) -> int:
         """How many steps of a trajectory each pass trains on."""
@@ -199,7 +266,13 @@ class Trainer:
                 f"one of {steps} trained steps is drawn"
             )
         rollout = self.config.rollout
-        pairs = rollout.prompts_per_iteration * self.config.algorithm.samples_per_prompt * drawn
+        images = rollout.prompts_per_iteration * self.config.algorithm.samples_per_prompt
+        if images < self.group.size:
+            raise ConfigError(
+                f"rollout.prompts_per_iteration x algorithm.samples_per_prompt: found {images} image(s), allowed: at "
+                f"least {self.group.size}, one for each process"
+            )
+        pairs = images * drawn
         if pairs < train.updates_per_iteration:
             raise ConfigError(
                 f"train.updates_per_iteration: found {train.updates_per_iteration}, allowed: at most {pairs}, the "
@@ -231,10 +304,11 @@ class Trainer:
         """Shows what is about to run, and measures the model before training."""
         facts = describe_run(self)
         self.display.header("loopfast train", facts)
-        self.folder.write_summary(facts)
+        self.group.on_first(lambda: self.folder.write_summary(facts))
         self.display.start(self.config.train.iterations, self.progress.iteration)
         # elsewhere running out of memory is not an error that can be caught
-        if self.sampler.policy.device.type == "cuda" and self.microbatches.automatic("train"):
+        on_gpu = self.sampler.policy.device.type == "cuda"
+        if on_gpu and self.engine.retries and self.microbatches.automatic("train"):
             self._rehearse()
         if self.progress.pending is not None:
             self.record()
@@ -268,30 +342,33 @@ class Trainer:
             config.algorithm.samples_per_prompt,
         )
         schedule, _ = self.steps.drawn(config.run.seed, progress.iteration)
-        prompts = [batch[index] for index in owner.tolist()]
-        sample = partial(
-            Sampler.sample,
-            conditioning=conditioning,
-            prompts=owner,
-            seeds=seeds,
-            between=self._check_stop,
-            schedule=schedule,
-        )
+        mine = self.group.part(len(seeds))
+        prompts = [batch[index] for index in owner[mine].tolist()]
+
+        def sample(rows: int, **options: Any) -> Trajectories:
+            return self._resized(rows).sample(
+                conditioning,
+                owner[mine],
+                seeds[mine],
+                between=self._check_stop,
+                schedule=schedule,
+                calls=self._calls(len(seeds), rows),
+                **options,
+            )
 
         def sampled_then_scored(rows: int) -> tuple[Trajectories, Scores]:
-            trajectories = sample(self._resized(rows))
+            trajectories = sample(rows)
             with self._phase("reward"):
                 return trajectories, self._score(self.sampler.decode(trajectories.final), prompts)
 
         def scored_meanwhile(rows: int) -> tuple[Trajectories, Scores]:
-            sampler = self._resized(rows)
             with RewardThread(self._score) as worker:
 
                 def finished(rows: slice, latents: Tensor) -> None:
                     with phase("reward"):
-                        worker.add(sampler.decode(latents), prompts[rows])
+                        worker.add(self.sampler.decode(latents), prompts[rows])
 
-                trajectories = sample(sampler, finished=finished)
+                trajectories = sample(rows, finished=finished)
                 with self._phase("reward"):
                     return trajectories, worker.result()
 
@@ -300,15 +377,32 @@ class Trainer:
             trajectories, scores = self.microbatches.fitting("rollout", attempt)
         if config.trajectories.device == "host":
             trajectories = trajectories.to_host()
-        rewards = scores.total.view(len(batch), -1)
+        progress.trajectories, progress.rewards, parts = self._gathered(trajectories, scores, len(seeds))
+        rewards = progress.rewards
         progress.metrics |= {
             "reward_mean": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
             "group_spread": rewards.std(1, correction=0).mean().item(),
-            **{f"reward_{name}": part.mean().item() for name, part in scores.parts.items()},
+            **{f"reward_{name}": part.mean().item() for name, part in parts.items()},
         }
         progress.images += len(seeds)
-        progress.trajectories, progress.rewards = trajectories, rewards
+
+    def _calls(self, count: int, rows: int) -> int:
+        """Model calls that ``count`` rows of all processes take: as many in each."""
+        most = max(part.stop - part.start for part in self.group.parts(count))
+        return -(-most // rows)
+
+    def _gathered(
+        self, trajectories: Trajectories, scores: Scores, count: int
+    ) -> tuple[Trajectories, Tensor, dict[str, Tensor]]:
+        """The rewards ``[G, K]`` and log-probabilities of all processes' rows, beside this one's latents."""
+        mine = self.group.part(count)
+        rows = torch.arange(mine.start, mine.stop)
+        total = self.group.gather(scores.total, rows, count)
+        parts = {name: self.group.gather(part, rows, count) for name, part in scores.parts.items()}
+        logprob = self.group.gather(trajectories.logprob.T, rows, count).T.contiguous()
+        everything = replace(trajectories, logprob=logprob, first=mine.start)
+        return everything, total.view(-1, self.config.algorithm.samples_per_prompt), parts
 
     def update(self) -> None:
         """Takes the iteration's updates on the (row, step) pairs of what was sampled."""
@@ -324,7 +418,7 @@ class Trainer:
         history = copy.deepcopy(self.statistics)
         device = self.sampler.policy.device
         surrogate = Surrogate(config.algorithm, rewards, texts, history, device)
-        replay = Replay(self.sampler, surrogate, trajectories, conditioning, owner.to(device))
+        replay = Replay(self.sampler, surrogate, trajectories, conditioning, owner.to(device), self.group)
         parts = [
             pairs
             for epoch in range(config.train.inner_epochs)
@@ -405,51 +499,68 @@ class Trainer:
         metrics = progress.pending
         assert metrics is not None
         iteration = progress.iteration
-        score = None
+        result = None
         if iteration == 0 or self.finished or _due(iteration, config.evaluation.every):
             began = time.perf_counter()
             with self._phase("evaluation"):
-                result = self.microbatches.fitting(
-                    "rollout",
-                    # the policy itself, by the whole schedule: what is measured depends on no lever of the rollout
-                    lambda rows: evaluate(
-                        replace(self._resized(rows), replica=None),
-                        self.evaluation_prompts,
-                        self._score,
-                        config.evaluation,
-                        between=self._check_stop,
-                    ),
-                )
-            with writing(self.folder.path):
-                grid = result.save(self.folder.path, iteration, progress.images)
-            if grid is not None:
-                self.tracker.image("samples", iteration, grid)
-            score = result.reward
+                result = self.microbatches.fitting("rollout", self._evaluate)
             metrics |= {
-                "eval_reward": score,
+                "eval_reward": result.reward,
                 **{f"eval_{name}": value for name, value in result.parts.items()},
             }
             metrics["seconds_eval"] = time.perf_counter() - began
         metrics["seconds"] = time.perf_counter() - self._began
-        metrics["peak_memory_bytes"] = peak_memory(self.sampler.policy.device)
-        self.tracker.record(metrics)
+        metrics["peak_memory_bytes"] = int(self.group.largest(peak_memory(self.sampler.policy.device)))
+        self.group.on_first(lambda: self._write(result, metrics))
         self.display.advance(metrics)
         progress.pending = None
         if self.finished or _due(iteration, config.checkpoint.every):
             began = time.perf_counter()
             with self._phase("checkpoint"):
-                self.save(score)
+                self.save(None if result is None else result.reward)
             # this iteration's line is written: it goes to the next
             self._add({"seconds_checkpoint": time.perf_counter() - began})
         self._check_stop()
+
+    def _evaluate(self, rows: int) -> Evaluation:
+        """Measures the policy itself, by the whole schedule: what is measured depends on no lever of the rollout."""
+        sampler = self._resized(rows)
+        # where the weights are spread over processes, a copy that computes the same bits is the faster way to them
+        if not (self.engine.sharded and sampler.replica is not None and sampler.replica.exact):
+            sampler = replace(sampler, replica=None)
+        return evaluate(
+            sampler,
+            self.evaluation_prompts,
+            self._score,
+            self.config.evaluation,
+            between=self._check_stop,
+            group=self.group,
+        )
+
+    def _write(self, result: Evaluation | None, metrics: dict[str, Any]) -> None:
+        """Keeps an iteration's metrics, and its evaluation, if any."""
+        assert self._tracker is not None
+        if result is not None:
+            with writing(self.folder.path):
+                grid = result.save(self.folder.path, self.progress.iteration, self.progress.images)
+            if grid is not None:
+                self._tracker.image("samples", self.progress.iteration, grid)
+        self._tracker.record(metrics)
 
     def finish(self) -> None:
         """Exports the model, writes the report, and says what came out."""
         path = self.folder.path
         exported = path / ("model" if self.config.model.tune == "full" else "lora")
-        with writing(path):
-            self.sampler.policy.export(exported)
-            report = write_report(path)
+        weights = self.engine.weights()
+
+        def write() -> Path:
+            with writing(path):
+                self.sampler.policy.export(exported, weights)
+                return write_report(path)
+
+        report = self.group.on_first(write)
+        if not self.group.first:
+            return
         evaluated = [line for line in read_metrics(path / "metrics.jsonl") if "eval_reward" in line]
         base, final = evaluated[0]["eval_reward"], evaluated[-1]["eval_reward"]
         self.display.finish(
@@ -462,6 +573,11 @@ class Trainer:
                 ("report", str(report)),
             ]
         )
+
+    def close_tracker(self) -> None:
+        """Ends the record of metrics."""
+        if self._tracker is not None:
+            self._tracker.close()
 
     def close(self) -> None:
         """Ends what runs beside this process, and frees what sampling keeps."""
@@ -476,10 +592,15 @@ class Trainer:
             self._account()
         progress.seconds = time.perf_counter() - self._began
         tensors, engine = self.engine.state()
-        if progress.trajectories is not None and progress.rewards is not None:
+        trajectories = progress.trajectories
+        if trajectories is not None and progress.rewards is not None:
+            latents = [
+                self.group.gather(part, trajectories.rows, trajectories.count)
+                for part in (trajectories.latents if not self.group.alone else ())
+            ]
             tensors["trajectories"] = {
-                "latents": progress.trajectories.latents,
-                "logprob": progress.trajectories.logprob,
+                "latents": torch.stack([part.cpu() for part in latents]) if latents else trajectories.latents,
+                "logprob": trajectories.logprob,
                 "rewards": progress.rewards,
             }
         state = {
@@ -489,7 +610,11 @@ class Trainer:
             "zero_gradient": progress.zero_gradient,
             **{name: getattr(progress, name) for name in _PLAIN},
         }
-        return self.folder.checkpoints.save(progress.iteration, len(progress.updates), tensors, state, score)
+        return self.group.on_first(
+            lambda: self.folder.checkpoints.save(
+                progress.iteration, len(progress.updates), tensors, state, score
+            )
+        )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state, tensors = checkpoint.state, checkpoint.tensors
@@ -502,12 +627,34 @@ class Trainer:
             self.progress.zero_gradient = state.get("zero_gradient", 0.0)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"checkpoint {checkpoint.path} cannot be resumed: {error}") from error
-        if stored := tensors.get("trajectories"):
-            device = self.sampler.policy.device
-            trajectories = Trajectories(stored["latents"].to(device), stored["logprob"].to(device))
-            on_host = self.config.trajectories.device == "host"
-            self.progress.trajectories = trajectories.to_host() if on_host else trajectories
-            self.progress.rewards = stored["rewards"]
+        self._restore_trajectories(tensors)
+
+    def _restore_trajectories(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Takes back what was sampled and not yet learned from, each process its rows."""
+        stored = tensors.get("trajectories", {})
+        kept = self.group.on_first(
+            lambda: (
+                (stored["logprob"], stored["rewards"], stored["latents"].shape, stored["latents"].dtype)
+                if stored
+                else None
+            )
+        )
+        if kept is None:
+            return
+        logprob, rewards, shape, dtype = kept
+        mine, device = self.group.part(shape[1]), self.sampler.policy.device
+        latents = torch.stack(
+            [
+                self.group.broadcast(
+                    stored["latents"][step] if stored else torch.empty(shape[1:], dtype=dtype)
+                )[mine]
+                for step in range(shape[0])
+            ]
+        )
+        trajectories = Trajectories(latents.to(device), logprob.to(device), mine.start)
+        on_host = self.config.trajectories.device == "host"
+        self.progress.trajectories = trajectories.to_host() if on_host else trajectories
+        self.progress.rewards = rewards
 
     def _batch(self) -> tuple[list[Prompt], Conditioning, Tensor]:
         """The iteration's prompts, their conditioning, and each row's prompt; a function of seed and iteration."""
@@ -545,23 +692,32 @@ class Trainer:
         try:
             yield
         except NonFiniteError as error:
+            # every process knows the losses of all, and so of the error
+            error.shared = True
             trajectories = self.progress.trajectories
             assert trajectories is not None
             batch, _, owner = self._batch()
-            rows = list(error.rows[: self.sampler.microbatch])
-            images = self.sampler.decode(trajectories.final[rows].to(self.sampler.policy.device))
-            self._fail(
-                error, [(image, batch[owner[row]].text) for image, row in zip(images, rows, strict=True)]
-            )
+            rows = error.rows[: self.sampler.microbatch]
+            final = self.group.gather(trajectories.final, trajectories.rows, trajectories.count)[list(rows)]
+            images = self.sampler.decode(final.to(self.sampler.policy.device))
+            texts = [batch[int(owner[row])].text for row in rows]
+            self._fail(error, list(zip(images, texts, strict=True)))
 
     def _fail(self, error: LoopfastError, involved: Sequence[tuple[Tensor, str]]) -> NoReturn:
         iteration = self.progress.iteration + (self.progress.pending is None)
         images, texts = [image for image, _ in involved], [text for _, text in involved]
-        try:
-            kept = f"images and prompts are in {self.folder.save_failure(iteration, images, texts)}"
-        except LoopfastError as unwritten:
-            kept = f"the images could not be kept: {unwritten}"
-        raise type(error)(f"iteration {iteration}: {error}; {kept}") from error
+
+        def save() -> str:
+            try:
+                rank = None if self.group.alone or error.shared else self.group.rank
+                return f"images and prompts are in {self.folder.save_failure(iteration, images, texts, rank)}"
+            except LoopfastError as unwritten:
+                return f"the images could not be kept: {unwritten}"
+
+        kept = self.group.on_first(save) if error.shared else save()
+        raised = type(error)(f"iteration {iteration}: {error}; {kept}")
+        raised.shared = error.shared
+        raise raised from error
 
     def _check_ratio(self, done: UpdateStatistics) -> None:
         """Before an iteration's first update, the policy is the one that sampled."""
@@ -574,7 +730,9 @@ class Trainer:
             f"clip range; rollout and replay disagree. {self._suspect()}"
         )
         if check == "error":
-            raise LoopfastError(message)
+            error = LoopfastError(message)
+            error.shared = True
+            raise error
         self.display.warning(message)
 
     def _suspect(self) -> str:
@@ -588,7 +746,7 @@ class Trainer:
         return f"Give {sizes_given} the same value"
 
     def _check_stop(self) -> None:
-        if self._stop.requested:
+        if self.group.any(self._stop.requested):
             raise Stopped
 
     @contextmanager

@@ -9,17 +9,15 @@ a forward call as the unit of cost and a backward pass twice as dear, a pair cos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from loopfast.engines import LocalEngine
+from loopfast.engines import Engine
 from loopfast.errors import NonFiniteError
 from loopfast.profiling import phase, range_
-from loopfast.replay import Gradient, Replay
-from loopfast_kernels import LoopLoss
+from loopfast.replay import Gradient, Losses, Replay
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,12 @@ def screen(
         torch.OutOfMemoryError: the microbatch does not fit.
     """
     losses = replay.losses(pairs, microbatch, padding=padding)
-    statistics = _statistics(losses, replay, pairs)
-    zero = torch.cat([replay.surrogate.zero_gradient(loss) for loss in losses])
-    return Screening(statistics, ~zero.cpu())
+    return Screening(_statistics(losses, replay, pairs), ~losses.zero_gradient.cpu())
 
 
 def update(
     replay: Replay,
-    engine: LocalEngine,
+    engine: Engine,
     pairs: tuple[Tensor, Tensor],
     *,
     microbatch: int,
@@ -125,7 +121,7 @@ def update(
 
 def _accumulate(
     replay: Replay,
-    engine: LocalEngine,
+    engine: Engine,
     pairs: tuple[Tensor, Tensor],
     microbatch: int,
     padding: int | None,
@@ -145,33 +141,29 @@ def _accumulate(
     return replace(screening.statistics, screened_out=float((~screening.kept).double().mean()))
 
 
-def _statistics(losses: Sequence[LoopLoss], replay: Replay, pairs: tuple[Tensor, Tensor]) -> UpdateStatistics:
-    """Of an update's microbatches, in the order of its pairs.
+def _statistics(losses: Losses, replay: Replay, pairs: tuple[Tensor, Tensor]) -> UpdateStatistics:
+    """Of an update's pairs.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
     """
     with range_("statistics", "replay"):
         rows, steps = (index.to(replay.trajectories.logprob.device) for index in pairs)
-        ratio = torch.cat([loss.ratio for loss in losses]).double()
-        logprob = torch.cat([loss.logprob for loss in losses]).double()
+        ratio, logprob = losses.ratio.double(), losses.logprob.double()
         change = logprob - replay.trajectories.logprob[steps, rows].double()
         deviation = (ratio - 1).abs()
-        sizes = torch.tensor([len(loss.ratio) for loss in losses], dtype=torch.float64)
-        means = torch.stack([loss.loss.double().cpu() for loss in losses])
         clip_range = replay.surrogate.clip_range
         outside = 0.0 if clip_range is None else float((deviation > clip_range).double().mean())
-        zero = torch.cat([replay.surrogate.zero_gradient(loss) for loss in losses])
         statistics = UpdateStatistics(
-            loss=float((means * sizes).sum() / sizes.sum()),
+            loss=losses.loss,
             # E[r − 1 − log r], an estimate of KL(sampling policy ‖ present policy) that is never negative
             kl=float((ratio - 1 - change.clamp(-20, 20)).mean()),
-            kl_reference=float(torch.cat([loss.kl for loss in losses]).double().mean()),
-            clip_fraction=float(torch.cat([loss.clipped for loss in losses]).double().mean()),
+            kl_reference=float(losses.kl.double().mean()),
+            clip_fraction=float(losses.clipped.double().mean()),
             ratio_outside_clip=outside,
             ratio_max_deviation=float(deviation.max()),
             logprob_change=float(change.abs().mean()),
-            zero_gradient=float(zero.double().mean()),
+            zero_gradient=float(losses.zero_gradient.double().mean()),
         )
     if not (math.isfinite(statistics.loss) and math.isfinite(statistics.ratio_max_deviation)):
         at_fault = rows[~logprob.isfinite()].unique().tolist() or rows.unique().tolist()

@@ -14,15 +14,15 @@ ROOT = Path(__file__).parents[1]
 
 # From bottom to top. A module may import from its own layer and from those below.
 LAYERS = [
-    {"", "allocator", "errors", "files", "interrupts", "profiling", "seeds"},
+    {"", "allocator", "errors", "files", "group", "interrupts", "join", "place", "profiling", "seeds", "watch"},
     {"schedules", "algorithms", "config", "plugins"},
     {"policies", "trajectories", "prompts", "embedded", "integrations"},
     {"rollout", "engines", "rewards", "checkpoints", "tracking", "console", "microbatch"},
-    {"surrogate"},
+    {"share", "surrogate"},
     {"replay"},
-    {"update", "runs", "evaluation", "reporting"},
+    {"update", "runs", "evaluation", "planning", "reporting"},
     {"train", "profile_run"},
-    {"cli", "doctor", "__main__"},
+    {"cli", "doctor", "launch", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

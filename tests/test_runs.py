@@ -16,6 +16,7 @@ from loopfast.config import Config, load_config
 from loopfast.console import Display
 from loopfast.errors import ConfigError, LoopfastError
 from loopfast.files import write_file, writing
+from loopfast.group import ALONE
 from loopfast.microbatch import Microbatches
 from loopfast.runs import RunFolder, describe_run, peak_memory, save_image
 
@@ -195,6 +196,7 @@ def test_the_header_says_what_is_trained(
         microbatches=Microbatches(4, "auto", 8, QUIET.warning),
         prompts=[None] * 9,
         folder=RunFolder(config),
+        group=ALONE,
     )
     facts = dict(describe_run(trainer))
     assert facts["steps"] == said

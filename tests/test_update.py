@@ -76,7 +76,7 @@ class Gradients:
     def __init__(self) -> None:
         self.updates = self.discarded = 0
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
         loss.backward()
 
     def discard(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loopfast.config import EvaluationConfig
 from loopfast.files import write_file
+from loopfast.group import ALONE, Group
 from loopfast.prompts import Prompt
 from loopfast.reporting import image_grid
 from loopfast.rewards import Scores
@@ -105,6 +106,7 @@ def evaluate(
     config: EvaluationConfig,
     *,
     between: Callable[[], None] = lambda: None,
+    group: Group = ALONE,
 ) -> Evaluation:
     """Draws ``config.images_per_prompt`` images of each prompt and scores them.
 
@@ -117,35 +119,58 @@ def evaluate(
         score: gives the rewards of images ``[N, 3, H, W]`` of N prompts.
         config: the section ``evaluation``.
         between: called before each batch; it may raise to stop.
+        group: the processes that evaluate together, each its share of the images; all know the result.
     """
     chosen = list(prompts[: config.limit_prompts])
     samples = config.images_per_prompt
     seeds = row_seeds(config.seed, "evaluation", 0, list(range(len(chosen))), samples)
     owner = torch.arange(len(chosen)).repeat_interleave(samples)
     preview = _spread(len(chosen), config.preview_images, samples)
-    items: list[dict[str, Any]] = []
-    kept: list[Tensor] = []
-    for rows in slices(len(owner), sampler.microbatch):
-        between()
-        batch = [chosen[index] for index in owner[rows].tolist()]
-        texts = list(dict.fromkeys(prompt.text for prompt in batch))
-        position = {text: index for index, text in enumerate(texts)}
-        conditioning = sampler.policy.encode(texts)
-        indices = torch.tensor([position[prompt.text] for prompt in batch])
-        images = sampler.decode(sampler.sample(conditioning, indices, seeds[rows]).final)
-        scores = score(images, batch)
-        for offset, prompt in enumerate(batch):
-            items.append(
-                {
-                    "prompt": prompt.text,
-                    "category": str(prompt.metadata.get("category", "all")),
-                    "seed": int(seeds[rows.start + offset]),
-                    "reward": float(scores.total[offset]),
-                    "parts": {name: float(part[offset]) for name, part in scores.parts.items()},
-                }
-            )
-        kept += [images[index - rows.start].cpu() for index in preview if rows.start <= index < rows.stop]
-    return Evaluation(items, preview, torch.stack(kept) if kept else torch.empty(0))
+    mine = group.part(len(owner))
+    most = max(part.stop - part.start for part in group.parts(len(owner)))
+    names: list[str] = []
+    values: list[Tensor] = []
+    kept: dict[int, Tensor] = {}
+    with sampler.ready():
+        for rows in slices(mine.stop - mine.start, sampler.microbatch, -(-most // sampler.microbatch)):
+            between()
+            counts = rows.stop > rows.start
+            # without rows of its own, a call of any: others may need this process's part of the weights
+            rows = slice(mine.start + rows.start, mine.start + rows.stop) if counts else slice(0, 1)
+            batch = [chosen[index] for index in owner[rows].tolist()]
+            texts = list(dict.fromkeys(prompt.text for prompt in batch))
+            position = {text: index for index, text in enumerate(texts)}
+            conditioning = sampler.policy.encode(texts)
+            indices = torch.tensor([position[prompt.text] for prompt in batch])
+            images = sampler.decode(sampler.sample(conditioning, indices, seeds[rows]).final)
+            scores = score(images, batch)
+            names = list(scores.parts)
+            if counts:
+                values.append(torch.stack([scores.total, *scores.parts.values()], 1).double().cpu())
+                kept |= {i: images[i - rows.start].cpu() for i in preview if rows.start <= i < rows.stop}
+    empty = torch.empty(0, 1 + len(names), dtype=torch.float64)
+    rewards = group.gather(torch.cat([empty, *values]), torch.arange(mine.start, mine.stop), len(owner))
+    items = [
+        {
+            "prompt": chosen[index].text,
+            "category": str(chosen[index].metadata.get("category", "all")),
+            "seed": seed,
+            "reward": row[0],
+            "parts": dict(zip(names, row[1:], strict=True)),
+        }
+        for index, seed, row in zip(owner.tolist(), seeds.tolist(), rewards.tolist(), strict=True)
+    ]
+    return Evaluation(items, preview, _together(kept, preview, images, group))
+
+
+def _together(kept: dict[int, Tensor], preview: list[int], images: Tensor, group: Group) -> Tensor:
+    """The preview's images of all processes; ``images`` are any, for their shape."""
+    if not preview:
+        return torch.empty(0)
+    place = {item: index for index, item in enumerate(preview)}
+    ids = torch.tensor([place[item] for item in kept], dtype=torch.int64)
+    mine = torch.stack(list(kept.values())) if kept else images[:0].cpu()
+    return group.gather(mine, ids, len(preview))
 
 
 def _spread(prompts: int, wanted: int, samples: int) -> list[int]:

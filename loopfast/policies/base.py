@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,13 @@ from torch import Tensor
 
 Conditioning = dict[str, Tensor]
 """What a prompt becomes: tensors by name, a row each per prompt."""
+
+
+class Caller(Protocol):
+    """Who calls a denoiser whose weights are not all here."""
+
+    def call(self, denoiser: torch.nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
+        """What ``function(denoiser, *inputs)`` returns, called with the weights it needs."""
 
 
 class Policy(Protocol):
@@ -38,6 +46,13 @@ class Policy(Protocol):
     @property
     def denoiser(self) -> torch.nn.Module:
         """The network that :meth:`predict` calls now: the trained one, or another inside :meth:`reference`."""
+
+    @property
+    def reference_denoiser(self) -> torch.nn.Module | None:
+        """The network before training, where it is a second one."""
+
+    def hand_over(self, caller: Caller) -> None:
+        """Has every call of its denoisers made by an engine that has taken their weights."""
 
     def with_denoiser(
         self, denoiser: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, autocast: bool
@@ -78,8 +93,13 @@ class Policy(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Images float32 ``[M, 3, H, W]`` in [0, 1] of latents ``[M, *L]``."""
 
-    def export(self, directory: Path) -> None:
-        """Writes what was trained in the form that diffusers opens by itself."""
+    def export(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        """Writes what was trained in the form that diffusers opens by itself.
+
+        Args:
+            directory: where to.
+            weights: the trained ones, by the names of :meth:`trainable`.
+        """
 
 
 def expand(conditioning: Conditioning, rows: Tensor) -> Conditioning:

@@ -30,13 +30,22 @@ _DDIM_COMPATIBLE = (
 )
 
 
-def load_policy(config: ModelConfig, *, seed: int = 0, keep_reference: bool = False) -> Policy:
+def load_policy(
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    keep_reference: bool = False,
+    cast: bool = False,
+    sharded: bool = False,
+) -> Policy:
     """The policy a configuration names, ready to be trained.
 
     Args:
         config: the section ``model``.
         seed: of the adapter's initial weights.
         keep_reference: keep the model before training at hand where that costs memory (full fine-tuning).
+        cast: give trained weights, too, the type to compute in, for an engine that keeps float32 ones itself.
+        sharded: leave the denoiser in the host's memory, for an engine that takes a part of it.
 
     Raises:
         ConfigError: the model cannot be found or loaded, or its family is not supported.
@@ -48,7 +57,36 @@ def load_policy(config: ModelConfig, *, seed: int = 0, keep_reference: bool = Fa
         raise ConfigError(
             f"model.pretrained: {config.pretrained!r} is a {family}; supported: StableDiffusionPipeline"
         )
-    return StableDiffusionPolicy(config, load_scheduler(config), seed=seed, keep_reference=keep_reference)
+    return StableDiffusionPolicy(
+        config,
+        load_scheduler(config),
+        seed=seed,
+        keep_reference=keep_reference,
+        cast=cast,
+        sharded=sharded,
+    )
+
+
+def denoiser_size(config: ModelConfig) -> int:
+    """How many parameters a model's denoiser has, by its configuration alone.
+
+    Raises:
+        ConfigError: the model cannot be found, or its family is not supported.
+    """
+    from diffusers import UNet2DConditionModel
+
+    _index(config)
+    try:
+        settings = UNet2DConditionModel.load_config(
+            str(locate(config)), subfolder="unet", revision=config.revision
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.pretrained: cannot load the UNet's configuration of {config.pretrained!r}: {first_line(error)}"
+        ) from error
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(settings)
+    return sum(parameter.numel() for parameter in unet.parameters())
 
 
 def load_scheduler(config: ModelConfig) -> DDIMScheduler:

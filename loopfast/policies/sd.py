@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 from typing_extensions import override
 
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
-from loopfast.policies.base import Conditioning, Policy
+from loopfast.policies.base import Caller, Conditioning, Policy
 from loopfast.policies.guided_unet import guided_forward, plain_forward, shares_trunk
 from loopfast.policies.levers import compile_blocks, compile_calls, set_attention, set_layers, set_tf32
 from loopfast.policies.loading import first_line, locate, torch_device
@@ -33,15 +33,24 @@ class StableDiffusionPolicy(Policy):
     """A ``StableDiffusionPipeline`` whose UNet, or a LoRA of it, is trained; see :class:`loopfast.policies.Policy`.
 
     Under full fine-tuning the UNet's weights stay in float32 and ``dtype`` is what it computes in (autocast); under
-    LoRA the frozen weights have ``dtype`` and the adapter's are float32. Text encoder and autoencoder are frozen, and
-    the autoencoder computes in float32.
+    LoRA the frozen weights have ``dtype`` and the adapter's are float32; with ``cast`` all have ``dtype``. Text encoder
+    and autoencoder are frozen, and the autoencoder computes in float32.
 
     Raises:
         ConfigError: the pipeline cannot be loaded, no module matches ``model.lora.targets``, or ``model.attention``,
             ``model.compile`` or ``model.tf32`` asks for what is not to be had here.
     """
 
-    def __init__(self, config: ModelConfig, scheduler: Any, *, seed: int, keep_reference: bool) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        scheduler: Any,
+        *,
+        seed: int,
+        keep_reference: bool,
+        cast: bool = False,
+        sharded: bool = False,
+    ) -> None:
         self.scheduler = scheduler
         self.device = torch_device(config.device)
         self.dtype = getattr(torch, config.dtype)
@@ -83,16 +92,24 @@ class StableDiffusionPolicy(Policy):
         }
 
         self._base: torch.nn.Module | None = None
+        self._caller: Caller | None = None
+        home = torch.device("cpu") if sharded else self.device
+        trained = self.dtype if cast else torch.float32
         if config.tune == "full":
             if keep_reference:
-                self._base = copy.deepcopy(self._unet).to(self.device, self.dtype)
+                self._base = copy.deepcopy(self._unet).to(home, self.dtype)
             self._unet.requires_grad_(True)
-            self._unet.to(self.device)
+            self._unet.to(home, trained)
         else:
-            self._unet.to(self.device, self.dtype)
-            self._add_adapter(seed)
+            self._unet.to(home, self.dtype)
+            self._add_adapter(seed, trained)
         self._active: torch.nn.Module = self._unet
-        self._autocast = config.tune == "full" and self.dtype != torch.float32
+        # now, since an engine that spreads them leaves none whole
+        self._parameters = (
+            sum(parameter.numel() for parameter in self.trainable().values()),
+            sum(parameter.numel() for parameter in self._unet.parameters()),
+        )
+        self._autocast = config.tune == "full" and self.dtype != trained
         self._unconditional: Conditioning | None = None
         self._encoded: tuple[dict[str, int], Tensor] | None = None
         self._guided, self._plain = guided_forward, plain_forward
@@ -104,7 +121,7 @@ class StableDiffusionPolicy(Policy):
                 compile_calls(self._plain, self.device),
             )
 
-    def _add_adapter(self, seed: int) -> None:
+    def _add_adapter(self, seed: int, dtype: torch.dtype) -> None:
         lora = self._config.lora
         targets = list(lora.targets or ATTENTION_PROJECTIONS)
         with torch.random.fork_rng(devices=[]):
@@ -117,12 +134,11 @@ class StableDiffusionPolicy(Policy):
                 raise ConfigError(f"model.lora.targets: {targets}: {first_line(error)}") from error
         for parameter in self._unet.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(dtype)
 
     @override
     def describe(self) -> str:
-        count = sum(parameter.numel() for parameter in self.trainable().values())
-        total = sum(parameter.numel() for parameter in self._unet.parameters())
+        count, total = self._parameters
         what = "UNet" if self._config.tune == "full" else f"LoRA rank {self._config.lora.rank}"
         return f"{self._config.pretrained} ({what}: {count / 1e6:.2f} M of {total / 1e6:.2f} M parameters trained)"
 
@@ -135,6 +151,15 @@ class StableDiffusionPolicy(Policy):
     def denoiser(self) -> torch.nn.Module:
         return self._active
 
+    @property
+    @override
+    def reference_denoiser(self) -> torch.nn.Module | None:
+        return self._base
+
+    @override
+    def hand_over(self, caller: Caller) -> None:
+        self._caller = caller
+
     @override
     def with_denoiser(
         self, denoiser: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, autocast: bool
@@ -143,7 +168,7 @@ class StableDiffusionPolicy(Policy):
             self._unconditional = self.encode([""])
         twin = copy.copy(self)
         twin._unet = twin._active = denoiser
-        twin.device, twin.dtype, twin._autocast = device, dtype, autocast
+        twin.device, twin.dtype, twin._autocast, twin._caller = device, dtype, autocast, None
         twin._unconditional = {name: value.to(device, dtype) for name, value in self._unconditional.items()}
         return twin
 
@@ -201,7 +226,7 @@ class StableDiffusionPolicy(Policy):
         empty = self._unconditional["encoder_hidden_states"].expand_as(text)
         if self._config.shared_trunk and shares_trunk(self._active):
             with self._precision():
-                conditional, unconditional = self._guided(self._active, sample, timestep, text, empty)
+                conditional, unconditional = self._call(self._guided, sample, timestep, text, empty)
             return conditional.to(self.dtype).contiguous(), unconditional.to(self.dtype).contiguous()
         both = self._denoise(
             torch.cat([sample, sample]), torch.cat([timestep, timestep]), torch.cat([text, empty])
@@ -211,9 +236,14 @@ class StableDiffusionPolicy(Policy):
 
     def _denoise(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         with self._precision():
-            output = self._plain(self._active, sample, timestep, text)
+            output = self._call(self._plain, sample, timestep, text)
         result: Tensor = output.to(self.dtype).contiguous()
         return result
+
+    def _call(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
+        if self._caller is None:
+            return function(self._active, *inputs)
+        return self._caller.call(self._active, function, *inputs)
 
     def _precision(self) -> AbstractContextManager[object]:
         if not self._autocast:
@@ -245,18 +275,26 @@ class StableDiffusionPolicy(Policy):
         return (images / 2 + 0.5).clamp(0, 1).contiguous()
 
     @override
-    def export(self, directory: Path) -> None:
+    def export(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
         if self._config.tune == "full":
+            # a UNet around these weights: the trained one may hold but a part of them, or layers of other classes
+            with torch.device("meta"):
+                unet = UNet2DConditionModel.from_config(self._unet.config)
+            unet.load_state_dict(dict(weights), assign=True)
             released = self.pipeline.text_encoder is None
             if released:
                 self.pipeline.register_modules(text_encoder=self._load_text_encoder())
-            save_portable(self.pipeline, directory)
+            self.pipeline.register_modules(unet=unet)
+            try:
+                save_portable(self.pipeline, directory)
+            finally:
+                self.pipeline.register_modules(unet=self._unet)
             if released:
                 self.pipeline.register_modules(text_encoder=None)
             return
         # readers take alpha to be the rank unless told, each release in its own way: the factor goes into the weights
         factor = self._config.lora.alpha / self._config.lora.rank
-        layers = get_peft_model_state_dict(self._unet, adapter_name=ADAPTER)
+        layers = get_peft_model_state_dict(self._unet, state_dict=dict(weights), adapter_name=ADAPTER)
         StableDiffusionPipeline.save_lora_weights(
             directory,
             unet_lora_layers={

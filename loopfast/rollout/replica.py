@@ -1,8 +1,10 @@
-"""A second denoiser to sample from, where the rollout asks for another type, device or form than training."""
+"""A second denoiser to sample from: of another type, device or form than the trained one, or in one piece."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,24 +12,42 @@ import torch
 from loopfast.config import RolloutConfig
 from loopfast.policies import Policy, torch_device
 
+Whole = Callable[[Iterable[torch.nn.Parameter]], AbstractContextManager[None]]
+"""Shows the whole values of parameters that an engine may have spread over processes."""
+
 
 class Replica:
-    """A copy of a policy's denoiser at fixed addresses, made equal to it again before sampling.
+    """A copy of a policy's denoiser, made equal to it again before sampling.
+
+    Made before an engine takes the policy's weights apart.
 
     Args:
         policy: what is copied.
         dtype: of the copy's weights and its latents; None: those of the policy.
         device: where the copy is.
         merge_lora: add the adapter to the base weights, ``W + alpha / rank · B A``, and do without its layers.
+        resident: keep the copy, at fixed addresses, and refresh what training changes; otherwise it is made for each
+            use, of all weights, and given back.
 
     Attributes:
         policy: predicts with the copy.
+        resident: as given.
+        exact: whether the copy computes the policy's own outputs, bit for bit.
+        whole: shows the policy's weights; an engine that spreads them sets it.
     """
 
     def __init__(
-        self, policy: Policy, *, dtype: torch.dtype | None, device: torch.device, merge_lora: bool
+        self,
+        policy: Policy,
+        *,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        merge_lora: bool,
+        resident: bool = True,
     ) -> None:
-        self._source = policy
+        self._source, self.resident, self._users = policy, resident, 0
+        self.whole: Whole = lambda parameters: nullcontext()
+        self.exact = dtype is None and not merge_lora and device.type == policy.device.type
         denoiser = copy.deepcopy(policy.denoiser).requires_grad_(False)
         self._merged = _merge_layers(denoiser) if merge_lora else []
         denoiser.to(device, dtype)
@@ -42,26 +62,62 @@ class Replica:
         autocast = autocast and not _layers_with_adapter(policy.denoiser)
         self.policy = policy.with_denoiser(denoiser, device, dtype or policy.dtype, autocast=autocast)
         self._targets = dict(denoiser.named_parameters())
-        self.refresh()
+        if not resident:
+            self._give_back()
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Inside, the copy is there and equal to the policy as it was on entering; uses may be nested."""
+        self._users += 1
+        try:
+            if self._users == 1:
+                self._refresh()
+            yield
+        finally:
+            self._users -= 1
+            if not (self.resident or self._users):
+                self._give_back()
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Copies what training changed into the replica's weights, which stay where they are."""
+    def _refresh(self) -> None:
+        """Copies weights, a layer at a time: what training changed, or all where nothing was kept."""
         if self._merged:
-            sources = _layers_with_adapter(self._source.denoiser)
-            for name in self._merged:
-                layer = sources[name]
+            self._merge()
+            return
+        if self.resident:
+            parameters = self._source.trainable()
+        else:
+            parameters = dict(self._source.denoiser.named_parameters())
+            for target, (shape, stride) in self._freed.items():
+                target.data = torch.empty_strided(shape, stride, dtype=target.dtype, device=target.device)
+        for layer in _by_layer(parameters):
+            with self.whole(layer.values()):
+                for name, parameter in layer.items():
+                    self._targets[name].copy_(parameter)
+
+    def _merge(self) -> None:
+        sources = _layers_with_adapter(self._source.denoiser)
+        for name in self._merged:
+            layer = sources[name]
+            with self.whole(layer.parameters()):
                 for adapter in layer.active_adapters:
                     weight = layer.get_base_layer().weight
                     merged = weight.float() + layer.get_delta_weight(adapter).float()
                     self._targets[f"{name}.weight" if name else "weight"].copy_(merged)
-            return
-        for name, parameter in self._source.trainable().items():
-            self._targets[name].copy_(parameter)
+
+    def _give_back(self) -> None:
+        self._freed = {target: (target.shape, target.stride()) for target in self._targets.values()}
+        for target in self._targets.values():
+            target.data = target.data.new_empty(0)
 
 
-def make_replica(policy: Policy, config: RolloutConfig) -> Replica | None:
+def make_replica(policy: Policy, config: RolloutConfig, *, sharded: bool = False) -> Replica | None:
     """The replica that a configuration asks for; None where the policy itself can be sampled from.
+
+    Args:
+        policy: whole still.
+        config: the section ``rollout``.
+        sharded: whether the policy's weights are about to be spread over processes.
 
     Raises:
         ConfigError: ``rollout.device`` is not there.
@@ -71,9 +127,24 @@ def make_replica(policy: Policy, config: RolloutConfig) -> Replica | None:
     if dtype == policy.dtype:
         dtype = None
     same_device = torch.empty(0, device=device).device == torch.empty(0, device=policy.device).device
-    if dtype is None and same_device and not config.merge_lora:
+    wanted = dtype is not None or not same_device or config.merge_lora or sharded
+    kind = config.replica
+    if kind == "auto":
+        adapter = len(policy.trainable()) < len(list(policy.denoiser.parameters()))
+        kind = "none" if not wanted else "gathered" if sharded and not adapter else "resident"
+    if kind == "none":
         return None
-    return Replica(policy, dtype=dtype, device=device, merge_lora=config.merge_lora)
+    return Replica(
+        policy, dtype=dtype, device=device, merge_lora=config.merge_lora, resident=kind == "resident"
+    )
+
+
+def _by_layer(parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """The parameters of each module that has some of its own."""
+    layers: dict[str, dict[str, torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        layers.setdefault(name.rpartition(".")[0], {})[name] = parameter
+    yield from layers.values()
 
 
 def _layers_with_adapter(module: torch.nn.Module) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -65,6 +66,7 @@ class Sampler:
         between: Callable[[], None] = lambda: None,
         schedule: TransitionSchedule | None = None,
         finished: Callable[[slice, Tensor], None] = lambda rows, latents: None,
+        calls: int = 0,
     ) -> Trajectories:
         """Samples N trajectories.
 
@@ -75,6 +77,7 @@ class Sampler:
             between: called before each microbatch; it may raise to stop.
             schedule: the T transitions to sample by; None: the sampler's own.
             finished: called after each microbatch with its rows and their denoised latents ``[rows, *L]``.
+            calls: sample at least so many microbatches, as other processes do that have more rows.
 
         Returns:
             The trajectories, on the policy's device, in the type of the model that was sampled from.
@@ -83,18 +86,24 @@ class Sampler:
             torch.OutOfMemoryError: the microbatch does not fit into memory; nothing is kept of the attempt.
         """
         schedule, model = schedule or self.schedule, self.model
-        if self.replica is not None:
-            self.replica.refresh()
         count, steps, device = len(seeds), len(schedule), self.policy.device
         latents = torch.empty(steps + 1, count, *model.latent_shape, dtype=model.dtype, device=device)
         logprob = torch.empty(steps, count, dtype=torch.float32, device=device)
-        for rows in slices(count, self.microbatch):
-            between()
-            done = self._sample_rows(model, schedule, conditioning, prompts[rows], seeds[rows])
-            size = rows.stop - rows.start
-            latents[:, rows], logprob[:, rows] = done.trajectory[:, :size], done.logprob[:, :size]
-            finished(rows, latents[-1, rows])
+        with self.ready():
+            for rows in slices(count, self.microbatch, calls):
+                between()
+                size = rows.stop - rows.start
+                # without rows of its own, a call of any: others may need this process's part of the weights
+                some = rows if size else slice(0, 1)
+                done = self._sample_rows(model, schedule, conditioning, prompts[some], seeds[some])
+                latents[:, rows], logprob[:, rows] = done.trajectory[:, :size], done.logprob[:, :size]
+                if size:
+                    finished(rows, latents[-1, rows])
         return Trajectories(latents, logprob)
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Inside, samples are those of the policy as it was on entering, and the replica is refreshed no more."""
+        return nullcontext() if self.replica is None else self.replica.ready()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images float32 ``[N, 3, H, W]`` in [0, 1] of latents ``[N, *L]``, decoded a microbatch at a time."""
@@ -132,10 +141,10 @@ class Sampler:
         return step.step
 
 
-def slices(count: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``size`` that cover ``range(count)``."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+def slices(count: int, size: int, least: int = 0) -> Iterator[slice]:
+    """Consecutive slices of at most ``size`` that cover ``range(count)``, then empty ones until there are ``least``."""
+    for start in range(0, max(count, least * size), size):
+        yield slice(min(start, count), min(start + size, count))
 
 
 def automatic_microbatch(rows: int, latent_shape: tuple[int, ...]) -> int:

@@ -23,6 +23,10 @@ PROMPTS = ["a red circle and a blue square", "three green triangles", "an outlin
 TUNES = ["full", "lora"]
 
 
+def weights(policy: Policy) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in policy.trainable().items()}
+
+
 def make(folder: Path, tune: str, *, seed: int = 0, keep_reference: bool = True, **options: Any) -> Policy:
     config = ModelConfig(
         pretrained=str(folder), device="cpu", tune=tune, lora={"rank": 4, "alpha": 8}, **options
@@ -218,7 +222,7 @@ def test_plain_diffusers_opens_what_is_exported(pipeline_folder: Path, tmp_path:
     policy = make(pipeline_folder, tune)
     disturb(policy)
     exported = tmp_path / "exported"
-    policy.export(exported)
+    policy.export(exported, weights(policy))
 
     schedule = transition_schedule(policy.scheduler, 4, eta=0.0)
     sampler = Sampler(policy, schedule, guidance_scale=2.0, reduction="mean", microbatch=3)
@@ -245,7 +249,7 @@ def test_plain_diffusers_opens_what_is_exported(pipeline_folder: Path, tmp_path:
 def test_an_exported_pipeline_is_read_by_transformers_4(pipeline_folder: Path, tmp_path: Path) -> None:
     """By the names it looks for: of the text encoder's weights and of the tokenizer's files."""
     policy: Any = make(pipeline_folder, "full")
-    policy.export(tmp_path)
+    policy.export(tmp_path, weights(policy))
     names = load_file(tmp_path / "text_encoder" / "model.safetensors").keys()
     assert all(name.startswith("text_model.") for name in names)
     given, written = pipeline_folder / "tokenizer", tmp_path / "tokenizer"
@@ -351,7 +355,7 @@ def test_a_released_text_encoder_has_encoded_all_and_comes_back_for_the_export(
     policy.free_text_encoder(PROMPTS)
     assert policy.pipeline.text_encoder is None
     torch.testing.assert_close(policy.encode(PROMPTS)["encoder_hidden_states"], expected)
-    policy.export(tmp_path)
+    policy.export(tmp_path, weights(policy))
     assert policy.pipeline.text_encoder is None
     again = load_policy(ModelConfig(pretrained=str(tmp_path), device="cpu"))
     torch.testing.assert_close(again.encode(PROMPTS)["encoder_hidden_states"], expected)

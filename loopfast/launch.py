@@ -1,0 +1,62 @@
+"""Starts the processes of a run on this host, and says what became of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from loopfast.errors import LoopfastError
+
+STARTS = "LOOPFAST_LAUNCHED"
+"""Set in processes that `launch` has started."""
+
+
+def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
+    """Runs ``loopfast`` with arguments in several processes of this host, one for each GPU, by torchrun's launcher.
+
+    When a process dies the others are ended, and all are started anew, from the run's last checkpoint, as often as
+    ``restarts`` says.
+
+    Args:
+        arguments: of each process's command line, such as ``["train", "--config", "tiny"]``.
+        processes: how many.
+        restarts: how often they may be started anew.
+
+    Raises:
+        LoopfastError: a process has failed, and the restarts are used up; the message names its rank.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        run_id=f"loopfast-{os.getpid()}",
+        max_restarts=restarts,
+        monitor_interval=0.1,
+        start_method="spawn",
+    )
+    # a share of the cores each, unless the user knows better
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    try:
+        elastic_launch(config, sys.executable)("-m", "loopfast", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        raised = LoopfastError(
+            f"rank {rank} {how}"
+            + (
+                f", and {restarts} restart(s) are used up"
+                if restarts
+                else "; --max-restarts N starts it anew"
+            )
+            + "; --resume auto goes on from the last checkpoint"
+        )
+        raised.exit_code = code if code > 0 else 128 - code
+        raise raised from None

@@ -1,0 +1,110 @@
+"""Notices when a process of the group dies or hangs, says which, and ends those that would wait for it forever."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+BEAT = 2.0
+"""Seconds between two signs of life."""
+
+SILENCE = 30.0
+"""Seconds without a sign of life after which a process counts as dead."""
+
+GRACE = 10.0
+"""Seconds that a process has, once another is known to be dead, to end by itself."""
+
+
+class Watch:
+    """A thread that gives signs of life to the group's store and reads the others' there.
+
+    The first process reads everybody's and publishes its verdict, the others read the verdict and the first's: the
+    store is asked a number of times that grows with the processes, not with their square.
+
+    Args:
+        store: of the group; a connection of the watch's own.
+        rank, size: this process's number, and how many there are.
+
+    Attributes:
+        reason: what has ended the group, in words that name the rank; None while all is well.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.reason: str | None = None
+        self._store, self._rank, self._size = store, rank, size
+        self._seen = dict.fromkeys(range(size) if rank == 0 else (0,), (b"", time.monotonic()))
+        self._seen.pop(rank, None)
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        store.set(f"beat/{rank}", "0")
+        self._thread = threading.Thread(target=self._run, name="loopfast-watch", daemon=True)
+        self._thread.start()
+
+    def fail(self, reason: str) -> None:
+        """Tells the others that this process ends, and why."""
+        self._publish(f"rank {self._rank} failed: {reason}")
+
+    def done(self) -> None:
+        """Ends the watch: this process needs nobody any more."""
+        self._stopped.set()
+        self._thread.join(BEAT)
+        with self._lock:
+            try:
+                self._store.set(f"beat/{self._rank}", "done")
+            except RuntimeError:
+                return  # the store went with its process, which needs nobody either
+
+    def _run(self) -> None:
+        beat = 0
+        while not self._stopped.is_set():
+            try:
+                with self._lock:
+                    beat += 1
+                    self._store.set(f"beat/{self._rank}", str(beat))
+                    self._look()
+            except RuntimeError as error:
+                self.reason = self.reason or (
+                    f"the group's store does not answer: the process that keeps it (rank 0, or torchrun) has ended "
+                    f"({str(error).splitlines()[0][:120]})"
+                )
+            if self.reason is not None:
+                break
+            self._stopped.wait(BEAT)
+        if not self._stopped.wait(GRACE) and self.reason is not None:
+            # the main thread waits inside a library that no exception reaches
+            if self._rank == 0:
+                print(f"error: {self.reason}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _look(self) -> None:
+        if self._store.check(["verdict"]):
+            self.reason = self._store.get("verdict").decode()
+            return
+        now = time.monotonic()
+        keys = [f"beat/{rank}" for rank in self._seen]
+        if not self._store.check(keys):
+            return  # somebody has only just joined
+        for rank, value in zip(list(self._seen), self._store.multi_get(keys), strict=True):
+            last, since = self._seen[rank]
+            if value != last:
+                self._seen[rank] = value, now
+            elif value != b"done" and now - since > SILENCE:
+                self.reason = (
+                    f"rank {rank} has given no sign of life for {SILENCE:.0f} s: it was killed, or hangs"
+                )
+                self._publish_locked(self.reason)
+                return
+
+    def _publish(self, reason: str) -> None:
+        with self._lock:
+            self._publish_locked(reason)
+
+    def _publish_locked(self, reason: str) -> None:
+        try:
+            if not self._store.check(["verdict"]):
+                self._store.set("verdict", reason)
+        except RuntimeError:
+            return  # nobody is left to be told
