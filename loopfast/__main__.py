@@ -5,8 +5,12 @@ Needs the standard library only, so that a base install can say what it lacks.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+
+# before torch is imported: of a process that has died it would show a backtrace for each connection
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from loopfast.allocator import reuse_freed_memory
 from loopfast.errors import LoopfastError, MissingExtraError

@@ -343,6 +343,53 @@ def schedule(
 
 
 @app.command(
+    epilog="**Example:** `loopfast plan --config sd15-jpeg --gpus 4 --memory 24GiB --set model.tune=full`"
+)
+def plan(
+    config: _ConfigOption,
+    overrides: _Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes, each with a device; default: 1.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of each device, such as 24GiB; default: the card's."),
+    ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CARD",
+            help="rtx3060, rtx3090, rtx4090, a100-40, a100-80, h100-80 or cpu; default: what is here, or the smallest "
+            "with that memory.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="sd15, sd21, sd21-base, sdxl or sd3-medium in place of model.pretrained."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what a run will hold and how long it takes, before anything is loaded.
+
+    From the configurations of the run and of its model, without weights: memory by purpose and ZeRO stage, whether
+    it fits, the largest sizes that do, the cheapest changes that make it fit, seconds an iteration estimated from
+    counted operations and the card's datasheet, and how they scale to 512 GPUs.
+    """
+    settings = _load(config, overrides)
+    _quiet_libraries()
+    from loopfast.planning import as_dict, as_tables
+    from loopfast.planning import plan as make_plan
+
+    found = make_plan(settings, gpus=gpus, memory=memory, card=card, model=model)
+    if as_json:
+        print(json.dumps(as_dict(found), indent=2))
+    else:
+        Console().print(as_tables(found))
+
+
+@app.command(
     epilog="**Example:** `loopfast profile --config tiny --iterations 2 --set rollout.guidance_scale=3`"
 )
 def profile(
@@ -424,10 +471,12 @@ def config_deepspeed(config: _ConfigArgument, overrides: _Overrides = None) -> N
     settings = _load(config, overrides)
     _quiet_libraries()
     from loopfast.engines import deepspeed_settings
-    from loopfast.policies import denoiser_size, torch_device
+    from loopfast.planning.architectures import load_architecture
+    from loopfast.policies import torch_device
 
+    parameters = load_architecture(settings.model).denoiser.parameters()
     pinned = torch_device(settings.model.device).type == "cuda"
-    print(json.dumps(deepspeed_settings(settings, denoiser_size(settings.model), pinned=pinned), indent=2))
+    print(json.dumps(deepspeed_settings(settings, parameters, pinned=pinned), indent=2))
 
 
 @config_app.command("schema", epilog="**Example:** `loopfast config schema > loopfast.schema.json`")

@@ -647,6 +647,9 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
     if rollout.replica == "none" and wanted:
         allowed = f"auto, resident or gathered beside rollout.{wanted[0]}, which needs a copy of the denoiser"
         yield _problem(("rollout", "replica"), "none", allowed)
+    if rollout.replica == "gathered" and rollout.merge_lora:
+        allowed = "auto or resident with rollout.merge_lora, which changes a copy that is there"
+        yield _problem(("rollout", "replica"), "gathered", allowed)
     yield from _distributed(config)
     if rollout.merge_lora and config.model.tune != "lora":
         yield _problem(("rollout", "merge_lora"), True, "false with model.tune: full, which has no adapter")
@@ -684,6 +687,12 @@ def _distributed(config: Config) -> Iterator[tuple[_Path, str]]:
     if distributed.zero_stage < least:
         allowed = f"{least} or more with distributed.offload: {distributed.offload}"
         yield _problem(("distributed", "zero_stage"), distributed.zero_stage, allowed)
+    if distributed.zero_stage and config.train.optimizer != "adamw":
+        allowed = "adamw with distributed.zero_stage above 0, whose parts of moments have no 8-bit blocks"
+        yield _problem(("train", "optimizer"), config.train.optimizer, allowed)
+    if distributed.zero_stage == 3 and config.model.compile != "off":
+        allowed = "off with distributed.zero_stage: 3, which gathers weights between layers"
+        yield _problem(("model", "compile"), config.model.compile, allowed)
 
 
 def _stochastic(rollout: RolloutConfig, train: TrainConfig) -> tuple[list[str], int]:

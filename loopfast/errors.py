@@ -90,8 +90,6 @@ class MissingExtraError(LoopfastError):
 class PeerError(LoopfastError):
     """Another process of the group has ended, or does not answer; the message names its rank."""
 
-    shared = True
-
 
 class Interrupted(LoopfastError):  # noqa: N818 - being stopped is not an error
     """The run was stopped by a signal, after its state was saved.

@@ -174,17 +174,6 @@ class Group:
             raise answer
         return cast(Result, answer)
 
-    def barrier(self) -> None:
-        """Waits for every process, at the store."""
-        if self.alone:
-            return
-        self._turns += 1
-        key = f"turn/{self._turns}"
-        self._store.add(key, 1)
-        while self._store.add(key, 0) < self.size:
-            self._raise_if_broken()
-            time.sleep(_POLL)
-
     def end_watch(self) -> None:
         """Says that this process needs the others no more."""
         if self._watch is not None:
@@ -192,7 +181,12 @@ class Group:
 
     def _raise_if_broken(self) -> None:
         if self._watch is not None and self._watch.reason is not None:
-            raise PeerError(self._watch.reason)
+            raise self._peer_error(self._watch.reason)
+
+    def _peer_error(self, reason: str) -> PeerError:
+        error = PeerError(reason)
+        error.silent = self._watch is not None and self._watch.speaker != self.rank
+        return error
 
     @contextmanager
     def explained(self, hurried: Callable[[], bool] = lambda: False) -> Iterator[None]:
@@ -209,6 +203,8 @@ class Group:
             return
         try:
             yield
+        except PeerError:
+            raise
         except LoopfastError as error:
             if error.shared:
                 error.silent = not self.first
@@ -225,9 +221,7 @@ class Group:
             unknown = (
                 f"the connection to another process broke, or it did not answer in time ({first_line(error)})"
             )
-            raised = PeerError(self._watch.reason or unknown)
-            raised.silent = not self.first
-            raise raised from None
+            raise self._peer_error(self._watch.reason or unknown) from None
 
 
 ALONE = Group(Place())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -11,9 +12,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from loopfast.errors import LoopfastError
-
-STARTS = "LOOPFAST_LAUNCHED"
-"""Set in processes that `launch` has started."""
 
 
 def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
@@ -41,6 +39,8 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
         monitor_interval=0.1,
         start_method="spawn",
     )
+    # which process failed is an error of its own; that the others are told to end is not worth a line
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     # a share of the cores each, unless the user knows better
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     try:

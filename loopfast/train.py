@@ -124,9 +124,13 @@ def processes(config: Config, stop: StopRequest) -> Iterator[Group]:
         yield ALONE
         return
     group = joined(place, torch_device(config.model.device), config.distributed.timeout)
-    with group.explained(lambda: stop.requested):
-        yield group
-        group.barrier()
+    try:
+        with group.explained(lambda: stop.requested):
+            yield group
+    except BaseException:
+        # connections to processes that have died would be waited for: they end with this one
+        group.end_watch()
+        raise
     leave(group)
 
 

@@ -30,10 +30,12 @@ class Watch:
 
     Attributes:
         reason: what has ended the group, in words that name the rank; None while all is well.
+        speaker: the process that says so.
     """
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.reason: str | None = None
+        self.speaker = 0
         self._store, self._rank, self._size = store, rank, size
         self._seen = dict.fromkeys(range(size) if rank == 0 else (0,), (b"", time.monotonic()))
         self._seen.pop(rank, None)
@@ -45,17 +47,29 @@ class Watch:
 
     def fail(self, reason: str) -> None:
         """Tells the others that this process ends, and why."""
-        self._publish(f"rank {self._rank} failed: {reason}")
+        with self._lock:
+            # it says so itself
+            self._publish(f"rank {self._rank} failed: {reason}", speaker=0)
 
     def done(self) -> None:
-        """Ends the watch: this process needs nobody any more."""
+        """Ends the watch: this process needs nobody any more.
+
+        The first process may keep the store; it stays until the others are done, too, or have had time to read why
+        the group ends.
+        """
         self._stopped.set()
         self._thread.join(BEAT)
-        with self._lock:
-            try:
+        try:
+            with self._lock:
                 self._store.set(f"beat/{self._rank}", "done")
-            except RuntimeError:
-                return  # the store went with its process, which needs nobody either
+                keys = [f"beat/{rank}" for rank in range(self._size)]
+                end = time.monotonic() + (GRACE if self.reason is None else 2 * BEAT)
+                while self._rank == 0 and time.monotonic() < end and self._store.check(keys):
+                    if set(self._store.multi_get(keys)) == {b"done"}:
+                        break
+                    time.sleep(0.02)
+        except RuntimeError:
+            return  # the store went with its process, which needs nobody either
 
     def _run(self) -> None:
         beat = 0
@@ -66,8 +80,9 @@ class Watch:
                     self._store.set(f"beat/{self._rank}", str(beat))
                     self._look()
             except RuntimeError as error:
+                self.speaker = 1
                 self.reason = self.reason or (
-                    f"the group's store does not answer: the process that keeps it (rank 0, or torchrun) has ended "
+                    "the group's store does not answer: the process that keeps it, rank 0 or torchrun, has ended "
                     f"({str(error).splitlines()[0][:120]})"
                 )
             if self.reason is not None:
@@ -75,13 +90,14 @@ class Watch:
             self._stopped.wait(BEAT)
         if not self._stopped.wait(GRACE) and self.reason is not None:
             # the main thread waits inside a library that no exception reaches
-            if self._rank == 0:
+            if self._rank == self.speaker:
                 print(f"error: {self.reason}", file=sys.stderr, flush=True)
             os._exit(1)
 
     def _look(self) -> None:
         if self._store.check(["verdict"]):
-            self.reason = self._store.get("verdict").decode()
+            speaker, self.reason = self._store.get("verdict").decode().split(" ", 1)
+            self.speaker = int(speaker)
             return
         now = time.monotonic()
         keys = [f"beat/{rank}" for rank in self._seen]
@@ -95,16 +111,14 @@ class Watch:
                 self.reason = (
                     f"rank {rank} has given no sign of life for {SILENCE:.0f} s: it was killed, or hangs"
                 )
-                self._publish_locked(self.reason)
+                self.speaker = int(rank == 0)
+                self._publish(self.reason, self.speaker)
                 return
 
-    def _publish(self, reason: str) -> None:
-        with self._lock:
-            self._publish_locked(reason)
-
-    def _publish_locked(self, reason: str) -> None:
+    def _publish(self, reason: str, speaker: int) -> None:
+        """Tells the others, unless another has said something before."""
         try:
             if not self._store.check(["verdict"]):
-                self._store.set("verdict", reason)
+                self._store.set("verdict", f"{speaker} {reason}")
         except RuntimeError:
             return  # nobody is left to be told

@@ -14,7 +14,19 @@ ROOT = Path(__file__).parents[1]
 
 # From bottom to top. A module may import from its own layer and from those below.
 LAYERS = [
-    {"", "allocator", "errors", "files", "group", "interrupts", "join", "place", "profiling", "seeds", "watch"},
+    {
+        "",
+        "allocator",
+        "errors",
+        "files",
+        "group",
+        "interrupts",
+        "join",
+        "place",
+        "profiling",
+        "seeds",
+        "watch",
+    },
     {"schedules", "algorithms", "config", "plugins"},
     {"policies", "trajectories", "prompts", "embedded", "integrations"},
     {"rollout", "engines", "rewards", "checkpoints", "tracking", "console", "microbatch"},

@@ -45,14 +45,14 @@ def deepspeed_settings(config: Config, parameters: int, *, pinned: bool = False)
     distributed = config.distributed
     stage = distributed.zero_stage
     zero: dict[str, Any] = {"stage": stage}
+    bucket, live = buffer_sizes(parameters)
     if stage:
-        zero["reduce_bucket_size"] = _within(parameters // 20, 1e5, 5e7)
-        zero["allgather_bucket_size"] = _within(parameters // 20, 1e5, 5e7)
+        zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": _within(parameters // 20, 1e5, 5e7),
-            "stage3_max_live_parameters": _within(parameters // 10, 1e6, 2e8),
-            "stage3_max_reuse_distance": _within(parameters // 10, 1e6, 2e8),
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": live,
             "stage3_param_persistence_threshold": 10_000,
         }
     if distributed.offload != "none":
@@ -72,6 +72,11 @@ def deepspeed_settings(config: Config, parameters: int, *, pinned: bool = False)
     if distributed.deepspeed is not None:
         settings = _merged(settings, _read(Path(distributed.deepspeed).expanduser()), distributed.deepspeed)
     return settings
+
+
+def buffer_sizes(parameters: int) -> tuple[int, int]:
+    """How many numbers are sent at a time, and how many stay gathered, for a denoiser of so many parameters."""
+    return _within(parameters // 40, 1e5, 5e7), _within(parameters // 20, 1e6, 2e8)
 
 
 def _mixed_precision(dtype: str, stage: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from loopfast.policies.base import Caller, Conditioning, Policy, expand, pad_rows
 from loopfast.policies.loading import (
-    denoiser_size,
     load_policy,
     load_schedule,
     load_scheduler,
@@ -17,7 +16,6 @@ __all__ = [
     "Policy",
     "adapter_signature",
     "addresses",
-    "denoiser_size",
     "expand",
     "load_policy",
     "load_schedule",

@@ -67,28 +67,6 @@ def load_policy(
     )
 
 
-def denoiser_size(config: ModelConfig) -> int:
-    """How many parameters a model's denoiser has, by its configuration alone.
-
-    Raises:
-        ConfigError: the model cannot be found, or its family is not supported.
-    """
-    from diffusers import UNet2DConditionModel
-
-    _index(config)
-    try:
-        settings = UNet2DConditionModel.load_config(
-            str(locate(config)), subfolder="unet", revision=config.revision
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.pretrained: cannot load the UNet's configuration of {config.pretrained!r}: {first_line(error)}"
-        ) from error
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(settings)
-    return sum(parameter.numel() for parameter in unet.parameters())
-
-
 def load_scheduler(config: ModelConfig) -> DDIMScheduler:
     """The DDIM scheduler of a model, without loading the model.
 

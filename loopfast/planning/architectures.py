@@ -1,0 +1,241 @@
+"""What a pipeline consists of: the configuration of each component, and the component without memory."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from loopfast.config import ModelConfig
+from loopfast.errors import ConfigError
+from loopfast.policies.loading import first_line, locate
+
+_MODELS = resources.files("loopfast.planning") / "models"
+
+# Of each pipeline the key of its denoiser and those of its text encoders.
+_DENOISERS = ("unet", "transformer")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_DENOISER_CLASSES = ("UNet2DConditionModel", "SD3Transformer2DModel")
+
+# Tokens that diffusers' pipeline for SD3 asks of T5 unless told otherwise (max_sequence_length).
+_T5_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network by the name of its class in diffusers or transformers, and the configuration it is made from."""
+
+    class_name: str
+    config: dict[str, Any]
+
+    def build(self) -> torch.nn.Module:
+        """The network on the device ``meta``: shapes and types, no memory.
+
+        Raises:
+            ConfigError: its class or its configuration is unknown to the libraries.
+        """
+        try:
+            with torch.device("meta"):
+                module = self._make()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"model.pretrained: cannot make a {self.class_name} from its configuration: {first_line(error)}"
+            ) from error
+        return module.requires_grad_(False).eval()
+
+    def _make(self) -> Any:
+        diffusers = importlib.import_module("diffusers")
+        if hasattr(diffusers, self.class_name):
+            return getattr(diffusers, self.class_name).from_config(self.config)
+        transformers = importlib.import_module("transformers")
+        model = getattr(transformers, self.class_name)
+        return model(model.config_class(**self.config))
+
+    def parameters(self) -> int:
+        """How many numbers its weights are."""
+        return _count(self.class_name, json.dumps(self.config, sort_keys=True))
+
+
+@cache
+def _count(class_name: str, config: str) -> int:
+    return sum(p.numel() for p in Component(class_name, json.loads(config)).build().parameters())
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The components of a pipeline that a run holds.
+
+    Attributes:
+        name: as it was asked for.
+        title: what it is called.
+        pipeline: the class of the pipeline.
+        denoiser, vae, text_encoders: its networks.
+    """
+
+    name: str
+    title: str
+    pipeline: str
+    denoiser: Component
+    vae: Component
+    text_encoders: tuple[Component, ...]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether this release trains it; others can be planned only."""
+        return self.pipeline == "StableDiffusionPipeline"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)`` of one latent."""
+        config = self.denoiser.config
+        size = config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return config["in_channels"], height, width
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)`` of one decoded image."""
+        config = self.vae.config
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        _, height, width = self.latent_shape
+        return config["out_channels"], height * factor, width * factor
+
+    @property
+    def text_tokens(self) -> int:
+        """Rows of a prompt's encoding."""
+        lengths = [int(encoder.config.get("max_position_embeddings", 0)) for encoder in self.text_encoders]
+        if "joint_attention_dim" in self.denoiser.config:
+            return (max(lengths) or 77) + _T5_TOKENS
+        return lengths[0] if lengths and lengths[0] else 77
+
+    @property
+    def text_width(self) -> int:
+        """Columns of a prompt's encoding."""
+        config = self.denoiser.config
+        return int(config.get("joint_attention_dim") or config["cross_attention_dim"])
+
+
+def known() -> dict[str, tuple[str, ...]]:
+    """Names of the architectures that come with the package, and the repositories that hold such models."""
+    files = [entry.name for entry in _MODELS.iterdir() if entry.name.endswith(".json")]
+    names = sorted(name.removesuffix(".json") for name in files)
+    return {name: tuple(_packaged(f"{name}.json")["hub"]) for name in names}
+
+
+@cache
+def _packaged(file: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((_MODELS / file).read_text("utf-8"))
+    return document
+
+
+def load_architecture(config: ModelConfig, name: str | None = None) -> Architecture:
+    """The architecture of a configuration's model, or one that comes with the package.
+
+    Args:
+        config: the section ``model``.
+        name: one of `known`; None: that of ``model.pretrained``.
+
+    Raises:
+        ConfigError: there is none of that name, or the model's configuration cannot be found or is of another kind.
+    """
+    packaged = known()
+    if name is not None and name not in packaged:
+        raise ConfigError(f"--model: found {name!r}, allowed: {', '.join(packaged)}")
+    if name is None:
+        name = next((key for key, hub in packaged.items() if config.pretrained in hub), None)
+        if isinstance(locate(config), Path):  # a folder may have such a name too
+            name = None
+    if name is None:
+        return _of_pipeline(config)
+    document = _packaged(f"{name}.json")
+
+    def component(part: dict[str, Any]) -> Component:
+        return Component(part["class"], part["config"])
+
+    return Architecture(
+        name,
+        document["title"],
+        document["pipeline"],
+        component(document["denoiser"]),
+        component(document["vae"]),
+        tuple(component(part) for part in document["text_encoders"]),
+    )
+
+
+def _of_pipeline(config: ModelConfig) -> Architecture:
+    """From the configuration files of a folder or a repository."""
+    source = locate(config)
+    read = _reader(config, source)
+    index = read("model_index.json", "", "")
+    parts = {
+        key: str(entry[1])
+        for key, entry in index.items()
+        if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+    }
+    denoiser = next((key for key in _DENOISERS if key in parts), None)
+    if denoiser is None or "vae" not in parts:
+        _refuse(config, f"its model_index.json names no {' or '.join(_DENOISERS)} with a vae")
+    if parts[denoiser] not in _DENOISER_CLASSES:
+        _refuse(config, f"its denoiser is a {parts[denoiser]}; supported: {', '.join(_DENOISER_CLASSES)}")
+
+    def component(key: str) -> Component:
+        return Component(parts[key], read("config.json", key, parts[key]))
+
+    return Architecture(
+        config.pretrained,
+        config.pretrained,
+        str(index.get("_class_name")),
+        component(denoiser),
+        component("vae"),
+        tuple(component(key) for key in _TEXT_ENCODERS if key in parts),
+    )
+
+
+def _reader(config: ModelConfig, source: Path | str) -> Callable[[str, str, str], dict[str, Any]]:
+    """Reads one configuration file of a pipeline: ``(file, subfolder, class name)``."""
+
+    def read(file: str, subfolder: str, class_name: str) -> dict[str, Any]:
+        try:
+            if isinstance(source, Path):
+                found = json.loads((source / subfolder / file).read_text("utf-8"))
+            else:
+                found = _from_hub(source, config.revision, subfolder, class_name)
+        except (OSError, ValueError) as error:
+            name = f"{subfolder}/{file}" if subfolder else file
+            raise ConfigError(
+                f"model.pretrained: cannot read {name} of {config.pretrained!r}: {first_line(error)}; --model takes "
+                f"one of {', '.join(known())} instead"
+            ) from error
+        if not isinstance(found, dict):
+            _refuse(config, f"{file} holds no mapping")
+        return found
+
+    return read
+
+
+def _from_hub(repository: str, revision: str | None, subfolder: str, class_name: str) -> dict[str, Any]:
+    """A configuration file, without the weights beside it."""
+    import diffusers
+    import transformers
+
+    if not subfolder:
+        return dict(diffusers.DiffusionPipeline.load_config(repository, revision=revision))
+    if hasattr(diffusers, class_name):
+        model = getattr(diffusers, class_name)
+        return dict(model.load_config(repository, subfolder=subfolder, revision=revision))
+    config = transformers.AutoConfig.from_pretrained(
+        repository, subfolder=subfolder, revision=revision or "main"
+    )
+    found: dict[str, Any] = config.to_dict()
+    return found
+
+
+def _refuse(config: ModelConfig, reason: str) -> NoReturn:
+    raise ConfigError(f"model.pretrained: {config.pretrained!r} cannot be planned: {reason}")

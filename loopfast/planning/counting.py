@@ -1,0 +1,186 @@
+"""Counts the memory and the operations of a computation on the device ``meta``, where nothing is computed."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from typing_extensions import override
+
+# Batch sizes to trace with: a prime that divides no dimension of the model tells the tensors that grow with the rows
+# from those that do not.
+_PRIMES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
+
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a computation allocates and computes, as a function of its rows.
+
+    Attributes:
+        moments: ``(bytes, bytes per row)`` held at the moments that can be the peak, for some number of rows.
+        kept: ``(bytes, bytes per row)`` held at the end of the forward pass.
+        flops: floating-point operations per row; a multiplication and an addition are two.
+    """
+
+    moments: tuple[tuple[int, int], ...]
+    kept: tuple[int, int]
+    flops: int
+
+    def peak(self, rows: int) -> int:
+        """Most bytes held at a time with this many rows, beyond what was there before."""
+        return max(constant + rows * per_row for constant, per_row in self.moments)
+
+    def saved(self, rows: int) -> int:
+        """Bytes held for the backward pass."""
+        return self.kept[0] + rows * self.kept[1]
+
+
+class Recorder(TorchDispatchMode):
+    """Follows every allocation, and adds up the operations of products, convolutions and attention.
+
+    Args:
+        rows: the batch size of what is computed.
+        present: tensors that are not counted, as they are there before and after.
+    """
+
+    def __init__(self, rows: int, present: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._rows = rows
+        self._constant = self._per_row = 0
+        self._moments: set[tuple[int, int]] = {(0, 0)}
+        self._live: dict[int, Any] = {}
+        self.flops = 0
+        for tensor in present:
+            self._live[tensor.untyped_storage()._cdata] = tensor
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        grown = False
+        for leaf in tree_iter(output):
+            if isinstance(leaf, Tensor):
+                grown = self._add(leaf) or grown
+        if grown:
+            self._moments.add((self._constant, self._per_row))
+        packet = func._overloadpacket
+        if packet is _ATTENTION:
+            self.flops += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+        elif packet is _ATTENTION_BACKWARD:
+            self.flops += sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=output)
+        return output
+
+    def _add(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return False
+        constant, per_row = self._parts(storage.nbytes())
+        self._constant += constant
+        self._per_row += per_row
+
+        def freed(reference: Any) -> None:
+            del self._live[key]
+            self._constant -= constant
+            self._per_row -= per_row
+
+        self._live[key] = weakref.ref(storage, freed)
+        return True
+
+    def _parts(self, size: int) -> tuple[int, int]:
+        return (size, 0) if size % self._rows else (0, size // self._rows)
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """``(bytes, bytes per row)`` held now."""
+        return self._constant, self._per_row
+
+    def trace(self, kept: tuple[int, int] = (0, 0)) -> Trace:
+        """What was counted, of all moments those that no other exceeds at every number of rows."""
+        moments: list[tuple[int, int]] = []
+        for moment in sorted(self._moments, reverse=True):  # by falling constants
+            if not moments or moment[1] > moments[-1][1]:
+                moments.append(moment)
+        return Trace(tuple(moments), kept, self.flops // self._rows)
+
+
+class Precision(TorchFunctionMode):
+    """Attention and autocast as they are on a device, for tensors on ``meta``.
+
+    There attention would be taken apart, and autocast has no effect. Attention becomes the operator that keeps its
+    inputs, its output and one float32 number a query and head, as the kernels of CPUs and GPUs do. Under autocast,
+    products, convolutions and attention get inputs of its type; on a GPU, normalizations get float32 ones.
+
+    Args:
+        autocast: the type to compute in; None: that of the tensors.
+        on_gpu: whether the device is a GPU, whose autocast has other rules than a CPU's.
+    """
+
+    def __init__(self, autocast: torch.dtype | None = None, *, on_gpu: bool = False) -> None:
+        super().__init__()
+        self._autocast, self._on_gpu = autocast, on_gpu
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._autocast is not None:
+            if func in _LOWERED:
+                args, kwargs = self._cast(args, self._autocast), self._cast(kwargs, self._autocast)
+            elif self._on_gpu and func in _RAISED:
+                args, kwargs = self._cast(args, torch.float32), self._cast(kwargs, torch.float32)
+        if func is F.scaled_dot_product_attention:
+            query, key, value = args[:3] if len(args) >= 3 else (kwargs[n] for n in ("query", "key", "value"))
+            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+            return _ATTENTION(query, key, value, 0.0, False, attn_mask=mask, scale=kwargs.get("scale"))[0]
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _cast(values: Any, dtype: torch.dtype) -> Any:
+        def cast(value: Any) -> Any:
+            convert = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype
+            return value.to(dtype) if convert else value
+
+        if isinstance(values, dict):
+            return {name: cast(value) for name, value in values.items()}
+        return tuple(cast(value) for value in values)
+
+
+_LOWERED = {
+    F.linear,
+    F.conv2d,
+    F.conv_transpose2d,
+    F.scaled_dot_product_attention,
+    torch.bmm,
+    torch.baddbmm,
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.bmm,
+}
+_RAISED = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax}
+
+
+def rows_to_trace(model: torch.nn.Module, *sizes: int) -> int:
+    """A prime number of rows that divides no dimension of the model's weights and none of ``sizes``."""
+    dimensions = {size for parameter in model.parameters() for size in parameter.shape} | set(sizes)
+    return next((p for p in _PRIMES if all(size % p for size in dimensions)), 53)
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors that share nothing."""
+    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,254 @@
+"""A plan as tables for a terminal, and as data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from loopfast.planning.cards import NETWORK, NODE
+from loopfast.planning.levers import MOST_SAMPLES
+from loopfast.planning.memory import Footprint
+from loopfast.planning.plan import Plan, Stage
+from loopfast.planning.speed import Scale
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON can hold it: bytes, seconds, operations and counts without units."""
+    architecture, resources, card = plan.architecture, plan.resources, plan.card
+    return {
+        "model": {
+            "name": architecture.name,
+            "title": architecture.title,
+            "pipeline": architecture.pipeline,
+            "trainable_by_this_release": architecture.trainable,
+            "tune": plan.config.model.tune,
+            "parameters": {
+                "denoiser": plan.weights.parameters,
+                "trained": plan.weights.trained,
+                "autoencoder": architecture.vae.parameters(),
+                "text_encoders": [encoder.parameters() for encoder in architecture.text_encoders],
+            },
+        },
+        "device": {
+            "kind": resources.device,
+            "title": card.title,
+            "gpus": resources.gpus,
+            "memory": resources.usable,
+            "rates": card.rates,
+            "utilisation": card.utilisation,
+            "source": card.source,
+        },
+        "zero_stage": plan.config.distributed.zero_stage,
+        "stages": [_stage(stage) for stage in plan.stages],
+        "fits": plan.chosen.fits,
+        "levers": {
+            "fits": plan.advice.fits,
+            "overrides": plan.advice.overrides,
+            "steps": [
+                {
+                    "name": applied.lever.name,
+                    "settings": dict(applied.lever.settings),
+                    "cost": applied.lever.cost,
+                    "total": applied.total,
+                }
+                for applied in plan.advice.levers
+            ],
+        },
+        "iteration": {
+            "operations": asdict(plan.work),
+            "seconds": {**plan.seconds, "total": sum(plan.seconds.values())},
+        },
+        "scaling": {
+            "weak": [_scale(scale) for scale in plan.weak],
+            "strong": [_scale(scale) for scale in plan.strong],
+        },
+        "not_counted": _not_counted(plan),
+    }
+
+
+def _stage(stage: Stage) -> dict[str, Any]:
+    found = stage.footprint
+    return {
+        "stage": found.stage,
+        "total": found.total,
+        "fits": stage.fits,
+        "peak_phase": found.peak_phase,
+        "held": found.held,
+        "phases": found.phases,
+        "host": found.host,
+        "batch": asdict(found.batch),
+        "largest_samples_per_prompt": stage.largest_samples,
+        "largest_microbatch": stage.largest_microbatch,
+    }
+
+
+def _scale(scale: Scale) -> dict[str, Any]:
+    return {
+        "gpus": scale.gpus,
+        "images": scale.images,
+        "compute_seconds": scale.compute,
+        "communication_seconds": scale.communication,
+        "seconds": scale.seconds,
+        "efficiency": scale.efficiency,
+        "bytes_sent": scale.traffic.volumes,
+    }
+
+
+def as_tables(plan: Plan) -> RenderableType:
+    """A plan for people."""
+    parts: list[RenderableType] = [_heading(plan), _memory(plan), _host(plan), _advice(plan), _seconds(plan)]
+    if plan.resources.device == "cuda":
+        for title, scales in (("images grow with the GPUs", plan.weak), ("the same images", plan.strong)):
+            parts.append(_scaling(plan, title, scales))
+    parts += [f"Not counted: {text}." for text in _not_counted(plan)]
+    return Group(*parts)
+
+
+def _heading(plan: Plan) -> str:
+    counts, resources = plan.weights, plan.resources
+    trained = "all weights" if plan.config.model.tune == "full" else f"LoRA of {_millions(counts.trained)}"
+    encoders = sum(encoder.parameters() for encoder in plan.architecture.text_encoders)
+    networks = (
+        f"denoiser {_millions(counts.parameters)} ({trained} trained)",
+        f"autoencoder {_millions(plan.architecture.vae.parameters())}",
+        f"text encoders {_millions(encoders)} parameters",
+    )
+    lines = [
+        f"{plan.architecture.title}: {', '.join(networks)}",
+        f"{resources.gpus} x {plan.card.title}, {_gib(resources.usable)} each",
+    ]
+    if not plan.architecture.trainable:
+        lines.append(f"This release plans a {plan.architecture.pipeline}, but does not train it yet.")
+    return "\n".join(lines)
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table(title="memory of each GPU" if plan.resources.device == "cuda" else "memory of a process")
+    table.add_column("GiB")
+    for stage in plan.stages:
+        chosen = " (configured)" if stage is plan.chosen else ""
+        table.add_column(f"ZeRO {stage.footprint.stage}{chosen}", justify="right")
+    prints = [stage.footprint for stage in plan.stages]
+    held = dict.fromkeys(name for found in prints for name in found.held)
+    for name in held:
+        table.add_row(name, *(_number(found.held.get(name)) for found in prints))
+    table.add_section()
+    for phase in dict.fromkeys(phase for found in prints for phase in found.phases):
+        names = dict.fromkeys(name for found in prints for name in found.phases.get(phase, {}))
+        for name in names:
+            values = [found.phases.get(phase, {}).get(name) for found in prints]
+            if any(value is not None and value >= 0.005 * 2**30 for value in values):
+                table.add_row(f"{phase}: {name}", *map(_number, values))
+    table.add_section()
+    table.add_row("peak", *(f"[bold]{_number(found.total)}[/bold]" for found in prints))
+    table.add_row("in phase", *(found.peak_phase for found in prints))
+    table.add_row("fits", *("yes" if stage.fits else "[bold]no[/bold]" for stage in plan.stages))
+    table.add_row("rows per call, rollout / replay", *(_rows(found) for found in prints))
+    table.add_row("largest K", *(_samples(stage.largest_samples) for stage in plan.stages))
+    table.add_row("largest microbatch", *(_or_none(stage.largest_microbatch) for stage in plan.stages))
+    return table
+
+
+def _host(plan: Plan) -> str:
+    host = plan.chosen.footprint.host
+    if not host:
+        return "The host's memory is the device's."
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in host.items())
+    processes = min(plan.resources.gpus, plan.resources.per_node)
+    return f"Host memory of a node with {processes} process(es), not all at once: {parts}"
+
+
+def _advice(plan: Plan) -> RenderableType:
+    advice = plan.advice
+    if not advice.levers and advice.fits:
+        return "It fits as configured."
+    title = "the cheapest levers with which it fits" if advice.fits else "it does not fit with all levers"
+    table = Table("lever", "--set", "GiB then", "costs", title=title)
+    for applied in advice.levers:
+        sets = " ".join(f"{key}={value}" for key, value in applied.lever.settings.items())
+        table.add_row(applied.lever.name, sets, _number(applied.total), applied.lever.cost)
+    return table
+
+
+def _seconds(plan: Plan) -> Table:
+    card, model = plan.card, plan.config.model
+    rate = card.rate(model.dtype, model.tf32)
+    source = f"datasheet rates ({model.dtype})" if card.device == "cuda" else card.source
+    table = Table(
+        "an iteration, each process",
+        "operations",
+        "seconds",
+        title=f"estimated from {source}, of which {card.utilisation:.0%} are assumed: {rate / 1e12:,.3g} TFLOP/s",
+    )
+    operations = {name: f"{size / 1e12:,.3g} TFLOP" for name, size in asdict(plan.work).items()}
+    operations["optimizer"] = f"{plan.work.optimizer / 1e9:,.3g} GB moved"
+    for name, seconds in plan.seconds.items():
+        table.add_row(name, operations[name], _significant(seconds))
+    table.add_section()
+    table.add_row("total", "", _significant(sum(plan.seconds.values())))
+    return table
+
+
+def _scaling(plan: Plan, title: str, scales: list[Scale]) -> Table:
+    link = f"{plan.card.link / 1e9:g} GB/s ({plan.card.link_name}) within {NODE} GPUs, {NETWORK / 1e9:g} GB/s beyond"
+    table = Table(
+        "GPUs", "images", "compute", "communication", "sent by each", "efficiency", title=f"{title}: {link}"
+    )
+    for scale in scales:
+        table.add_row(
+            str(scale.gpus),
+            f"{scale.images:,}",
+            f"{_significant(scale.compute)} s",
+            f"{_significant(scale.communication)} s",
+            f"{sum(scale.traffic.volumes.values()) / 1e9:,.3g} GB",
+            f"{scale.efficiency:.0%}",
+        )
+    return table
+
+
+def _not_counted(plan: Plan) -> list[str]:
+    config = plan.config
+    found = ["evaluations and checkpoints (in the seconds)"]
+    users = [term.name for term in config.reward if ":" in term.name]
+    if users:
+        found.append(f"the model of a reward of yours ({', '.join(users)}), in memory and seconds")
+    if config.train.steps == "auto":
+        found.append("that train.steps: auto leaves steps out (in the seconds)")
+    if config.model.compile != "off":
+        found.append("what torch.compile saves")
+    return found
+
+
+def _significant(value: float) -> str:
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(digits, 6)}f}"
+
+
+def _number(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**30:,.2f}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"
+
+
+def _rows(found: Footprint) -> str:
+    return f"{found.batch.rollout} / {found.batch.replay}"
+
+
+def _samples(value: int | None) -> str:
+    return f">= {MOST_SAMPLES}" if value == MOST_SAMPLES else _or_none(value)
+
+
+def _or_none(value: int | None) -> str:
+    return "none" if value is None else str(value)

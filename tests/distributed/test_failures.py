@@ -1,0 +1,186 @@
+"""A process that dies ends the others, with its name, and loses nothing but the unfinished iteration."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.conftest import Runs, distance, saved
+
+OPTIONS = ("distributed.zero_stage=2", "train.iterations=3")
+
+# A silent process counts as dead after 30 seconds; here sooner.
+SOON = "import loopfast.watch\nloopfast.watch.SILENCE = 4.0\n"
+
+MID_UPDATE = """\
+import os, signal, loopfast.engines.zero3 as engines
+backward, calls = engines.ZeroEngine.backward, []
+def killed(self, *arguments, **options):
+    calls.append(1)
+    if rank == {rank} and len(calls) == 3:
+        os.kill(os.getpid(), signal.{signal})
+    return backward(self, *arguments, **options)
+engines.ZeroEngine.backward = killed
+"""
+
+MID_CHECKPOINT = """\
+import os, signal, time
+from loopfast.checkpoints import CheckpointStore
+put = CheckpointStore._put_in_place
+def killed(self, temporary, name):
+    if name == "iteration-000001":
+        if {rank} == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(12)
+    return put(self, temporary, name)
+if rank == 0:
+    CheckpointStore._put_in_place = killed
+elif {rank} == 1:
+    from loopfast.group import Group
+    on_first = Group.on_first
+    def waited(self, function):
+        if "save" in function.__code__.co_names and self.saves.append(1) is None and len(self.saves) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return on_first(self, function)
+    Group.saves = []
+    Group.on_first = waited
+"""
+
+
+@pytest.fixture(scope="module")
+def unbroken(runs: Runs) -> Path:
+    return runs.train("whole", 2, *OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("moment", "victim", "named"),
+    [
+        (MID_UPDATE.format(rank=1, signal="SIGKILL"), 1, "rank 1"),
+        (MID_UPDATE.format(rank=0, signal="SIGKILL"), 0, "rank 0"),
+        # it is there, but does not answer: nothing breaks the connection
+        (MID_UPDATE.format(rank=1, signal="SIGSTOP"), 1, "rank 1"),
+        (MID_CHECKPOINT.format(rank=0), 0, "rank 0"),
+        (MID_CHECKPOINT.format(rank=1), 1, "rank 1"),
+    ],
+    ids=["update-1", "update-0", "hang", "checkpoint-0", "checkpoint-1"],
+)
+def test_a_killed_process_ends_the_others(
+    moment: str, victim: int, named: str, runs: Runs, unbroken: Path, request: pytest.FixtureRequest
+) -> None:
+    name = f"killed-{request.node.callspec.id}"
+    arguments = runs.arguments(name, *OPTIONS)
+    began = time.monotonic()
+    runs.ranks.start(arguments, 2, before=SOON + moment)
+    if "SIGSTOP" in moment:
+        # as soon as the other has ended, the stopped one is no longer needed
+        while (
+            Path(f"/proc/{runs.ranks.pids[0]}/stat").read_text().split()[2] != "Z"
+            and time.monotonic() < began + 90
+        ):
+            time.sleep(0.05)
+        os.kill(runs.ranks.pids[1], signal.SIGKILL)
+    codes = runs.ranks.wait()
+    assert codes[victim] == -signal.SIGKILL
+    survivor = 1 - victim
+    assert codes[survivor] == 1, runs.ranks.errors(survivor)
+    assert time.monotonic() - began < 60
+    [line] = runs.ranks.errors(survivor).splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+    folder = runs.train(name, 2, *OPTIONS, resume="auto")
+    assert distance(saved(folder), saved(unbroken)) < 1e-6
+    assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+BAD_REWARD = """\
+from loopfast.errors import RewardError
+from loopfast.rewards.base import RewardSet
+score = RewardSet.score
+def failing(self, images, prompts, metadata):
+    if rank == 1 and len(prompts) > 3:
+        raise RewardError("reward embedded: the judge has gone home", range(len(prompts)))
+    return score(self, images, prompts, metadata)
+RewardSet.score = failing
+"""
+
+# one worker has the processes that fork the others
+pytestmark = pytest.mark.xdist_group("distributed")
+
+
+def test_an_error_in_one_process_is_said_once_and_ends_all(runs: Runs) -> None:
+    runs.ranks.start(runs.arguments("judge", *OPTIONS), 2, before=SOON + BAD_REWARD)
+    assert runs.ranks.wait() == [1, 1]
+    assert "the judge has gone home; images and prompts are in" in runs.ranks.errors(1)
+    assert "rank 1 failed: iteration 1: reward embedded: the judge has gone home" in runs.ranks.errors(0)
+    assert (runs.folder / "judge" / "failures" / "iteration-000001-rank-1" / "000.png").exists()
+
+
+def test_an_error_of_the_first_process_is_said_once(runs: Runs, unbroken: Path) -> None:
+    runs.ranks.start(runs.arguments("whole", *OPTIONS), 2)
+    assert runs.ranks.wait() == [2, 2]
+    assert "already holds a run" in runs.ranks.errors(0)
+    assert runs.ranks.errors(1) == ""
+
+
+def test_more_processes_than_images_are_refused(runs: Runs) -> None:
+    runs.ranks.start(
+        runs.arguments(
+            "few",
+            *OPTIONS,
+            "rollout.prompts_per_iteration=1",
+            "algorithm.samples_per_prompt=2",
+            "train.updates_per_iteration=1",
+        ),
+        4,
+    )
+    assert runs.ranks.wait() == [2, 2, 2, 2]
+    assert "found 2 image(s), allowed: at least 4, one for each process" in runs.ranks.errors(0)
+
+
+LAUNCHED = """\
+import os, signal, sys
+import loopfast.engines.zero3 as engines
+backward, calls = engines.ZeroEngine.backward, []
+def killed(self, *arguments, **options):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return backward(self, *arguments, **options)
+engines.ZeroEngine.backward = killed
+"""
+
+
+def test_a_launch_goes_on_after_a_kill(runs: Runs, unbroken: Path, tmp_path: Path) -> None:
+    # a file of this name is imported when Python starts
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'loopfast.train':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            exec(PROGRAM, {})\n"
+        f"PROGRAM = {LAUNCHED!r}\n"
+        "if 'RANK' in __import__('os').environ:\n"
+        "    sys.meta_path.insert(0, Finder())\n"
+    )
+    arguments = runs.arguments("launched", *OPTIONS)[1:]
+    command = [sys.executable, "-m", "loopfast", "launch", "--nproc", "2", "--max-restarts", "1", *arguments]
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("loopfast train\n") == 2, "it was not started again"
+    assert distance(saved(runs.folder / "launched"), saved(unbroken)) < 1e-6
+    # without restarts left, the launch names the process
+    command[7] = "0"
+    restarted = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
+    again = [part.replace("launched.yaml", "relaunched.yaml") for part in command]
+    runs.arguments("relaunched", *OPTIONS)
+    done = subprocess.run(again, env=restarted, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "error: rank 1 was ended by SIGKILL; --max-restarts N starts it anew" in done.stderr

@@ -1,0 +1,115 @@
+"""Checkpoints are the same whatever the number of processes, and so is what comes out."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from loopfast.config import load_config
+from loopfast.console import Display
+from loopfast.evaluation.commands import _sampler, _trained_policy
+from loopfast.policies import Policy, load_policy
+from loopfast.policies.loading import locate
+from loopfast.rollout import initial_latents
+from loopfast.seeds import row_seeds
+from tests.distributed.conftest import Runs, distance, saved
+
+# one worker has the processes that fork the others
+pytestmark = pytest.mark.xdist_group("distributed")
+
+LORA = ("model.tune=lora", "distributed.zero_stage=3")
+FULL = ("model.tune=full", "distributed.zero_stage=2")
+PROMPT = "a red circle and a blue square"
+
+
+@pytest.fixture(scope="module", params=[FULL, LORA], ids=["full", "lora"])
+def unbroken(request: pytest.FixtureRequest, runs: Runs) -> tuple[str, tuple[str, ...]]:
+    """The name and options of a run by two processes, three iterations long."""
+    name = f"unbroken-{request.param_index}"
+    runs.train(name, 2, *request.param, "train.iterations=3")
+    return name, request.param
+
+
+@pytest.mark.parametrize(("size", "stage"), [(1, 0), (4, 3)])
+def test_what_two_processes_saved_one_and_four_go_on_from(
+    size: int, stage: int, unbroken: tuple[str, tuple[str, ...]], runs: Runs
+) -> None:
+    name, options = unbroken
+    again = f"{name}-{size}"
+    shutil.copytree(runs.folder / name, runs.folder / again)
+    for later in ("iteration-000002", "iteration-000003"):
+        shutil.rmtree(runs.folder / again / "checkpoints" / later)
+    (runs.folder / again / "metrics.jsonl").unlink()
+    folder = runs.train(
+        again, size, *options, "train.iterations=3", f"distributed.zero_stage={stage}", resume="auto"
+    )
+    later = runs.updates(name)[2:]
+    assert len(later) == 4
+    for found, expected in zip(runs.updates(again), later, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-5)
+        assert found["learning_rate"] == expected["learning_rate"]
+    assert distance(saved(folder), saved(runs.folder / name)) < 1e-5
+    moved = saved(folder, name="iteration-000001")
+    assert distance(saved(folder), moved) > 1e-4, "training has changed nothing"
+
+
+STOP = """\
+import os, signal, loopfast.train
+learn = loopfast.train.Trainer._learn
+def stopped(self, *arguments):
+    done = learn(self, *arguments)
+    if rank == 1 and self.progress.iteration == 1 and not self.progress.updates:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return done
+loopfast.train.Trainer._learn = stopped
+"""
+
+
+def test_a_signal_to_one_process_saves_what_all_have_sampled(
+    unbroken: tuple[str, tuple[str, ...]], runs: Runs
+) -> None:
+    name, options = unbroken
+    options = (*options, "train.iterations=3")
+    again = f"{name}-stopped"
+    runs.ranks.start(runs.arguments(again, *options), 2, before=STOP)
+    assert runs.ranks.wait() == [130, 143]
+    [line] = runs.ranks.errors(0).splitlines()
+    assert line.endswith("iteration-000001-update-1 is saved, --resume auto goes on from there")
+    assert runs.ranks.errors(1) == ""
+    folder = runs.train(again, 1, *options, "distributed.zero_stage=0", resume="auto")
+    for found, expected in zip(runs.updates(again), runs.updates(name)[3:], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-5)
+    assert distance(saved(folder), saved(runs.folder / name)) < 1e-5
+
+
+def test_plain_diffusers_draws_the_same_images_from_what_is_exported(
+    unbroken: tuple[str, tuple[str, ...]], runs: Runs
+) -> None:
+    folder = runs.folder / unbroken[0]
+    config = load_config(folder / "config.yaml")
+    without_noise = config.rollout.model_copy(update={"steps": 4, "eta": 0.0})
+    config = config.model_copy(update={"rollout": without_noise})
+    trained, base = _trained_policy(folder, config, Display(quiet=True)), load_policy(config.model)
+    seeds = row_seeds(3, "sample", 0, [0], 2)
+
+    def images(policy: Policy) -> Tensor:
+        sampler = _sampler(config, policy)
+        return sampler.decode(sampler.sample(policy.encode([PROMPT]), torch.tensor([0, 0]), seeds).final)
+
+    if (folder / "model").exists():
+        pipeline = StableDiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32)
+    else:
+        pipeline = StableDiffusionPipeline.from_pretrained(locate(config.model), torch_dtype=torch.float32)
+        pipeline.load_lora_weights(folder / "lora")
+    pipeline.scheduler = DDIMScheduler.from_config(base.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = initial_latents(base, seeds)
+    theirs = pipeline(
+        [PROMPT] * 2, num_inference_steps=4, guidance_scale=1.0, eta=0.0, latents=latents, output_type="pt"
+    ).images
+    assert (images(trained) - theirs).abs().max() < 1e-5
+    assert (images(base) - theirs).abs().max() > 1e-4

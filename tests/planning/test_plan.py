@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from loopfast.config import Config, load_config, parse_config
+from loopfast.errors import ConfigError
+from loopfast.planning import Plan, as_dict, as_tables, load_architecture, plan
+from loopfast.planning.cards import CARDS, choose, parse_memory
+from loopfast.planning.levers import Lever, advise, changed, fits
+from loopfast.planning.memory import Resources, with_sizes
+
+GIB = 2**30
+
+
+def config(*overrides: str) -> Config:
+    return load_config("sd15-jpeg", overrides)
+
+
+def small(*overrides: str) -> Config:
+    return load_config("tiny", ["model.device=cpu", *overrides])
+
+
+def text(found: Plan) -> str:
+    console = Console(width=200, record=True, quiet=False, file=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(as_tables(found))
+    return capture.get()
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [
+        ("24GiB", 24 * GIB),
+        ("24GB", 24 * 10**9),
+        ("24g", 24 * GIB),
+        ("1.5 TiB", 3 * 2**39),
+        ("2000000", 2 * 10**6),
+    ],
+)
+def test_sizes(written: str, size: int) -> None:
+    assert parse_memory(written) == size
+
+
+@pytest.mark.parametrize("written", ["", "lots", "-3GB", "24 Gb/s", "0", "12"])
+def test_no_sizes(written: str) -> None:
+    with pytest.raises(ConfigError, match=r"--memory: found .*, allowed: a size such as 24GiB"):
+        parse_memory(written)
+
+
+def test_values_that_are_not_allowed() -> None:
+    with pytest.raises(ConfigError, match="--gpus: found 0, allowed: a whole number >= 1"):
+        plan(small(), gpus=0)
+    with pytest.raises(ConfigError, match=r"--card: found 'rtx', allowed: rtx3060, .*, cpu"):
+        plan(small(), card="rtx")
+
+
+def test_the_card_is_named_or_the_smallest_with_the_memory() -> None:
+    assert choose(config(), "h100-80", None, 2)[1] == Resources("cuda", 80 * GIB, 2)
+    assert choose(config(), None, "24GiB", None)[0] is CARDS["rtx3090"]
+    assert choose(config(), None, "30GiB", None)[0] is CARDS["a100-40"]
+    assert choose(config(), "a100-80", "10GiB", None)[1].memory == 10 * GIB
+    assert choose(small(), None, None, None)[0].device == "cpu"
+
+
+def test_processes_on_a_cpu_share_its_memory() -> None:
+    assert Resources("cpu", 8 * GIB, 4).usable == 2 * GIB
+    assert Resources("cuda", 8 * GIB, 4).usable == 8 * GIB
+
+
+@pytest.fixture(scope="module")
+def sharded() -> Plan:
+    return plan(
+        config("model.tune=full", "rollout.microbatch=2", "train.microbatch=2"), gpus=4, card="rtx3090"
+    )
+
+
+def test_the_largest_sizes_fit_and_the_next_do_not(sharded: Plan) -> None:
+    for stage in sharded.stages:
+        number, batch = stage.footprint.stage, stage.footprint.batch
+
+        def possible(stage: int = number, **sizes: Any) -> bool:
+            changed = with_sizes(sharded.config, **sizes)
+            return fits(changed, sharded.architecture, sharded.resources, stage)
+
+        rows = (batch.rollout, batch.replay)
+        if (most := stage.largest_samples) is not None:
+            assert possible(samples=most, microbatch=rows)
+            assert not possible(samples=most + 1, microbatch=rows)
+        if (most := stage.largest_microbatch) is not None:
+            assert possible(microbatch=(most, most))
+            assert most == batch.images or not possible(microbatch=(most + 1, most + 1))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "card"),
+    [
+        (["rollout.microbatch=16", "train.microbatch=16"], 1, "rtx3060"),
+        (["model.tune=full"], 1, "rtx3090"),
+        (["model.tune=full"], 4, "rtx3090"),
+        (["model.tune=full", "model.dtype=float32"], 2, "rtx3060"),
+    ],
+)
+def test_the_levers_that_are_advised_suffice_and_are_needed(
+    overrides: list[str], gpus: int, card: str
+) -> None:
+    there = config(*overrides)
+    resources = choose(there, card, None, gpus)[1]
+    architecture = load_architecture(there.model)
+    assert not fits(there, architecture, resources)
+    advice = advise(there, architecture, resources)
+    assert advice.fits
+    settings = dict(override.split("=") for override in advice.overrides)
+    better = changed(there, settings)
+    assert better is not None
+    assert fits(better, architecture, resources)
+    assert advice.levers[-1].total <= resources.memory
+    totals = [applied.total for applied in advice.levers]
+    assert totals == sorted(totals, reverse=True)
+    for index in range(len(advice.levers)):
+        rest = {k: v for i, a in enumerate(advice.levers) if i != index for k, v in a.lever.settings.items()}
+        fewer = changed(there, rest)
+        assert fewer is None or not fits(fewer, architecture, resources)
+
+
+def test_an_adapter_is_the_last_resort() -> None:
+    names = [a.lever.name for a in plan(config("model.tune=full"), card="rtx3060").advice.levers]
+    assert names
+    assert names.index("a low-rank adapter") == len(names) - 1 if "a low-rank adapter" in names else True
+
+
+def test_what_fits_needs_no_levers() -> None:
+    found = plan(small())
+    assert found.chosen.fits
+    assert found.advice.levers == ()
+    assert "It fits as configured." in text(found)
+
+
+def test_what_cannot_fit_is_said_to() -> None:
+    found = plan(load_config("tiny"), memory="500MB")
+    assert not found.advice.fits
+    assert "it does not fit with all levers" in text(found)
+
+
+def test_settings_that_contradict_the_rest_are_no_lever() -> None:
+    lever = Lever("offload", {"distributed.offload": "all"}, "")
+    assert changed(config(), lever.settings) is None
+
+
+def test_scaling(sharded: Plan) -> None:
+    assert [scale.gpus for scale in sharded.weak] == [1, 8, 64, 512]
+    assert [scale.images for scale in sharded.weak] == [32, 256, 2048, 16384]
+    assert {scale.images for scale in sharded.strong} == {128}
+    # each does the same work, and sends nearly the same
+    assert len({round(scale.compute, 3) for scale in sharded.weak[1:]}) == 1
+    assert sharded.weak[0].communication == 0
+    assert sharded.weak[1].communication < sharded.weak[2].communication
+    computes = [scale.compute for scale in sharded.strong]
+    assert computes == sorted(computes, reverse=True)
+    count, updates = 859_520_964, 2
+    assert sharded.weak[1].traffic.volumes["reduce gradients"] == round(2 * 7 / 8 * 4 * count * updates)
+
+
+def test_gathering_all_weights_is_counted_by_call() -> None:
+    overrides = ("model.tune=full", "distributed.zero_stage=3")
+    plain, checked = (
+        plan(config(*overrides, f"train.gradient_checkpointing={value}"), gpus=8, card="h100-80")
+        for value in ("false", "true")
+    )
+    name = "gather weights, replay"
+    calls = 2 * plain.chosen.footprint.batch.calls
+    assert plain.weak[1].traffic.volumes[name] == round(2 * 7 / 8 * 2 * 859_520_964 * calls)
+    assert checked.weak[1].traffic.volumes[name] == round(1.5 * plain.weak[1].traffic.volumes[name])
+    # the copy to sample from is made once
+    assert plain.weak[1].traffic.volumes["gather weights, rollout"] == round(7 / 8 * 2 * 859_520_964)
+
+
+def test_json_has_these_keys(sharded: Plan) -> None:
+    found = json.loads(json.dumps(as_dict(sharded)))
+    assert list(found) == [
+        "model",
+        "device",
+        "zero_stage",
+        "stages",
+        "fits",
+        "levers",
+        "iteration",
+        "scaling",
+        "not_counted",
+    ]
+    assert list(found["stages"][3]) == [
+        "stage",
+        "total",
+        "fits",
+        "peak_phase",
+        "held",
+        "phases",
+        "host",
+        "batch",
+        "largest_samples_per_prompt",
+        "largest_microbatch",
+    ]
+    assert found["model"]["parameters"]["denoiser"] == 859_520_964
+    assert found["iteration"]["seconds"]["total"] == pytest.approx(sum(sharded.seconds.values()))
+    assert list(found["scaling"]["weak"][0]) == [
+        "gpus",
+        "images",
+        "compute_seconds",
+        "communication_seconds",
+        "seconds",
+        "efficiency",
+        "bytes_sent",
+    ]
+
+
+def test_tables_say_what_is_an_estimate(sharded: Plan) -> None:
+    shown = text(sharded)
+    assert "859.5 M" in shown
+    assert "estimated from datasheet rates" in shown
+    assert "ZeRO 0 (configured)" in shown
+    assert "Host memory of a node" in shown
+
+
+def test_what_is_not_counted_is_said() -> None:
+    mine = parse_config("{model: {pretrained: embedded, device: cpu}, reward: [{name: 'mine:reward'}]}")
+    assert any("mine:reward" in line for line in as_dict(plan(mine))["not_counted"])
+
+
+def test_a_model_that_cannot_be_trained_yet_is_planned() -> None:
+    began = time.process_time()
+    found = plan(config("model.tune=full"), model="sdxl", gpus=8, card="h100-80")
+    # of this process; its imports are done
+    assert time.process_time() - began < 20
+    assert not found.architecture.trainable
+    assert "does not train it yet" in text(found)
+    assert found.weights.parameters == 2_567_463_684

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import loopfast.watch as watching
+from loopfast.errors import LoopfastError, PeerError
+from loopfast.group import ALONE, Group
+from loopfast.place import Place, find_place
+from loopfast.share import balanced
+from loopfast.watch import Watch
+
+dist: Any = torch.distributed
+
+
+def test_a_process_without_a_launcher_is_alone() -> None:
+    assert find_place({}) == Place()
+    # sbatch sets these in the batch script itself, which nobody has started with srun
+    assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "3"}) == Place()
+
+
+def test_what_torchrun_says() -> None:
+    environment = {
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": "4000",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+    }
+    assert find_place(environment) == Place(3, 8, 1, "node1", 4000, hosted=True, restart=2)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("gpu[03-05,9],login", "gpu03"), ("node7", "node7"), ("a1,b[2-3]", "a1"), ("r1n[10,12]-ib", "r1n10-ib")],
+)
+def test_what_srun_says(nodes: str, host: str) -> None:
+    environment = {
+        "SLURM_PROCID": "5",
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": nodes,
+        "SLURM_JOB_ID": "123",
+        "SLURM_STEP_ID": "4",
+    }
+    place = find_place(environment)
+    assert (place.rank, place.size, place.local_rank, place.host) == (5, 16, 1, host)
+    assert 1024 < place.port < 65536
+    # the job's steps do not meet at one port, and the user may choose another
+    assert find_place({**environment, "SLURM_STEP_ID": "5"}).port != place.port
+    chosen = find_place({**environment, "MASTER_PORT": "7777", "MASTER_ADDR": "other"})
+    assert (chosen.host, chosen.port) == ("other", 7777)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK is 'one'; it has to be a whole number beside RANK=0"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT is ''"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is missing beside RANK"),
+        ({"RANK": "2"}, r"RANK is 2, of 2 process\(es\)"),
+    ],
+)
+def test_what_a_launcher_leaves_out_is_named(change: dict[str, str], message: str) -> None:
+    good = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1234",
+    }
+    with pytest.raises(LoopfastError, match=message):
+        find_place({**good, **change})
+
+
+@given(st.integers(1, 9), st.integers(0, 100))
+def test_parts_cover_the_rows_evenly(size: int, count: int) -> None:
+    parts = Group(Place(0, size)).parts(count)
+    assert [row for part in parts for row in range(count)[part]] == list(range(count))
+    sizes = [part.stop - part.start for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    rows = torch.arange(count)
+    owner = Group(Place(0, size)).owner(rows, count)
+    assert all(rows[part].tolist() == rows[owner == rank].tolist() for rank, part in enumerate(parts))
+
+
+@given(st.integers(1, 6), st.lists(st.integers(0, 5), max_size=60))
+def test_pairs_are_shared_evenly_and_few_of_them_move(size: int, owners: list[int]) -> None:
+    owner = torch.tensor([rank % size for rank in owners], dtype=torch.int64)
+    chosen = balanced(owner, size)
+    counts = torch.bincount(chosen, minlength=size)
+    assert len(chosen) == len(owner)
+    assert counts.max() - counts.min() <= 1
+    had = torch.bincount(owner, minlength=size)
+    # whoever has no more than its share keeps all of it
+    assert int((chosen != owner).sum()) == int((had - counts).clamp(min=0).sum())
+    assert torch.equal(balanced(owner, size), chosen)
+
+
+def test_alone_nothing_is_asked_of_anybody() -> None:
+    values, ids = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([2, 0, 1])
+    assert ALONE.gather(values, ids, 3).tolist() == [1.0, 2.0, 3.0]
+    assert ALONE.sum(values) is values
+    assert ALONE.on_first(lambda: 5) == 5
+    assert (ALONE.first, ALONE.any(True), ALONE.any(False), ALONE.largest(2.5)) == (True, True, False, 2.5)
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 1], [0, 1, 3], [-1, 0, 1]])
+def test_rows_that_are_missing_or_come_twice_are_an_error(ids: list[int]) -> None:
+    with pytest.raises(LoopfastError, match="of 3 rows the processes have sent 3"):
+        ALONE.gather(torch.zeros(3), torch.tensor(ids), 3)
+
+
+class Together(Group):
+    """A process of a pair, which gets what the other sends from a list instead of a network."""
+
+    def __init__(self, rank: int, sent: dict[int, list[Tensor]]) -> None:
+        super().__init__(Place(rank, 2))
+        self.sent, self.other = sent.setdefault(rank, []), sent.get(1 - rank, [])
+
+    def _largest(self, values: Tensor) -> Tensor:
+        return values.clamp(min=3)
+
+    def _all(self, values: Tensor) -> Tensor:
+        self.sent.append(values)
+        return torch.cat([values, self.other.pop(0)] if self.other else [values])
+
+
+def test_ids_beyond_float32_stay_whole() -> None:
+    # rows of another process come with ids that float32 would round to its own
+    base = 2**24
+    sent: dict[int, list[Tensor]] = {}
+    Together(0, sent).sent.extend([torch.tensor([base + 1, -1, -1]), torch.tensor([7.0, 0.0, 0.0])])
+    group = Together(1, {0: sent[0], 1: []})
+    rest = torch.arange(base + 2)
+    ids = rest[rest != base + 1]
+    gathered = group.gather(torch.zeros(len(ids)), ids, base + 2)
+    assert gathered[base + 1] == 7.0
+    assert gathered.sum() == 7.0
+
+
+def pair(function: Any, monkeypatch: pytest.MonkeyPatch, silence: float = 1.0) -> list[Any]:
+    """What two threads, each with a store and a watch of its own, make of a function."""
+    monkeypatch.setattr(watching, "BEAT", 0.05)
+    monkeypatch.setattr(watching, "SILENCE", silence)
+    monkeypatch.setattr(watching, "GRACE", 30.0)
+    server = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10)
+    )
+    results: list[Any] = [None, None]
+
+    def store() -> Any:
+        return dist.TCPStore(
+            "127.0.0.1", server.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
+        )
+
+    def run(rank: int) -> None:
+        watch = Watch(store(), rank, 2)
+        try:
+            results[rank] = function(Group(Place(rank, 2), store(), watch=watch), watch)
+        except LoopfastError as error:
+            results[rank] = error
+        watch.done()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return results
+
+
+def test_the_others_get_what_the_first_has_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(group: Group, watch: Watch) -> tuple[Any, Any]:
+        return group.on_first(lambda: {"rank": group.rank}), group.on_first(lambda: "second")
+
+    assert pair(ask, monkeypatch) == [({"rank": 0}, "second")] * 2
+
+
+def test_an_error_of_the_first_is_everybodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(group: Group, watch: Watch) -> None:
+        def raises() -> None:
+            raise LoopfastError("the disk is full")
+
+        with group.explained():
+            group.on_first(raises)
+
+    first, second = pair(fail, monkeypatch)
+    assert str(first) == str(second) == "the disk is full"
+    assert (first.silent, second.silent) == (False, True)
+
+
+def test_who_fails_is_named_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(group: Group, watch: Watch) -> None:
+        with group.explained():
+            if group.rank == 1:
+                raise LoopfastError("no reward")
+            group.on_first(lambda: watch._stopped.wait(1.0))
+            raise RuntimeError("[gloo/pair.cc:1] Connection closed by peer")
+
+    first, second = pair(fail, monkeypatch)
+    assert isinstance(first, PeerError)
+    assert str(first) == "rank 1 failed: no reward"
+    assert (str(second), second.silent, first.silent) == ("no reward", False, False)
+
+
+def test_who_is_silent_is_named_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanish(group: Group, watch: Watch) -> None:
+        if group.rank == 0:
+            watch._stopped.set()
+            watch._thread.join()
+            threading.Event().wait(3.0)
+            return
+        with group.explained():
+            group.on_first(lambda: None)
+
+    _, second = pair(vanish, monkeypatch)
+    assert isinstance(second, PeerError)
+    assert "rank 0 has given no sign of life" in str(second)
+    assert not second.silent
+
+
+def test_an_error_of_ones_own_is_not_taken_for_a_broken_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(group: Group, watch: Watch) -> str:
+        try:
+            with group.explained():
+                raise ValueError("a defect")
+        except ValueError as error:
+            return str(error)
+
+    assert pair(fail, monkeypatch) == ["a defect"] * 2
