@@ -239,9 +239,10 @@ class RolloutConfig(_Section):
     for an adapter, gathered for a whole model."""
     merge_lora: bool = False
     """Sample from base weights with the adapter merged in: faster, but rounded otherwise."""
-    reward_worker: Literal["auto", "none", "thread", "process"] = "auto"
-    """Score images while the next ones are sampled (thread, process), or afterwards (none); auto: thread where a GPU
-    samples, none on the CPU, whose cores the sampling already keeps busy."""
+    reward_worker: Literal["auto", "none", "inline", "thread", "process"] = "auto"
+    """Score each microbatch's images before the next is sampled (inline) or while it is (thread, process), or all
+    images of a process afterwards, in one call (none); auto: thread where a GPU samples, inline on the CPU, whose cores
+    the sampling already keeps busy."""
 
 
 class TrajectoriesConfig(_Section):

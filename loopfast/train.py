@@ -41,7 +41,7 @@ from loopfast.profiling import Category, Meter, Times, model_call, phase, range_
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.replay import Replay, rehearse
 from loopfast.reporting import write_report
-from loopfast.rewards import RewardProcess, RewardThread, Scores, build_rewards
+from loopfast.rewards import RewardProcess, RewardThread, Scores, build_rewards, join_scores
 from loopfast.rollout import Sampler, StepCache, make_replica, stochastic_steps
 from loopfast.runs import RunFolder, describe_run, peak_memory
 from loopfast.seeds import derive, row_seeds
@@ -292,12 +292,12 @@ class Trainer:
         return self.config.train.screening if possible else "off"
 
     @property
-    def reward_worker(self) -> Literal["none", "thread", "process"]:
+    def reward_worker(self) -> Literal["none", "inline", "thread", "process"]:
         """``rollout.reward_worker``, decided where it is ``auto``."""
         worker = self.config.rollout.reward_worker
         if worker != "auto":
             return worker
-        return "thread" if self.sampler.model.device.type == "cuda" else "none"
+        return "thread" if self.sampler.model.device.type == "cuda" else "inline"
 
     @property
     def finished(self) -> bool:
@@ -365,6 +365,15 @@ class Trainer:
             with self._phase("reward"):
                 return trajectories, self._score(self.sampler.decode(trajectories.final), prompts)
 
+        def scored_in_parts(rows: int) -> tuple[Trajectories, Scores]:
+            scores: list[Scores] = []
+
+            def finished(rows: slice, latents: Tensor) -> None:
+                with self._phase("reward"):
+                    scores.append(self._score(self.sampler.decode(latents), prompts[rows]))
+
+            return sample(rows, finished=finished), join_scores(scores)
+
         def scored_meanwhile(rows: int) -> tuple[Trajectories, Scores]:
             with RewardThread(self._score) as worker:
 
@@ -376,7 +385,8 @@ class Trainer:
                 with self._phase("reward"):
                     return trajectories, worker.result()
 
-        attempt = sampled_then_scored if self.reward_worker == "none" else scored_meanwhile
+        attempts = {"none": sampled_then_scored, "inline": scored_in_parts}
+        attempt = attempts.get(self.reward_worker, scored_meanwhile)
         with self._phase("rollout"):
             trajectories, scores = self.microbatches.fitting("rollout", attempt)
         if config.trajectories.device == "host":

@@ -232,7 +232,7 @@ def test_a_run_is_the_same_wherever_its_images_are_scored(
 ) -> None:
     module = user_module(USER)
     outcomes = []
-    for worker in ("none", "thread", "process"):
+    for worker in ("none", "inline", "thread", "process"):
         config = small_config(
             f"rollout.reward_worker={worker}",
             f"reward=[{{name: jpeg_compressibility}}, {{name: '{module}:plain'}}]",
@@ -251,10 +251,10 @@ def test_a_run_is_the_same_wherever_its_images_are_scored(
         outcomes.append(lines)
         [_, timed] = read_metrics(folder / "metrics.jsonl")
         assert 0 < timed["seconds_reward"] < timed["seconds_iteration"]
-    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert outcomes[0] == outcomes[1] == outcomes[2] == outcomes[3]
 
 
-def test_images_are_scored_after_the_sampling_on_a_cpu(
+def test_images_are_scored_between_the_sampling_on_a_cpu(
     small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any) -> None:
@@ -266,7 +266,7 @@ def test_images_are_scored_after_the_sampling_on_a_cpu(
     training.train(config, display=Display(quiet=True))
 
 
-@pytest.mark.parametrize("worker", ["thread", "process"])
+@pytest.mark.parametrize("worker", ["inline", "thread", "process"])
 def test_a_reward_that_fails_in_a_later_part_names_itself_and_the_sample(
     worker: str, small_config: MakeConfig, user_module: Callable[[str], str], tmp_path: Path
 ) -> None:

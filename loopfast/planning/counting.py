@@ -6,14 +6,14 @@ import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from typing_extensions import override
 
@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        output = _results.of(func, args, kwargs)
         grown = False
         for leaf in tree_iter(output):
             if isinstance(leaf, Tensor):
@@ -117,6 +117,58 @@ class Recorder(TorchDispatchMode):
             if not moments or moment[1] > moments[-1][1]:
                 moments.append(moment)
         return Trace(tuple(moments), kept, self.flops // self._rows)
+
+
+class _Results:
+    """What operators return on ``meta``, by what they are given.
+
+    Torch works it out in Python, for a large model some 50,000 times; a model's blocks repeat the same operators on the
+    same shapes.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[list[Any], Any]] = {}
+        self._pure: dict[Any, bool] = {}
+
+    def of(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The operator's result: tensors of the shape, strides and type that it would return."""
+        if func not in self._pure:
+            schema = func._schema
+            parts = (*schema.arguments, *schema.returns)
+            # what is a view of an input, or changes one, is not made anew
+            self._pure[func] = all(part.alias_info is None for part in parts)
+        if not self._pure[func]:
+            return func(*args, **kwargs)
+        leaves, structure = tree_flatten((args, kwargs))
+        key = func, structure, tuple(_signature(leaf) for leaf in leaves)
+        if key not in self._known:
+            output = func(*args, **kwargs)
+            values, shape = tree_flatten(output)
+            self._known[key] = [_signature(value) for value in values], shape
+            return output
+        signatures, shape = self._known[key]
+        return tree_unflatten([_made(signature) for signature in signatures], shape)
+
+
+def _signature(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return _Shape(tuple(value.shape), value.stride(), value.dtype)
+
+
+class _Shape(NamedTuple):
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _made(signature: Any) -> Any:
+    if not isinstance(signature, _Shape):
+        return signature
+    return torch.empty_strided(signature.size, signature.stride, dtype=signature.dtype, device="meta")
+
+
+_results = _Results()
 
 
 class Precision(TorchFunctionMode):

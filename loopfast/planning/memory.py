@@ -338,23 +338,28 @@ def _scoring(
     image = 4 * math.prod(architecture.image_shape)
     decoder = decoding_call(architecture, config.model, device)
     worker = config.rollout.reward_worker
-    meanwhile = worker != "none" and not (worker == "auto" and device == "cpu")
-    stored = {"trajectories": rollout["trajectories"]}
-    if meanwhile:
-        # decoded as soon as a microbatch is sampled: the replica is still there, what a call worked with is not
-        waiting = min(batch.images, WAITING * batch.rollout) * image
-        part = min(batch.rollout, batch.images)
-        working = {name: size for name, size in rollout.items() if name != "sampling call"}
-        return {"decoding": {**working, "images": waiting, "decoder": decoder.peak(part)}}
+    if worker == "auto":
+        worker = "thread" if device == "cuda" else "inline"
     rows = min(batch.rollout, batch.images)
-    images = batch.images * image
-    decoding = {**stored, "images": images - rows * image, "decoder": decoder.peak(rows)}
-    # the parts and the whole of all images are there at once; a reward makes copies of the whole
-    copies = 2 if any(term.name.startswith("jpeg") for term in config.reward) and device == "cpu" else 1
-    extra = copies * images
-    if device == "cpu" and any(term.name.startswith("embedded") for term in config.reward):
-        extra = max(extra, DETECTOR * batch.images)
-    return {"decoding": decoding, "reward": {**stored, "images": images, "images, copied": extra}}
+    if worker == "none":
+        stored = {"trajectories": rollout["trajectories"]}
+        waiting = scored = batch.images * image
+        decoded = waiting - rows * image
+    else:
+        # decoded as soon as a microbatch is sampled: the replica is still there, what a call worked with is not
+        stored = {name: size for name, size in rollout.items() if name != "sampling call"}
+        scored = rows * image
+        waiting = scored if worker == "inline" else min(batch.images, WAITING * batch.rollout) * image
+        decoded = 0 if worker == "inline" else waiting
+    phases = {"decoding": {**stored, "images": decoded, "decoder": decoder.peak(rows)}}
+    if worker in ("none", "inline"):
+        # the parts and the whole of what is scored are there at once; a reward makes copies of the whole
+        copies = 2 if any(term.name.startswith("jpeg") for term in config.reward) and device == "cpu" else 1
+        extra = copies * scored
+        if device == "cpu" and any(term.name.startswith("embedded") for term in config.reward):
+            extra = max(extra, DETECTOR * scored // image)
+        phases["reward"] = {**stored, "images": waiting, "images, copied": extra}
+    return phases
 
 
 def _replay(

@@ -8,7 +8,7 @@ see `Reward`. The package's own have a file each and a name in `REWARDS`; the us
 from loopfast.rewards.base import Reward, RewardSet, RewardTerm, Scores
 from loopfast.rewards.process import RewardProcess
 from loopfast.rewards.registry import REWARDS, build_rewards
-from loopfast.rewards.worker import RewardThread
+from loopfast.rewards.worker import RewardThread, join_scores
 
 __all__ = [
     "REWARDS",
@@ -19,4 +19,5 @@ __all__ = [
     "RewardThread",
     "Scores",
     "build_rewards",
+    "join_scores",
 ]

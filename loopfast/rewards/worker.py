@@ -70,7 +70,7 @@ class RewardThread(Generic[Item]):
         """
         self._finish()
         self._raise()
-        return joined(self._parts)
+        return join_scores(self._parts)
 
     def _finish(self) -> None:
         if self._thread.is_alive():
@@ -112,7 +112,7 @@ def _own_stream(part: _Part) -> Any:
     return torch.cuda.stream(stream)
 
 
-def joined(parts: Sequence[Scores]) -> Scores:
+def join_scores(parts: Sequence[Scores]) -> Scores:
     """The scores of consecutive parts of a batch, at least one, as those of the batch."""
     return Scores(
         torch.cat([part.total for part in parts]),

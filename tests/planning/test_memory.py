@@ -8,7 +8,7 @@ import pytest
 from benchmarks.planning.check_memory import RUN, measure, planned, run
 from loopfast.config import Config, parse_config
 from loopfast.planning import load_architecture
-from loopfast.planning.memory import Footprint, Resources, Sharding, footprint, trained_steps
+from loopfast.planning.memory import Footprint, Resources, footprint, trained_steps
 
 GIB = 2**30
 CARD = Resources("cuda", 24 * GIB)
@@ -76,12 +76,6 @@ def test_each_stage_shards_more() -> None:
     # the copy to sample from is there while images are sampled, and only then
     assert by_stage[3].phases["rollout"]["rollout replica"] == 2 * count
     assert "rollout replica" not in by_stage[3].phases["replay"]
-
-
-def test_sizes_of_buckets_are_bounded() -> None:
-    assert Sharding.of(10**6) == Sharding(bucket=100_000, live=1_000_000)
-    assert Sharding.of(2 * 10**8) == Sharding(bucket=10_000_000, live=20_000_000)
-    assert Sharding.of(10**11) == Sharding(bucket=50_000_000, live=200_000_000)
 
 
 def test_what_is_offloaded_waits_on_the_host() -> None:
