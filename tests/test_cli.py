@@ -18,7 +18,18 @@ from loopfast.config import Config, config_to_yaml, load_config
 from loopfast.errors import Interrupted, LoopfastError, MissingExtraError, RewardError
 from loopfast.policies import load_schedule, trained_steps
 
-COMMANDS = ["train", "profile", "sample", "eval", "report", "schedule", "config", "doctor"]
+COMMANDS = [
+    "train",
+    "launch",
+    "plan",
+    "profile",
+    "sample",
+    "eval",
+    "report",
+    "schedule",
+    "config",
+    "doctor",
+]
 
 
 class Calls(list[tuple[tuple[Any, ...], dict[str, Any]]]):
@@ -49,7 +60,9 @@ def test_help_shows_every_command_and_examples(capsys: pytest.CaptureFixture[str
     assert "loopfast train --config tiny" in shown
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "config show", "config check", "config schema"])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "config show", "config check", "config schema", "config deepspeed"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     assert f"Usage: loopfast {command}" in capsys.readouterr().out
@@ -295,3 +308,51 @@ def test_config_check_counts_prompts_and_names_rewards(
 def test_config_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "schema"]) == 0
     assert set(json.loads(capsys.readouterr().out)["properties"]) == set(Config.model_fields)
+
+
+def test_a_launch_hands_its_options_to_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    import loopfast.launch
+
+    calls = Calls(None)
+    monkeypatch.setattr(loopfast.launch, "launch", calls)
+    options = ["--config", "tiny", "--set", "run.seed=1", "--resume", "auto", "--quiet"]
+    assert main(["launch", "--nproc", "3", "--max-restarts", "2", *options]) == 0
+    [(arguments, given)] = calls
+    assert arguments == (["train", *options],)
+    assert given == {"processes": 3, "restarts": 2}
+
+
+def test_a_launch_of_what_cannot_run_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import loopfast.launch
+
+    monkeypatch.setattr(loopfast.launch, "launch", calls := Calls(None))
+    assert main(["launch", "--nproc", "2", "--config", "tiny", "--set", "distributed.zero_stage=4"]) == 2
+    assert "distributed.zero_stage: found 4, allowed: 0 or 1 or 2 or 3" in capsys.readouterr().err
+    assert calls == []
+
+
+def test_what_deepspeeds_launcher_puts_before_the_command_is_taken(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--local_rank=1", "config", "show", "tiny"]) == 0
+    assert "name: tiny" in capsys.readouterr().out
+
+
+def test_deepspeeds_settings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "deepspeed", "sd15-jpeg", "--set", "distributed.zero_stage=3"]) == 0
+    settings = json.loads(capsys.readouterr().out)
+    assert settings["zero_optimization"]["stage"] == 3
+    # of the 859.5 M parameters of its UNet, which is not here
+    assert settings["zero_optimization"]["stage3_max_live_parameters"] == 859_520_964 // 20
+
+
+def test_a_plan_is_printed_and_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--config", "tiny", "--card", "rtx3060", "--gpus", "2"]
+    assert main(["plan", *options]) == 0
+    assert "peak" in capsys.readouterr().out
+    assert main(["plan", *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["card"]
+    assert main(["plan", "--config", "tiny", "--memory", "much"]) == 2
+    assert "error: --memory" in capsys.readouterr().err

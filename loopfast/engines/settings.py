@@ -84,12 +84,7 @@ def _mixed_precision(dtype: str, stage: int) -> dict[str, Any]:
         settings: dict[str, Any] = {"bf16": {"enabled": True, "check_grad_overflow": True}}
     else:
         # as torch's GradScaler starts and grows
-        scale = {
-            "initial_scale_power": 16,
-            "loss_scale_window": 2000,
-            "hysteresis": 1,
-            "min_loss_scale": 2**-20,
-        }
+        scale = {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}
         settings = {"fp16": {"enabled": True, **scale}}
     if stage >= 2 or dtype == "float16":
         # DeepSpeed's stage 1 has another optimizer for this in bfloat16, which cannot take a gradient of zero

@@ -87,7 +87,13 @@ class ZeroEngine(Engine):
     def update(self) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:
+            # it is an Exception and nothing more specific
+            if not (self._scaled and "minimum" in str(error)):
+                raise
+            raise NonFiniteError("the gradient overflows float16 at the smallest loss scale, too") from error
         norm = float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm) and not self._scaled:
             # an overflow, at which DeepSpeed takes no step

@@ -26,19 +26,23 @@ FULL = ("model.tune=full", "distributed.zero_stage=2")
 PROMPT = "a red circle and a blue square"
 
 
-@pytest.fixture(scope="module", params=[FULL, LORA], ids=["full", "lora"])
+both = pytest.mark.parametrize("unbroken", [FULL, LORA], indirect=True, ids=["full", "lora"])
+
+
+@pytest.fixture(scope="module")
 def unbroken(request: pytest.FixtureRequest, runs: Runs) -> tuple[str, tuple[str, ...]]:
     """The name and options of a run by two processes, three iterations long."""
-    name = f"unbroken-{request.param_index}"
+    name = "unbroken-" + request.param[0].removeprefix("model.tune=")
     runs.train(name, 2, *request.param, "train.iterations=3")
     return name, request.param
 
 
-@pytest.mark.parametrize(("size", "stage"), [(1, 0), (4, 3)])
-def test_what_two_processes_saved_one_and_four_go_on_from(
-    size: int, stage: int, unbroken: tuple[str, tuple[str, ...]], runs: Runs
+@both
+def test_what_two_processes_saved_another_number_goes_on_from(
+    unbroken: tuple[str, tuple[str, ...]], runs: Runs
 ) -> None:
     name, options = unbroken
+    size, stage = (1, 0) if options == LORA else (4, 3)
     again = f"{name}-{size}"
     shutil.copytree(runs.folder / name, runs.folder / again)
     for later in ("iteration-000002", "iteration-000003"):
@@ -69,6 +73,7 @@ loopfast.train.Trainer._learn = stopped
 """
 
 
+@pytest.mark.parametrize("unbroken", [FULL], indirect=True, ids=["full"])
 def test_a_signal_to_one_process_saves_what_all_have_sampled(
     unbroken: tuple[str, tuple[str, ...]], runs: Runs
 ) -> None:
@@ -86,6 +91,7 @@ def test_a_signal_to_one_process_saves_what_all_have_sampled(
     assert distance(saved(folder), saved(runs.folder / name)) < 1e-5
 
 
+@both
 def test_plain_diffusers_draws_the_same_images_from_what_is_exported(
     unbroken: tuple[str, tuple[str, ...]], runs: Runs
 ) -> None:

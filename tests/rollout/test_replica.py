@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,80 @@ def test_a_copy_on_another_device_is_refreshed_under_a_graph(pipeline_folder: Pa
         direct = toy.run(toy.sampler(policy, pipeline_folder, 2.0))
         torch.testing.assert_close(found.latents, direct.latents, atol=2e-2, rtol=1e-2)
     assert len(made.steps) == 1
+
+
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+def test_a_gathered_copy_is_there_while_it_is_used(pipeline_folder: Path, options: dict[str, Any]) -> None:
+    policy = toy.load(pipeline_folder, **options)
+    replica = make_replica(policy, RolloutConfig(replica="gathered"))
+    assert replica is not None
+    assert replica.exact
+
+    def held() -> int:
+        return sum(parameter.nbytes for parameter in replica.policy.denoiser.parameters())
+
+    assert held() == 0
+    for _ in range(2):
+        toy.move(policy)
+        direct = toy.run(toy.sampler(policy, pipeline_folder, 2.0))
+        sampler = toy.sampler(policy, pipeline_folder, 2.0, replica=replica)
+        assert toy.same(toy.run(sampler), direct)
+        assert held() == 0
+        # what is asked for inside of another use is the copy that is there, as it was
+        with sampler.ready():
+            once = [parameter.data_ptr() for parameter in replica.policy.denoiser.parameters()]
+            toy.move(policy)
+            assert toy.same(toy.run(sampler), direct)
+            assert [parameter.data_ptr() for parameter in replica.policy.denoiser.parameters()] == once
+        assert held() == 0
+
+
+def test_a_gathered_copy_is_given_back_whatever_is_raised(pipeline_folder: Path) -> None:
+    policy = toy.load(pipeline_folder)
+    replica = make_replica(policy, RolloutConfig(replica="gathered"))
+    assert replica is not None
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(toy.sampler(policy, pipeline_folder, replica=replica), between=stop)
+    assert all(parameter.numel() == 0 for parameter in replica.policy.denoiser.parameters())
+    found = toy.run(toy.sampler(policy, pipeline_folder, replica=replica))
+    assert toy.same(found, toy.run(toy.sampler(policy, pipeline_folder)))
+
+
+def test_sharded_weights_are_sampled_from_a_copy(pipeline_folder: Path) -> None:
+    full, adapter = toy.load(pipeline_folder), toy.load(pipeline_folder, **LORA)
+    gathered, resident = (make_replica(each, RolloutConfig(), sharded=True) for each in (full, adapter))
+    assert gathered is not None
+    assert resident is not None
+    assert (gathered.resident, resident.resident) == (False, True)
+    assert make_replica(full, RolloutConfig(replica="none"), sharded=True) is None
+    kept = make_replica(full, RolloutConfig(replica="resident"))
+    assert kept is not None
+    assert kept.resident
+    assert kept.exact
+    rounded = make_replica(full, RolloutConfig(dtype="bfloat16"))
+    assert rounded is not None
+    assert not rounded.exact
+
+
+def test_whole_weights_are_asked_for_a_layer_at_a_time(pipeline_folder: Path) -> None:
+    policy = toy.load(pipeline_folder)
+    replica = make_replica(policy, RolloutConfig(replica="gathered"))
+    assert replica is not None
+    asked: list[set[int]] = []
+
+    @contextmanager
+    def whole(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+        asked.append({id(parameter) for parameter in parameters})
+        yield
+
+    replica.whole = whole
+    with replica.ready():
+        pass
+    everything = {id(parameter) for parameter in policy.denoiser.parameters()}
+    assert set.union(*asked) == everything
+    assert sum(map(len, asked)) == len(everything)
+    assert max(map(len, asked)) == 2  # a weight and a bias
