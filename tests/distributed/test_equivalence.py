@@ -63,7 +63,7 @@ def test_many_processes_train_the_same_run(
     for found, wanted in zip(metrics(folder), metrics(expected), strict=True):
         assert found.keys() == wanted.keys()
         for key in found.keys() & {"reward_mean", "group_spread", "eval_reward", "images"}:
-            assert found[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-6)
+            assert found[key] == pytest.approx(wanted[key], abs=1e-4)
     assert (folder / "report.html").exists()
 
 

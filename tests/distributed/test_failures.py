@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def killed(self, temporary, name):
     if name == "iteration-000001":
         if {rank} == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(12)
+        time.sleep(6)
     return put(self, temporary, name)
 if rank == 0:
     CheckpointStore._put_in_place = killed
@@ -82,13 +83,11 @@ def test_a_killed_process_ends_the_others(
     began = time.monotonic()
     runs.ranks.start(arguments, 2, before=SOON + moment)
     if "SIGSTOP" in moment:
-        # as soon as the other has ended, the stopped one is no longer needed
-        while (
-            Path(f"/proc/{runs.ranks.pids[0]}/stat").read_text().split()[2] != "Z"
-            and time.monotonic() < began + 90
-        ):
+        # a stopped process is not missed once the other has ended
+        other, stopped = runs.ranks.pids
+        while Path(f"/proc/{other}").exists() and time.monotonic() < began + 90:
             time.sleep(0.05)
-        os.kill(runs.ranks.pids[1], signal.SIGKILL)
+        os.kill(stopped, signal.SIGKILL)
     codes = runs.ranks.wait()
     assert codes[victim] == -signal.SIGKILL
     survivor = 1 - victim
@@ -106,9 +105,10 @@ def test_a_killed_process_ends_the_others(
 BAD_REWARD = """\
 from loopfast.errors import RewardError
 from loopfast.rewards.base import RewardSet
-score = RewardSet.score
+score, calls = RewardSet.score, []
 def failing(self, images, prompts, metadata):
-    if rank == 1 and len(prompts) > 3:
+    calls.append(1)
+    if rank == 1 and len(calls) > 1:  # the first is the evaluation before training
         raise RewardError("reward embedded: the judge has gone home", range(len(prompts)))
     return score(self, images, prompts, metadata)
 RewardSet.score = failing
@@ -191,6 +191,8 @@ def test_a_launch_names_the_process_that_fails() -> None:
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines[0] == "error: checkpoint /nowhere does not exist"
-    assert lines[1] == (
-        "error: rank 0 exited with 1; --max-restarts N starts it anew; --resume auto goes on from the last checkpoint"
+    # both end at once; either may be seen first
+    assert re.fullmatch(
+        r"error: rank [01] exited with 1; --max-restarts N starts it anew; --resume auto goes on from .*",
+        lines[1],
     )

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.xdist_group("distributed")
     ("stage", "options"),
     [
         (1, ("model.dtype=bfloat16", "model.tune=lora")),
-        (2, ("model.dtype=bfloat16", "model.tune=full")),
-        (3, ("model.dtype=float16", "model.tune=full")),
+        (2, ("model.dtype=float16", "model.tune=lora")),
+        (3, ("model.dtype=bfloat16", "model.tune=full")),
     ],
 )
 def test_sixteen_bits_are_trained_on_policy_and_resumed_bitwise(
