@@ -18,7 +18,10 @@ from benchmarks.cases import OPS, SHAPES, Inputs, device, grid, make_inputs
 from benchmarks.competitors import MissingCompetitorError, eager, runner
 from benchmarks.counting import kernel_launches, peak_extra_bytes
 from benchmarks.keep import device_slug, load
+from benchmarks.sharding import __main__ as sharding
 from benchmarks.timing import MIN_ROUNDS, Playback, durations
+from loopfast.config import parse_config
+from loopfast.policies import load_policy
 from loopfast_kernels import backend, info, philox_normal
 
 ROOT = Path(__file__).parents[1]
@@ -337,3 +340,15 @@ def test_without_a_gpu_its_command_says_so() -> None:
     assert process.stderr.startswith("bench-gpu needs an NVIDIA GPU")
     assert process.stderr.count("\n") == 1
     assert device().type == "cpu"
+
+
+def test_the_model_to_shard_is_one_that_can_be_trained(tmp_path: Path) -> None:
+    parameters = sharding.write_model(tmp_path / "model", 32)
+    config = parse_config(sharding.RUN, [f"model.pretrained={tmp_path / 'model'}", "model.dtype=float32"])
+    policy = load_policy(config.model, cast=True)
+    assert sum(parameter.numel() for parameter in policy.denoiser.parameters()) == parameters
+    sample = torch.randn(1, *policy.latent_shape, dtype=policy.dtype)
+    output, _ = policy.predict(sample, torch.tensor([5]), policy.encode(["a red circle"]))
+    assert output.shape == sample.shape
+    for overrides in sharding.ENGINES.values():
+        parse_config(sharding.RUN, [f"model.pretrained={tmp_path / 'model'}", *overrides])

@@ -30,6 +30,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # to two measured runs, see docs/scaling.md.
 RUNTIME: dict[Device, int] = {"cuda": 768 * 2**20, "cpu": 710 * 2**20}
 
+# What DeepSpeed and torch's compiler, which it imports, take of a process more; measured here.
+DEEPSPEED = 200 * 2**20
+
 # Of the bytes that come and go, what an allocator loses in pieces that fit nothing. On a GPU an assumption; on a CPU
 # measured with glibc's, set as loopfast sets it: 0.3 to 0.5 after some calls, see docs/scaling.md.
 FRAGMENTATION: dict[Device, float] = {"cuda": 0.05, "cpu": 0.45}
@@ -308,6 +311,8 @@ def _weights(
         held["text encoders"] = encoders * width
     held["autoencoder"] = 4 * architecture.vae.parameters()
     held["runtime"] = RUNTIME[resources.device]
+    if resources.device == "cpu" and (stage > 0 or ranks > 1):
+        held["runtime"] += DEEPSPEED
     if on_host:
         pipeline = total + encoders + architecture.vae.parameters()
         host["loading, float32"] = 4 * pipeline * processes
