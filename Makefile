@@ -19,7 +19,7 @@ demo: $(VENV)/.train ## train the embedded model with LOOP and write a report (A
 	$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
 
 test: lint ## lint, then every test, with coverage (ARGS="-k philox" selects)
-	$(PYTEST) -n 2 --dist loadgroup --cov --cov-report=term $(ARGS)
+	$(PYTEST) -n 2 --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .

@@ -8,9 +8,6 @@ import pytest
 
 from tests.distributed.conftest import Runs, distance, metrics, saved
 
-# one worker has the processes that fork the others
-pytestmark = pytest.mark.xdist_group("distributed")
-
 FULL, LORA = "model.tune=full", "model.tune=lora"
 FEW = ("checkpoint.every=2",)
 KL = ("algorithm.kl_weight=0.1", "rollout.guidance_scale=2")

@@ -16,8 +16,11 @@ from tests.distributed.conftest import Runs, distance, saved
 
 OPTIONS = ("distributed.zero_stage=2", "train.iterations=3")
 
-# A silent process counts as dead after 30 seconds; here sooner.
-SOON = "import loopfast.watch\nloopfast.watch.SILENCE = 4.0\n"
+# A silent process counts as dead after 30 seconds, and those who wait for it have 10 more; here sooner.
+SOON = """\
+import loopfast.watch
+loopfast.watch.BEAT, loopfast.watch.SILENCE, loopfast.watch.GRACE = 0.5, 4.0, 2.0
+"""
 
 MID_UPDATE = """\
 import os, signal, loopfast.engines.zero3 as engines
@@ -113,9 +116,6 @@ def failing(self, images, prompts, metadata):
     return score(self, images, prompts, metadata)
 RewardSet.score = failing
 """
-
-# one worker has the processes that fork the others
-pytestmark = pytest.mark.xdist_group("distributed")
 
 
 def test_an_error_in_one_process_is_said_once_and_ends_all(runs: Runs) -> None:

@@ -16,9 +16,6 @@ from loopfast.planning.architectures import load_architecture
 from loopfast.planning.memory import Resources, footprint
 from tests.distributed.ranks import Ranks
 
-# one worker has the processes that fork the others
-pytestmark = pytest.mark.xdist_group("distributed")
-
 MEASURE = """\
 import json, os, torch
 from loopfast.config import parse_config

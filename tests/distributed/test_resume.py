@@ -18,9 +18,6 @@ from loopfast.rollout import initial_latents
 from loopfast.seeds import row_seeds
 from tests.distributed.conftest import Runs, distance, saved
 
-# one worker has the processes that fork the others
-pytestmark = pytest.mark.xdist_group("distributed")
-
 LORA = ("model.tune=lora", "distributed.zero_stage=3")
 FULL = ("model.tune=full", "distributed.zero_stage=2")
 PROMPT = "a red circle and a blue square"

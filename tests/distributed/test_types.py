@@ -9,9 +9,6 @@ import torch
 
 from tests.distributed.conftest import Runs, distance, saved
 
-# one worker has the processes that fork the others
-pytestmark = pytest.mark.xdist_group("distributed")
-
 
 @pytest.mark.parametrize(
     ("stage", "options"),
