@@ -151,7 +151,7 @@ def test_ids_beyond_float32_stay_whole() -> None:
     assert gathered.sum() == 7.0
 
 
-def pair(function: Any, monkeypatch: pytest.MonkeyPatch, silence: float = 1.0) -> list[Any]:
+def pair(function: Any, monkeypatch: pytest.MonkeyPatch, silence: float = 8.0) -> list[Any]:
     """What two threads, each with a store and a watch of its own, make of a function."""
     monkeypatch.setattr(watching, "BEAT", 0.05)
     monkeypatch.setattr(watching, "SILENCE", silence)
@@ -221,12 +221,12 @@ def test_who_is_silent_is_named_to_the_others(monkeypatch: pytest.MonkeyPatch) -
         if group.rank == 0:
             watch._stopped.set()
             watch._thread.join()
-            threading.Event().wait(3.0)
+            threading.Event().wait(4.0)
             return
         with group.explained():
             group.on_first(lambda: None)
 
-    _, second = pair(vanish, monkeypatch)
+    _, second = pair(vanish, monkeypatch, silence=1.5)
     assert isinstance(second, PeerError)
     assert "rank 0 has given no sign of life" in str(second)
     assert not second.silent

@@ -19,7 +19,7 @@ OPTIONS = ("distributed.zero_stage=2", "train.iterations=3")
 # A silent process counts as dead after 30 seconds, and those who wait for it have 10 more; here sooner.
 SOON = """\
 import loopfast.watch
-loopfast.watch.BEAT, loopfast.watch.SILENCE, loopfast.watch.GRACE = 0.5, 4.0, 2.0
+loopfast.watch.BEAT, loopfast.watch.SILENCE, loopfast.watch.GRACE = 0.5, 8.0, 2.0
 """
 
 MID_UPDATE = """\
