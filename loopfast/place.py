@@ -36,6 +36,9 @@ def find_place(environment: Mapping[str, str]) -> Place:
     Raises:
         LoopfastError: they are incomplete, or not numbers.
     """
+    if environment.get("WORLD_SIZE") == "1" and not environment.get("MASTER_PORT"):
+        # some containers set it for every program
+        return Place()
     if "RANK" in environment and "WORLD_SIZE" in environment:
         keys = {"rank": "RANK", "size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "port": "MASTER_PORT"}
         host = environment.get("MASTER_ADDR")

@@ -23,6 +23,7 @@ dist: Any = torch.distributed
 
 def test_a_process_without_a_launcher_is_alone() -> None:
     assert find_place({}) == Place()
+    assert find_place({"RANK": "0", "WORLD_SIZE": "1"}) == Place()
     # sbatch sets these in the batch script itself, which nobody has started with srun
     assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "3"}) == Place()
 
