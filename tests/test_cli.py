@@ -353,6 +353,6 @@ def test_a_plan_is_printed_and_is_json(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["plan", *options]) == 0
     assert "peak" in capsys.readouterr().out
     assert main(["plan", *options, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["card"]
+    assert json.loads(capsys.readouterr().out)["device"]["gpus"] == 2
     assert main(["plan", "--config", "tiny", "--memory", "much"]) == 2
     assert "error: --memory" in capsys.readouterr().err
