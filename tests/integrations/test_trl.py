@@ -82,7 +82,8 @@ def test_losses_are_the_same(runs):
     expected, found = (runs[name]["minibatches"] for name in ("unpatched", "torch"))
     # The first update changes the policy, so that ratios are not 1 in the second.
     assert (expected[4:, 1] > 1e-6).all()
-    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=1e-5, atol=1e-6)
+    # 5e-6 was measured, on a processor that rounds a model's calls of 2 rows otherwise than those of 4.
+    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=1e-5, atol=2e-5)
     # The square of a difference of log-probabilities.
     torch.testing.assert_close(found[:, 1], expected[:, 1], rtol=5e-3, atol=1e-9)
     assert torch.equal(found[:, 2], expected[:, 2])
@@ -117,7 +118,9 @@ def test_an_unchanged_model_has_the_ratio_1_in_bfloat16(runs):
 @needs_trl
 def test_philox_noise_trains_too(runs):
     run = runs["philox"]
-    assert (run["minibatches"][:4, 1:] == 0).all(), "the policy that sampled must score what it sampled alike"
+    # TRL samples 4 rows in a call and trains on 2, which some processors round otherwise: 1.5e-14 was measured.
+    assert (run["minibatches"][:4, 1] < 1e-12).all(), "the policy that sampled must score what it sampled alike"
+    assert (run["minibatches"][:4, 2] == 0).all()
     assert run["minibatches"].isfinite().all()
     # The log-probability of a Gaussian's own samples: -1/2 - log sigma - 1/2 log 2 pi, give or take its spread.
     assert (run["logprobs"] - runs["unpatched"]["logprobs"]).abs().max() < 0.5
