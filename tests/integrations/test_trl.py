@@ -119,7 +119,9 @@ def test_an_unchanged_model_has_the_ratio_1_in_bfloat16(runs):
 def test_philox_noise_trains_too(runs):
     run = runs["philox"]
     # TRL samples 4 rows in a call and trains on 2, which some processors round otherwise: 1.5e-14 was measured.
-    assert (run["minibatches"][:4, 1] < 1e-12).all(), "the policy that sampled must score what it sampled alike"
+    assert (run["minibatches"][:4, 1] < 1e-12).all(), (
+        "the policy that sampled must score what it sampled alike"
+    )
     assert (run["minibatches"][:4, 2] == 0).all()
     assert run["minibatches"].isfinite().all()
     # The log-probability of a Gaussian's own samples: -1/2 - log sigma - 1/2 log 2 pi, give or take its spread.
