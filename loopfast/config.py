@@ -127,6 +127,12 @@ class LoraConfig(_Section):
     """Scale: the adapter's output is multiplied by alpha / rank."""
     targets: Annotated[tuple[_Text, ...] | None, Field(strict=False)] = None
     """Names of the modules that get an adapter; null: the attention projections."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """First values of the factor A: peft's own (kaiming) or normal ones; B is 0, so training starts at the base model."""
+    dora: bool = False
+    """Also train the norms of the weights' columns (DoRA)."""
+    text_encoder: bool = False
+    """Also train an adapter of the text encoder's attention; Stable Diffusion 1.x and 2.x only."""
 
 
 class ModelConfig(_Section):
@@ -138,6 +144,12 @@ class ModelConfig(_Section):
     """Branch, tag or commit of a hub repository."""
     variant: _Text | None = None
     """Variant of the weight files, such as fp16."""
+    height: _Count | None = None
+    """Of the images, in pixels; null: the model's own."""
+    width: _Count | None = None
+    """Of the images, in pixels; null: the model's own."""
+    max_sequence_length: _Count | None = None
+    """Tokens of a prompt that a T5 encoder reads; null: the pipeline's own number."""
     dtype: _Dtype = "float32"
     """Type the model computes in."""
     device: _Device = "auto"
@@ -177,10 +189,25 @@ class RewardConfig(_Section):
 
     name: _Text
     """A reward of the package, or ``module:function``."""
+    label: _RunName | None = None
+    """What it is called in metrics and messages; null: its name. Two terms of one name need one."""
     weight: float = 1.0
     """Factor in the sum that is trained on; 0: measured and recorded only."""
+    normalize: Literal["none", "range", "std"] = "none"
+    """What is done to its values before they are weighted. range: a straight line takes the key range's two numbers to
+    0 and 1. std: in training, the mean over the iteration's images is subtracted and their standard deviation divided
+    by; evaluations and reward_mean take the values as they are. Each reward's own metrics always do."""
+    range: Annotated[
+        tuple[float, ...] | None, Field(strict=False, json_schema_extra={"minItems": 2, "maxItems": 2})
+    ] = None
+    """Two values, the lower first, that become 0 and 1 with normalize: range; others are not cut off."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the reward."""
+
+    @property
+    def title(self) -> str:
+        """What the term is called."""
+        return self.label or self.name
 
 
 class AdvantageConfig(_Section):
@@ -221,7 +248,8 @@ class RolloutConfig(_Section):
     noise_level: _Positive | None = None
     """Noise of the flow-matching sampler; null: 0.7."""
     guidance_scale: _NotNegative = 1.0
-    """Classifier-free guidance; 1: none, and half the cost."""
+    """Classifier-free guidance; 1: none, and half the cost. A model distilled for guidance (FLUX.1 [dev]) is told this
+    number instead, at no cost."""
     microbatch: _Microbatch = "auto"
     """Images per model call. Changes memory and speed; the result by rounding at most."""
     stochastic_steps: _StochasticSteps = "all"
@@ -243,6 +271,9 @@ class RolloutConfig(_Section):
     """Score each microbatch's images before the next is sampled (inline) or while it is (thread, process), or all
     images of a process afterwards, in one call (none); auto: thread where a GPU samples, inline on the CPU, whose cores
     the sampling already keeps busy."""
+    on_bad_reward: Literal["error", "drop_group"] = "error"
+    """When a reward gives a NaN, an infinity or another number of values than there are images: stop, with the run's
+    state saved, or leave the images of that prompt out of the iteration. A reward that raises always stops the run."""
 
 
 class TrajectoriesConfig(_Section):
@@ -283,6 +314,9 @@ class TrainConfig(_Section):
     """Share of each trajectory's trained steps that is drawn for training, anew in every pass."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """AdamW, or bitsandbytes' with 8-bit moments."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep a moving average of the trained weights with at most this decay an update, for evaluations and the export;
+    null: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more model time."""
     screening: Literal["auto", "on", "off"] = "auto"
@@ -652,6 +686,11 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
         allowed = "auto or resident with rollout.merge_lora, which changes a copy that is there"
         yield _problem(("rollout", "replica"), "gathered", allowed)
     yield from _distributed(config)
+    if config.model.lora.text_encoder and config.model.free_text_encoder:
+        allowed = "false with model.lora.text_encoder: an encoder that is trained is needed to the end"
+        yield _problem(("model", "free_text_encoder"), True, allowed)
+    if rollout.merge_lora and config.model.lora.dora:
+        yield _problem(("rollout", "merge_lora"), True, "false with model.lora.dora, which is no sum of weights")
     if rollout.merge_lora and config.model.tune != "lora":
         yield _problem(("rollout", "merge_lora"), True, "false with model.tune: full, which has no adapter")
     drawn = train.steps_drawn(trained)
@@ -671,14 +710,35 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
     if train.screening == "on" and algorithm.clip_range is None:
         allowed = f"auto or off with algorithm.name {algorithm.name}, which does not clip"
         yield _problem(("train", "screening"), "on", allowed)
-    names = [term.name for term in config.reward]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            yield _problem(("reward", index, "name"), name, "each reward once")
+    yield from _reward_terms(config)
     if not config.reward:
         yield _problem(("reward",), [], _allowed(_schema_at(("reward",))[1]))
     elif not any(term.weight for term in config.reward):
         yield _problem(("reward", 0, "weight"), 0, "a weight other than 0 for at least one reward")
+
+
+def _reward_terms(config: Config) -> Iterator[tuple[_Path, str]]:
+    """What is wrong within and between the terms of the reward."""
+    titles = [term.title for term in config.reward]
+    for index, term in enumerate(config.reward):
+        key = "name" if term.label is None else "label"
+        if term.title in titles[:index]:
+            allowed = "each reward once; a second one of that name needs a label of its own"
+            yield _problem(("reward", index, key), term.title, allowed)
+        if term.title in _TAKEN:
+            allowed = f"none of {', '.join(_TAKEN)}, which metrics have"
+            yield _problem(("reward", index, key), term.title, allowed)
+        if term.normalize == "range" and term.range is None:
+            allowed = "two numbers, the lower first, with normalize: range"
+            yield _problem(("reward", index, "range"), None, allowed)
+        elif term.range is not None and not (len(term.range) == 2 and term.range[0] < term.range[1]):
+            yield _problem(("reward", index, "range"), list(term.range), "two numbers, the lower first")
+        elif term.range is not None and term.normalize != "range":
+            yield _problem(("reward", index, "range"), list(term.range), "null without normalize: range")
+
+
+# ``reward_mean`` and the like are metrics of the sum.
+_TAKEN = ("mean", "std", "reward", "dropped_images")
 
 
 def _distributed(config: Config) -> Iterator[tuple[_Path, str]]:
@@ -691,6 +751,13 @@ def _distributed(config: Config) -> Iterator[tuple[_Path, str]]:
     if distributed.zero_stage and config.train.optimizer != "adamw":
         allowed = "adamw with distributed.zero_stage above 0, whose parts of moments have no 8-bit blocks"
         yield _problem(("train", "optimizer"), config.train.optimizer, allowed)
+    if distributed.zero_stage and config.train.ema_decay is not None:
+        allowed = "null with distributed.zero_stage above 0, where no process has all the weights it would follow"
+        yield _problem(("train", "ema_decay"), config.train.ema_decay, allowed)
+    for key in ("dora", "text_encoder"):
+        if distributed.zero_stage == 3 and config.model.tune == "lora" and getattr(config.model.lora, key):
+            allowed = "false with distributed.zero_stage: 3, which gathers the weights of one network's layers"
+            yield _problem(("model", "lora", key), True, allowed)
     if distributed.zero_stage == 3 and config.model.compile != "off":
         allowed = "off with distributed.zero_stage: 3, which gathers weights between layers"
         yield _problem(("model", "compile"), config.model.compile, allowed)

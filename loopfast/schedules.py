@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +25,107 @@ AUTO_SENSITIVITY_LIMIT = 8.0
 
 _DDIM = "DDIMScheduler"
 _FLOW = "FlowMatchEulerDiscreteScheduler"
+
+_OFF = (None, False)
+_NONLINEAR = "makes the mean nonlinear in the model output"
+_OTHER_LEVELS = "visits noise levels between those of the training schedule, which DDIM cannot"
+_OTHER_PROCESS = "is of another process than the diffusion that DDIM samples"
+
+# Of the schedulers of the diffusion process, options that change what DDIM would sample: the values that do not, and
+# what is wrong with others.
+_DIFFUSION_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
+    "clip_sample": (_OFF, _NONLINEAR),
+    "thresholding": (_OFF, _NONLINEAR),
+    "beta_schedule": (
+        ("linear", "scaled_linear", "squaredcos_cap_v2"),
+        "is a noise schedule that DDIM does not know; linear, scaled_linear and squaredcos_cap_v2 are known",
+    ),
+    "prediction_type": (
+        ("epsilon", "v_prediction", "sample"),
+        "has no transition; epsilon, v_prediction and sample have",
+    ),
+    "variance_type": (
+        (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+        "takes the variance from the model; here it is given by eta",
+    ),
+    "timestep_spacing": (
+        ("leading", "trailing", "linspace"),
+        "is none of the spacings of DDIM: leading, trailing, linspace",
+    ),
+    "timestep_type": (("discrete",), "gives the model the logarithm of the noise level, not a timestep"),
+    "interpolation_type": (("linear",), _OTHER_LEVELS),
+    "final_sigmas_type": (
+        ("zero",),
+        "ends before the noise is gone; for DDIM that is final_sigmas_type=zero with set_alpha_to_one=False",
+    ),
+    "lambda_min_clipped": (
+        (float("-inf"), None),
+        "leaves out the noisiest timesteps, which DDIM starts from",
+    ),
+    "use_karras_sigmas": (_OFF, _OTHER_LEVELS),
+    "use_exponential_sigmas": (_OFF, _OTHER_LEVELS),
+    "use_beta_sigmas": (_OFF, _OTHER_LEVELS),
+    "use_lu_lambdas": (_OFF, _OTHER_LEVELS),
+    "use_flow_sigmas": (_OFF, _OTHER_PROCESS),
+    "use_dynamic_shifting": (_OFF, _OTHER_PROCESS),
+    "shift_terminal": (_OFF, _OTHER_LEVELS),
+}
+
+# Of the same schedulers, what DDIM reads, and what only says how another sampler solves the same process.
+_DIFFUSION_HARMLESS = frozenset(
+    {
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "trained_betas",
+        "set_alpha_to_one",
+        "steps_offset",
+        "rescale_betas_zero_snr",
+        "clip_sample_range",
+        "dynamic_thresholding_ratio",
+        "sample_max_value",
+        "skip_prk_steps",
+        "solver_order",
+        "solver_type",
+        "solver_p",
+        "algorithm_type",
+        "lower_order_final",
+        "euler_at_final",
+        "predict_x0",
+        "disable_corrector",
+        "sigma_min",
+        "sigma_max",
+        "flow_shift",
+        "time_shift_type",
+    }
+)
+
+_FLOW_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
+    "invert_sigmas": (_OFF, "reverses time, which has no transition here"),
+    "stochastic_sampling": (_OFF, "is another sampler; set it to False"),
+    "use_beta_sigmas": (_OFF, "needs scipy, which is not among the requirements"),
+    "time_shift_type": (("exponential", "linear"), "is none of exponential and linear"),
+}
+_FLOW_HARMLESS = frozenset(
+    {
+        "num_train_timesteps",
+        "shift",
+        "use_dynamic_shifting",
+        "base_shift",
+        "max_shift",
+        "base_image_seq_len",
+        "max_image_seq_len",
+        "shift_terminal",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+    }
+)
+
+# What these classes do where a configuration does not say it.
+_DEFAULTS = {_DDIM: {"clip_sample": True}, "DDPMScheduler": {"clip_sample": True}}
+
+# Above this a flow's sigma counts as pure noise: shifting sigma = 1 in float32 may round to its neighbour.
+_PURE_NOISE = 1 - 1e-6
 
 
 @dataclass(frozen=True)
@@ -109,8 +212,56 @@ class TransitionSchedule:
         return chosen
 
 
+def refuse_unmapped(config: Mapping[str, Any], name: str) -> None:
+    """Refuse the options of a scheduler that would be lost or mean something else in a transition table.
+
+    For the configuration as the model's authors wrote it: ``DDIMScheduler.from_config`` drops what DDIM does not
+    have, silently.
+
+    Args:
+        config: a scheduler's configuration, such as the content of ``scheduler_config.json``.
+        name: the scheduler's class: ``FlowMatchEulerDiscreteScheduler``, or else a sampler of the diffusion process, to
+            be replaced by DDIM.
+
+    Raises:
+        ValueError: names the option, its value and what is wrong with it. An option that is not known here is
+            refused unless it is null or false.
+    """
+    flow = name == _FLOW
+    options, harmless = (_FLOW_OPTIONS, _FLOW_HARMLESS) if flow else (_DIFFUSION_OPTIONS, _DIFFUSION_HARMLESS)
+    for option, value in {**_DEFAULTS.get(name, {}), **config}.items():
+        if option.startswith("_") or option in harmless:
+            continue
+        allowed, reason = options.get(
+            option, (_OFF, "is not known here; remove it if the process is the same without it")
+        )
+        if value not in allowed:
+            raise ValueError(f"the scheduler's option {option}={value!r} {reason}")
+
+
+def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """The shift ``mu`` of a flow-matching scheduler with ``use_dynamic_shifting``.
+
+    Linear in the number of tokens, as the pipelines of FLUX and Stable Diffusion 3 have it in diffusers
+    (``calculate_shift``).
+
+    Args:
+        config: of the ``FlowMatchEulerDiscreteScheduler``.
+        tokens: of an image in the transformer: ``(height / p) (width / p)`` with p pixels to a patch's side.
+    """
+    shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(least + (most - least) * (tokens - shortest) / (longest - shortest))
+
+
 def transition_schedule(
-    scheduler: Any, num_steps: int, eta: float | None = None, noise_level: float | None = None
+    scheduler: Any,
+    num_steps: int,
+    eta: float | None = None,
+    noise_level: float | None = None,
+    *,
+    sigmas: Sequence[float] | None = None,
+    mu: float | None = None,
 ) -> TransitionSchedule:
     """Work out the transitions of a scheduler.
 
@@ -120,6 +271,10 @@ def transition_schedule(
         num_steps: number of sampling steps, T.
         eta: DDIM's noise, 0 (deterministic) to 1 (as much as DDPM, the default).
         noise_level: of the flow-matching SDE (Liu et al., "Flow-GRPO", 2025); 0.7 unless given.
+        sigmas: of flow matching, the T noise levels before any shift, falling, in (0, 1]; None: the scheduler's own.
+            FLUX's pipeline gives ``linspace(1, 1 / T, T)``.
+        mu: of flow matching with ``use_dynamic_shifting``, the shift (`resolution_shift`); without that option it is
+            not used, as in diffusers.
 
     Returns:
         The schedule, on the CPU.
@@ -130,15 +285,19 @@ def transition_schedule(
     """
     names = {base.__name__ for base in type(scheduler).__mro__}
     if _DDIM in names:
-        if noise_level is not None:
-            raise ValueError("noise_level belongs to flow matching; a DDIMScheduler takes eta")
+        given = {"noise_level": noise_level, "sigmas": sigmas, "mu": mu}
+        for argument, value in given.items():
+            if value is not None:
+                raise ValueError(f"{argument} belongs to flow matching; a DDIMScheduler takes eta")
         timesteps, table = _ddim(scheduler, num_steps, 1.0 if eta is None else eta)
         noiseless = _ddim(scheduler, num_steps, 0.0)[1]
     elif _FLOW in names:
         if eta is not None:
             raise ValueError(f"eta belongs to DDIM; a {_FLOW} takes noise_level")
-        timesteps, table = _flow(scheduler, num_steps, 0.7 if noise_level is None else noise_level)
-        noiseless = _flow(scheduler, num_steps, 0.0)[1]
+        prepared = _with_sigmas(scheduler, num_steps, sigmas, mu)
+        timesteps = prepared.timesteps.to("cpu", torch.float32)
+        table = _flow(prepared, 0.7 if noise_level is None else noise_level)
+        noiseless = _flow(prepared, 0.0)
     else:
         raise ValueError(
             f"{type(scheduler).__name__} has no Gaussian first-order transition here; supported are "
@@ -155,16 +314,21 @@ def transition_schedule(
     )
 
 
-def _refuse_options(scheduler: Any, options: dict[str, str]) -> None:
-    for option, reason in options.items():
-        if scheduler.config.get(option):
+def _refuse(scheduler: Any, options: Mapping[str, tuple[tuple[object, ...], str]]) -> None:
+    for option, (allowed, reason) in options.items():
+        if option in scheduler.config and scheduler.config[option] not in allowed:
             raise ValueError(f"the scheduler's option {option}={scheduler.config[option]!r} {reason}")
 
 
-def _with_timesteps(scheduler: Any, num_steps: int) -> Any:
+def _check_count(scheduler: Any, num_steps: int) -> None:
     limit = scheduler.config["num_train_timesteps"]
     if not 1 <= num_steps <= limit:
         raise ValueError(f"num_steps must lie between 1 and {limit}, got {num_steps}")
+
+
+def _with_timesteps(scheduler: Any, num_steps: int) -> Any:
+    """A copy of a DDIM scheduler, set to its steps."""
+    _check_count(scheduler, num_steps)
     prepared = copy.deepcopy(scheduler)
     prepared.set_timesteps(num_steps)
     if len(prepared.timesteps) != num_steps:
@@ -176,10 +340,35 @@ def _with_timesteps(scheduler: Any, num_steps: int) -> Any:
     return prepared
 
 
+def _with_sigmas(scheduler: Any, num_steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Any:
+    """A copy of a flow-matching scheduler, set to its steps."""
+    _refuse(scheduler, _FLOW_OPTIONS)
+    _check_count(scheduler, num_steps)
+    if scheduler.config.get("use_dynamic_shifting") and mu is None:
+        raise ValueError(
+            "the scheduler's option use_dynamic_shifting=True makes the steps depend on the resolution: "
+            "mu is needed, which resolution_shift works out"
+        )
+    if sigmas is not None:
+        sigmas = [float(sigma) for sigma in sigmas]
+        if len(sigmas) != num_steps:
+            raise ValueError(f"sigmas must be as many as the steps, {num_steps}; got {len(sigmas)}")
+        _check_falling("sigmas", [*sigmas, 0.0])
+    prepared = copy.deepcopy(scheduler)
+    prepared.set_timesteps(num_steps, sigmas=sigmas, mu=mu)
+    _check_falling(f"the scheduler's sigmas for num_steps={num_steps}", prepared.sigmas.tolist())
+    return prepared
+
+
+def _check_falling(name: str, sigmas: Sequence[float]) -> None:
+    if not (sigmas[0] <= 1 + 1e-6 and all(now > then for now, then in pairwise(sigmas))):
+        shown = ", ".join(f"{sigma:.4g}" for sigma in sigmas[:6]) + (", ..." if len(sigmas) > 6 else "")
+        raise ValueError(f"{name} must fall strictly from at most 1 to 0, got {shown}")
+
+
 def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
     """Song et al., "Denoising diffusion implicit models", 2021, equations 12 and 16, solved for a and b."""
-    nonlinear = "makes the mean nonlinear in the model output; set it to False"
-    _refuse_options(scheduler, {"clip_sample": nonlinear, "thresholding": nonlinear})
+    _refuse(scheduler, {name: _DIFFUSION_OPTIONS[name] for name in ("clip_sample", "thresholding")})
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie between 0 and 1, got {eta}")
 
@@ -188,6 +377,11 @@ def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
     # Where the step leads is given by the average stride, as in diffusers, whatever the next timestep is.
     previous = timesteps - scheduler.config["num_train_timesteps"] // num_steps
     alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
+    if len(alphas) != scheduler.config["num_train_timesteps"]:
+        raise ValueError(
+            f"the scheduler's option trained_betas has {len(alphas)} values for "
+            f"{scheduler.config['num_train_timesteps']} timesteps (num_train_timesteps)"
+        )
     if int(timesteps.max()) >= len(alphas):
         raise ValueError(
             f"steps_offset={scheduler.config['steps_offset']} puts the first of {num_steps} steps at "
@@ -221,31 +415,27 @@ def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"prediction_type={prediction!r} has no transition; known: epsilon, v_prediction, sample"
         )
-    return timesteps, torch.stack((a, b, sigma), dim=1)
+    table = torch.stack((a, b, sigma), dim=1)
+    if not bool(table.isfinite().all()):
+        raise ValueError(
+            "the scheduler's betas give transitions that are not finite: a timestep that is visited holds no noise "
+            "or no signal"
+        )
+    return timesteps, table
 
 
-def _flow(scheduler: Any, num_steps: int, noise_level: float) -> tuple[Tensor, Tensor]:
+def _flow(prepared: Any, noise_level: float) -> Tensor:
     """Liu et al., "Flow-GRPO", 2025: the SDE with the flow's marginals, in Euler-Maruyama steps."""
-    _refuse_options(
-        scheduler,
-        {
-            "invert_sigmas": "reverses time, which has no transition here",
-            "stochastic_sampling": "is another sampler; set it to False",
-            "use_dynamic_shifting": "makes the steps depend on the resolution, which is not supported",
-        },
-    )
     if noise_level < 0.0:
         raise ValueError(f"noise_level must not be negative, got {noise_level}")
-
-    prepared = _with_timesteps(scheduler, num_steps)
     sigmas = prepared.sigmas.to("cpu", torch.float64)
     now, then = sigmas[:-1], sigmas[1:]
     stride = then - now
     # At pure noise (1 - s = 0) the noise would be infinite; it is taken at the end of the step.
-    remaining = 1 - torch.where(now < 1, now, then)
+    remaining = 1 - torch.where(now < _PURE_NOISE, now, then)
     # q = noise_level sqrt(s / (1 - s)); q^2 / (2 s) has no s in it.
     drift = noise_level**2 / (2 * remaining)
     a = 1 + drift * stride
     b = (1 + drift * (1 - now)) * stride
     sigma = noise_level * (now / remaining * -stride).sqrt()
-    return prepared.timesteps.to("cpu", torch.float32), torch.stack((a, b, sigma), dim=1)
+    return torch.stack((a, b, sigma), dim=1)

@@ -21,7 +21,8 @@ class Surrogate:
 
     Args:
         config: the section ``algorithm``.
-        rewards: float32 ``[G, K]``.
+        rewards: float32 ``[G, K]``; NaN for all images of a prompt that is left out: the others' advantages, their
+            scale and the history are as if it were not there, and its own are 0.
         prompts: the G prompts.
         statistics: the prompts' history; updated by algorithms that keep one.
         device: where the latents are.
@@ -38,13 +39,19 @@ class Surrogate:
         row = ALGORITHMS[config.name]
         self.clip_range = row.clip_range if config.clip_range is None else config.clip_range
         self._config = config
+        left = rewards.isfinite().all(1)
         difference, scale = advantages(
-            row, rewards, prompts, statistics, normalize=config.advantage.normalize
+            row,
+            rewards[left],
+            [prompt for prompt, there in zip(prompts, left.tolist(), strict=True) if there],
+            statistics,
+            normalize=config.advantage.normalize,
         )
         self._fused = row.baseline == "leave_one_out" and scale.dim() == 0
-        self._rewards = rewards.to(device)
+        self._rewards = rewards.nan_to_num(0.0).to(device)
         self._scale = scale.to(device)
-        advantage = difference * scale
+        advantage = torch.zeros_like(rewards)
+        advantage[left] = difference * scale
         if config.advantage.clip is not None:
             advantage = advantage.clamp(-config.advantage.clip, config.advantage.clip)
         self._advantage = advantage.flatten().to(device)
@@ -87,7 +94,7 @@ class Surrogate:
             old_logprob,
             clip_range=self.clip_range,
             uncond_output=unconditional,
-            guidance_scale=sampler.guidance_scale,
+            guidance_scale=1.0 if unconditional is None else sampler.guidance_scale,
             reference_output=reference,
             kl_weight=self._config.kl_weight,
             reduction=sampler.reduction,

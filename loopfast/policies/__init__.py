@@ -2,13 +2,14 @@
 
 from loopfast.policies.base import Caller, Conditioning, Policy, expand, pad_rows
 from loopfast.policies.loading import (
+    load_family,
     load_policy,
     load_schedule,
     load_scheduler,
     torch_device,
     trained_steps,
 )
-from loopfast.policies.signature import adapter_signature, addresses
+from loopfast.policies.signature import adapter_signature, addresses, layers_with_adapter
 
 __all__ = [
     "Caller",
@@ -17,6 +18,8 @@ __all__ = [
     "adapter_signature",
     "addresses",
     "expand",
+    "layers_with_adapter",
+    "load_family",
     "load_policy",
     "load_schedule",
     "load_scheduler",

@@ -84,7 +84,7 @@ class Policy(Protocol):
 
         Returns:
             ``(conditional, unconditional)``, each ``[M, *L]``, from one call of the denoiser; the second is None
-            when ``guidance_scale`` is 1.
+            when ``guidance_scale`` is 1, and where the denoiser is told the scale, having been distilled for it.
         """
 
     def reference(self) -> AbstractContextManager[None]:
@@ -99,6 +99,13 @@ class Policy(Protocol):
         Args:
             directory: where to.
             weights: the trained ones, by the names of :meth:`trainable`.
+        """
+
+    def export_merged(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        """Writes a whole pipeline that needs no adapter: what was trained is added to the weights.
+
+        Args:
+            directory, weights: as for :meth:`export`.
         """
 
 

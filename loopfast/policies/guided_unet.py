@@ -49,7 +49,7 @@ def guided_forward(
     Equal, up to rounding, to one call on 2M rows (``cat([sample, sample])``, ``cat([text, empty])``). The rows of the
     two halves are the same up to the first attention to the text, so everything before it, and its share of the
     backward pass, is computed for M rows: in Stable Diffusion the first convolution and residual block, in UNets whose
-    first blocks have no attention (SDXL's, the embedded one's) those blocks too.
+    first blocks have no attention (the embedded one's) those blocks too.
 
     Args:
         unet: a model that :func:`shares_trunk` accepts.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -32,10 +33,10 @@ class FlashAttention(AttnProcessor2_0):
 
 
 def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Gives a UNet the attention that ``model.attention`` names.
+    """Gives a UNet the attention that ``model.attention`` names; a transformer keeps PyTorch's.
 
     Args:
-        unet: a diffusers ``UNet2DConditionModel``.
+        unet: a diffusers ``UNet2DConditionModel``, or a transformer.
         config: the section ``model``.
         device, dtype: where it will compute, and in which type.
 
@@ -46,6 +47,13 @@ def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: t
         ConfigError: the one asked for by name cannot work here.
     """
     name: str = config.attention
+    if not isinstance(unet, UNet2DConditionModel):
+        if name not in ("auto", "sdpa"):
+            raise ConfigError(
+                f"model.attention: found {name!r}, allowed: auto or sdpa with a {type(unet).__name__}, whose "
+                "attention is PyTorch's"
+            )
+        return "sdpa"
     if name == "auto":
         name = _fastest(unet, device, dtype)
     reason = None

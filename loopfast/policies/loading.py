@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from loopfast.config import ModelConfig, RolloutConfig
 from loopfast.errors import ConfigError
 from loopfast.policies.base import Policy
-from loopfast.schedules import TransitionSchedule, transition_schedule
-
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
+from loopfast.policies.families import Family, family_of, supported
+from loopfast.policies.resolution import latent_size
+from loopfast.schedules import TransitionSchedule, refuse_unmapped, resolution_shift, transition_schedule
 
 # Samplers of the same diffusion process: their training schedule defines the DDIM transition as well.
 _DDIM_COMPATIBLE = (
@@ -28,6 +27,7 @@ _DDIM_COMPATIBLE = (
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
 )
+_FLOW = ("FlowMatchEulerDiscreteScheduler",)
 
 
 def load_policy(
@@ -50,15 +50,10 @@ def load_policy(
     Raises:
         ConfigError: the model cannot be found or loaded, or its family is not supported.
     """
-    from loopfast.policies.sd import StableDiffusionPolicy
-
-    family = _index(config)["_class_name"]
-    if family != "StableDiffusionPipeline":
-        raise ConfigError(
-            f"model.pretrained: {config.pretrained!r} is a {family}; supported: StableDiffusionPipeline"
-        )
-    return StableDiffusionPolicy(
+    family = load_family(config)
+    return family.policy_class()(
         config,
+        family,
         load_scheduler(config),
         seed=seed,
         keep_reference=keep_reference,
@@ -67,37 +62,87 @@ def load_policy(
     )
 
 
-def load_scheduler(config: ModelConfig) -> DDIMScheduler:
-    """The DDIM scheduler of a model, without loading the model.
+def load_family(config: ModelConfig) -> Family:
+    """The family of a model, without loading the model.
 
-    A pipeline that comes with another sampler of the same diffusion process gets DDIM with that process's schedule,
-    as DDPO and diffusers' documentation do.
+    Raises:
+        ConfigError: the model cannot be found, or no such family is supported.
+    """
+    name = _index(config)["_class_name"]
+    family = family_of(name)
+    if family is None:
+        raise ConfigError(f"model.pretrained: {config.pretrained!r} is a {name}; supported: {supported()}")
+    return family
+
+
+def load_scheduler(config: ModelConfig) -> Any:
+    """The scheduler of a model whose transitions are sampled, without loading the model.
+
+    A diffusion pipeline that comes with another sampler of the same process gets DDIM with that process's schedule, as
+    DDPO and diffusers' documentation do.
+
+    Returns:
+        A ``DDIMScheduler``, or for a flow a ``FlowMatchEulerDiscreteScheduler``.
 
     Raises:
         ConfigError: the model cannot be found, or its scheduler describes another process.
     """
-    from diffusers import DDIMScheduler
+    import diffusers
 
+    family = load_family(config)
     entry = _index(config).get("scheduler")
     name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    if name not in _DDIM_COMPATIBLE:
+    usable = _FLOW if family.process == "flow" else _DDIM_COMPATIBLE
+    if name not in usable:
         raise ConfigError(
-            f"model.pretrained: the scheduler of {config.pretrained!r} is {name}; supported: "
-            f"{', '.join(_DDIM_COMPATIBLE)}"
+            f"model.pretrained: the scheduler of {config.pretrained!r} is {name}; supported: {', '.join(usable)}"
         )
-    options: dict[str, Any] = {"subfolder": "scheduler"}
+    kind: Any = diffusers.FlowMatchEulerDiscreteScheduler if usable is _FLOW else diffusers.DDIMScheduler
+    settings = component_config(config, "scheduler")
+    try:
+        refuse_unmapped(settings, name)
+    except ValueError as error:
+        raise ConfigError(f"the scheduler of {config.pretrained!r} cannot be used: {error}") from error
+    # DDIM clips by default; samplers that have no such option never clipped
+    if usable is _DDIM_COMPATIBLE and "clip_sample" not in settings:
+        settings = {**settings, "clip_sample": False}
+    return kind.from_config(settings)
+
+
+def absent_components(config: ModelConfig) -> list[str]:
+    """Components that a model's pipeline has a place for, and ``model_index.json`` says are not there."""
+    return [name for name, entry in _index(config).items() if entry in ([None, None], None)]
+
+
+def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
+    """The configuration of one of a model's components that diffusers has a class for, without its weights.
+
+    Args:
+        config: the section ``model``.
+        component: its name in ``model_index.json``.
+
+    Raises:
+        ConfigError: it cannot be found or read.
+    """
+    import diffusers
+
+    entry = _index(config).get(component)
+    kind = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) and len(entry) == 2 else None
+    if kind is None:
+        raise ConfigError(
+            f"model.pretrained: model_index.json of {config.pretrained!r} says {entry!r} of its {component}, which is "
+            "no class of diffusers"
+        )
+    options: dict[str, Any] = {"subfolder": component}
     if config.revision:
         options["revision"] = config.revision
     try:
-        settings, _ = DDIMScheduler.load_config(str(locate(config)), return_unused_kwargs=True, **options)
+        settings, _ = kind.load_config(str(locate(config)), return_unused_kwargs=True, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.pretrained: cannot load the scheduler of {config.pretrained!r}: {first_line(error)}"
+            f"model.pretrained: cannot load the {component} of {config.pretrained!r}: {first_line(error)}"
         ) from error
-    # DDIM clips by default; samplers that have no such option never clipped
-    if "clip_sample" not in settings:
-        settings = {**settings, "clip_sample": False}
-    return DDIMScheduler.from_config(settings)
+    return dict(settings)
 
 
 def load_schedule(config: ModelConfig, rollout: RolloutConfig) -> TransitionSchedule:
@@ -106,13 +151,43 @@ def load_schedule(config: ModelConfig, rollout: RolloutConfig) -> TransitionSche
     Raises:
         ConfigError: the scheduler or a setting cannot be expressed as a transition table.
     """
-    if rollout.noise_level is not None:
+    family = load_family(config)
+    flow = family.process == "flow"
+    if flow and rollout.eta is not None:
+        raise ConfigError("rollout.eta belongs to DDIM; flow-matching models take rollout.noise_level")
+    if not flow and rollout.noise_level is not None:
         raise ConfigError("rollout.noise_level belongs to flow-matching models; DDIM takes rollout.eta")
-    eta = 1.0 if rollout.eta is None else rollout.eta
+    scheduler = load_scheduler(config)
     try:
-        return transition_schedule(load_scheduler(config), rollout.steps, eta=eta)
+        if not flow:
+            eta = 1.0 if rollout.eta is None else rollout.eta
+            return transition_schedule(scheduler, rollout.steps, eta=eta)
+        level = 0.7 if rollout.noise_level is None else rollout.noise_level
+        return transition_schedule(
+            scheduler,
+            rollout.steps,
+            noise_level=level,
+            sigmas=_sigmas(family, scheduler, rollout.steps),
+            mu=_mu(config, family, scheduler),
+        )
     except ValueError as error:
         raise ConfigError(f"the scheduler of {config.pretrained!r} cannot be used: {error}") from error
+
+
+def _sigmas(family: Family, scheduler: Any, steps: int) -> list[float] | None:
+    """Noise levels before the shift, where the family's pipeline does not leave them to its scheduler."""
+    if "FluxPipeline" not in family.pipelines or scheduler.config.get("use_flow_sigmas"):
+        return None
+    return [1.0 - step / steps for step in range(steps)]
+
+
+def _mu(config: ModelConfig, family: Family, scheduler: Any) -> float | None:
+    """Of a shift that depends on the resolution."""
+    if not scheduler.config.get("use_dynamic_shifting"):
+        return None
+    denoiser, vae = component_config(config, family.denoiser), component_config(config, "vae")
+    height, width = latent_size(config, family, denoiser, vae)
+    return resolution_shift(scheduler.config, height // family.patch * (width // family.patch))
 
 
 def trained_steps(schedule: TransitionSchedule, spec: str) -> tuple[int, ...]:

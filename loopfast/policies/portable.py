@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from safetensors.torch import load_file, save_file
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+from torch import Tensor
 
 _PREFIX = "text_model."
 
 
-def save_portable(pipeline: StableDiffusionPipeline, directory: Path) -> None:
-    """Writes a Stable Diffusion pipeline that transformers 4 and 5 read alike.
+def save_portable(pipeline: Any, directory: Path) -> None:
+    """Writes a diffusers pipeline that transformers 4 and 5 read alike.
 
     What transformers 5 writes, transformers 4 does not: it misses the prefix ``text_model.`` in the names of CLIP's
-    weights, for which it goes on with random ones, and the tokenizer's ``vocab.json`` and ``merges.txt``.
+    weights, for which it goes on with random ones, and the files ``vocab.json`` and ``merges.txt`` of CLIP's tokenizer.
     """
     pipeline.save_pretrained(directory)
     for file in (directory / "model_index.json", *directory.glob("*/config.json")):
@@ -26,15 +25,34 @@ def save_portable(pipeline: StableDiffusionPipeline, directory: Path) -> None:
         # the folder it was loaded from, which is nobody else's business
         if config.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    weights = directory / "text_encoder" / "model.safetensors"
-    if type(pipeline.text_encoder).__name__ == "CLIPTextModel" and weights.is_file():
-        named = load_file(weights)
-        renamed = {_PREFIX + name.removeprefix(_PREFIX): value for name, value in named.items()}
-        save_file(renamed, weights, metadata={"format": "pt"})
-    tokenizer = directory / "tokenizer"
-    if not (tokenizer / "vocab.json").exists():
-        model = json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))["model"]
-        vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
-        (tokenizer / "vocab.json").write_text(vocabulary, "utf-8")
-        rules = "\n".join(rule if isinstance(rule, str) else " ".join(rule) for rule in model["merges"])
-        (tokenizer / "merges.txt").write_text(f"#version: 0.2\n{rules}\n", "utf-8")
+    for name, component in pipeline.components.items():
+        kind = type(component).__name__
+        if kind == "CLIPTextModel":
+            _name_weights(directory / name)
+        elif kind.startswith("CLIPTokenizer"):
+            _write_vocabulary(directory / name)
+
+
+def text_model_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a ``CLIPTextModel`` under transformers 4's names, which 5 reads too."""
+    return {_PREFIX + name.removeprefix(_PREFIX): value for name, value in weights.items()}
+
+
+def _name_weights(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        save_file(text_model_names(load_file(file)), file, metadata={"format": "pt"})
+    for file in folder.glob("*.safetensors.index.json"):
+        index = json.loads(file.read_text("utf-8"))
+        index["weight_map"] = {
+            _PREFIX + name.removeprefix(_PREFIX): part for name, part in index["weight_map"].items()
+        }
+        file.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _write_vocabulary(folder: Path) -> None:
+    if (folder / "vocab.json").exists():
+        return
+    model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), "utf-8")
+    rules = "\n".join(rule if isinstance(rule, str) else " ".join(rule) for rule in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{rules}\n", "utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 
@@ -18,8 +19,6 @@ def adapter_signature(module: torch.nn.Module) -> Hashable:
 
     A recorded call holds these as constants: the layers decide in Python.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     return tuple(
         (
             name,
@@ -28,6 +27,12 @@ def adapter_signature(module: torch.nn.Module) -> Hashable:
             tuple(layer.merged_adapters),
             tuple(sorted(getattr(layer, "scaling", {}).items())),
         )
-        for name, layer in module.named_modules()
-        if isinstance(layer, BaseTunerLayer)
+        for name, layer in layers_with_adapter(module).items()
     )
+
+
+def layers_with_adapter(module: torch.nn.Module) -> dict[str, Any]:
+    """The layers of a module that have an adapter, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 
 from loopfast.config import RolloutConfig
-from loopfast.policies import Policy, torch_device
+from loopfast.policies import Policy, layers_with_adapter, torch_device
 
 Whole = Callable[[Iterable[torch.nn.Parameter]], AbstractContextManager[None]]
 """Shows the whole values of parameters that an engine may have spread over processes."""
@@ -59,7 +58,7 @@ class Replica:
             parameter.is_floating_point() and parameter.dtype != policy.dtype
             for parameter in policy.trainable().values()
         )
-        autocast = autocast and not _layers_with_adapter(policy.denoiser)
+        autocast = autocast and not layers_with_adapter(policy.denoiser)
         self.policy = policy.with_denoiser(denoiser, device, dtype or policy.dtype, autocast=autocast)
         self._targets = dict(denoiser.named_parameters())
         if not resident:
@@ -96,7 +95,7 @@ class Replica:
                     self._targets[name].copy_(parameter)
 
     def _merge(self) -> None:
-        sources = _layers_with_adapter(self._source.denoiser)
+        sources = layers_with_adapter(self._source.denoiser)
         for name in self._merged:
             layer = sources[name]
             with self.whole(layer.parameters()):
@@ -147,15 +146,9 @@ def _by_layer(parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict[str, t
     yield from layers.values()
 
 
-def _layers_with_adapter(module: torch.nn.Module) -> dict[str, Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
-
-
 def _merge_layers(module: torch.nn.Module) -> list[str]:
     """Puts the layers that adapters were added to back in their places; returns their names."""
-    layers = _layers_with_adapter(module)
+    layers = layers_with_adapter(module)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, layer.get_base_layer())

@@ -132,7 +132,7 @@ class DenoisingStep:
             self._table,
             self._seed,
             uncond_output=unconditional,
-            guidance_scale=self._guidance_scale,
+            guidance_scale=1.0 if unconditional is None else self._guidance_scale,
             reduction=self._reduction,
         )
 

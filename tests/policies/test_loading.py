@@ -67,7 +67,6 @@ def test_other_samplers_of_the_process_become_ddim(copy: Path, kind: Any) -> Non
 
 def test_what_the_configuration_says_of_clipping_is_respected(copy: Path) -> None:
     give_scheduler(copy, DDIMScheduler(**PROCESS, clip_sample=True))
-    assert load_scheduler(model(copy)).config.clip_sample is True
     with pytest.raises(ConfigError, match=r"the scheduler of '.*' cannot be used: .*clip_sample"):
         load_schedule(model(copy), RolloutConfig(steps=10))
 
@@ -130,12 +129,6 @@ def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot find a diffusers pipeline at"):
         load_policy(model(tmp_path))
-
-
-def test_another_family(copy: Path) -> None:
-    edit(copy / "model_index.json", lambda index: index.update(_class_name="FluxPipeline"))
-    with pytest.raises(ConfigError, match=r"is a FluxPipeline; supported: StableDiffusionPipeline"):
-        load_policy(model(copy))
 
 
 def test_another_process(copy: Path) -> None:

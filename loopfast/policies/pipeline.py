@@ -1,0 +1,391 @@
+"""What the policies of all diffusers pipelines have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from typing_extensions import override
+
+from loopfast.config import ModelConfig
+from loopfast.errors import ConfigError
+from loopfast.policies.adapter import add_adapter, exported_adapter, merge_adapter, without_adapter
+from loopfast.policies.base import Caller, Conditioning, Policy
+from loopfast.policies.families import Family
+from loopfast.policies.guided_unet import shares_trunk
+from loopfast.policies.levers import compile_blocks, compile_calls, set_attention, set_layers, set_tf32
+from loopfast.policies.loading import absent_components, first_line, locate, torch_device
+from loopfast.policies.portable import save_portable
+from loopfast.policies.resolution import latent_size
+
+# Prompts encoded in one call, and the bytes from which on what comes out is kept in the host's memory.
+ENCODED_AT_ONCE, LARGE = 64, 256 * 2**20
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+class PipelinePolicy(Policy):
+    """A diffusers pipeline whose denoiser, or a LoRA of it, is trained; see :class:`loopfast.policies.Policy`.
+
+    Under full fine-tuning the denoiser's weights stay in float32 and ``dtype`` is what it computes in (autocast); under
+    LoRA the frozen weights have ``dtype`` and the adapter's are float32; with ``cast`` all have ``dtype``. Text
+    encoders and autoencoder are frozen, and the autoencoder computes in float32.
+
+    A family says how prompts are encoded (:meth:`_encode`), how its denoiser is called (:meth:`forward`), and where the
+    defaults here are not its own.
+
+    Args:
+        config: the section ``model``.
+        family: of the pipeline.
+        scheduler: whose transitions are sampled.
+        seed: of the adapter's initial weights.
+        keep_reference, cast, sharded: as for `loopfast.policies.load_policy`.
+
+    Raises:
+        ConfigError: the pipeline cannot be loaded, no module matches ``model.lora.targets``, or another key of
+            ``model`` asks for what is not to be had here.
+    """
+
+    pipeline_class: ClassVar[Any]
+    """The diffusers class, or what picks it by ``model_index.json``."""
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
+    """Ends of the names of the modules that get an adapter where the configuration names none."""
+    load_options: ClassVar[dict[str, Any]] = {}
+    """Further arguments of ``from_pretrained``."""
+    sequence_length: ClassVar[int | None] = None
+    """Tokens that a T5 encoder reads unless told; None where there is no such encoder."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        family: Family,
+        scheduler: Any,
+        *,
+        seed: int,
+        keep_reference: bool,
+        cast: bool = False,
+        sharded: bool = False,
+    ) -> None:
+        self.scheduler = scheduler
+        self.device = torch_device(config.device)
+        self.dtype = getattr(torch, config.dtype)
+        self._config, self._family = config, family
+        self._refuse()
+        trained = self.dtype if cast else torch.float32
+        self.pipeline = self._load()
+        self.pipeline.scheduler = scheduler
+        self._denoiser = getattr(self.pipeline, family.denoiser).requires_grad_(False).eval()
+        for name in self._text_encoders():
+            getattr(self.pipeline, name).requires_grad_(False).eval().to(self.device)
+        self._vae = self.pipeline.vae.requires_grad_(False).eval().to(self.device, torch.float32)
+        size = latent_size(config, family, self._denoiser.config, self._vae.config)
+        self.latent_shape = (self._denoiser.config.in_channels, *size)
+        self._accelerate()
+
+        self._base: torch.nn.Module | None = None
+        self._caller: Caller | None = None
+        home = torch.device("cpu") if sharded else self.device
+        if config.tune == "full":
+            if keep_reference:
+                self._base = copy.deepcopy(self._denoiser).to(home, self.dtype)
+            self._denoiser.requires_grad_(True)
+            self._denoiser.to(home, trained)
+        else:
+            self._denoiser.to(home, self.dtype)
+            self._add_adapter(seed, trained)
+        self._active: torch.nn.Module = self._denoiser
+        # now, since an engine that spreads them leaves none whole
+        self._parameters = (
+            sum(parameter.numel() for parameter in self.trainable().values()),
+            sum(parameter.numel() for parameter in self._denoiser.parameters()),
+        )
+        self._autocast = config.tune == "full" and self.dtype != trained
+        self._unconditional: Conditioning | None = None
+        self._encoded: tuple[dict[str, int], Conditioning] | None = None
+        self._plain = self._compiled(self.forward)
+
+    def _refuse(self) -> None:
+        """Raises `ConfigError` where the configuration asks for what this family does not have."""
+        if self._config.lora.text_encoder:
+            raise ConfigError(
+                f"model.lora.text_encoder: found true, allowed: false with {self._family.title}; adapters of text "
+                "encoders are for Stable Diffusion 1.x and 2.x"
+            )
+        if self._config.max_sequence_length is not None and self.sequence_length is None:
+            raise ConfigError(
+                f"model.max_sequence_length: found {self._config.max_sequence_length}, allowed: null with "
+                f"{self._family.title}, which has no T5 encoder"
+            )
+
+    def _load(self) -> Any:
+        config = self._config
+        # an adapter's base is loaded in the type it is held in; the autoencoder computes in float32 anyway
+        types = {"vae": torch.float32, "default": self.dtype}
+        if config.tune == "full":
+            types[self._family.denoiser] = torch.float32
+        options = {**dict.fromkeys(absent_components(config)), **self.load_options}
+        try:
+            return self.pipeline_class.from_pretrained(
+                locate(config),
+                revision=config.revision,
+                variant=config.variant,
+                use_safetensors=True,
+                torch_dtype=types,
+                **options,
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.pretrained: cannot load {config.pretrained!r}: {first_line(error)}"
+            ) from error
+
+    def _accelerate(self) -> None:
+        """Sets the levers of the configuration that leave the mathematics alone."""
+        config = self._config
+        if config.vae_tiling:
+            self._vae.enable_tiling()
+        set_tf32(config, self.device)
+        is_unet = isinstance(self._denoiser, UNet2DConditionModel)
+        attention = set_attention(self._denoiser, config, self.device, self.dtype)
+        networks = (self._denoiser, self._vae) if is_unet else (self._vae,)
+        self.levers = {
+            "attention": attention + (" (auto)" if config.attention == "auto" else ""),
+            "shared trunk": config.shared_trunk and shares_trunk(self._denoiser),
+            **set_layers(networks, config, self.device),
+            "compile": config.compile,
+            "TF32": config.tf32,
+        }
+        if config.compile == "blocks":
+            compile_blocks(self._denoiser, self.device)
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of a denoiser and its inputs, compiled where ``model.compile`` says so."""
+        return compile_calls(function, self.device) if self._config.compile == "whole" else function
+
+    def _add_adapter(self, seed: int, dtype: torch.dtype) -> None:
+        targets = self._config.lora.targets or self.lora_targets
+        add_adapter(self._denoiser, self._config.lora, targets, seed=seed, dtype=dtype)
+
+    def _text_encoders(self) -> list[str]:
+        """The names of those that are there."""
+        return [name for name in TEXT_ENCODERS if getattr(self.pipeline, name, None) is not None]
+
+    @staticmethod
+    def forward(
+        denoiser: torch.nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """The outputs ``[M, *L]`` of a denoiser for latents ``[M, *L]`` at timesteps ``[M]``, a row's prompt each."""
+        raise NotImplementedError
+
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """Conditioning of prompts, by the pipeline's text encoders."""
+        raise NotImplementedError
+
+    def _nothing(self) -> Conditioning:
+        """Conditioning of guidance's unconditional half, one row."""
+        return self.encode([""])
+
+    @property
+    def max_sequence_length(self) -> int | None:
+        """Tokens that a T5 encoder reads."""
+        return self._config.max_sequence_length or self.sequence_length
+
+    @override
+    def describe(self) -> str:
+        count, total = self._parameters
+        what = self._family.denoiser.replace("unet", "UNet")
+        if self._config.tune == "lora":
+            what = f"{'DoRA' if self._config.lora.dora else 'LoRA'} rank {self._config.lora.rank}"
+        return f"{self._config.pretrained} ({what}: {count / 1e6:.2f} M of {total / 1e6:.2f} M parameters trained)"
+
+    @override
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self._denoiser.named_parameters() if p.requires_grad}
+
+    @property
+    @override
+    def denoiser(self) -> torch.nn.Module:
+        return self._active
+
+    @property
+    @override
+    def reference_denoiser(self) -> torch.nn.Module | None:
+        return self._base
+
+    @override
+    def hand_over(self, caller: Caller) -> None:
+        self._caller = caller
+
+    @override
+    def with_denoiser(
+        self, denoiser: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, autocast: bool
+    ) -> PipelinePolicy:
+        nothing = self._unconditional_half()
+        twin = copy.copy(self)
+        twin._denoiser = twin._active = denoiser
+        twin.device, twin.dtype, twin._autocast, twin._caller = device, dtype, autocast, None
+        twin._unconditional = {name: _moved(value, device, dtype) for name, value in nothing.items()}
+        return twin
+
+    def _unconditional_half(self) -> Conditioning:
+        if self._unconditional is None:
+            self._unconditional = self._nothing()
+        return self._unconditional
+
+    @override
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        if self._encoded is not None:
+            index, encoded = self._encoded
+            rows = [index[prompt] for prompt in prompts]
+            return {name: value[rows].to(self.device) for name, value in encoded.items()}
+        found = self._encode(prompts)
+        return {name: _moved(value, self.device, self.dtype) for name, value in found.items()}
+
+    @override
+    def free_text_encoder(self, prompts: list[str]) -> None:
+        texts = list(dict.fromkeys(["", *prompts]))
+        parts = [
+            self.encode(texts[start : start + ENCODED_AT_ONCE])
+            for start in range(0, len(texts), ENCODED_AT_ONCE)
+        ]
+        large = sum(value.nbytes for part in parts for value in part.values()) > LARGE
+        encoded = {
+            name: torch.cat([part[name].cpu() if large else part[name] for part in parts])
+            for name in parts[0]
+        }
+        self._encoded = {text: row for row, text in enumerate(texts)}, encoded
+        self._released = {name: type(getattr(self.pipeline, name)) for name in self._text_encoders()}
+        self.pipeline.register_modules(**dict.fromkeys(self._released))
+
+    @contextmanager
+    def _with_text_encoders(self) -> Iterator[None]:
+        """Inside, the pipeline has those that were released, too."""
+        released = self._released if self._encoded is not None else {}
+        for name, kind in released.items():
+            encoder = kind.from_pretrained(
+                locate(self._config),
+                subfolder=name,
+                revision=self._config.revision or "main",
+                variant=self._config.variant,
+                use_safetensors=True,
+            )
+            self.pipeline.register_modules(**{name: encoder.to(self.dtype)})
+        try:
+            yield
+        finally:
+            self.pipeline.register_modules(**dict.fromkeys(released))
+
+    @override
+    def enable_gradient_checkpointing(self) -> None:
+        self._denoiser.enable_gradient_checkpointing()
+
+    @override
+    def predict(
+        self, sample: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        if guidance_scale == 1.0:
+            return self._denoise(sample, timestep, conditioning), None
+        nothing = self._unconditional_half()
+        both = {
+            name: torch.cat([value, nothing[name].expand_as(value)]) for name, value in conditioning.items()
+        }
+        outputs = self._denoise(torch.cat([sample, sample]), torch.cat([timestep, timestep]), both)
+        conditional, unconditional = outputs.chunk(2)
+        return conditional, unconditional
+
+    def _denoise(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        with self._precision():
+            output = self._call(self._plain, sample, timestep, conditioning)
+        result: Tensor = output.to(self.dtype).contiguous()
+        return result
+
+    def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        if self._caller is None:
+            return function(self._active, *inputs)
+        return self._caller.call(self._active, function, *inputs)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if not self._autocast:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
+
+    @override
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        if self._config.tune == "lora":
+            with without_adapter(self._denoiser):
+                yield
+            return
+        if self._base is None:
+            raise RuntimeError("the policy was loaded with keep_reference=False")
+        self._active = self._base
+        try:
+            yield
+        finally:
+            self._active = self._denoiser
+
+    @override
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        config = self._vae.config
+        latents = latents.float()
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            shape = (1, -1, 1, 1)
+            scale = latents.new_tensor(std).view(shape) / config.scaling_factor
+            latents = latents * scale + latents.new_tensor(mean).view(shape)
+        else:
+            latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        images = self._vae.decode(latents, return_dict=False)[0]
+        return (images / 2 + 0.5).clamp(0, 1).contiguous()
+
+    @override
+    def export(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        if self._config.tune == "full":
+            self._save_pipeline(directory, weights)
+        else:
+            self._save_adapter(directory, weights)
+
+    @override
+    def export_merged(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        if self._config.tune == "full":
+            self._save_pipeline(directory, weights)
+            return
+        merged = copy.deepcopy(self._denoiser)
+        merged.load_state_dict(dict(weights), strict=False)
+        merge_adapter(merged)
+        self._save_pipeline(directory, merged.state_dict(), merged)
+
+    def _save_pipeline(
+        self, directory: Path, weights: Mapping[str, Tensor], like: torch.nn.Module | None = None
+    ) -> None:
+        """Writes the whole pipeline around a denoiser of these weights.
+
+        The trained one may hold but a part of them, or layers of other classes.
+        """
+        like = self._denoiser if like is None else like
+        with torch.device("meta"):
+            denoiser = type(self._denoiser).from_config(self._denoiser.config)
+        buffers = {name: value for name, value in like.named_buffers() if name in denoiser.state_dict()}
+        denoiser.load_state_dict({**buffers, **weights}, assign=True)
+        name = self._family.denoiser
+        with self._with_text_encoders():
+            self.pipeline.register_modules(**{name: denoiser})
+            try:
+                save_portable(self.pipeline, directory)
+            finally:
+                self.pipeline.register_modules(**{name: self._denoiser})
+
+    def _save_adapter(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        layers = exported_adapter(self._denoiser, self._config.lora, weights)
+        self.pipeline.save_lora_weights(directory, **{f"{self._family.denoiser}_lora_layers": layers})
+
+
+def _moved(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On a device, and in a type unless it holds whole numbers or a mask."""
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)

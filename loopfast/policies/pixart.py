@@ -1,0 +1,76 @@
+"""PixArt-α and PixArt-Σ: a transformer that attends to T5's encoding, sampled as a diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+from typing_extensions import override
+
+from loopfast.policies.adapter import exported_adapter, lora_config
+from loopfast.policies.base import Conditioning
+from loopfast.policies.pipeline import PipelinePolicy
+
+
+class PixArtPolicy(PipelinePolicy):
+    """A ``PixArtAlphaPipeline`` or ``PixArtSigmaPipeline``; see `PipelinePolicy`.
+
+    Diffusers has no ``load_lora_weights`` for these: an adapter is written in peft's own form, which
+    ``peft.PeftModel.from_pretrained(pipeline.transformer, folder)`` reads.
+    """
+
+    pipeline_class: ClassVar[Any] = DiffusionPipeline
+    sequence_length: ClassVar[int | None] = 300
+
+    @property
+    @override
+    def max_sequence_length(self) -> int | None:
+        own = 120 if type(self.pipeline).__name__ == "PixArtAlphaPipeline" else self.sequence_length
+        return self._config.max_sequence_length or own
+
+    @override
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        states, mask, _, _ = self.pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=self.max_sequence_length,
+        )
+        found = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        if self._denoiser.config.use_additional_conditions:
+            scale = self.pipeline.vae_scale_factor
+            height, width = (float(side * scale) for side in self.latent_shape[1:])
+            sizes = torch.tensor([[height, width]], device=self.device)
+            found["resolution"] = sizes.expand(len(prompts), -1).contiguous()
+            found["aspect_ratio"] = found["resolution"][:, :1] / found["resolution"][:, 1:]
+        return found
+
+    @staticmethod
+    @override
+    def forward(
+        denoiser: torch.nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        output: Tensor = denoiser(
+            sample,
+            encoder_hidden_states=conditioning["encoder_hidden_states"],
+            encoder_attention_mask=conditioning["encoder_attention_mask"],
+            timestep=timestep,
+            added_cond_kwargs={name: conditioning.get(name) for name in ("resolution", "aspect_ratio")},
+            return_dict=False,
+        )[0]
+        # the second half, a variance, is what DDPM's sampler learned; DDIM's is given
+        return output[:, : sample.shape[1]]
+
+    @override
+    def _save_adapter(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        layers = exported_adapter(self._denoiser, self._config.lora, weights)
+        directory.mkdir(parents=True, exist_ok=True)
+        named = {f"base_model.model.{name}": value.contiguous() for name, value in layers.items()}
+        save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        settings = self._config.lora.model_copy(update={"alpha": float(self._config.lora.rank)})
+        lora_config(settings, settings.targets or self.lora_targets).save_pretrained(str(directory))

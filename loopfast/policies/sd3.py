@@ -1,0 +1,53 @@
+"""Stable Diffusion 3 and 3.5: a transformer over image and text tokens, sampled as a flow."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+from typing_extensions import override
+
+from loopfast.policies.base import Conditioning
+from loopfast.policies.pipeline import PipelinePolicy
+
+
+class StableDiffusion3Policy(PipelinePolicy):
+    """A ``StableDiffusion3Pipeline``; see `PipelinePolicy`. Its T5 encoder may be missing, as diffusers allows."""
+
+    pipeline_class: ClassVar[Any] = StableDiffusion3Pipeline
+    # those of both streams, as in the published recipes of Flow-GRPO
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+    sequence_length: ClassVar[int | None] = 256
+
+    @override
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        states, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    @staticmethod
+    @override
+    def forward(
+        denoiser: torch.nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        output: Tensor = denoiser(hidden_states=sample, timestep=timestep, **conditioning, return_dict=False)[
+            0
+        ]
+        return output

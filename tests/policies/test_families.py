@@ -1,0 +1,321 @@
+"""Every family's policy against the pipeline it was made from."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from loopfast.config import ModelConfig, RolloutConfig
+from loopfast.errors import ConfigError
+from loopfast.policies import Policy, load_family, load_policy, load_schedule
+from loopfast.rollout import Sampler, initial_latents
+from tests.families import FAMILIES, flux, save_tiny, stable_diffusion_3, stable_diffusion_xl
+
+PROMPTS = ["a red circle and a blue square", "three green triangles"]
+SEEDS = torch.arange(2)
+STEPS = 3
+TOKENS = 12
+WITH_T5 = ("sd3", "sd35", "flux", "pixart")
+TUNES = ["full", "lora"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def saved(family: Any) -> Path:
+        name = family if isinstance(family, str) else getattr(family, "__name__", "other")
+        return save_tiny(family, tmp_path_factory.mktemp(name) / "model")
+
+    return saved
+
+
+def settings(folder: Path, tune: str = "lora", **options: Any) -> ModelConfig:
+    lora = {"rank": 2, "alpha": 4, **options.pop("lora", {})}
+    return ModelConfig(pretrained=str(folder), device="cpu", tune=tune, lora=lora, **options)
+
+
+def with_tokens(family: str) -> dict[str, Any]:
+    return {"max_sequence_length": TOKENS} if family in WITH_T5 else {}
+
+
+@torch.no_grad()
+def disturb(policy: Policy) -> None:
+    """Stands for training."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.trainable().values():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def weights(policy: Policy) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in policy.trainable().items()}
+
+
+def draw(policy: Policy, config: ModelConfig, guidance: float) -> Tensor:
+    """Images of the deterministic sampler."""
+    quiet = RolloutConfig(steps=STEPS)
+    name = "noise_level" if load_family(config).process == "flow" else "eta"
+    schedule = load_schedule(config, quiet.model_copy(update={name: 0.0}))
+    sampler = Sampler(policy, schedule, guidance, "mean", 2)
+    return sampler.decode(sampler.sample(policy.encode(PROMPTS), SEEDS, SEEDS).final)
+
+
+def theirs(pipeline: Any, policy: Policy, guidance: float, **options: Any) -> Tensor:
+    """Images of diffusers' own pipeline from the same initial noise."""
+    pipeline.set_progress_bar_config(disable=True)
+    if type(pipeline).__name__.startswith("PixArt"):
+        options = {
+            "use_resolution_binning": False,
+            "clean_caption": False,
+            "height": 32,
+            "width": 32,
+            **options,
+        }
+    if type(pipeline.scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
+        pipeline.scheduler = policy.scheduler
+    images: Tensor = pipeline(
+        PROMPTS,
+        latents=initial_latents(policy, SEEDS),
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        output_type="pt",
+        **options,
+    ).images
+    return images
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_policy_draws_what_its_pipeline_draws(family: str, guidance: float, folder: Any) -> None:
+    config = settings(folder(family), **with_tokens(family))
+    policy = load_policy(config)
+    ours = draw(policy, config, guidance)
+    pipeline = DiffusionPipeline.from_pretrained(folder(family))
+    torch.testing.assert_close(
+        ours, theirs(pipeline, policy, guidance, **with_tokens(family)), atol=2e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diffusers_opens_what_is_exported(family: str, tune: str, folder: Any, tmp_path: Path) -> None:
+    config = settings(folder(family), tune, **with_tokens(family))
+    policy = load_policy(config)
+    before = draw(policy, config, 2.0)
+    disturb(policy)
+    policy.export(tmp_path, weights(policy))
+    if tune == "full":
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    else:
+        pipeline = DiffusionPipeline.from_pretrained(folder(family))
+        if family == "pixart":
+            from peft import PeftModel
+
+            pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, tmp_path).base_model.model
+        else:
+            pipeline.load_lora_weights(tmp_path)
+    found = theirs(pipeline, policy, 2.0, **with_tokens(family))
+    torch.testing.assert_close(draw(policy, config, 2.0), found, atol=5e-5, rtol=0)
+    assert (found - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_export_needs_no_adapter(family: str, folder: Any, tmp_path: Path) -> None:
+    config = settings(folder(family), **with_tokens(family))
+    policy = load_policy(config)
+    disturb(policy)
+    trained = draw(policy, config, 2.0)
+    policy.export_merged(tmp_path, weights(policy))
+    merged = settings(tmp_path, "full", **with_tokens(family))
+    torch.testing.assert_close(draw(load_policy(merged), merged, 2.0), trained, atol=5e-5, rtol=0)
+    assert torch.equal(draw(policy, config, 2.0), trained)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_encoded_beforehand_are_the_same(family: str, folder: Any, tmp_path: Path) -> None:
+    config = settings(folder(family), "full", **with_tokens(family))
+    policy, released = load_policy(config), load_policy(config)
+    released.free_text_encoder(PROMPTS)
+    trained = draw(policy, config, 2.0)
+    torch.testing.assert_close(draw(released, config, 2.0), trained, atol=1e-5, rtol=0)
+    released.export(tmp_path, weights(released))
+    again = settings(tmp_path, "full", **with_tokens(family))
+    assert torch.equal(draw(load_policy(again), again, 2.0), trained)
+
+
+@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize("family", ["sdxl", "sd35", "flux", "pixart"])
+def test_the_reference_is_the_model_before_training(family: str, tune: str, folder: Any) -> None:
+    config = settings(folder(family), tune, **with_tokens(family))
+    policy = load_policy(config, keep_reference=True)
+    before = draw(policy, config, 2.0)
+    disturb(policy)
+    trained = draw(policy, config, 2.0)
+    with policy.reference():
+        assert torch.equal(draw(policy, config, 2.0), before)
+    assert (trained - before).abs().max() > 1e-3
+
+
+def test_sdxl_without_zeros_for_the_empty_prompt(folder: Any) -> None:
+    place = folder(_encoded_empty_prompt)
+    config = settings(place)
+    policy = load_policy(config)
+    found = theirs(DiffusionPipeline.from_pretrained(place), policy, 3.0)
+    torch.testing.assert_close(draw(policy, config, 3.0), found, atol=2e-5, rtol=0)
+
+
+def _encoded_empty_prompt() -> Any:
+    return stable_diffusion_xl(force_zeros_for_empty_prompt=False)
+
+
+def _without_t5() -> Any:
+    return stable_diffusion_3(t5=False)
+
+
+def _schnell() -> Any:
+    return flux(guidance_embeds=False)
+
+
+def test_sd3_without_t5(folder: Any) -> None:
+    place = folder(_without_t5)
+    config = settings(place, max_sequence_length=TOKENS)
+    policy = load_policy(config)
+    pipeline = DiffusionPipeline.from_pretrained(place, text_encoder_3=None, tokenizer_3=None)
+    found = theirs(pipeline, policy, 3.0, max_sequence_length=TOKENS)
+    torch.testing.assert_close(draw(policy, config, 3.0), found, atol=2e-5, rtol=0)
+
+
+def test_flux_without_distilled_guidance_is_guided_like_others(folder: Any) -> None:
+    place = folder(_schnell)
+    config = settings(place, max_sequence_length=TOKENS)
+    policy = load_policy(config)
+    found = theirs(
+        DiffusionPipeline.from_pretrained(place),
+        policy,
+        0.0,
+        negative_prompt=[""] * 2,
+        true_cfg_scale=3.0,
+        max_sequence_length=TOKENS,
+    )
+    torch.testing.assert_close(draw(policy, config, 3.0), found, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "pixart"])
+def test_images_of_another_size(family: str, folder: Any) -> None:
+    config = settings(folder(family), height=24, width=16, **with_tokens(family))
+    policy = load_policy(config)
+    ours = draw(policy, config, 2.0)
+    assert ours.shape == (2, 3, 24, 16)
+    options = {"height": 24, "width": 16, **with_tokens(family)}
+    pipeline = DiffusionPipeline.from_pretrained(folder(family))
+    torch.testing.assert_close(ours, theirs(pipeline, policy, 2.0, **options), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("sd", {"height": 30}, r"model\.height: found 30, allowed: a multiple of 4"),
+        ("flux", {"width": 28}, r"model\.width: found 28, allowed: a multiple of 8"),
+        ("sd3", {"height": 128}, r"model\.height: found 128, allowed: at most 64"),
+        ("sdxl", {"max_sequence_length": 9}, r"model\.max_sequence_length: found 9, allowed: null with SDXL"),
+        (
+            "sdxl",
+            {"lora": {"text_encoder": True}},
+            r"model\.lora\.text_encoder: found true, allowed: false with",
+        ),
+        (
+            "flux",
+            {"attention": "matmul"},
+            r"model\.attention: found 'matmul', allowed: auto or sdpa with a Flux",
+        ),
+        ("sd35", {"lora": {"targets": ["nothing"]}}, r"model\.lora\.targets: \['nothing'\]"),
+    ],
+)
+def test_what_a_family_does_not_have(family: str, options: dict[str, Any], message: str, folder: Any) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_policy(settings(folder(family), **options))
+
+
+def test_a_family_that_is_not_supported(folder: Any, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(
+        ConfigError, match=r"is a KandinskyPipeline; supported: .*StableDiffusionXL.*Flux.*PixArt"
+    ):
+        load_policy(settings(tmp_path))
+
+
+@pytest.mark.parametrize(("family", "key"), [("sd", "noise_level"), ("sd3", "eta")])
+def test_noise_belongs_to_a_process(family: str, key: str, folder: Any) -> None:
+    rollout = RolloutConfig.model_validate({"steps": 4, key: 0.5})
+    with pytest.raises(ConfigError, match=rf"rollout\.{key} belongs to"):
+        load_schedule(settings(folder(family)), rollout)
+
+
+def test_variants_are_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    FAMILIES["sdxl"]().to(dtype=torch.float16).save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(ConfigError, match=r"model\.pretrained: cannot load"):
+        load_policy(settings(tmp_path))
+    policy = load_policy(settings(tmp_path, variant="fp16"))
+    assert next(policy.denoiser.parameters()).dtype == torch.float32
+
+
+def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+    FAMILIES["sd"]().save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ConfigError, match=r"model\.pretrained: cannot load"):
+        load_policy(settings(tmp_path))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_trained_text_encoder(guidance: float, shared: bool, folder: Any, tmp_path: Path) -> None:
+    config = settings(folder("sd"), lora={"text_encoder": True}, shared_trunk=shared)
+    policy = load_policy(config, seed=3)
+    plain = draw(load_policy(settings(folder("sd"))), config, guidance)
+    torch.testing.assert_close(draw(policy, config, guidance), plain, atol=1e-6, rtol=0)
+    names = policy.trainable()
+    assert {name.split(".")[0] for name in names} == {"unet", "text_encoder"}
+    policy.predict(
+        torch.randn(2, *policy.latent_shape), torch.tensor([5, 9]), policy.encode(PROMPTS), guidance
+    )[0].sum().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in names.items() if "text_enc" in n)
+
+    disturb(policy)
+    trained = draw(policy, config, guidance)
+    policy.export(tmp_path / "lora", weights(policy))
+    policy.export_merged(tmp_path / "whole", weights(policy))
+    assert torch.equal(draw(policy, config, guidance), trained)
+    pipeline = DiffusionPipeline.from_pretrained(folder("sd"))
+    pipeline.load_lora_weights(tmp_path / "lora")
+    merged = DiffusionPipeline.from_pretrained(tmp_path / "whole")
+    for found in (pipeline, merged):
+        torch.testing.assert_close(theirs(found, policy, guidance), trained, atol=5e-5, rtol=0)
+    with policy.reference():
+        torch.testing.assert_close(draw(policy, config, guidance), plain, atol=1e-6, rtol=0)
+
+
+def test_dora(folder: Any, tmp_path: Path) -> None:
+    config = settings(folder("sd"), lora={"dora": True, "init": "gaussian"})
+    policy = load_policy(config)
+    assert "DoRA rank 2" in policy.describe()
+    disturb(policy)
+    trained = draw(policy, config, 2.0)
+    policy.export(tmp_path / "lora", weights(policy))
+    policy.export_merged(tmp_path / "whole", weights(policy))
+    pipeline = DiffusionPipeline.from_pretrained(folder("sd"))
+    pipeline.load_lora_weights(tmp_path / "lora")
+    for found in (pipeline, DiffusionPipeline.from_pretrained(tmp_path / "whole")):
+        torch.testing.assert_close(theirs(found, policy, 2.0), trained, atol=5e-5, rtol=0)
+
+
+def test_initial_values_of_an_adapter(folder: Any) -> None:
+    first = {
+        init: next(p for n, p in load_policy(settings(folder("sd"), lora={"init": init})).trainable().items())
+        for init in ("kaiming", "gaussian")
+    }
+    assert not torch.equal(first["kaiming"], first["gaussian"])

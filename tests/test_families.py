@@ -1,0 +1,78 @@
+"""A whole run of every family: sampling, scoring, updates, export, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from loopfast.config import Config, parse_config
+from loopfast.console import Display
+from loopfast.errors import ConfigError
+from loopfast.policies import load_policy
+from loopfast.tracking import read_metrics
+from loopfast.train import train
+from tests.families import FAMILIES, save_tiny
+
+TUNES = ["full", "lora"]
+RUN = """\
+run: {name: tiny, trackers: []}
+prompts: {source: "embedded:color"}
+reward: [{name: jpeg_compressibility}]
+algorithm: {samples_per_prompt: 2}
+rollout: {prompts_per_iteration: 2, steps: 2, guidance_scale: 2.0}
+train: {iterations: 2, updates_per_iteration: 2, steps: all, learning_rate: 1e-3, warmup_updates: 0}
+evaluation: {every: 0, images_per_prompt: 1, limit_prompts: 2, preview_images: 0}
+checkpoint: {every: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def saved(family: str) -> Path:
+        return save_tiny(family, tmp_path_factory.mktemp(family) / "model")
+
+    return saved
+
+
+def configure(place: Path, directory: Path, tune: str, *overrides: str) -> Config:
+    tokens = ", max_sequence_length: 12" if (place / "text_encoder_2" / "..").exists() and _has_t5(place) else ""
+    model = f"model={{pretrained: {place}, device: cpu, tune: {tune}, lora: {{rank: 2, alpha: 2}}{tokens}}}"
+    return parse_config(RUN, (model, f"run.directory={directory}", *overrides))
+
+
+def _has_t5(place: Path) -> bool:
+    return "T5EncoderModel" in (place / "model_index.json").read_text()
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run / "metrics.jsonl") if line["iteration"]]
+
+
+@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run(family: str, tune: str, folder: Any, tmp_path: Path) -> None:
+    place = folder(family)
+    run = train(configure(place, tmp_path, tune), display=Display.silent())
+    for line in metrics(run):
+        assert line["ratio_max_deviation"] == 0.0
+        assert line["grad_norm"] > 0
+    exported = run / ("model" if tune == "full" else "lora")
+    if tune == "full":
+        pipeline = DiffusionPipeline.from_pretrained(exported)
+        assert type(pipeline).__name__ == json.loads((place / "model_index.json").read_text())["_class_name"]
+    elif family != "pixart":
+        DiffusionPipeline.from_pretrained(place).load_lora_weights(exported)
+
+    # one iteration, then the second in another session: the same weights
+    other = tmp_path / "other"
+    train(configure(place, other, tune, "train.iterations=1"), display=Display.silent())
+    again = train(configure(place, other, tune), resume="auto", display=Display.silent())
+    keys = ("reward_mean", "loss", "grad_norm")
+    assert [[line[k] for k in keys] for line in metrics(again)] == [[line[k] for k in keys] for line in metrics(run)]
