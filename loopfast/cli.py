@@ -232,7 +232,19 @@ def sample(
     print(f"{len(paths)} file(s) in {output}")
 
 
-@app.command(name="eval", epilog="**Example:** `loopfast eval runs/tiny --prompts embedded:all-heldout`")
+_EVAL_EXAMPLES = """
+**Examples**
+
+* `loopfast eval runs/tiny --prompts embedded:all-heldout`
+
+* `loopfast eval runs/tiny --benchmark embedded --images-per-prompt 4`
+
+* `loopfast eval runs/color --benchmark t2i-compbench --prompts-dir t2i-compbench --category color --metric-option
+blip_vqa.weights=models/blip-vqa`
+"""
+
+
+@app.command(name="eval", epilog=_EVAL_EXAMPLES)
 def evaluate(
     target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     prompts: Annotated[
@@ -240,16 +252,123 @@ def evaluate(
         typer.Option(metavar="SOURCE", help="Prompts to draw; default: those the run was evaluated on."),
     ] = None,
     images_per_prompt: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Images for each prompt; default: as in the run.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Images for each prompt; default: as in the run, of a benchmark 10."
+        ),
     ] = None,
     seed: _Seed = 0,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write the scores as JSON.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="The file for the scores as JSON; of a benchmark the folder, default: benchmarks/NAME in the run's.",
+        ),
     ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Measure on t2i-compbench or embedded, beside the base model."),
+    ] = None,
+    prompts_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder of T2I-CompBench's files, such as color_val.txt."),
+    ] = None,
+    categories: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--category", metavar="NAME", help="Of the benchmark; several times for several; default: all."
+        ),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="CATEGORY=REWARD",
+            help="Measure a category by another reward: its name, or YAML such as {name: ..., options: {...}}.",
+        ),
+    ] = None,
+    metric_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric-option",
+            metavar="REWARD.KEY=VALUE",
+            help="An option of a metric, such as blip_vqa.weights=FOLDER. May be given several times.",
+        ),
+    ] = None,
+    limit_prompts: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only the first N prompts of each category.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Denoising steps of a benchmark; default: the run's."),
+    ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, max=1, help="DDIM's noise in a benchmark; default: the run's."),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="Guidance in a benchmark; default: the run's."),
+    ] = None,
+    base: Annotated[
+        bool,
+        typer.Option("--base/--no-base", help="Measure the model before training on the benchmark, too."),
+    ] = True,
+    keep_images: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Keep the first N images of each prompt of a benchmark.")
+    ] = 0,
     quiet: _Quiet = False,
 ) -> None:
-    """Measure the reward of a run's model."""
+    """Measure the reward of a run's model, or what it and the base model reach on a benchmark.
+
+    A benchmark goes on where it was stopped, and draws every model's images from the same noise. Its folder has the
+    scores of each image, `results.json`, and `results.md`: the paper's table with 95 % confidence intervals.
+    """
+    for_benchmarks = {
+        "--prompts-dir": prompts_dir,
+        "--category": categories or None,
+        "--metric": metrics or None,
+        "--metric-option": metric_options or None,
+        "--limit-prompts": limit_prompts,
+        "--steps": steps,
+        "--eta": eta,
+        "--guidance-scale": guidance_scale,
+        "--no-base": None if base else True,
+        "--keep-images": keep_images or None,
+    }
+    given = [name for name, value in for_benchmarks.items() if value is not None]
+    if benchmark is None and given:
+        raise ConfigError(f"{', '.join(given)}: only with --benchmark")
+    if benchmark is not None and prompts is not None:
+        raise ConfigError("--prompts: not with --benchmark, which has prompts of its own")
     _quiet_libraries()
+    if benchmark is not None:
+        from loopfast.console import Display
+        from loopfast.evaluation import benchmark_table, evaluate_benchmark
+
+        with Display(quiet=quiet) as display:
+            found, titles = evaluate_benchmark(
+                target,
+                benchmark,
+                prompts_dir=prompts_dir,
+                categories=categories or [],
+                metrics=metrics or [],
+                metric_options=metric_options or [],
+                images_per_prompt=images_per_prompt,
+                limit_prompts=limit_prompts,
+                steps=steps,
+                eta=eta,
+                guidance_scale=guidance_scale,
+                base=base,
+                keep_images=keep_images,
+                seed=seed,
+                output=output,
+                display=display,
+            )
+        Console().print(benchmark_table(found, titles))
+        return
     from loopfast.console import Display
     from loopfast.evaluation import evaluate_checkpoint
 
@@ -269,6 +388,31 @@ def evaluate(
         values = (f"{value:.3f}" for value in (scores["reward"], *(scores["parts"][part] for part in parts)))
         table.add_row(category, *values, str(scores["count"]))
     Console().print(table)
+
+
+@app.command(epilog="**Example:** `loopfast compare runs/loop runs/ppo runs/grpo --output comparison`")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs' folders, finished or not.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Also write the table and plots of the rewards there."
+        ),
+    ] = None,
+) -> None:
+    """Show several runs side by side.
+
+    A row for each: algorithm, K, iterations, images, time, and of its evaluations each reward at the first, the last
+    and the best. Then what they reached on benchmarks (`loopfast eval --benchmark`). With `--output` also as Markdown,
+    JSON and plots against iterations, images and seconds.
+    """
+    from loopfast.evaluation import compare_runs, comparison_tables
+
+    summaries, files = compare_runs(runs, output)
+    console = Console()
+    for table in comparison_tables(summaries):
+        console.print(table)
+    print("rewards of evaluations: first → last (best at iteration)", *files, sep="\n")
 
 
 @app.command(epilog="**Example:** `loopfast report runs/tiny --picture tiny.png`")
@@ -438,6 +582,71 @@ def profile(
         found = run(settings, iterations=iterations, output=folder, trace=trace, display=display)
     if found is not None:
         print(found.as_markdown(), *found.files, "", "With Nsight Systems:", shlex.join(command), sep="\n")
+
+
+@app.command(
+    "serve-reward",
+    epilog="**Example:** `loopfast serve-reward jpeg_compressibility --option quality=80 --port 8000`",
+)
+def serve_reward(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A reward of the package, or module:function.")
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="An option of that reward. May be given several times."),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config", "-c", metavar="NAME|FILE", help="In place of NAME: the weighted sum of a configuration."
+        ),
+    ] = None,
+    overrides: _Overrides = None,
+    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen at; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen at; 0: any that is free.")
+    ] = 8000,
+    token_env: Annotated[
+        str | None,
+        typer.Option(metavar="VARIABLE", help="Environment variable with the token that requests must bear."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a request.")] = 64,
+    max_body: Annotated[int, typer.Option(metavar="MIB", min=1, help="Size of a request.")] = 64,
+) -> None:
+    """Serve a reward to runs on other machines, which name it `http`.
+
+    The protocol, for servers of your own, is in docs/reward-server.md. Ctrl-C or SIGTERM ends it once what is being
+    scored has been answered.
+    """
+    if (name is None) == (config is None):
+        raise ConfigError("give the NAME of one reward, or --config")
+    if name is not None:
+        from loopfast.config import parse_config
+
+        plain = json.dumps({"model": {"pretrained": "embedded"}, "reward": [{"name": name}]})
+        changes = [*(f"reward.0.options.{option}" for option in options or []), *(overrides or [])]
+        settings = parse_config(plain, changes, name=f"reward {name}")
+    else:
+        settings = _load(str(config), overrides)
+    token = None
+    if token_env is not None and not (token := os.environ.get(token_env)):
+        raise ConfigError(f"--token-env: the environment variable {token_env!r} is not set")
+    _quiet_libraries()
+    from loopfast.rewards import build_rewards
+    from loopfast.rewards.serve import serve_rewards
+
+    rewards = build_rewards(settings.reward)
+    titles = ", ".join(term.title for term in settings.reward)
+    serve_rewards(
+        rewards,
+        host=host,
+        port=port,
+        token=token,
+        max_batch=max_batch,
+        max_body=max_body * 2**20,
+        say=lambda text: print(f"{titles}: {text}", flush=True),
+    )
 
 
 @config_app.command(

@@ -119,6 +119,15 @@ class Group:
         """Whether it is so in any process."""
         return bool(self._largest(torch.tensor([int(flag)]))[0])
 
+    def texts(self, text: str) -> list[str]:
+        """What each process says, by rank, in all of them."""
+        if self.alone:
+            return [text]
+        said = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        most = int(self.largest(len(said)))
+        rows = self.gather(_filled(said, most, 0)[None], torch.tensor([self.rank]), self.size)
+        return [bytes(row.tolist()).rstrip(b"\0").decode() for row in rows]
+
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The first process's values, written into every process's tensor."""
         if not self.alone:

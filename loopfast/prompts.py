@@ -1,4 +1,4 @@
-"""Where prompts come from: the embedded world, a text file, or the user's own function."""
+"""Where prompts come from: the embedded world, T2I-CompBench, a text file, or the user's own function."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 from loopfast.embedded import world
 from loopfast.errors import ConfigError
 from loopfast.plugins import import_function, is_reference
+from loopfast.t2i_compbench import CATEGORIES, read_category
 
 __all__ = ["Prompt", "load_prompts"]
 
-_ALLOWED = "embedded:<category>, a text file with one prompt a line, or module:function"
+_ALLOWED = "embedded:<category>, t2i-compbench:<folder>:<category>, a text file with a prompt a line, module:function"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ def load_prompts(source: str) -> list[Prompt]:
 
             * ``embedded:<category>`` or ``embedded:<category>-heldout``: prompts of the embedded world;
               categories are ``color``, ``shape``, ``texture``, ``spatial``, ``numeracy``, ``complex``, ``all``;
+            * ``t2i-compbench:<folder>:<category>`` or ``t2i-compbench:<folder>:<category>-val``: the training or the
+              evaluation prompts of T2I-CompBench, from the benchmark's own files in a folder; see
+              `loopfast.t2i_compbench`;
             * the path of a UTF-8 text file, one prompt a line, empty lines left out;
             * ``module:function``: a function without arguments that returns texts or `Prompt`\\ s. Modules in
               the current directory can be imported.
@@ -45,6 +49,8 @@ def load_prompts(source: str) -> list[Prompt]:
     scheme, _, name = source.partition(":")
     if scheme == "embedded":
         prompts = _from_embedded_world(source, name)
+    elif scheme == "t2i-compbench":
+        prompts = _from_t2i_compbench(source, name)
     elif _is_file(source):
         prompts = _from_text_file(source)
     elif is_reference(source):
@@ -73,6 +79,24 @@ def _from_embedded_world(source: str, name: str) -> list[Prompt]:
             f"prompts {source!r}: no category {name!r}; allowed: {known}, each also with -validation or -heldout"
         ) from None
     return [Prompt(caption.text, {"category": caption.category}) for caption in captions]
+
+
+def _from_t2i_compbench(source: str, name: str) -> list[Prompt]:
+    directory, _, category = name.rpartition(":")
+    category, _, split = category.partition("-")
+    if not directory or category not in CATEGORIES or split not in ("", "val"):
+        raise ConfigError(
+            f"prompts {source!r}: allowed: t2i-compbench:<folder>:<category> with a category of "
+            f"{', '.join(CATEGORIES)}, each also with -val"
+        )
+    try:
+        found = read_category(Path(directory), category, split or "train")
+    except ConfigError as error:
+        raise ConfigError(f"prompts {source!r}: {error}") from None
+    return [
+        Prompt(p.text, {"category": category} | ({"aspects": list(p.aspects)} if p.aspects else {}))
+        for p in found
+    ]
 
 
 def _from_text_file(source: str) -> list[Prompt]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from loopfast.checkpoints import Checkpoint, CheckpointStore
-from loopfast.config import Config, config_to_yaml, load_config
+from loopfast.config import Config, RewardConfig, config_to_yaml, load_config
 from loopfast.console import Display
 from loopfast.engines import needs_deepspeed
 from loopfast.errors import CheckpointError, ConfigError
@@ -32,6 +32,7 @@ _CHANGEABLE = {
     "model.device",
     "rollout.cuda_graph",
     "rollout.device",
+    "rollout.on_bad_reward",
     "rollout.replica",
     "rollout.reward_worker",
     "train.iterations",
@@ -109,7 +110,7 @@ class RunFolder:
     def _require_same(self, file: Path) -> None:
         if not file.is_file():
             raise CheckpointError(f"{file.parent} is not a run's folder: there is no config.yaml in it")
-        before, now = (_flatten(c.model_dump(mode="json")) for c in (load_config(file), self._config))
+        before, now = (_flatten(_comparable(config)) for config in (load_config(file), self._config))
         changed = [
             f"{key} (was {before.get(key)}, is {now.get(key)})"
             for key in sorted({*before, *now} - _CHANGEABLE - {"run.name"})
@@ -124,15 +125,22 @@ class RunFolder:
             write_file(self.path / "summary.json", json.dumps({"facts": facts}, indent=1).encode())
 
     def save_failure(
-        self, iteration: int, images: Sequence[Tensor], prompts: Sequence[str], rank: int | None = None
+        self,
+        iteration: int,
+        images: Sequence[Tensor],
+        prompts: Sequence[str],
+        rank: int | None = None,
+        *,
+        place: str = "failures",
     ) -> Path:
-        """Keeps the images that a run stopped at, with their prompts.
+        """Keeps the images that something was wrong with, with their prompts.
 
         Args:
-            iteration: the one it stopped in.
+            iteration: the one they are of.
             images: N float ``[3, H, W]`` in [0, 1]; NaN is drawn black.
             prompts: N texts.
             rank: of the process they are from, where each has its own.
+            place: the folder of the run they go to, those that a run stopped at to ``failures``.
 
         Returns:
             The folder they are in.
@@ -140,8 +148,8 @@ class RunFolder:
         Raises:
             LoopfastError: the folder cannot be written.
         """
-        place = "" if rank is None else f"-rank-{rank}"
-        folder = self.path / "failures" / f"iteration-{iteration:06d}{place}"
+        process = "" if rank is None else f"-rank-{rank}"
+        folder = self.path / place / f"iteration-{iteration:06d}{process}"
         names = [f"{index:03d}.png" for index in range(len(prompts))]
         with writing(folder):
             write_file(
@@ -156,6 +164,15 @@ def save_image(image: Tensor, path: Path) -> None:
     """Writes one float image ``[3, H, W]`` in [0, 1]; NaN is drawn black."""
     pixels = (image.float().nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
     Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(path)
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    """Of a reward server it is where and how it is asked that is configured: it may move."""
+    sections = config.model_dump(mode="json")
+    for term in sections["reward"]:
+        if term["name"] == "http":
+            term["options"] = {}
+    return sections
 
 
 def _flatten(section: Any, prefix: str = "") -> dict[str, Any]:
@@ -214,7 +231,7 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
             f"{algorithm.name}, K = {algorithm.samples_per_prompt}, learning rate {settings.learning_rate:g}",
         ),
         ("prompts", f"{len(trainer.prompts)} from {config.prompts.source}"),
-        ("reward", ", ".join(f"{term.weight:g} x {term.name}" for term in config.reward)),
+        ("reward", ", ".join(_describe_term(term) for term in config.reward)),
         (
             "an iteration",
             f"{images} images, {settings.updates_per_iteration * settings.inner_epochs} updates of {pairs} pairs",
@@ -232,6 +249,11 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
         ("memory", _describe_memory(trainer)),
         ("run", str(trainer.folder.path)),
     ]
+
+
+def _describe_term(term: RewardConfig) -> str:
+    normalized = {"none": "", "std": " / std", "range": f" of range {term.range}"}[term.normalize]
+    return f"{term.weight:g} x {term.title}{normalized}"
 
 
 def _describe_processes(trainer: Trainer) -> str:

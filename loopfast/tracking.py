@@ -35,12 +35,25 @@ METRICS: dict[str, Metric] = {
     "iteration": Metric("complete iterations; 0 is before any training", "count", "run"),
     "images": Metric("images sampled for training so far", "count", "run"),
     "seconds": Metric("time since the run began, evaluation and earlier sessions included", "s", "time"),
-    "reward_mean": Metric("mean over the iteration's images of the total reward", "reward", "reward"),
+    "reward_mean": Metric(
+        "mean over the iteration's images of the total reward, as evaluations work it out", "reward", "reward"
+    ),
     "reward_std": Metric(
         "standard deviation over the iteration's images of the total reward", "reward", "reward"
     ),
     "group_spread": Metric(
         "standard deviation among one prompt's images, mean over prompts", "reward", "reward"
+    ),
+    "dropped_groups": Metric(
+        "prompts left out of the iteration, as a reward gave no finite score for an image of theirs; only with "
+        "rollout.on_bad_reward: drop_group",
+        "count",
+        "reward",
+    ),
+    "eval_dropped_images": Metric(
+        "images left out of the evaluation, as a reward gave no finite score for them; likewise",
+        "count",
+        "evaluation",
     ),
     "eval_reward": Metric("mean over the evaluation's images of the total reward", "reward", "evaluation"),
     "ratio_max_deviation": Metric("max |ratio - 1| over the first update's pairs, before it", "1", "policy"),

@@ -37,11 +37,20 @@ from loopfast.join import joined, leave, note_opened, opened_before
 from loopfast.microbatch import Call, Microbatches, start_size
 from loopfast.place import find_place
 from loopfast.policies import Conditioning, load_policy, load_schedule, torch_device
-from loopfast.profiling import Category, Meter, Times, model_call, phase, range_
+from loopfast.profiling import Category, Meter, Times, phase, range_
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.replay import Replay, rehearse
 from loopfast.reporting import write_report
-from loopfast.rewards import RewardProcess, RewardThread, Scores, build_rewards, join_scores
+from loopfast.rewards import (
+    Guard,
+    RewardProcess,
+    RewardThread,
+    Scores,
+    build_rewards,
+    join_scores,
+    training_total,
+)
+from loopfast.rewards.base import quoted
 from loopfast.rollout import Sampler, StepCache, make_replica, stochastic_steps
 from loopfast.runs import RunFolder, describe_run, peak_memory
 from loopfast.seeds import derive, row_seeds
@@ -97,18 +106,32 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
             # on a full disk this fails too, and what came first says more
             with suppress(LoopfastError):
                 trainer.close_tracker()
+            if isinstance(error, RewardError):
+                raise _with_state_saved(error, trainer) from error
             if not isinstance(error, Stopped):
                 raise
-            path = trainer.save()
-            interrupted = Interrupted(
-                f"stopped; {path} is saved, --resume auto goes on from there", stop.exit_code
-            )
+            interrupted = Interrupted(f"stopped; {_saved(trainer)}", stop.exit_code)
             interrupted.shared = True
             raise interrupted from None
         finally:
             trainer.close()
         trainer.close_tracker()
     return trainer.folder.path
+
+
+def _saved(trainer: Trainer) -> str:
+    return f"{trainer.save()} is saved, --resume auto goes on from there"
+
+
+def _with_state_saved(error: RewardError, trainer: Trainer) -> RewardError:
+    """The error, raised by all processes of a run at once, once the run's state is saved."""
+    try:
+        saved = _saved(trainer)
+    except LoopfastError as unsaved:
+        saved = str(unsaved)
+    told = RewardError(f"{error}; {saved}")
+    told.shared = not trainer.group.alone
+    return told
 
 
 @contextmanager
@@ -154,7 +177,8 @@ class Progress:
         metrics: of the iteration under way.
         updates: statistics of the updates done in it.
         zero_gradient: share of pairs without a gradient in the latest update that was not an iteration's first.
-        trajectories, rewards: what was sampled for it, and float32 ``[G, K]``.
+        trajectories, rewards: what was sampled for it, and float32 ``[G, K]``; NaN for the images of a prompt that is
+            left out of it.
     """
 
     iteration: int = 0
@@ -184,6 +208,12 @@ class Trainer:
         self.evaluation_prompts = load_prompts(config.evaluation.prompts or config.prompts.source)
         in_process = config.rollout.reward_worker == "process"
         self.rewards = RewardProcess(config.reward) if in_process else build_rewards(config.reward)
+        self.guard = Guard(
+            self.rewards,
+            [term.title for term in config.reward],
+            keep_bad=config.rollout.on_bad_reward == "drop_group",
+            group=group,
+        )
         self.schedule = load_schedule(config.model, config.rollout)
         self.steps = stochastic_steps(self.schedule, config.rollout.stochastic_steps, config.train.steps)
         self.drawn = self._steps_drawn()
@@ -363,19 +393,19 @@ class Trainer:
         def sampled_then_scored(rows: int) -> tuple[Trajectories, Scores]:
             trajectories = sample(rows)
             with self._phase("reward"):
-                return trajectories, self._score(self.sampler.decode(trajectories.final), prompts)
+                return trajectories, self.guard.score(self.sampler.decode(trajectories.final), prompts)
 
         def scored_in_parts(rows: int) -> tuple[Trajectories, Scores]:
             scores: list[Scores] = []
 
             def finished(rows: slice, latents: Tensor) -> None:
                 with self._phase("reward"):
-                    scores.append(self._score(self.sampler.decode(latents), prompts[rows]))
+                    scores.append(self.guard.score(self.sampler.decode(latents), prompts[rows]))
 
             return sample(rows, finished=finished), join_scores(scores)
 
         def scored_meanwhile(rows: int) -> tuple[Trajectories, Scores]:
-            with RewardThread(self._score) as worker:
+            with RewardThread(self.guard.score) as worker:
 
                 def finished(rows: slice, latents: Tensor) -> None:
                     with phase("reward"):
@@ -385,20 +415,34 @@ class Trainer:
                 with self._phase("reward"):
                     return trajectories, worker.result()
 
-        attempts = {"none": sampled_then_scored, "inline": scored_in_parts}
-        attempt = attempts.get(self.reward_worker, scored_meanwhile)
+        ways = {"none": sampled_then_scored, "inline": scored_in_parts}
+        way = ways.get(self.reward_worker, scored_meanwhile)
+
+        def attempt(rows: int) -> tuple[Trajectories, Scores]:
+            with self._scored():
+                return way(rows)
+
         with self._phase("rollout"):
             trajectories, scores = self.microbatches.fitting("rollout", attempt)
         if config.trajectories.device == "host":
             trajectories = trajectories.to_host()
-        progress.trajectories, progress.rewards, parts = self._gathered(trajectories, scores, len(seeds))
-        rewards = progress.rewards
+        trajectories, scores = self._gathered(trajectories, scores, len(seeds))
+        rewards = training_total(config.reward, scores, config.algorithm.samples_per_prompt)
+        left = rewards.isfinite().all(1)
+        self._require_groups(left, [prompt.text for prompt in batch])
+        progress.trajectories, progress.rewards = trajectories, rewards
+        shown = scores.total.view_as(rewards)[left]
         progress.metrics |= {
-            "reward_mean": rewards.mean().item(),
-            "reward_std": rewards.std(correction=0).item(),
-            "group_spread": rewards.std(1, correction=0).mean().item(),
-            **{f"reward_{name}": part.mean().item() for name, part in parts.items()},
+            "reward_mean": shown.mean().item(),
+            "reward_std": shown.std(correction=0).item(),
+            "group_spread": shown.std(1, correction=0).mean().item(),
+            **{
+                f"reward_{name}": part.view_as(rewards)[left].mean().item()
+                for name, part in scores.parts.items()
+            },
         }
+        if config.rollout.on_bad_reward == "drop_group":
+            progress.metrics["dropped_groups"] = int((~left).sum())
         progress.images += len(seeds)
 
     def _calls(self, count: int, rows: int) -> int:
@@ -408,15 +452,67 @@ class Trainer:
 
     def _gathered(
         self, trajectories: Trajectories, scores: Scores, count: int
-    ) -> tuple[Trajectories, Tensor, dict[str, Tensor]]:
-        """The rewards ``[G, K]`` and log-probabilities of all processes' rows, beside this one's latents."""
+    ) -> tuple[Trajectories, Scores]:
+        """The scores and log-probabilities of all processes' rows, beside this one's latents."""
         mine = self.group.part(count)
         rows = torch.arange(mine.start, mine.stop)
         total = self.group.gather(scores.total, rows, count)
         parts = {name: self.group.gather(part, rows, count) for name, part in scores.parts.items()}
         logprob = self.group.gather(trajectories.logprob.T, rows, count).T.contiguous()
-        everything = replace(trajectories, logprob=logprob, first=mine.start)
-        return everything, total.view(-1, self.config.algorithm.samples_per_prompt), parts
+        return replace(trajectories, logprob=logprob, first=mine.start), Scores(total, parts)
+
+    @contextmanager
+    def _scored(self) -> Iterator[None]:
+        """Around what scores images: a reward that fails in one process ends the run in all, at the same point."""
+        self.guard.clear()
+        try:
+            yield
+        except RewardError:
+            if self.guard.failure is None:
+                raise
+        failure = self.guard.failure
+        told = "" if failure is None else f"{failure}; {self._kept_images('failures')}"
+        first = next(filter(None, self.group.texts(told)), None)
+        if first is not None:
+            self._end(first, failure)
+
+    def _require_groups(self, left: Tensor, texts: Sequence[str]) -> None:
+        """Says which prompts are left out of the iteration; raises where too few are left.
+
+        Args:
+            left: bool ``[G]``, those whose rewards are all finite.
+            texts: the G prompts.
+        """
+        if left.all():
+            return
+        dropped = (~left).nonzero()[:, 0].tolist()
+        told = (
+            f"{len(dropped)} of {len(texts)} prompt(s) are left out, {quoted(texts, dropped)}: "
+            f"{self._problems('bad-rewards')}"
+        )
+        pairs = int(left.sum()) * self.config.algorithm.samples_per_prompt * self.drawn
+        updates = self.config.train.updates_per_iteration
+        if pairs < updates:
+            self._end(f"{told}; {pairs} (image, step) pairs are left for {updates} update(s)")
+        self.display.warning(f"iteration {self._iteration}: {told}")
+
+    def _problems(self, place: str) -> str:
+        """What was wrong with all processes' scores; keeps the images."""
+        told = [*self.guard.problems.values()]
+        if told:
+            told.append(self._kept_images(place))
+        return "; ".join(text for text in self.group.texts("; ".join(told)) if text)
+
+    def _end(self, reason: str, cause: RewardError | None = None) -> NoReturn:
+        """Ends the run in all processes, which know the reason."""
+        error = RewardError(f"iteration {self._iteration}: {reason}")
+        error.shared = not self.group.alone
+        raise error from cause
+
+    def _kept_images(self, place: str) -> str:
+        """Keeps the images that could not be scored here."""
+        rank = None if self.group.alone else self.group.rank
+        return self._kept(self.guard.images, self.guard.texts, rank, place)
 
     def update(self) -> None:
         """Takes the iteration's updates on the (row, step) pairs of what was sampled."""
@@ -430,14 +526,16 @@ class Trainer:
         _, trained = self.steps.drawn(config.run.seed, progress.iteration)
         # joins the history when the iteration is complete, so that one resumed halfway counts its rewards once
         history = copy.deepcopy(self.statistics)
+        # pairs are shuffled and cut as if a prompt that is left out were not there
+        left = rewards.isfinite().all(1).repeat_interleave(rewards.shape[1]).nonzero()[:, 0]
         device = self.sampler.policy.device
         surrogate = Surrogate(config.algorithm, rewards, texts, history, device)
         replay = Replay(self.sampler, surrogate, trajectories, conditioning, owner.to(device), self.group)
         parts = [
-            pairs
+            (left[rows], steps)
             for epoch in range(config.train.inner_epochs)
-            for pairs in shuffled_pairs(
-                trajectories.count,
+            for rows, steps in shuffled_pairs(
+                len(left),
                 trained,
                 config.train.updates_per_iteration,
                 config.run.seed,
@@ -453,6 +551,7 @@ class Trainer:
             except _Resized:
                 # nothing is learned from these images yet: new ones come from calls of the size they are trained in
                 progress.images -= trajectories.count
+                progress.trajectories = progress.rewards = None
                 self.sample()
                 self.update()
                 return
@@ -522,6 +621,8 @@ class Trainer:
                 "eval_reward": result.reward,
                 **{f"eval_{name}": value for name, value in result.parts.items()},
             }
+            if config.rollout.on_bad_reward == "drop_group":
+                metrics["eval_dropped_images"] = result.dropped
             metrics["seconds_eval"] = time.perf_counter() - began
         metrics["seconds"] = time.perf_counter() - self._began
         metrics["peak_memory_bytes"] = int(self.group.largest(peak_memory(self.sampler.policy.device)))
@@ -542,14 +643,24 @@ class Trainer:
         # where the weights are spread over processes, a copy that computes the same bits is the faster way to them
         if not (self.engine.sharded and sampler.replica is not None and sampler.replica.exact):
             sampler = replace(sampler, replica=None)
-        return evaluate(
-            sampler,
-            self.evaluation_prompts,
-            self._score,
-            self.config.evaluation,
-            between=self._check_stop,
-            group=self.group,
-        )
+        with self._scored():
+            result = evaluate(
+                sampler,
+                self.evaluation_prompts,
+                self.guard.score,
+                self.config.evaluation,
+                between=self._check_stop,
+                group=self.group,
+            )
+        if result.dropped:
+            told = (
+                f"{result.dropped} of {result.dropped + len(result.items)} image(s) are left out of the evaluation: "
+                f"{self._problems('bad-rewards/evaluation')}"
+            )
+            if not result.items:
+                self._end(told)
+            self.display.warning(f"iteration {self._iteration}: {told}")
+        return result
 
     def _write(self, result: Evaluation | None, metrics: dict[str, Any]) -> None:
         """Keeps an iteration's metrics, and its evaluation, if any."""
@@ -692,22 +803,12 @@ class Trainer:
             torch.arange(wanted).repeat_interleave(self.config.algorithm.samples_per_prompt),
         )
 
-    def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Scores a batch; what a reward cannot score is saved before the run stops."""
-        try:
-            with model_call("reward", "reward"):
-                return self.rewards.score(images, [p.text for p in prompts], [p.metadata for p in prompts])
-        except RewardError as error:
-            self._fail(error, [(images[index], prompts[index].text) for index in error.images_index])
-
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Adds the prompts and the images to an error about a loss that is not finite."""
         try:
             yield
         except NonFiniteError as error:
-            # every process knows the losses of all, and so of the error
-            error.shared = True
             trajectories = self.progress.trajectories
             assert trajectories is not None
             batch, _, owner = self._batch()
@@ -715,23 +816,29 @@ class Trainer:
             final = self.group.gather(trajectories.final, trajectories.rows, trajectories.count)[list(rows)]
             images = self.sampler.decode(final.to(self.sampler.policy.device))
             texts = [batch[int(owner[row])].text for row in rows]
-            self._fail(error, list(zip(images, texts, strict=True)))
+            kept = self.group.on_first(lambda: self._kept(list(images), texts))
+            raised = NonFiniteError(f"iteration {self._iteration}: {error}; {kept}", error.rows)
+            raised.shared = True
+            raise raised from error
 
-    def _fail(self, error: LoopfastError, involved: Sequence[tuple[Tensor, str]]) -> NoReturn:
-        iteration = self.progress.iteration + (self.progress.pending is None)
-        images, texts = [image for image, _ in involved], [text for _, text in involved]
+    @property
+    def _iteration(self) -> int:
+        """The iteration that is sampled or learned from, or the last one, whose evaluation is due."""
+        return self.progress.iteration + (self.progress.pending is None)
 
-        def save() -> str:
-            try:
-                rank = None if self.group.alone or error.shared else self.group.rank
-                return f"images and prompts are in {self.folder.save_failure(iteration, images, texts, rank)}"
-            except LoopfastError as unwritten:
-                return f"the images could not be kept: {unwritten}"
-
-        kept = self.group.on_first(save) if error.shared else save()
-        raised = type(error)(f"iteration {iteration}: {error}; {kept}")
-        raised.shared = error.shared
-        raise raised from error
+    def _kept(
+        self,
+        images: Sequence[Tensor],
+        texts: Sequence[str],
+        rank: int | None = None,
+        place: str = "failures",
+    ) -> str:
+        """Keeps images and prompts that something is wrong with, and says where."""
+        try:
+            folder = self.folder.save_failure(self._iteration, images, texts, rank, place=place)
+        except LoopfastError as unwritten:
+            return f"the images could not be kept: {unwritten}"
+        return f"images and prompts are in {folder}"
 
     def _check_ratio(self, done: UpdateStatistics) -> None:
         """Before an iteration's first update, the policy is the one that sampled."""

@@ -259,6 +259,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 """Name of each family, and what builds its tiny pipeline."""
 
 
+def settings_of(family: str) -> dict[str, int]:
+    """Keys of ``model`` that keep a family's tiny pipeline tiny."""
+    settings = {} if family.startswith(("sd-", "sdxl")) or family == "sd" else {"max_sequence_length": 12}
+    # the only denoiser whose configuration does not say how large its images are
+    return {**settings, "height": 32, "width": 32} if family == "flux" else settings
+
+
 def save_tiny(family: str | Callable[[], Any], folder: Path) -> Path:
     """Writes the tiny pipeline of a family into a folder, which is returned."""
     torch.manual_seed(0)

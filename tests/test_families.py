@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from diffusers import DiffusionPipeline
 
 from loopfast.config import Config, parse_config
 from loopfast.console import Display
-from loopfast.errors import ConfigError
-from loopfast.policies import load_policy
 from loopfast.tracking import read_metrics
 from loopfast.train import train
-from tests.families import FAMILIES, save_tiny
+from tests.families import FAMILIES, save_tiny, settings_of
 
 TUNES = ["full", "lora"]
 RUN = """\
@@ -41,14 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return saved
 
 
-def configure(place: Path, directory: Path, tune: str, *overrides: str) -> Config:
-    tokens = ", max_sequence_length: 12" if (place / "text_encoder_2" / "..").exists() and _has_t5(place) else ""
-    model = f"model={{pretrained: {place}, device: cpu, tune: {tune}, lora: {{rank: 2, alpha: 2}}{tokens}}}"
-    return parse_config(RUN, (model, f"run.directory={directory}", *overrides))
-
-
-def _has_t5(place: Path) -> bool:
-    return "T5EncoderModel" in (place / "model_index.json").read_text()
+def configure(family: str, place: Path, directory: Path, tune: str, *overrides: str) -> Config:
+    model = {"pretrained": str(place), "device": "cpu", "tune": tune, "lora": {"rank": 2, "alpha": 2}}
+    given = f"model={json.dumps({**model, **settings_of(family)})}"
+    return parse_config(RUN, (given, f"run.directory={directory}", *overrides))
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -59,7 +52,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run(family: str, tune: str, folder: Any, tmp_path: Path) -> None:
     place = folder(family)
-    run = train(configure(place, tmp_path, tune), display=Display.silent())
+    run = train(configure(family, place, tmp_path, tune), display=Display.silent())
     for line in metrics(run):
         assert line["ratio_max_deviation"] == 0.0
         assert line["grad_norm"] > 0
@@ -72,7 +65,9 @@ def test_a_run(family: str, tune: str, folder: Any, tmp_path: Path) -> None:
 
     # one iteration, then the second in another session: the same weights
     other = tmp_path / "other"
-    train(configure(place, other, tune, "train.iterations=1"), display=Display.silent())
-    again = train(configure(place, other, tune), resume="auto", display=Display.silent())
+    train(configure(family, place, other, tune, "train.iterations=1"), display=Display.silent())
+    again = train(configure(family, place, other, tune), resume="auto", display=Display.silent())
     keys = ("reward_mean", "loss", "grad_norm")
-    assert [[line[k] for k in keys] for line in metrics(again)] == [[line[k] for k in keys] for line in metrics(run)]
+    assert [[line[k] for k in keys] for line in metrics(again)] == [
+        [line[k] for k in keys] for line in metrics(run)
+    ]

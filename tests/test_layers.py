@@ -25,6 +25,7 @@ LAYERS = [
         "place",
         "profiling",
         "seeds",
+        "t2i_compbench",
         "watch",
     },
     {"schedules", "algorithms", "config", "plugins"},

@@ -287,7 +287,7 @@ def test_a_reward_that_fails_in_a_later_part_names_itself_and_the_sample(
     failures = Path(config.run.directory, "small", "failures", "iteration-000001")
     message = str(caught.value)
     assert message.startswith(f"iteration 1: reward '{module}:plain' is not finite for 2 of 2 image(s)")
-    assert message.endswith(f"'a white star'; images and prompts are in {failures}")
+    assert f"'a white star'; images and prompts are in {failures}; " in message
     assert list(json.loads((failures / "prompts.json").read_text()).values()) == ["a white star"] * 2
 
 

@@ -3,13 +3,26 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
-from loopfast.schedules import TransitionSchedule, transition_schedule
+# From its module: diffusers hides it where scipy is missing, which it needs to solve, not to be made.
+from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
+
+from loopfast.schedules import TransitionSchedule, refuse_unmapped, resolution_shift, transition_schedule
 from loopfast_kernels import denoise_step, philox_normal, transition_logprob
 
 SHAPE = (3, 4, 5, 5)
@@ -58,19 +71,80 @@ def ddim_mean_by_hand(scheduler, prediction: str, eta: float, steps: int, t: int
     return math.sqrt(then) * clean + math.sqrt(max(1 - then - sigma**2, 0)) * noise, sigma
 
 
+BETAS: dict[str, dict[str, Any]] = {
+    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    "scaled_linear": {"beta_schedule": "scaled_linear"},
+    "squaredcos_cap_v2": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained_betas": {"trained_betas": torch.linspace(1e-4, 0.015, 1000).tolist()},
+}
+
+
+@pytest.mark.parametrize("betas", BETAS)
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_every_option_agrees_with_diffusers_own_step(prediction, spacing, zero_snr, betas):
+    """To 1e-5 of the result's root mean square; far closer to diffusers' own step computed in float64."""
+    x, m, noise = torch.randn(3, 64)
+    x64, m64, noise64 = x.double(), m.double(), noise.double()
+    for to_one, offset in product([False, True], [0, 1] if spacing == "leading" else [0]):
+        options = {
+            "prediction_type": prediction,
+            "timestep_spacing": spacing,
+            "rescale_betas_zero_snr": zero_snr,
+            "set_alpha_to_one": to_one,
+            "steps_offset": offset,
+            **BETAS[betas],
+        }
+        single, double = ddim(**options), in_float64(ddim(**options))
+        for steps, eta in product([1, 5, 10, 50], [0.0, 0.5, 1.0]):
+            single.set_timesteps(steps)
+            double.set_timesteps(steps)
+            if prediction == "epsilon" and single.alphas_cumprod[single.timesteps[0]] == 0:
+                with pytest.raises(ValueError, match="timestep that holds no signal"):
+                    transition_schedule(single, steps, eta=eta)
+                continue
+            schedule = transition_schedule(single, steps, eta=eta)
+            assert torch.equal(schedule.timesteps, single.timesteps)
+            for index in range(steps) if steps <= 10 else (0, 25, 49):
+                t = schedule.timesteps[index]
+                exact = double.step(m64, t, x64, eta=eta, variance_noise=noise64).prev_sample
+                a, b, sigma = schedule.table64[index]
+                assert_within(1e-9, a * x64 + b * m64 + sigma * noise64, exact)
+                a, b, sigma = schedule.table[index]
+                found = a * x + b * m + sigma * noise
+                assert_within(1e-6, found, exact)
+                if eta == 1.0:
+                    theirs = single.step(m, t, x, eta=eta, variance_noise=noise).prev_sample
+                    # In float32 diffusers loses digits, or all of them, where it subtracts nearly equal numbers.
+                    if distance(theirs, exact) < 9e-6:
+                        assert_within(1e-5, found, theirs)
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, in units of the root mean square."""
+    return float((found.double() - expected).abs().max() / expected.double().square().mean().sqrt())
+
+
+def assert_within(tolerance: float, found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert distance(found, expected) <= tolerance
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_the_offset_is_of_leading_spacing_only(spacing):
+    tables = [transition_schedule(ddim(timestep_spacing=spacing, steps_offset=n), 10).table for n in (0, 1)]
+    assert torch.equal(*tables)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("steps", [4, 10, 50])
-@pytest.mark.parametrize(
-    "options", [{}, {"set_alpha_to_one": True, "steps_offset": 0, "beta_schedule": "linear"}]
-)
-def test_ddim_agrees_with_diffusers_and_with_the_paper(prediction, spacing, eta, steps, options):
-    options = {"prediction_type": prediction, "timestep_spacing": spacing} | options
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_the_ops_on_the_table_agree_with_diffusers_and_with_the_paper(prediction, spacing, eta):
+    steps = 10
+    options = {"prediction_type": prediction, "timestep_spacing": spacing}
     schedule = transition_schedule(ddim(**options), steps, eta=eta)
     theirs = in_float64(ddim(**options))
     theirs.set_timesteps(steps)
-    assert torch.equal(schedule.timesteps, theirs.timesteps)
 
     seed = torch.arange(SHAPE[0])
     for index, t in enumerate(theirs.timesteps):
@@ -115,62 +189,107 @@ def test_ddim_in_float32_loses_nothing_but_the_last_bits(prediction):
         torch.testing.assert_close(logprob.double(), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-def test_zero_terminal_snr_starts_from_pure_noise(prediction):
-    options = {
-        "prediction_type": prediction,
-        "rescale_betas_zero_snr": True,
-        "timestep_spacing": "trailing",
-        "set_alpha_to_one": True,
-    }
-    schedule = transition_schedule(ddim(**options), 10)
-    theirs = in_float64(ddim(**options))
-    theirs.set_timesteps(10)
-    assert theirs.alphas_cumprod[theirs.timesteps[0]] == 0
-    output, sample, noise = torch.randn(3, *SHAPE, dtype=torch.float64)
-    for index, t in enumerate(theirs.timesteps):
-        a, b, sigma = schedule.table64[index]
-        expected = theirs.step(output, t, sample, eta=1.0, variance_noise=noise).prev_sample
-        torch.testing.assert_close(a * sample + b * output + sigma * noise, expected, rtol=1e-6, atol=1e-6)
+def flow(**options) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(**options)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"shift": 3.0}, {"use_karras_sigmas": True}, {"shift_terminal": 0.1}]
-)
-def test_flow_without_noise_is_diffusers_euler_step(options):
-    scheduler = FlowMatchEulerDiscreteScheduler(**options)
-    schedule = transition_schedule(scheduler, 8, noise_level=0.0)
-    scheduler.set_timesteps(8)
-    assert schedule.timesteps.dtype == torch.float32
-    assert torch.equal(schedule.timesteps, scheduler.timesteps)
-    output, sample = torch.randn(2, *SHAPE)
-    for index, t in enumerate(scheduler.timesteps):
-        a, b, sigma = schedule.table[index]
-        assert sigma == 0
-        expected = scheduler.step(output, t, sample).prev_sample
-        torch.testing.assert_close(a * sample + b * output, expected, rtol=1e-6, atol=1e-6)
+DYNAMIC = {"use_dynamic_shifting": True}
+
+
+def spread(steps: int) -> list[float]:
+    """The noise levels that the pipeline of FLUX gives its scheduler."""
+    return torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
+
+
+FLOWS: dict[str, tuple[dict[str, Any], bool, float | None]] = {
+    "plain": ({}, False, None),
+    "static": ({"shift": 3.0}, False, None),
+    "static, sigmas given": ({"shift": 3.1}, True, None),
+    "dynamic": (DYNAMIC, False, 0.6),
+    "dynamic, sigmas given": (DYNAMIC, True, 1.15),
+    "dynamic, linear": ({**DYNAMIC, "time_shift_type": "linear"}, True, 2.0),
+    "not dynamic, mu given": ({"shift": 1.0}, True, 1.15),
+    "terminal": ({"shift_terminal": 0.1}, False, None),
+    "dynamic, terminal": ({**DYNAMIC, "shift_terminal": 0.02}, True, 0.8),
+    "karras": ({"use_karras_sigmas": True}, False, None),
+    "exponential": ({"use_exponential_sigmas": True, "shift": 3.0}, False, None),
+    "another range": ({"num_train_timesteps": 500, "shift": 5.0}, False, None),
+}
+
+
+@pytest.mark.parametrize("case", FLOWS)
+def test_flow_without_noise_is_diffusers_euler_step(case):
+    options, given, mu = FLOWS[case]
+    scheduler = flow(**options)
+    for steps in (1, 4, 28):
+        if steps == 1 and "shift_terminal" in options:  # divides by 1 - sigma = 0 in diffusers
+            continue
+        sigmas = spread(steps) if given else None
+        schedule = transition_schedule(scheduler, steps, noise_level=0.0, sigmas=sigmas, mu=mu)
+        theirs = flow(**options)
+        theirs.set_timesteps(steps, sigmas=sigmas, mu=mu)
+        assert schedule.timesteps.dtype == torch.float32
+        assert torch.equal(schedule.timesteps, theirs.timesteps)
+        # a deterministic step's b is the stride between two sigmas, exactly
+        assert torch.equal(schedule.table64[:, 1], theirs.sigmas.double().diff())
+        output, sample = torch.randn(2, 64)
+        for index, t in enumerate(theirs.timesteps):
+            a, b, sigma = schedule.table[index]
+            assert sigma == 0
+            assert_within(1e-6, a * sample + b * output, theirs.step(output, t, sample).prev_sample)
 
 
 @pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.0])
-@pytest.mark.parametrize("steps", [1, 2, 10, 28])
-def test_flow_agrees_with_flow_grpo(noise_level, steps):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    schedule = transition_schedule(scheduler, steps, noise_level=noise_level)
-    scheduler.set_timesteps(steps)
-    sigmas = scheduler.sigmas.double().tolist()
-    assert sigmas[0] == 1.0
-    output, sample = torch.randn(2, *SHAPE, dtype=torch.float64)
-    for index, (now, then) in enumerate(pairwise(sigmas)):
-        # The step as Flow-GRPO's code writes it (sd3_sde_with_logprob.py).
-        stride = then - now
-        deviation = math.sqrt(now / (1 - (sigmas[1] if now == 1 else now))) * noise_level
-        mean = (
-            sample * (1 + deviation**2 / (2 * now) * stride)
-            + output * (1 + deviation**2 * (1 - now) / (2 * now)) * stride
-        )
-        a, b, sigma = schedule.table64[index]
-        torch.testing.assert_close(a * sample + b * output, mean, rtol=1e-6, atol=1e-6)
-        assert sigma.item() == pytest.approx(deviation * math.sqrt(-stride), rel=1e-6)
+@pytest.mark.parametrize("case", FLOWS)
+def test_flow_agrees_with_flow_grpo(case, noise_level):
+    options, given, mu = FLOWS[case]
+    output, sample = torch.randn(2, 64, dtype=torch.float64)
+    for steps in (2, 10, 28):
+        sigmas = spread(steps) if given else None
+        schedule = transition_schedule(flow(**options), steps, noise_level=noise_level, sigmas=sigmas, mu=mu)
+        theirs = flow(**options)
+        theirs.set_timesteps(steps, sigmas=sigmas, mu=mu)
+        levels = theirs.sigmas.double().tolist()
+        for index, (now, then) in enumerate(pairwise(levels)):
+            # The step as Flow-GRPO's code writes it (sd3_sde_with_logprob.py).
+            stride = then - now
+            deviation = math.sqrt(now / (1 - (levels[1] if now == 1 else now))) * noise_level
+            mean = (
+                sample * (1 + deviation**2 / (2 * now) * stride)
+                + output * (1 + deviation**2 * (1 - now) / (2 * now)) * stride
+            )
+            a, b, sigma = schedule.table64[index]
+            assert_within(1e-6, a * sample + b * output, mean)
+            assert sigma.item() == pytest.approx(deviation * math.sqrt(-stride), rel=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.18, 1.43, 1.66])
+def test_a_first_sigma_that_rounds_to_just_below_one_is_pure_noise(shift):
+    scheduler = flow(shift=shift)
+    scheduler.set_timesteps(4)
+    assert 1 - 1e-6 < scheduler.sigmas[0] < 1
+    schedule = transition_schedule(scheduler, 4, noise_level=0.7)
+    # noise_level sqrt(s / (1 - s') (s - s')) with s = 1 and s' the next sigma
+    assert schedule.table64[0, 2].item() == pytest.approx(0.7, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({}, 256),
+        ({}, 1024),
+        ({}, 4096),
+        ({"base_shift": 0.3, "max_shift": 1.16, "max_image_seq_len": 6400}, 4096),
+    ],
+)
+def test_the_shift_of_a_resolution_is_that_of_the_pipelines(options, tokens):
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    config = flow(**DYNAMIC, **options).config
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    expected = calculate_shift(tokens, *(config[name] for name in names))
+    assert resolution_shift(config, tokens) == pytest.approx(expected, rel=1e-12)
+    assert resolution_shift(options, tokens) == pytest.approx(expected, rel=1e-12)
 
 
 def test_defaults_of_the_noise():
@@ -289,14 +408,145 @@ def test_moving_to_a_device_takes_what_the_ops_need():
             {},
             "stochastic_sampling=True is another",
         ),
-        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), {}, "use_dynamic_shifting=True makes"),
+        (
+            flow(**DYNAMIC),
+            {},
+            "use_dynamic_shifting=True makes the steps depend on the resolution: mu is needed",
+        ),
+        (flow(), {"sigmas": [1.0, 0.5]}, "sigmas must be as many as the steps, 10; got 2"),
+        (
+            flow(),
+            {"num_steps": 2, "sigmas": [0.5, 1.0]},
+            "sigmas must fall strictly from at most 1 to 0, got 0.5, 1",
+        ),
+        (
+            flow(),
+            {"num_steps": 2, "sigmas": [1.5, 1.0]},
+            "sigmas must fall strictly from at most 1 to 0, got 1.5, 1",
+        ),
+        (
+            flow(),
+            {"num_steps": 2, "sigmas": [1.0, 0.0]},
+            "sigmas must fall strictly from at most 1 to 0, got 1, 0, 0",
+        ),
+        (flow(), {"num_steps": 2, "sigmas": [1.0, math.nan]}, "sigmas must fall strictly"),
+        (
+            flow(shift_terminal=0.1),
+            {"num_steps": 1},
+            "the scheduler's sigmas for num_steps=1 must fall strictly from at most 1 to 0, got nan, 0",
+        ),
+        (ddim(), {"sigmas": [1.0]}, "sigmas belongs to flow matching"),
+        (ddim(), {"mu": 1.0}, "mu belongs to flow matching"),
+        (
+            ddim(trained_betas=[0.01] * 500),
+            {},
+            r"trained_betas has 500 values for 1000 timesteps \(num_train_timesteps\)",
+        ),
+        (ddim(beta_start=0.0, steps_offset=0), {}, "betas give transitions that are not finite"),
         (PNDMScheduler(), {}, r"PNDMScheduler has no .* DDIMScheduler.from_config\(scheduler.config\)"),
         (EulerDiscreteScheduler(), {}, "EulerDiscreteScheduler has no"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
 def test_what_has_no_transition_is_named(scheduler, arguments, message):
     with pytest.raises(ValueError, match=message):
         transition_schedule(scheduler, **({"num_steps": 10} | arguments))
+
+
+def refusal(config: dict[str, Any], name: str) -> str:
+    """Why a configuration is refused; empty where it is not."""
+    try:
+        refuse_unmapped(config, name)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        DDIMScheduler,
+        DDPMScheduler,
+        PNDMScheduler,
+        LMSDiscreteScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+    ],
+)
+def test_every_option_of_the_schedulers_is_accounted_for(kind):
+    config, name = dict(kind().config), kind.__name__
+    if "clip_sample" in config:
+        assert "clip_sample=True makes the mean nonlinear" in refusal(config, name)
+        config["clip_sample"] = False
+    assert refusal(config, name) == ""
+    for option in config:
+        assert "is not known here" not in refusal({**config, option: "another"}, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("DDPMScheduler", {}, "clip_sample=True makes the mean nonlinear"),
+        ("DDPMScheduler", {"clip_sample": False, "thresholding": True}, "thresholding=True makes the mean"),
+        (
+            "DDPMScheduler",
+            {"clip_sample": False, "variance_type": "learned_range"},
+            "takes the variance from the model",
+        ),
+        (
+            "DDPMScheduler",
+            {"clip_sample": False, "beta_schedule": "sigmoid"},
+            "is a noise schedule that DDIM does not",
+        ),
+        (
+            "DDIMScheduler",
+            {"clip_sample": False, "timestep_spacing": "log"},
+            "is none of the spacings of DDIM",
+        ),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "visits noise levels between"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "gives the model the logarithm"),
+        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "visits noise levels between"),
+        ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, "with set_alpha_to_one=False"),
+        ("LMSDiscreteScheduler", {"use_exponential_sigmas": True}, "visits noise levels between"),
+        ("UniPCMultistepScheduler", {"use_beta_sigmas": True}, "visits noise levels between"),
+        ("UniPCMultistepScheduler", {"shift_terminal": 0.1}, "visits noise levels between"),
+        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "visits noise levels between"),
+        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "leaves out the noisiest timesteps"),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "is of another process"),
+        ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "has no transition"),
+        ("DPMSolverMultistepScheduler", {"use_dynamic_shifting": True}, "is of another process"),
+        ("PNDMScheduler", {"sigma_data": 0.5}, "is not known here; remove it if the process is the same"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_beta_sigmas": True}, "needs scipy"),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "is another sampler"),
+        ("FlowMatchEulerDiscreteScheduler", {"clip_sample": True}, "is not known here"),
+    ],
+)
+def test_options_that_would_be_lost_are_refused_by_name(name, options, message):
+    *_, (option, value) = options.items() or [("clip_sample", True)]
+    with pytest.raises(ValueError, match=message) as error:
+        refuse_unmapped(options, name)
+    assert f"the scheduler's option {option}={value!r} " in str(error.value)
+
+
+def test_options_of_the_solver_alone_are_harmless():
+    # as published with SDXL, whose Euler scheduler has some of these options from another sampler
+    options = {
+        "_class_name": "EulerDiscreteScheduler",
+        "clip_sample": False,
+        "interpolation_type": "linear",
+        "sample_max_value": 1.0,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "solver_order": 3,
+        "steps_offset": 1,
+        "trained_betas": None,
+        "use_karras_sigmas": False,
+        "unheard_of": None,
+    }
+    refuse_unmapped(options, "EulerDiscreteScheduler")
 
 
 def test_only_torch_is_imported():

@@ -804,7 +804,11 @@ def test_a_reward_that_fails_is_reported(
     failures = folder / "failures" / f"iteration-{iteration:06d}"
     assert message.startswith(f"iteration {iteration}: reward {reward!r} ")
     assert said in message
-    assert message.endswith(f"; images and prompts are in {failures}")
+    checkpoint = folder / "checkpoints" / f"iteration-{max(iteration - 1, 0):06d}"
+    assert message.endswith(
+        f"; images and prompts are in {failures}; {checkpoint} is saved, --resume auto goes on from there"
+    )
+    assert checkpoint.is_dir()
     kept = json.loads((failures / "prompts.json").read_text("utf-8"))
     assert len(kept) == (images or batch)
     assert next(iter(kept.values())) in message

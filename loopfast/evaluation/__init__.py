@@ -1,6 +1,21 @@
 """Measuring what a policy has learned."""
 
-from loopfast.evaluation.commands import evaluate_checkpoint, sample_images
+from loopfast.evaluation.benchmark_command import BENCHMARKS, evaluate_benchmark
+from loopfast.evaluation.benchmark_results import as_rich as benchmark_table
+from loopfast.evaluation.commands import sample_images
+from loopfast.evaluation.compare import as_rich as comparison_tables
+from loopfast.evaluation.compare import compare_runs
 from loopfast.evaluation.evaluate import Evaluation, evaluate
+from loopfast.evaluation.measure import evaluate_checkpoint
 
-__all__ = ["Evaluation", "evaluate", "evaluate_checkpoint", "sample_images"]
+__all__ = [
+    "BENCHMARKS",
+    "Evaluation",
+    "benchmark_table",
+    "compare_runs",
+    "comparison_tables",
+    "evaluate",
+    "evaluate_benchmark",
+    "evaluate_checkpoint",
+    "sample_images",
+]

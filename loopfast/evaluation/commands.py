@@ -1,80 +1,21 @@
-"""What ``loopfast eval`` and ``loopfast sample`` do."""
+"""What ``loopfast sample`` does."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from loopfast.checkpoints import CheckpointStore
-from loopfast.config import Config, ModelConfig, RolloutConfig, load_config
+from loopfast.config import Config, ModelConfig, RolloutConfig
 from loopfast.console import Display
-from loopfast.errors import CheckpointError, ConfigError
-from loopfast.evaluation.evaluate import evaluate
+from loopfast.evaluation.trained import run_config, sampler_of, trained_policy
 from loopfast.files import writing
-from loopfast.policies import Policy, load_policy, load_schedule
-from loopfast.prompts import Prompt, load_prompts
-from loopfast.rewards import Scores, build_rewards
-from loopfast.rollout import Sampler, StepCache, automatic_microbatch, slices
+from loopfast.policies import load_policy
+from loopfast.rollout import slices
 from loopfast.runs import save_image
 from loopfast.seeds import row_seeds
-
-
-def evaluate_checkpoint(
-    target: Path,
-    *,
-    prompts: str | None,
-    images_per_prompt: int | None,
-    seed: int,
-    output: Path | None,
-    display: Display,
-) -> dict[str, Any]:
-    """Measures the newest good checkpoint of a run with the run's own rewards and sampler.
-
-    Args:
-        target: the run's folder.
-        prompts: their source; None: those of the run's evaluations.
-        images_per_prompt: None: as in the run's evaluations.
-        seed: of the noise.
-        output: where to write the result as JSON, if anywhere.
-        display: where progress is shown.
-
-    Returns:
-        ``reward``, ``parts``, ``by_category`` and ``items``, as in a run's ``evaluation/*.json``.
-
-    Raises:
-        ConfigError: the folder is not a run's.
-        CheckpointError: the run has no checkpoint that can be used.
-        RewardError: a reward failed.
-    """
-    config = _run_config(target)
-    source = load_prompts(prompts or config.evaluation.prompts or config.prompts.source)
-    rewards = build_rewards(config.reward)
-    sampler = _sampler(config, _trained_policy(target, config, display))
-    changes = {
-        "seed": seed,
-        "limit_prompts": None if prompts else config.evaluation.limit_prompts,
-        "preview_images": 0,
-    }
-    if images_per_prompt is not None:
-        changes["images_per_prompt"] = images_per_prompt
-    settings = config.evaluation.model_copy(update=changes)
-
-    def score(images: Tensor, batch: Sequence[Prompt]) -> Scores:
-        return rewards.score(images, [p.text for p in batch], [p.metadata for p in batch])
-
-    result = evaluate(sampler, source, score, settings).as_dict()
-    if output is not None:
-        with writing(output.parent):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        display.message(f"scores of {len(result['items'])} images written to {output}")
-    return result
 
 
 def sample_images(
@@ -110,7 +51,7 @@ def sample_images(
     folder = Path(target)
     is_run = (folder / "config.yaml").is_file()
     if is_run:
-        config = _run_config(folder)
+        config = run_config(folder)
     else:
         config = Config(
             model=ModelConfig(pretrained=target, tune="lora"),
@@ -126,8 +67,8 @@ def sample_images(
         update={key: value for key, value in changes.items() if value is not None}
     )
     config = config.model_copy(update={"rollout": settings})
-    policy = _trained_policy(folder, config, display) if is_run else load_policy(config.model)
-    sampler = _sampler(config, policy)
+    policy = trained_policy(folder, config, display) if is_run else load_policy(config.model)
+    sampler = sampler_of(config, policy)
 
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -148,44 +89,3 @@ def sample_images(
             paths.append(path)
         display.message(f"{len(paths)}/{len(owner)} images")
     return paths
-
-
-def _run_config(folder: Path) -> Config:
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{str(folder)!r} is not a run's folder: there is no config.yaml in it")
-    return load_config(file)
-
-
-def _trained_policy(folder: Path, config: Config, display: Display) -> Policy:
-    store = CheckpointStore(folder / "checkpoints", keep=1, keep_best=True)
-    checkpoint = store.latest(display.warning)
-    if checkpoint is None:
-        raise CheckpointError(f"{folder} has no checkpoint that can be used")
-    policy = load_policy(config.model, seed=config.run.seed)
-    parameters = policy.trainable()
-    saved = checkpoint.tensors["policy"]
-    if saved.keys() != parameters.keys():
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path} does not hold the weights of {config.model.pretrained!r}"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-    return policy
-
-
-def _sampler(config: Config, policy: Policy) -> Sampler:
-    schedule = load_schedule(config.model, config.rollout)
-    images = config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt
-    microbatch = config.rollout.microbatch
-    if microbatch == "auto":
-        microbatch = automatic_microbatch(images, policy.latent_shape)
-    return Sampler(
-        policy,
-        schedule.to(policy.device),
-        config.rollout.guidance_scale,
-        config.algorithm.logprob,
-        microbatch,
-        steps=StepCache(capture=config.rollout.cuda_graph),
-    )

@@ -32,12 +32,14 @@ class Evaluation:
     """Scores of N images and the few images kept of them.
 
     ``items``: one dict per image with prompt, category, seed, reward and parts. ``preview``: indices of the items
-    whose images, float32 ``[P, 3, H, W]`` in [0, 1], are kept in ``images``.
+    whose images, float32 ``[P, 3, H, W]`` in [0, 1], are kept in ``images``. ``dropped``: how many images more there
+    were, whose scores are not finite.
     """
 
     items: list[dict[str, Any]]
     preview: list[int]
     images: Tensor
+    dropped: int = 0
 
     @property
     def reward(self) -> float:
@@ -116,7 +118,8 @@ def evaluate(
     Args:
         sampler: the policy and how to sample it.
         prompts: what to draw.
-        score: gives the rewards of images ``[N, 3, H, W]`` of N prompts.
+        score: gives the rewards of images ``[N, 3, H, W]`` of N prompts; an image of which one is not finite is left
+            out.
         config: the section ``evaluation``.
         between: called before each batch; it may raise to stop.
         group: the processes that evaluate together, each its share of the images; all know the result.
@@ -160,7 +163,18 @@ def evaluate(
         }
         for index, seed, row in zip(owner.tolist(), seeds.tolist(), rewards.tolist(), strict=True)
     ]
-    return Evaluation(items, preview, _together(kept, preview, images, group))
+    pictures = _together(kept, preview, images, group)
+    good = rewards.isfinite().all(1)
+    if good.all():
+        return Evaluation(items, preview, pictures)
+    shown = [place for place, item in enumerate(preview) if good[item]]
+    position = good.cumsum(0) - 1
+    return Evaluation(
+        [item for item, there in zip(items, good.tolist(), strict=True) if there],
+        [int(position[preview[place]]) for place in shown],
+        pictures[shown],
+        int((~good).sum()),
+    )
 
 
 def _together(kept: dict[int, Tensor], preview: list[int], images: Tensor, group: Group) -> Tensor:

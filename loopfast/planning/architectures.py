@@ -15,17 +15,29 @@ import torch
 
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
+from loopfast.policies.families import Family, family_of
 from loopfast.policies.loading import first_line, locate
+from loopfast.policies.resolution import latent_size
 
 _MODELS = resources.files("loopfast.planning") / "models"
 
 # Of each pipeline the key of its denoiser and those of its text encoders.
 _DENOISERS = ("unet", "transformer")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-_DENOISER_CLASSES = ("UNet2DConditionModel", "SD3Transformer2DModel")
+_DENOISER_CLASSES = (
+    "UNet2DConditionModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "PixArtTransformer2DModel",
+)
 
-# Tokens that diffusers' pipeline for SD3 asks of T5 unless told otherwise (max_sequence_length).
-_T5_TOKENS = 256
+# Tokens that diffusers' pipelines ask of T5 unless told otherwise (max_sequence_length).
+T5_TOKENS = {
+    "StableDiffusion3Pipeline": 256,
+    "FluxPipeline": 512,
+    "PixArtAlphaPipeline": 120,
+    "PixArtSigmaPipeline": 300,
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,8 @@ class Architecture:
         title: what it is called.
         pipeline: the class of the pipeline.
         denoiser, vae, text_encoders: its networks.
+        size: height and width of the autoencoder's latents.
+        t5_tokens: that a T5 encoder reads of a prompt; None: as many as the pipeline asks for.
     """
 
     name: str
@@ -85,41 +99,59 @@ class Architecture:
     denoiser: Component
     vae: Component
     text_encoders: tuple[Component, ...]
+    size: tuple[int, int]
+    t5_tokens: int | None = None
 
     @property
     def trainable(self) -> bool:
         """Whether this release trains it; others can be planned only."""
-        return self.pipeline == "StableDiffusionPipeline"
+        return family_of(self.pipeline) is not None
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """``(channels, height, width)`` of one latent."""
-        config = self.denoiser.config
-        size = config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        return config["in_channels"], height, width
+    def distilled(self) -> bool:
+        """Whether it is told the guidance scale, and called once."""
+        return bool(self.denoiser.config.get("guidance_embeds"))
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one latent as it is sampled: ``(channels, height, width)``; ``(tokens, channels)`` where it is packed."""
+        channels = self.denoiser.config["in_channels"]
+        height, width = self.size
+        if self.pipeline == "FluxPipeline":
+            return (height // 2 * (width // 2), channels)
+        return channels, height, width
+
+    @property
+    def decoded_shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)`` of what the autoencoder makes an image of."""
+        return self.vae.config.get("latent_channels", 4), *self.size
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """``(channels, height, width)`` of one decoded image."""
         config = self.vae.config
         factor = 2 ** (len(config["block_out_channels"]) - 1)
-        _, height, width = self.latent_shape
+        height, width = self.size
         return config["out_channels"], height * factor, width * factor
 
     @property
     def text_tokens(self) -> int:
         """Rows of a prompt's encoding."""
         lengths = [int(encoder.config.get("max_position_embeddings", 0)) for encoder in self.text_encoders]
-        if "joint_attention_dim" in self.denoiser.config:
-            return (max(lengths) or 77) + _T5_TOKENS
-        return lengths[0] if lengths and lengths[0] else 77
+        if self.pipeline not in T5_TOKENS:
+            return lengths[0] if lengths and lengths[0] else 77
+        tokens = self.t5_tokens or T5_TOKENS[self.pipeline]
+        # only Stable Diffusion 3 puts CLIP's rows before those of T5
+        return tokens + (max(lengths) or 77 if self.pipeline == "StableDiffusion3Pipeline" else 0)
 
     @property
     def text_width(self) -> int:
         """Columns of a prompt's encoding."""
         config = self.denoiser.config
-        return int(config.get("joint_attention_dim") or config["cross_attention_dim"])
+        widths = (
+            config.get(name) for name in ("joint_attention_dim", "caption_channels", "cross_attention_dim")
+        )
+        return int(next(width for width in widths if width))
 
 
 def known() -> dict[str, tuple[str, ...]]:
@@ -159,14 +191,24 @@ def load_architecture(config: ModelConfig, name: str | None = None) -> Architect
     def component(part: dict[str, Any]) -> Component:
         return Component(part["class"], part["config"])
 
-    return Architecture(
-        name,
-        document["title"],
-        document["pipeline"],
-        component(document["denoiser"]),
-        component(document["vae"]),
-        tuple(component(part) for part in document["text_encoders"]),
-    )
+    encoders = tuple(component(part) for part in document["text_encoders"])
+    denoiser, vae = component(document["denoiser"]), component(document["vae"])
+    return _architecture(config, name, document["title"], document["pipeline"], denoiser, vae, encoders)
+
+
+def _architecture(
+    config: ModelConfig,
+    name: str,
+    title: str,
+    pipeline: str,
+    denoiser: Component,
+    vae: Component,
+    encoders: tuple[Component, ...],
+) -> Architecture:
+    # a pipeline that cannot be trained is planned by what its denoiser's configuration says
+    family = family_of(pipeline) or Family((pipeline,), pipeline, "", "unet")
+    size = latent_size(config, family, denoiser.config, vae.config)
+    return Architecture(name, title, pipeline, denoiser, vae, encoders, size, config.max_sequence_length)
 
 
 def _of_pipeline(config: ModelConfig) -> Architecture:
@@ -188,7 +230,8 @@ def _of_pipeline(config: ModelConfig) -> Architecture:
     def component(key: str) -> Component:
         return Component(parts[key], read("config.json", key, parts[key]))
 
-    return Architecture(
+    return _architecture(
+        config,
         config.pretrained,
         config.pretrained,
         str(index.get("_class_name")),

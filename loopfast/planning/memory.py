@@ -304,6 +304,8 @@ def _weights(
         for name in ("denoiser", "adapter"):
             if name in held:
                 host[name] = held.pop(name) * processes
+    if config.train.ema_decay is not None:
+        held["average of the weights"] = 4 * trained
     if config.algorithm.kl_weight > 0 and not lora:
         held["reference"] = total * width // shards
     encoders = sum(encoder.parameters() for encoder in architecture.text_encoders)

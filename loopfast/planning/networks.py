@@ -12,18 +12,21 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from loopfast.config import Config, LoraConfig, ModelConfig
-from loopfast.errors import ConfigError
 from loopfast.planning.architectures import Architecture
 from loopfast.planning.counting import Precision, Recorder, Trace, rows_to_trace
+from loopfast.policies.adapter import add_adapter
 from loopfast.policies.guided_unet import guided_forward, plain_forward, shares_trunk
 from loopfast.policies.layers import ShortAttnProcessor
 from loopfast.policies.levers import set_layers
-from loopfast.policies.loading import first_line
 
 Device = Literal["cpu", "cuda"]
 
-# Those of loopfast.policies.sd, which would load the pipelines of diffusers.
+# Those of the policies, which would load the pipelines of diffusers.
 ATTENTION_PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0")
+JOINT_PROJECTIONS = (
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Form:
 
     Attributes:
         device: kind of the device; it decides on layers, attention and autocast.
-        adapter: rank, alpha and targets of the adapter that is trained; None: all weights.
+        adapter: the adapter that is trained; None: all weights.
         weights: type of the weights, apart from those of an adapter.
         adapter_weights: type of those.
         compute: type of the latents and of the activations.
@@ -42,7 +45,7 @@ class Form:
     """
 
     device: Device
-    adapter: tuple[int, float, tuple[str, ...] | None] | None
+    adapter: LoraConfig | None
     weights: str
     adapter_weights: str
     compute: str
@@ -70,10 +73,9 @@ def form_of(config: Config, device: Device, *, sharded: bool) -> Form:
     """
     model = config.model
     lora = model.tune == "lora"
-    adapter = (model.lora.rank, model.lora.alpha, model.lora.targets) if lora else None
     return Form(
         device=device,
-        adapter=adapter,
+        adapter=model.lora if lora else None,
         weights=model.dtype if lora or sharded else "float32",
         adapter_weights=model.dtype if sharded else "float32",
         compute=model.dtype,
@@ -112,7 +114,7 @@ _LATEST: dict[str, Any] = {}
 
 def weights_of(architecture: Architecture, form: Form) -> Weights:
     """Counts of a denoiser's weights."""
-    key = ("weights", repr(architecture.denoiser), form.adapter)
+    key = ("weights", repr(architecture.denoiser), repr(form.adapter))
     if key not in _TRACES:
         module = _denoiser(architecture, form)
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -151,6 +153,7 @@ def decoding_call(architecture: Architecture, config: ModelConfig, device: Devic
     key = (
         "decode",
         repr(architecture.vae),
+        architecture.decoded_shape,
         config.vae_tiling,
         config.fast_layers,
         config.channels_last,
@@ -161,9 +164,9 @@ def decoding_call(architecture: Architecture, config: ModelConfig, device: Devic
         set_layers((vae,), config, torch.device(device))
         if config.vae_tiling:
             vae.enable_tiling()
-        rows = rows_to_trace(vae, *architecture.latent_shape, *architecture.image_shape)
+        rows = rows_to_trace(vae, *architecture.decoded_shape, *architecture.image_shape)
         recorder = Recorder(rows, (*vae.parameters(), *vae.buffers()))
-        latents = torch.empty(rows, *architecture.latent_shape, device="meta")
+        latents = torch.empty(rows, *architecture.decoded_shape, device="meta")
         with torch.no_grad(), Precision(), recorder:
             images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
             images = (images / 2 + 0.5).clamp(0, 1).contiguous()
@@ -173,7 +176,8 @@ def decoding_call(architecture: Architecture, config: ModelConfig, device: Devic
 
 
 def _traced(architecture: Architecture, form: Form, *, backward: bool, accumulating: bool) -> Trace:
-    key = ("denoise", repr(architecture.denoiser), architecture.text_tokens, form, backward, accumulating)
+    shape = (*architecture.latent_shape, architecture.text_tokens)
+    key = ("denoise", repr(architecture.denoiser), shape, repr(form), backward, accumulating)
     if key not in _TRACES:
         _TRACES[key] = _trace(architecture, form, backward, accumulating)
     found: Trace = _TRACES[key]
@@ -190,7 +194,9 @@ def _trace(architecture: Architecture, form: Form, backward: bool, accumulating:
             partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing()))
         )
     compute = getattr(torch, form.compute)
-    rows = rows_to_trace(module, *architecture.latent_shape, architecture.text_tokens)
+    tokens = architecture.text_tokens
+    # a transformer joins the tokens of image and text
+    rows = rows_to_trace(module, *architecture.latent_shape, tokens, architecture.latent_shape[0] + tokens)
     present = [*module.parameters(), *module.buffers()]
     if backward and accumulating:
         for parameter in module.parameters():
@@ -221,7 +227,7 @@ def _trace(architecture: Architecture, form: Form, backward: bool, accumulating:
 def _denoiser(architecture: Architecture, form: Form) -> Any:
     """The denoiser on ``meta``, without gradients; the one of the call before, if it is the same."""
     same = replace(form, checkpointing=False, guided=False, compute="", adapter_weights="")
-    key = (repr(architecture.denoiser), same)
+    key = (repr(architecture.denoiser), repr(same))
     if _LATEST.get("key") != key:
         _LATEST.update(key=key, module=_made(architecture, form))
     module = _LATEST["module"]
@@ -246,52 +252,70 @@ def _made(architecture: Architecture, form: Form) -> Any:
     torch.nn.Module.to(module, getattr(torch, form.weights))  # past diffusers' own, which warns
     if form.adapter is None:
         return module.requires_grad_(True)
-    rank, alpha, targets = form.adapter
-    _add_adapter(module, LoraConfig(rank=rank, alpha=alpha, targets=targets))
+    targets = form.adapter.targets or adapted(architecture.pipeline)
+    with torch.device("meta"):
+        add_adapter(module, form.adapter, targets, seed=0, dtype=getattr(torch, form.adapter_weights))
     return module
 
 
-def _add_adapter(module: Any, lora: LoraConfig) -> None:
-    from peft import LoraConfig as PeftConfig
-
-    targets = list(lora.targets or ATTENTION_PROJECTIONS)
-    adapter = PeftConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)  # type: ignore[arg-type]
-    try:
-        with torch.device("meta"):
-            module.add_adapter(adapter, adapter_name="loopfast")
-    except ValueError as error:
-        raise ConfigError(f"model.lora.targets: {targets}: {first_line(error)}") from error
+def adapted(pipeline: str) -> tuple[str, ...]:
+    """Ends of the names of the modules that get an adapter where the configuration names none."""
+    joint = pipeline in ("StableDiffusion3Pipeline", "FluxPipeline")
+    return JOINT_PROJECTIONS if joint else ATTENTION_PROJECTIONS
 
 
 def _outputs(architecture: Architecture, form: Form, module: Any, sample: Tensor) -> list[Tensor]:
     """The denoiser's outputs for M latents, as loopfast's policies call it: one, or two under guidance."""
     rows, dtype = len(sample), sample.dtype
+    guided = form.guided and not architecture.distilled
 
     def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
         return torch.empty(rows, *shape, dtype=like, device="meta")
 
     text = empty(architecture.text_tokens, architecture.text_width)
     timestep = empty(like=torch.int64)
-    config = module.config
-    if form.guided and form.shared_trunk and shares_trunk(module):
+    if guided and form.shared_trunk and shares_trunk(module):
         return list(guided_forward(module, sample, timestep, text, torch.empty_like(text)))
+    kind, config = architecture.denoiser.class_name, module.config
     extra: dict[str, Tensor] = {}
-    if architecture.denoiser.class_name == "SD3Transformer2DModel":
+    if kind in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
+        timestep = empty(like=torch.float32)
         extra = {"pooled_projections": empty(config.pooled_projection_dim)}
+        if architecture.distilled:
+            extra["guidance"] = empty(like=torch.float32)
+    elif kind == "PixArtTransformer2DModel":
+        extra = {"encoder_attention_mask": empty(architecture.text_tokens, like=torch.int64)}
+        if config.use_additional_conditions:
+            extra |= {"resolution": empty(2), "aspect_ratio": empty(1)}
     elif getattr(config, "addition_embed_type", None) == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         extra = {"text_embeds": empty(pooled), "time_ids": empty(6)}
-    if form.guided:
+    if guided:
         sample, timestep, text = (torch.cat([part, part]) for part in (sample, timestep, text))
         extra = {name: torch.cat([part, part]) for name, part in extra.items()}
-    if "time_ids" in extra:
-        output = module(
-            sample, timestep, encoder_hidden_states=text, added_cond_kwargs=extra, return_dict=False
-        )[0]
-    elif extra:
-        output = module(
-            hidden_states=sample, timestep=timestep, encoder_hidden_states=text, return_dict=False, **extra
-        )[0]
-    else:
-        output = plain_forward(module, sample, timestep, text)
-    return list(output.chunk(2)) if form.guided else [output]
+    output = _called(kind, module, sample, timestep, text, extra)
+    return list(output.chunk(2)) if guided else [output]
+
+
+def _called(
+    kind: str, module: Any, sample: Tensor, timestep: Tensor, text: Tensor, extra: dict[str, Tensor]
+) -> Tensor:
+    """The output for rows that all have a prompt, of a denoiser of this class."""
+    if kind == "UNet2DConditionModel" and not extra:
+        return plain_forward(module, sample, timestep, text)
+    if kind == "UNet2DConditionModel":
+        extra = {"added_cond_kwargs": extra}  # type: ignore[dict-item]
+    elif kind == "PixArtTransformer2DModel":
+        conditions = {name: extra.pop(name, None) for name in ("resolution", "aspect_ratio")}
+        extra["added_cond_kwargs"] = conditions  # type: ignore[assignment]
+    elif kind == "FluxTransformer2DModel":
+        timestep = timestep / 1000
+        positions = {"img_ids": sample, "txt_ids": text}
+        extra |= {
+            name: torch.empty(of.shape[1], 3, dtype=sample.dtype, device="meta")
+            for name, of in positions.items()
+        }
+    output: Tensor = module(
+        sample, timestep=timestep, encoder_hidden_states=text, return_dict=False, **extra
+    )[0]
+    return output[:, : sample.shape[1]] if kind == "PixArtTransformer2DModel" else output

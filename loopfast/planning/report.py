@@ -11,9 +11,10 @@ from rich.table import Table
 
 from loopfast.planning.cards import NETWORK, NODE
 from loopfast.planning.levers import MOST_SAMPLES
-from loopfast.planning.memory import Footprint
+from loopfast.planning.memory import BYTES, Footprint
 from loopfast.planning.plan import Plan, Stage
 from loopfast.planning.speed import Scale
+from loopfast.rewards.registry import REWARDS
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -216,6 +217,16 @@ def _not_counted(plan: Plan) -> list[str]:
     users = [term.name for term in config.reward if ":" in term.name]
     if users:
         found.append(f"the model of a reward of yours ({', '.join(users)}), in memory and seconds")
+    learned = [term.name for term in config.reward if term.name in REWARDS and REWARDS[term.name].weights]
+    if learned:
+        found.append(f"the model of a reward ({', '.join(learned)}), in memory and seconds")
+    if config.model.free_text_encoder:
+        size = plan.architecture.text_tokens * plan.architecture.text_width * BYTES[config.model.dtype]
+        found.append(
+            f"the encoded prompts, {size / 2**20:.2f} MiB each, which wait on the host where they are many"
+        )
+    if config.model.lora.text_encoder and config.model.tune == "lora":
+        found.append("the text encoder's adapter, and the gradients through the text encoder")
     if config.train.steps == "auto":
         found.append("that train.steps: auto leaves steps out (in the seconds)")
     if config.model.compile != "off":

@@ -6,12 +6,15 @@ see `Reward`. The package's own have a file each and a name in `REWARDS`; the us
 """
 
 from loopfast.rewards.base import Reward, RewardSet, RewardTerm, Scores
+from loopfast.rewards.guard import Guard
+from loopfast.rewards.normalize import training_total
 from loopfast.rewards.process import RewardProcess
 from loopfast.rewards.registry import REWARDS, build_rewards
 from loopfast.rewards.worker import RewardThread, join_scores
 
 __all__ = [
     "REWARDS",
+    "Guard",
     "Reward",
     "RewardProcess",
     "RewardSet",
@@ -20,4 +23,5 @@ __all__ = [
     "Scores",
     "build_rewards",
     "join_scores",
+    "training_total",
 ]

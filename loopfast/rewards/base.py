@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +11,13 @@ from torch import Tensor
 
 from loopfast.errors import RewardError
 
-__all__ = ["Reward", "RewardSet", "RewardTerm", "Scores"]
+__all__ = ["CountError", "Reward", "RewardSet", "RewardTerm", "Scores", "quoted", "scaled"]
 
 _PROMPTS_SHOWN = 3
+
+
+class CountError(RewardError):
+    """Raised by a reward that itself was given another number of scores than it asked for."""
 
 
 class Reward(Protocol):
@@ -35,19 +39,28 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class RewardTerm:
-    """A reward and its weight in the sum; with weight 0 it is measured only."""
+    """A reward and its weight in the sum; with weight 0 it is measured only.
+
+    ``range``: two values that count as 0 and 1 in the sum, by a straight line; None: the sum takes the values as they
+    are.
+    """
 
     name: str
     reward: Reward
     weight: float = 1.0
+    range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of N images, float32 ``[N]`` on the CPU: the sum, and each term by name before weighting."""
+    """Rewards of N images, float32 ``[N]`` on the CPU: the sum, and each term by name before weighting.
+
+    ``problems``: by reward, what was wrong with its scores where that was not to be an error; those are NaN then.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
+    problems: Mapping[str, str] = field(default_factory=dict)
 
 
 class RewardSet:
@@ -62,7 +75,12 @@ class RewardSet:
 
     @torch.no_grad()
     def score(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        keep_bad: bool = False,
     ) -> Scores:
         """Score a batch.
 
@@ -70,10 +88,12 @@ class RewardSet:
             images: float32 ``[N, 3, H, W]`` in [0, 1].
             prompts: N texts.
             metadata: N mappings; None for N empty ones.
+            keep_bad: a number that is not finite, and all those of a reward that gives more or fewer than N, become
+                NaN, with the sum of their image, and `Scores.problems` says so.
 
         Raises:
-            RewardError: a reward raised, or gave anything but one finite number per image. ``images_index``
-                holds the positions of the images at fault.
+            RewardError: a reward raised, or gave anything but N numbers, finite ones unless ``keep_bad``, with which
+                their number may be wrong, too. ``images_index`` holds the positions of the images at fault.
             ValueError: the lengths of the arguments differ.
         """
         count = images.shape[0]
@@ -84,25 +104,47 @@ class RewardSet:
             )
         parts: dict[str, Tensor] = {}
         total = torch.zeros(count, dtype=torch.float64)
+        problems: dict[str, str] = {}
+
+        def checked(name: str, values: Tensor, problem: RewardError | None) -> Tensor:
+            if problem is not None:
+                if not keep_bad:
+                    raise problem
+                problems[name] = str(problem)
+            return values
+
         for term in self.terms:
-            part = _score(term, images, prompts, metadata)
+            part = checked(term.name, *_score(term, images, prompts, metadata))
             parts[term.name] = part
-            total += term.weight * part.double()
-        total = total.float()
-        _require_finite("the weighted sum of the rewards", total, prompts)
-        return Scores(total, parts)
+            total += term.weight * scaled(part.double(), term.range)
+        scored = torch.stack([part.isfinite() for part in parts.values()]).all(0)
+        found = _finite("the weighted sum of the rewards", total.float(), prompts, among=scored)
+        return Scores(checked("sum", *found), parts, problems)
+
+
+def scaled(values: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """The values, or where the straight line that takes ``bounds`` to 0 and 1 takes them."""
+    if bounds is None:
+        return values
+    low, high = bounds
+    return (values - low) / (high - low)
 
 
 def _score(
     term: RewardTerm, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-) -> Tensor:
-    """One term's values, float32 ``[N]`` on the CPU, checked."""
+) -> tuple[Tensor, RewardError | None]:
+    """One term's values, float32 ``[N]`` on the CPU, NaN where they are none; and what was wrong with them."""
     name = f"reward {term.name!r}"
     count = len(prompts)
     everything = range(count)
-    batch = f"for {count} image(s), prompts {_quoted(prompts, everything)}"
+    batch = f"for {count} image(s), prompts {quoted(prompts, everything)}"
+    missing = torch.full((count,), torch.nan)
     try:
         found = term.reward(images, list(prompts), [dict(entry) for entry in metadata])
+    except CountError as error:
+        return missing, RewardError(f"{name}: {error} ({batch})", everything)
+    except RewardError as error:
+        raise RewardError(f"{name}: {error} ({batch})", everything) from error
     except Exception as error:
         raise RewardError(f"{name} raised {type(error).__name__}: {error} ({batch})", everything) from error
     values = _as_tensor(found)
@@ -113,10 +155,8 @@ def _score(
         )
     if values.shape != (count,):
         shape = f"{len(values)} value(s)" if values.ndim == 1 else f"values of shape {list(values.shape)}"
-        raise RewardError(f"{name} returned {shape} {batch}; allowed: {count} value(s)", everything)
-    values = values.to("cpu", torch.float32)
-    _require_finite(name, values, prompts)
-    return values
+        return missing, RewardError(f"{name} returned {shape} {batch}; allowed: {count} value(s)", everything)
+    return _finite(name, values.to("cpu", torch.float32), prompts)
 
 
 def _as_tensor(found: object) -> Tensor | None:
@@ -134,18 +174,24 @@ def _as_tensor(found: object) -> Tensor | None:
     return None if values.is_complex() else values
 
 
-def _require_finite(name: str, values: Tensor, prompts: Sequence[str]) -> None:
-    at_fault = (~values.isfinite()).nonzero().flatten().tolist()
-    if at_fault:
-        shown = ", ".join(f"{values[index]:g}" for index in at_fault[:_PROMPTS_SHOWN])
-        raise RewardError(
-            f"{name} is not finite for {len(at_fault)} of {len(prompts)} image(s): {shown} for "
-            f"prompts {_quoted(prompts, at_fault)}",
-            at_fault,
-        )
+def _finite(
+    name: str, values: Tensor, prompts: Sequence[str], among: Tensor | None = None
+) -> tuple[Tensor, RewardError | None]:
+    """The values with NaN for those that are not finite, and the error about these; ``among`` others it is silent."""
+    bad = ~values.isfinite()
+    at_fault = (bad if among is None else bad & among).nonzero().flatten().tolist()
+    if not at_fault:
+        return values.masked_fill(bad, torch.nan), None
+    shown = ", ".join(f"{values[index]:g}" for index in at_fault[:_PROMPTS_SHOWN])
+    return values.masked_fill(bad, torch.nan), RewardError(
+        f"{name} is not finite for {len(at_fault)} of {len(prompts)} image(s): {shown} for "
+        f"prompts {quoted(prompts, at_fault)}",
+        at_fault,
+    )
 
 
-def _quoted(prompts: Sequence[str], positions: Sequence[int]) -> str:
+def quoted(prompts: Sequence[str], positions: Sequence[int]) -> str:
+    """The first of the prompts at some positions, and how many more there are."""
     shown = ", ".join(repr(prompts[position]) for position in positions[:_PROMPTS_SHOWN])
     rest = len(positions) - _PROMPTS_SHOWN
     return f"{shown} and {rest} more" if rest > 0 else shown

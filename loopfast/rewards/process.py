@@ -37,7 +37,7 @@ class RewardProcess:
     """
 
     def __init__(self, terms: Sequence[RewardConfig]) -> None:
-        self._names = ", ".join(repr(term.name) for term in terms)
+        self._names = ", ".join(repr(term.title) for term in terms)
         connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -57,7 +57,12 @@ class RewardProcess:
         self._ask([term.model_dump() for term in terms])
 
     def score(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        keep_bad: bool = False,
     ) -> Scores:
         """Score a batch; see `RewardSet.score`.
 
@@ -66,7 +71,7 @@ class RewardProcess:
         """
         entries = None if metadata is None else [dict(entry) for entry in metadata]
         try:
-            found = self._ask((images.detach().cpu().numpy(), list(prompts), entries))
+            found = self._ask((images.detach().cpu().numpy(), list(prompts), entries, keep_bad))
         except (TypeError, AttributeError, ValueError) as error:
             if "pickle" not in str(error):
                 raise
@@ -75,8 +80,9 @@ class RewardProcess:
                 "rollout.reward_worker=thread",
                 range(len(prompts)),
             ) from error
-        total, parts = found
-        return Scores(torch.from_numpy(total), {name: torch.from_numpy(part) for name, part in parts.items()})
+        total, parts, problems = found
+        named = {name: torch.from_numpy(part) for name, part in parts.items()}
+        return Scores(torch.from_numpy(total), named, problems)
 
     def _ask(self, question: object) -> Any:
         """What the process answers; the error it answers with is raised."""
@@ -112,10 +118,10 @@ def serve() -> None:
                 rewards = build_rewards([RewardConfig.model_validate(term) for term in question])
                 answer = None, None
             else:
-                images, prompts, metadata = question
-                scores = rewards.score(torch.from_numpy(images), prompts, metadata)
+                images, prompts, metadata, keep_bad = question
+                scores = rewards.score(torch.from_numpy(images), prompts, metadata, keep_bad=keep_bad)
                 parts = {name: part.numpy() for name, part in scores.parts.items()}
-                answer = None, (scores.total.numpy(), parts)
+                answer = None, (scores.total.numpy(), parts, dict(scores.problems))
         except RewardError as error:
             answer = RewardError, (str(error), error.images_index)
         except LoopfastError as error:

@@ -4,36 +4,169 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from loopfast.config import RewardConfig
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, MissingExtraError
 from loopfast.plugins import is_reference
+from loopfast.rewards.aesthetic import aesthetic
 from loopfast.rewards.base import Reward, RewardSet, RewardTerm
+from loopfast.rewards.blip_vqa import blip_vqa
+from loopfast.rewards.clip_score import clip_score
+from loopfast.rewards.depth import DEPTH_ANYTHING
+from loopfast.rewards.detection import OWLV2
 from loopfast.rewards.embedded import embedded, embedded_exact
+from loopfast.rewards.hps_v2 import hps_v2
+from loopfast.rewards.http import http
+from loopfast.rewards.image_reward import image_reward
 from loopfast.rewards.jpeg_size import jpeg_compressibility, jpeg_incompressibility
+from loopfast.rewards.normalize import bounds
+from loopfast.rewards.numeracy import numeracy
+from loopfast.rewards.ocr import ocr
+from loopfast.rewards.pickscore import pickscore
+from loopfast.rewards.pretrained import PretrainedReward
+from loopfast.rewards.spatial import spatial, spatial_3d
+from loopfast.rewards.three_in_one import ThreeInOne, three_in_one
 from loopfast.rewards.user import user_reward
+from loopfast.rewards.vqa_score import vqa_score
 
-__all__ = ["REWARDS", "build_rewards"]
+__all__ = ["REWARDS", "RewardInfo", "build_rewards"]
 
-REWARDS: dict[str, Callable[..., Reward]] = {
-    "embedded": embedded,
-    "embedded_exact": embedded_exact,
-    "jpeg_compressibility": jpeg_compressibility,
-    "jpeg_incompressibility": jpeg_incompressibility,
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """A reward of the package.
+
+    Attributes:
+        make: makes it from its options.
+        summary: what it measures, in a few words.
+        range: the values it gives.
+        weights: where its weights come from; None: it has none.
+        license: of the weights; None: it has none.
+        extra: of the package, which brings what it imports; None: ``train`` does.
+    """
+
+    make: Callable[..., Reward]
+    summary: str
+    range: str
+    weights: str | None = None
+    license: str | None = None
+    extra: str | None = None
+
+
+REWARDS: dict[str, RewardInfo] = {
+    "embedded": RewardInfo(embedded, "faithfulness to a caption of the embedded world", "0 to 1"),
+    "embedded_exact": RewardInfo(embedded_exact, "exact faithfulness in the embedded world", "0 or 1"),
+    "jpeg_compressibility": RewardInfo(jpeg_compressibility, "minus the size as a JPEG, in kB", "below 0"),
+    "jpeg_incompressibility": RewardInfo(jpeg_incompressibility, "size as a JPEG, in kB", "above 0"),
+    "aesthetic": RewardInfo(
+        aesthetic,
+        "LAION's aesthetic score",
+        "about 1 to 10",
+        "openai/clip-vit-large-patch14, trl-lib/ddpo-aesthetic-predictor",
+        "MIT (CLIP); Apache-2.0 (head)",
+    ),
+    "clip_score": RewardInfo(
+        clip_score,
+        "agreement of image and prompt by CLIP",
+        "-1 to 1",
+        "openai/clip-vit-large-patch14",
+        "MIT",
+    ),
+    "pickscore": RewardInfo(
+        pickscore,
+        "human preference, learned on Pick-a-Pic",
+        "-100 to 100",
+        "yuvalkirstain/PickScore_v1",
+        "see its model card",
+    ),
+    "hps_v2": RewardInfo(
+        hps_v2,
+        "human preference, HPS v2.1 or v2",
+        "-1 to 1",
+        "xswu/HPSv2",
+        "Apache-2.0",
+    ),
+    "image_reward": RewardInfo(
+        image_reward,
+        "human preference, ImageReward",
+        "unbounded; mean 0, deviation 1",
+        "THUDM/ImageReward",
+        "Apache-2.0",
+    ),
+    "blip_vqa": RewardInfo(
+        blip_vqa,
+        "attributes bound to their objects (T2I-CompBench's, by BLIP)",
+        "0 to 1",
+        "Salesforce/blip-vqa-capfilt-large",
+        "BSD-3-Clause",
+    ),
+    "vqa_score": RewardInfo(
+        vqa_score,
+        'probability of "yes, this shows the prompt" (VQAScore)',
+        "0 to 1",
+        "Salesforce/instructblip-flan-t5-xl",
+        "MIT",
+    ),
+    "ocr": RewardInfo(
+        ocr,
+        "how much of the text asked for can be read",
+        "0 to 1",
+        "in the package rapidocr",
+        "Apache-2.0",
+        "ocr",
+    ),
+    "spatial": RewardInfo(
+        spatial,
+        "two objects beside, above or near each other as the prompt says (T2I-CompBench's geometry)",
+        "0 to 1",
+        OWLV2,
+        "Apache-2.0",
+    ),
+    "spatial_3d": RewardInfo(
+        spatial_3d,
+        "an object in front of or behind the other as the prompt says (T2I-CompBench's geometry)",
+        "0 to 1",
+        f"{OWLV2}, {DEPTH_ANYTHING}",
+        "Apache-2.0",
+    ),
+    "numeracy": RewardInfo(
+        numeracy,
+        "as many objects as the prompt says (T2I-CompBench's rules)",
+        "0 to 1",
+        OWLV2,
+        "Apache-2.0",
+    ),
+    "three_in_one": RewardInfo(
+        three_in_one,
+        "mean of blip_vqa, spatial and clip_score for complex prompts (T2I-CompBench's)",
+        "0 to 1",
+        f"Salesforce/blip-vqa-capfilt-large, {OWLV2}, openai/clip-vit-large-patch14",
+        "BSD-3-Clause (BLIP); Apache-2.0 (OWLv2); MIT (CLIP)",
+    ),
+    "http": RewardInfo(http, "what a reward server says (docs/reward-server.md)", "the server's"),
 }
-"""Name of each reward of the package, and the function that makes it from its options."""
+"""Each reward of the package by its name."""
 
 
-def build_rewards(terms: Sequence[RewardConfig]) -> RewardSet:
+def build_rewards(terms: Sequence[RewardConfig], *, load: bool = True) -> RewardSet:
     """The rewards of a configuration, ready to score.
 
+    Args:
+        terms: the rewards.
+        load: read the weights of those that have any. Without, their options are checked and that local weights are
+            there; they are read when they first score.
+
     Raises:
-        ConfigError: a reward does not exist, cannot be imported, or does not take the options given.
+        ConfigError: a reward does not exist, cannot be imported, does not take the options given, or its weights cannot
+            be read.
     """
-    return RewardSet([RewardTerm(term.name, _build(term), term.weight) for term in terms])
+    return RewardSet(
+        [RewardTerm(term.title, _build(term, load), term.weight, bounds(term)) for term in terms]
+    )
 
 
-def _build(term: RewardConfig) -> Reward:
+def _build(term: RewardConfig, load: bool) -> Reward:
     if is_reference(term.name):
         return user_reward(term.name, term.options)
     if term.name not in REWARDS:
@@ -41,7 +174,20 @@ def _build(term: RewardConfig) -> Reward:
         raise ConfigError(
             f"no reward {term.name!r}; nearest: {near!r}; allowed: {', '.join(REWARDS)} or module:function"
         )
+    info = REWARDS[term.name]
     try:
-        return REWARDS[term.name](**term.options)
+        reward = info.make(**term.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"reward {term.name!r} does not take options {term.options}: {error}") from None
+    except ModuleNotFoundError as error:
+        raise _missing(term.name, info, error) from error
+    if load and isinstance(reward, PretrainedReward | ThreeInOne):
+        try:
+            reward.load()
+        except ModuleNotFoundError as error:
+            raise _missing(term.name, info, error) from error
+    return reward
+
+
+def _missing(name: str, info: RewardInfo, error: ModuleNotFoundError) -> ConfigError:
+    return ConfigError(str(MissingExtraError(f"reward {name!r}", info.extra or "train", error.name)))

@@ -117,4 +117,5 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
     return Scores(
         torch.cat([part.total for part in parts]),
         {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
+        {name: problem for part in reversed(parts) for name, problem in part.problems.items()},
     )

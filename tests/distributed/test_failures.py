@@ -109,11 +109,11 @@ BAD_REWARD = """\
 from loopfast.errors import RewardError
 from loopfast.rewards.base import RewardSet
 score, calls = RewardSet.score, []
-def failing(self, images, prompts, metadata):
+def failing(self, images, prompts, metadata, **options):
     calls.append(1)
     if rank == 1 and len(calls) > 1:  # the first is the evaluation before training
         raise RewardError("reward embedded: the judge has gone home", range(len(prompts)))
-    return score(self, images, prompts, metadata)
+    return score(self, images, prompts, metadata, **options)
 RewardSet.score = failing
 """
 
@@ -121,9 +121,15 @@ RewardSet.score = failing
 def test_an_error_in_one_process_is_said_once_and_ends_all(runs: Runs) -> None:
     runs.ranks.start(runs.arguments("judge", *OPTIONS), 2, before=SOON + BAD_REWARD)
     assert runs.ranks.wait() == [1, 1]
-    assert "the judge has gone home; images and prompts are in" in runs.ranks.errors(1)
-    assert "rank 1 failed: iteration 1: reward embedded: the judge has gone home" in runs.ranks.errors(0)
-    assert (runs.folder / "judge" / "failures" / "iteration-000001-rank-1" / "000.png").exists()
+    kept = runs.folder / "judge" / "failures" / "iteration-000001-rank-1"
+    state = runs.folder / "judge" / "checkpoints" / "iteration-000000"
+    assert runs.ranks.errors(0) == (
+        f"error: iteration 1: reward embedded: the judge has gone home; images and prompts are in {kept}; "
+        f"{state} is saved, --resume auto goes on from there\n"
+    )
+    assert runs.ranks.errors(1) == ""
+    assert (kept / "000.png").exists()
+    assert state.is_dir()
 
 
 def test_an_error_of_the_first_process_is_said_once(runs: Runs, unbroken: Path) -> None:

@@ -15,13 +15,12 @@ from loopfast.config import ModelConfig, RolloutConfig
 from loopfast.errors import ConfigError
 from loopfast.policies import Policy, load_family, load_policy, load_schedule
 from loopfast.rollout import Sampler, initial_latents
-from tests.families import FAMILIES, flux, save_tiny, stable_diffusion_3, stable_diffusion_xl
+from tests.families import FAMILIES, flux, save_tiny, settings_of, stable_diffusion_3, stable_diffusion_xl
 
 PROMPTS = ["a red circle and a blue square", "three green triangles"]
 SEEDS = torch.arange(2)
 STEPS = 3
 TOKENS = 12
-WITH_T5 = ("sd3", "sd35", "flux", "pixart")
 TUNES = ["full", "lora"]
 
 
@@ -38,10 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def settings(folder: Path, tune: str = "lora", **options: Any) -> ModelConfig:
     lora = {"rank": 2, "alpha": 4, **options.pop("lora", {})}
     return ModelConfig(pretrained=str(folder), device="cpu", tune=tune, lora=lora, **options)
-
-
-def with_tokens(family: str) -> dict[str, Any]:
-    return {"max_sequence_length": TOKENS} if family in WITH_T5 else {}
 
 
 @torch.no_grad()
@@ -92,19 +87,19 @@ def theirs(pipeline: Any, policy: Policy, guidance: float, **options: Any) -> Te
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_policy_draws_what_its_pipeline_draws(family: str, guidance: float, folder: Any) -> None:
-    config = settings(folder(family), **with_tokens(family))
+    config = settings(folder(family), **settings_of(family))
     policy = load_policy(config)
     ours = draw(policy, config, guidance)
     pipeline = DiffusionPipeline.from_pretrained(folder(family))
     torch.testing.assert_close(
-        ours, theirs(pipeline, policy, guidance, **with_tokens(family)), atol=2e-5, rtol=0
+        ours, theirs(pipeline, policy, guidance, **settings_of(family)), atol=2e-5, rtol=0
     )
 
 
 @pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_opens_what_is_exported(family: str, tune: str, folder: Any, tmp_path: Path) -> None:
-    config = settings(folder(family), tune, **with_tokens(family))
+    config = settings(folder(family), tune, **settings_of(family))
     policy = load_policy(config)
     before = draw(policy, config, 2.0)
     disturb(policy)
@@ -119,39 +114,39 @@ def test_diffusers_opens_what_is_exported(family: str, tune: str, folder: Any, t
             pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, tmp_path).base_model.model
         else:
             pipeline.load_lora_weights(tmp_path)
-    found = theirs(pipeline, policy, 2.0, **with_tokens(family))
+    found = theirs(pipeline, policy, 2.0, **settings_of(family))
     torch.testing.assert_close(draw(policy, config, 2.0), found, atol=5e-5, rtol=0)
     assert (found - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_export_needs_no_adapter(family: str, folder: Any, tmp_path: Path) -> None:
-    config = settings(folder(family), **with_tokens(family))
+    config = settings(folder(family), **settings_of(family))
     policy = load_policy(config)
     disturb(policy)
     trained = draw(policy, config, 2.0)
     policy.export_merged(tmp_path, weights(policy))
-    merged = settings(tmp_path, "full", **with_tokens(family))
+    merged = settings(tmp_path, "full", **settings_of(family))
     torch.testing.assert_close(draw(load_policy(merged), merged, 2.0), trained, atol=5e-5, rtol=0)
     assert torch.equal(draw(policy, config, 2.0), trained)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_encoded_beforehand_are_the_same(family: str, folder: Any, tmp_path: Path) -> None:
-    config = settings(folder(family), "full", **with_tokens(family))
+    config = settings(folder(family), "full", **settings_of(family))
     policy, released = load_policy(config), load_policy(config)
     released.free_text_encoder(PROMPTS)
     trained = draw(policy, config, 2.0)
     torch.testing.assert_close(draw(released, config, 2.0), trained, atol=1e-5, rtol=0)
     released.export(tmp_path, weights(released))
-    again = settings(tmp_path, "full", **with_tokens(family))
+    again = settings(tmp_path, "full", **settings_of(family))
     assert torch.equal(draw(load_policy(again), again, 2.0), trained)
 
 
 @pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize("family", ["sdxl", "sd35", "flux", "pixart"])
 def test_the_reference_is_the_model_before_training(family: str, tune: str, folder: Any) -> None:
-    config = settings(folder(family), tune, **with_tokens(family))
+    config = settings(folder(family), tune, **settings_of(family))
     policy = load_policy(config, keep_reference=True)
     before = draw(policy, config, 2.0)
     disturb(policy)
@@ -192,7 +187,7 @@ def test_sd3_without_t5(folder: Any) -> None:
 
 def test_flux_without_distilled_guidance_is_guided_like_others(folder: Any) -> None:
     place = folder(_schnell)
-    config = settings(place, max_sequence_length=TOKENS)
+    config = settings(place, **settings_of("flux"))
     policy = load_policy(config)
     found = theirs(
         DiffusionPipeline.from_pretrained(place),
@@ -200,18 +195,18 @@ def test_flux_without_distilled_guidance_is_guided_like_others(folder: Any) -> N
         0.0,
         negative_prompt=[""] * 2,
         true_cfg_scale=3.0,
-        max_sequence_length=TOKENS,
+        **settings_of("flux"),
     )
     torch.testing.assert_close(draw(policy, config, 3.0), found, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "pixart"])
 def test_images_of_another_size(family: str, folder: Any) -> None:
-    config = settings(folder(family), height=24, width=16, **with_tokens(family))
+    config = settings(folder(family), **{**settings_of(family), "height": 24, "width": 16})
     policy = load_policy(config)
     ours = draw(policy, config, 2.0)
     assert ours.shape == (2, 3, 24, 16)
-    options = {"height": 24, "width": 16, **with_tokens(family)}
+    options = {**settings_of(family), "height": 24, "width": 16}
     pipeline = DiffusionPipeline.from_pretrained(folder(family))
     torch.testing.assert_close(ours, theirs(pipeline, policy, 2.0, **options), atol=2e-5, rtol=0)
 
@@ -238,7 +233,7 @@ def test_images_of_another_size(family: str, folder: Any) -> None:
 )
 def test_what_a_family_does_not_have(family: str, options: dict[str, Any], message: str, folder: Any) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_policy(settings(folder(family), **options))
+        load_policy(settings(folder(family), **{**settings_of(family), **options}))
 
 
 def test_a_family_that_is_not_supported(folder: Any, tmp_path: Path) -> None:
