@@ -52,6 +52,9 @@ class Engine(Protocol):
                 lowers the loss scale and skips the step instead, as usual.)
         """
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the policy has the moving average of its weights, where ``train.ema_decay`` keeps one."""
+
     def whole(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
         """Inside, these parameters of the denoiser have their whole values, to be read."""
 

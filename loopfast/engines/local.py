@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from loopfast.config import TrainConfig
+from loopfast.engines.average import WeightAverage
 from loopfast.engines.base import Engine, learning_rate, require_same, tensor_bytes
 from loopfast.engines.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from loopfast.errors import NonFiniteError
@@ -39,6 +40,8 @@ class LocalEngine(Engine):
         self._parameters = list(self._named.values())
         self._optimizer = build_optimizer(self._parameters, config)
         self._updates = 0
+        decay = config.ema_decay
+        self._average = None if decay is None else WeightAverage(self._named, decay)
         # gradients of float16 activations vanish unless the loss is scaled up; a no-op for the other types
         self._new_scaler = partial(
             torch.amp.GradScaler, policy.device.type, enabled=policy.dtype == torch.float16
@@ -77,7 +80,13 @@ class LocalEngine(Engine):
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         self._updates += 1
+        if self._average is not None:
+            self._average.update(self._updates)
         return norm
+
+    @override
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._average is None else self._average.applied()
 
     @override
     def whole(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
@@ -90,11 +99,17 @@ class LocalEngine(Engine):
     @override
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         tensors = {"policy": self.weights(), "optimizer": optimizer_state(self._optimizer, self._named)}
+        if self._average is not None:
+            tensors["average"] = self._average.weights
         return tensors, {"updates": self._updates, "scaler": self._scaler.state_dict()}
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        require_same(tensors["policy"], {name: parameter.shape for name, parameter in self._named.items()})
+        shapes = {name: parameter.shape for name, parameter in self._named.items()}
+        require_same(tensors["policy"], shapes)
+        if self._average is not None:
+            require_same(tensors.get("average", {}), shapes)
+            self._average.load(tensors["average"])
         with torch.no_grad():
             for name, parameter in self._named.items():
                 parameter.copy_(tensors["policy"][name])
@@ -104,7 +119,8 @@ class LocalEngine(Engine):
 
     @override
     def memory(self) -> dict[str, int]:
-        states = (value for state in self._optimizer.state.values() for value in state.values())
+        states = [value for state in self._optimizer.state.values() for value in state.values()]
+        states += [] if self._average is None else self._average.weights.values()
         reference = self._policy.reference_denoiser
         return {
             "weights": tensor_bytes(self._policy.denoiser.parameters()),

@@ -51,7 +51,7 @@ class ReplicatedEngine(LocalEngine):
         known = self._group.on_first(
             lambda: {
                 group: {name: (value.shape, value.dtype) for name, value in tensors.get(group, {}).items()}
-                for group in ("policy", "optimizer")
+                for group in ("policy", "optimizer", "average")
             }
         )
         received = {

@@ -102,6 +102,10 @@ class ZeroEngine(Engine):
         return norm
 
     @override
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    @override
     @contextmanager
     def whole(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
         import deepspeed

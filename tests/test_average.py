@@ -1,0 +1,88 @@
+"""The moving average of the trained weights: how it moves, and where it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loopfast.checkpoints import CheckpointStore
+from loopfast.config import parse_config
+from loopfast.console import Display
+from loopfast.engines.average import WeightAverage
+from loopfast.errors import ConfigError
+from loopfast.tracking import read_metrics
+from loopfast.train import train
+from tests.conftest import MakeConfig
+
+EMA = ("model.tune=lora", "train.ema_decay=0.7", "train.learning_rate=1e-2")
+
+
+def test_it_follows_its_formula() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
+    average = WeightAverage({"p": parameter}, 0.3)
+    expected = parameter.detach().double()
+    for n in range(1, 5):
+        with torch.no_grad():
+            parameter += n
+        average.update(n)
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * parameter.detach().double()
+    assert average.weights["p"].dtype == torch.float32
+    torch.testing.assert_close(average.weights["p"].double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_weights_come_back_after_an_error() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    average = WeightAverage({"p": parameter}, 0.5)
+    with torch.no_grad():
+        parameter.fill_(3.0)
+
+    def fail() -> None:
+        with average.applied():
+            assert parameter.tolist() == [1.0, 1.0]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert parameter.tolist() == [3.0, 3.0]
+
+
+def weights(run: Path) -> dict[str, Any]:
+    checkpoint = CheckpointStore(run / "checkpoints", keep=1, keep_best=False).latest(print)
+    assert checkpoint is not None
+    return checkpoint.tensors
+
+
+def test_evaluations_and_exports_are_the_averages(small_config: MakeConfig) -> None:
+    run = train(small_config(*EMA), display=Display.silent())
+    kept = weights(run)
+    name = next(name for name in kept["average"] if "lora_B" in name)
+    assert not torch.equal(kept["average"][name], kept["policy"][name])
+    exported = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+    key = f"unet.{name.replace('.loopfast', '')}"
+    torch.testing.assert_close(exported[key], kept["average"][name])
+
+    plain = train(small_config(*EMA[::2], "run.name=plain"), display=Display.silent())
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (run, plain))
+    # the same training; other images of it are measured
+    assert [line.get("reward_mean") for line in ours] == [line.get("reward_mean") for line in theirs]
+    assert ours[-1]["eval_reward"] != theirs[-1]["eval_reward"]
+
+
+def test_a_resumed_run_has_the_same_average(small_config: MakeConfig) -> None:
+    run = train(small_config(*EMA), display=Display.silent())
+    train(small_config(*EMA, "run.name=two", "train.iterations=2"), display=Display.silent())
+    again = train(small_config(*EMA, "run.name=two"), resume="auto", display=Display.silent())
+    for name, value in weights(run)["average"].items():
+        assert torch.equal(weights(again)["average"][name], value)
+    with pytest.raises(ConfigError, match=r"cannot resume .*train\.ema_decay"):
+        train(small_config(*EMA[::2], "run.name=two"), resume="auto", display=Display.silent())
+
+
+def test_it_is_not_for_weights_in_parts() -> None:
+    with pytest.raises(ConfigError, match=r"train\.ema_decay: found 0\.9, allowed: null with distributed\.zero"):
+        parse_config("{model: {pretrained: embedded}, train: {ema_decay: 0.9}, distributed: {zero_stage: 2}}")
