@@ -9,7 +9,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -412,7 +412,36 @@ def compare(
     console = Console()
     for table in comparison_tables(summaries):
         console.print(table)
-    print("rewards of evaluations: first → last (best at iteration)", *files, sep="\n")
+    print(*files, sep="\n")
+
+
+@app.command(
+    epilog="**Example:** `loopfast export runs/tiny-lora --to tiny-lora`, then "
+    "`pipeline.load_lora_weights('tiny-lora')` in diffusers"
+)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Folder to write, empty or new.")],
+    form: Annotated[
+        Literal["lora", "full"] | None,
+        typer.Option("--format", help="An adapter, or a whole pipeline; default: what was trained."),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the adapter to the weights and write a whole pipeline.")
+    ] = False,
+    best: Annotated[
+        bool,
+        typer.Option("--best", help="From the checkpoint with the best evaluation, not from the newest."),
+    ] = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Write what a run has trained in the form that diffusers opens, with a model card."""
+    _quiet_libraries()
+    from loopfast.console import Display
+    from loopfast.exporting import export_run
+
+    with Display(quiet=quiet) as display:
+        print(export_run(run, to, form=form, merge=merge, best=best, display=display))
 
 
 @app.command(epilog="**Example:** `loopfast report runs/tiny --picture tiny.png`")
@@ -594,16 +623,23 @@ def serve_reward(
     ] = None,
     options: Annotated[
         list[str] | None,
-        typer.Option("--option", metavar="KEY=VALUE", help="An option of that reward. May be given several times."),
+        typer.Option(
+            "--option", metavar="KEY=VALUE", help="An option of that reward. May be given several times."
+        ),
     ] = None,
     config: Annotated[
         str | None,
         typer.Option(
-            "--config", "-c", metavar="NAME|FILE", help="In place of NAME: the weighted sum of a configuration."
+            "--config",
+            "-c",
+            metavar="NAME|FILE",
+            help="In place of NAME: the weighted sum of a configuration.",
         ),
     ] = None,
     overrides: _Overrides = None,
-    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen at; 0.0.0.0: all.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="Address to listen at; 0.0.0.0: all.")
+    ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen at; 0: any that is free.")
     ] = 8000,
@@ -649,6 +685,18 @@ def serve_reward(
     )
 
 
+@app.command(epilog="**Example:** `loopfast rewards aesthetic`")
+def rewards(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A reward, to see its options; default: all.")
+    ] = None,
+) -> None:
+    """List the rewards of the package, or show one and its options."""
+    from loopfast.rewards.listing import all_rewards, one_reward
+
+    Console().print(all_rewards() if name is None else one_reward(name))
+
+
 @config_app.command(
     "show", epilog="**Example:** `loopfast config show tiny --set model.tune=lora > mine.yaml`"
 )
@@ -661,14 +709,19 @@ def config_show(config: _ConfigArgument, overrides: _Overrides = None) -> None:
 
 @config_app.command("check", epilog="**Example:** `loopfast config check mine.yaml`")
 def config_check(config: _ConfigArgument, overrides: _Overrides = None) -> None:
-    """Check a configuration, its prompts and its rewards without loading the model."""
+    """Check a configuration, its prompts and its rewards without loading any model.
+
+    Names of models on the hub are not looked up; that their weights can be read shows when training starts, before
+    anything is sampled.
+    """
     settings = _load(config, overrides)
     from loopfast.prompts import load_prompts
     from loopfast.rewards import build_rewards
 
     sources = dict.fromkeys([settings.prompts.source, settings.evaluation.prompts or settings.prompts.source])
     lines = [f"prompts {source}: {len(load_prompts(source))}" for source in sources]
-    lines += [f"reward {term.name}: weight {term.weight:g}" for term in build_rewards(settings.reward).terms]
+    rewards = build_rewards(settings.reward, load=False)
+    lines += [f"reward {term.name}: weight {term.weight:g}" for term in rewards.terms]
     print(*lines, f"{config}: no problem found", sep="\n")
 
 

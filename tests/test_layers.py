@@ -33,7 +33,7 @@ LAYERS = [
     {"rollout", "engines", "rewards", "checkpoints", "tracking", "console", "microbatch"},
     {"share", "surrogate"},
     {"replay"},
-    {"update", "runs", "evaluation", "planning", "reporting"},
+    {"update", "runs", "evaluation", "exporting", "planning", "reporting"},
     {"train", "profile_run"},
     {"cli", "doctor", "launch", "__main__"},
 ]

@@ -1,0 +1,72 @@
+"""What ``loopfast export`` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from loopfast.checkpoints import Checkpoint, CheckpointStore
+from loopfast.console import Display
+from loopfast.errors import CheckpointError, ConfigError
+from loopfast.evaluation.trained import newest_checkpoint, policy_of, run_config, trained_weights
+from loopfast.exporting.card import write_card
+from loopfast.files import writing
+
+
+def export_run(
+    run: Path,
+    to: Path,
+    *,
+    form: Literal["lora", "full"] | None,
+    merge: bool,
+    best: bool,
+    display: Display,
+) -> Path:
+    """Writes what a run has trained into a folder, with a model card.
+
+    Args:
+        run: the run's folder.
+        to: the folder to write, empty or not there yet.
+        form: an adapter for ``load_lora_weights`` (``lora``), or a whole pipeline (``full``); None: what was trained.
+        merge: of an adapter: add it to the weights and write a whole pipeline.
+        best: from the checkpoint with the best evaluation instead of the newest.
+        display: where progress is shown.
+
+    Returns:
+        ``to``.
+
+    Raises:
+        ConfigError: the folder is not a run's, the form cannot be had of it, or ``to`` holds something.
+        CheckpointError: the run has no checkpoint that can be used.
+    """
+    config = run_config(run)
+    tune = config.model.tune
+    if tune == "full" and (form == "lora" or merge):
+        raise ConfigError(
+            f"{'--merge' if merge else '--format lora'}: {run} has trained all weights (model.tune: full); there is no "
+            "adapter"
+        )
+    if form == "lora" and merge:
+        raise ConfigError("--merge adds the adapter to the weights; it goes with --format full")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"--to: {to} is there already and not empty")
+    checkpoint = _best(run) if best else newest_checkpoint(run, display)
+    policy = policy_of(config, checkpoint)
+    weights = trained_weights(checkpoint)
+    whole = merge or form == "full" or tune == "full"
+    display.message(f"exporting {checkpoint.path}")
+    with writing(to):
+        if whole:
+            policy.export_merged(to, weights)
+        else:
+            policy.export(to, weights)
+        write_card(run, to, config, checkpoint, whole=whole)
+    return to
+
+
+def _best(run: Path) -> Checkpoint:
+    store = CheckpointStore(run / "checkpoints", keep=1, keep_best=True)
+    path = store.best()
+    if path is None:
+        raise CheckpointError(f"{run} has no checkpoint with an evaluation")
+    return store.load(path)

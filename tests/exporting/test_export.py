@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+from typer.testing import CliRunner
+
+from loopfast.cli import app
+from loopfast.config import load_config
+from loopfast.console import Display
+from loopfast.errors import CheckpointError, ConfigError
+from loopfast.evaluation.trained import trained_policy
+from loopfast.exporting import export_run
+from loopfast.train import train
+from tests.conftest import MakeConfig
+
+LORA = ("model.tune=lora", "model.lora.rank=4", "model.lora.alpha=8", "train.learning_rate=1e-2")
+PROMPT = ["a red circle and a blue square"]
+
+
+@pytest.fixture(scope="module")
+def runs(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("runs")
+    configs = {
+        "lora": make_config(directory, *LORA, "run.name=lora", "train.ema_decay=0.5"),
+        "full": make_config(directory, "run.name=full"),
+    }
+    return {tune: train(config, display=Display.silent()) for tune, config in configs.items()}
+
+
+def export(run: Path, to: Path, **options: object) -> Path:
+    return export_run(
+        run, to, **{"form": None, "merge": False, "best": False, "display": Display.silent(), **options}
+    )
+
+
+@torch.no_grad()
+def outputs(denoiser: torch.nn.Module, run: Path) -> torch.Tensor:
+    policy = trained_policy(run, load_config(run / "config.yaml"), Display.silent())
+    sample = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    timestep, text = torch.tensor([501]), policy.encode(PROMPT)
+    ours = policy.predict(sample, timestep, text)[0]
+    theirs = denoiser(sample, timestep, **text, return_dict=False)[0]
+    torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=0)
+    return ours
+
+
+def card(folder: Path) -> tuple[dict[str, object], str]:
+    _, head, body = (folder / "README.md").read_text("utf-8").split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def test_an_adapter(runs: dict[str, Path], pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = export(runs["lora"], tmp_path / "out")
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder)
+    pipeline.load_lora_weights(folder)
+    outputs(pipeline.unet, runs["lora"])
+    head, body = card(folder)
+    assert head["library_name"] == "diffusers"
+    assert "lora" in head["tags"]  # type: ignore[operator]
+    assert 'load_lora_weights("PATH/TO/THIS/FOLDER")' in body
+    assert "[LOOP](https://arxiv.org/abs/2503.00897),\nK = 2, for `jpeg_compressibility`:" in body
+    assert "3 iterations, 24 images sampled; the weights are a moving average." in body
+    assert str(pipeline_folder) not in body
+    with Image.open(folder / "training.png") as picture:
+        assert picture.width > 400
+    settings = body.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "again.yaml").write_text(settings)
+    assert load_config(tmp_path / "again.yaml").train == load_config(runs["lora"] / "config.yaml").train
+
+
+@pytest.mark.parametrize("options", [{"merge": True}, {"form": "full"}])
+def test_an_adapter_merged(options: dict[str, object], runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = export(runs["lora"], tmp_path / "out", **options)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    outputs(pipeline.unet, runs["lora"])
+    assert 'from_pretrained("PATH/TO/THIS/FOLDER")' in card(folder)[1]
+    assert "lora" not in card(folder)[0]["tags"]  # type: ignore[operator]
+
+
+def test_all_weights(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = export(runs["full"], tmp_path / "out", best=True)
+    outputs_of = DiffusionPipeline.from_pretrained(folder)
+    assert type(outputs_of).__name__ == "StableDiffusionPipeline"
+    assert "| reward |" in card(folder)[1]
+
+
+@pytest.mark.parametrize(
+    ("tune", "options", "message"),
+    [
+        ("full", {"form": "lora"}, r"--format lora: .* has trained all weights"),
+        ("full", {"merge": True}, r"--merge: .* has trained all weights"),
+        ("lora", {"form": "lora", "merge": True}, r"--merge adds the adapter to the weights"),
+    ],
+)
+def test_forms_that_cannot_be_had(
+    tune: str, options: dict[str, object], message: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export(runs[tune], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(ConfigError, match=r"--to: .* is there already and not empty"):
+        export(runs["lora"], tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not a run's folder"):
+        export(tmp_path, tmp_path / "out")
+
+
+def test_a_run_without_checkpoints(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text((runs["lora"] / "config.yaml").read_text())
+    for best in (False, True):
+        with pytest.raises(CheckpointError, match=r"has no checkpoint"):
+            export(tmp_path / "run", tmp_path / "out", best=best)
+
+
+def test_the_command(runs: dict[str, Path], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["export", str(runs["lora"]), "--to", str(tmp_path / "out"), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
