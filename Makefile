@@ -30,8 +30,9 @@ test-wheel: $(TRL)/.wheel ## the built wheel, installed elsewhere: the tests of 
 	cd $(WHEEL) && OMP_NUM_THREADS=1 $(CURDIR)/$(TRL)/bin/python -m pytest -c $(CURDIR)/pyproject.toml \
 	  -o pythonpath=$(CURDIR)/$(WHEEL)/tree -p no:cacheprovider -k 'not triton' tree/tests/kernels $(ARGS)
 
-test-trl: $(TRL)/.wheel $(VENV)/.dev ## TRL's trainer on the ops of the built wheel, against its own
-	LOOPFAST_TRL_PYTHON=$(CURDIR)/$(TRL)/bin/python $(PYTEST) tests/integrations/test_trl.py $(ARGS)
+test-trl: $(TRL)/.wheel $(VENV)/.dev ## TRL's trainer on the ops of the built wheel, and exports in earlier libraries
+	LOOPFAST_TRL_PYTHON=$(CURDIR)/$(TRL)/bin/python $(PYTEST) tests/integrations/test_trl.py \
+	  tests/integrations/test_exports_elsewhere.py $(ARGS)
 
 sanitize: $(VENV)/.dev ## the C interface under the address and undefined-behavior sanitizers
 	$(BIN)/cmake -S . -B build/sanitize -DLOOPFAST_SANITIZE=ON -DLOOPFAST_TESTS=ON -DCMAKE_CXX_FLAGS=-Werror

@@ -17,14 +17,23 @@ def save_portable(pipeline: Any, directory: Path) -> None:
     """Writes a diffusers pipeline that transformers 4 and 5 read alike.
 
     What transformers 5 writes, transformers 4 does not: it misses the prefix ``text_model.`` in the names of CLIP's
-    weights, for which it goes on with random ones, and the files ``vocab.json`` and ``merges.txt`` of CLIP's tokenizer.
+    weights, for which it goes on with random ones, and the files ``vocab.json`` and ``merges.txt`` of CLIP's tokenizer;
+    and the ``T5Tokenizer`` of 4 needs a model of sentencepiece, where ``T5TokenizerFast`` reads ``tokenizer.json``, but
+    with its further special tokens under another name.
     """
     pipeline.save_pretrained(directory)
+    index = directory / "model_index.json"
+    index.write_text(index.read_text("utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), "utf-8")
     for file in (directory / "model_index.json", *directory.glob("*/config.json")):
         config = json.loads(file.read_text("utf-8"))
         # the folder it was loaded from, which is nobody else's business
         if config.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    for file in directory.glob("*/tokenizer_config.json"):
+        config = json.loads(file.read_text("utf-8"))
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+            file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     for name, component in pipeline.components.items():
         kind = type(component).__name__
         if kind == "CLIPTextModel":
