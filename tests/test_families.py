@@ -71,3 +71,13 @@ def test_a_run(family: str, tune: str, folder: Any, tmp_path: Path) -> None:
     assert [[line[k] for k in keys] for line in metrics(again)] == [
         [line[k] for k in keys] for line in metrics(run)
     ]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd35", "flux", "pixart"])
+def test_the_ratio_is_1_in_bfloat16(family: str, folder: Any, tmp_path: Path) -> None:
+    overrides = ("model.dtype=bfloat16", "algorithm.kl_weight=0.1", "train.iterations=1")
+    config = configure(family, folder(family), tmp_path, "lora", *overrides)
+    (line,) = metrics(train(config, display=Display.silent()))
+    assert line["ratio_max_deviation"] == 0.0
+    # the reference is another model by the second update
+    assert line["kl_reference"] > 0

@@ -152,10 +152,12 @@ class PipelinePolicy(Policy):
         is_unet = isinstance(self._denoiser, UNet2DConditionModel)
         attention = set_attention(self._denoiser, config, self.device, self.dtype)
         networks = (self._denoiser, self._vae) if is_unet else (self._vae,)
+        layers = set_layers(networks, config, self.device)
         self.levers = {
             "attention": attention + (" (auto)" if config.attention == "auto" else ""),
             "shared trunk": config.shared_trunk and shares_trunk(self._denoiser),
-            **set_layers(networks, config, self.device),
+            # of the denoiser; a transformer has neither
+            **{name: is_unet and used for name, used in layers.items()},
             "compile": config.compile,
             "TF32": config.tf32,
         }
