@@ -1,0 +1,57 @@
+"""The denoising step of every family of models runs where no number exists, as a captured graph demands."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loopfast.config import ModelConfig, RolloutConfig
+from loopfast.policies import load_policy, load_schedule
+from loopfast.rollout import DenoisingStep
+from tests.families import FAMILIES, save_tiny, settings_of
+
+PROMPTS = ["a red circle", "a blue square"]
+LEVERS = {"text encoder": {"lora": {"text_encoder": True}}, "DoRA": {"lora": {"dora": True}}}
+CASES = [*((family, None) for family in FAMILIES), *(("sd", lever) for lever in LEVERS)]
+
+
+class Uploads(TorchDispatchMode):
+    """Counts copies from the host's memory to a device: a graph cannot hold those of memory that is not pinned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            source = args[1] if function.overloadpacket is torch.ops.aten.copy_ else args[0]
+            self.count += source.device.type == "cpu" and result.device.type != "cpu"
+        return result
+
+
+@pytest.mark.parametrize(("family", "lever"), CASES)
+@torch.no_grad()
+def test_the_loop_runs_where_no_number_exists(family: str, lever: str | None, tmp_path: Path) -> None:
+    """Tensors of the device "meta" have no values: whatever asks for one, or brings one to the host, raises."""
+    meta = torch.device("meta")
+    options = {**settings_of(family), **LEVERS.get(lever or "", {})}
+    place = str(save_tiny(family, tmp_path))
+    config = ModelConfig.model_validate({"pretrained": place, "device": "cpu", "tune": "lora", **options})
+    policy = load_policy(config)
+    denoiser = copy.deepcopy(policy.denoiser).to(meta)
+    elsewhere = policy.with_denoiser(denoiser, meta, policy.dtype, autocast=False)
+    text = {name: value.to(meta) for name, value in policy.encode(PROMPTS).items()}
+    schedule = load_schedule(config, RolloutConfig(steps=3)).to(meta)
+    step = DenoisingStep(elsewhere, 5, schedule, text, 3.0, "sum")
+    with Uploads() as uploads:
+        for _ in range(3):
+            step.advance()
+    assert uploads.count == 0
+    assert step.trajectory.shape == (4, 5, *policy.latent_shape)
