@@ -2,11 +2,11 @@
 
 from loopfast.evaluation.benchmark_command import BENCHMARKS, evaluate_benchmark
 from loopfast.evaluation.benchmark_results import as_rich as benchmark_table
-from loopfast.evaluation.commands import sample_images
 from loopfast.evaluation.compare import as_rich as comparison_tables
 from loopfast.evaluation.compare import compare_runs
 from loopfast.evaluation.evaluate import Evaluation, evaluate
 from loopfast.evaluation.measure import evaluate_checkpoint
+from loopfast.evaluation.sample import sample_images
 
 __all__ = [
     "BENCHMARKS",

@@ -168,10 +168,10 @@ def evaluate(
     if good.all():
         return Evaluation(items, preview, pictures)
     shown = [place for place, item in enumerate(preview) if good[item]]
-    position = good.cumsum(0) - 1
+    moved = good.cumsum(0) - 1
     return Evaluation(
         [item for item, there in zip(items, good.tolist(), strict=True) if there],
-        [int(position[preview[place]]) for place in shown],
+        [int(moved[preview[place]]) for place in shown],
         pictures[shown],
         int((~good).sum()),
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -93,3 +96,49 @@ def sampler_of(config: Config, policy: Policy) -> Sampler:
         microbatch,
         steps=StepCache(capture=config.rollout.cuda_graph),
     )
+
+
+class RunModels:
+    """The samplers of a run's model before and after training; with an adapter both are the same model."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
+        self._config, self._checkpoint = config, checkpoint
+        self._adapted: Policy | None = None
+
+    @contextmanager
+    def base(self) -> Iterator[Sampler]:
+        """The model before training."""
+        if self._config.model.tune == "lora":
+            policy = self._with_adapter()
+            with policy.reference():
+                yield sampler_of(self._config, policy)
+            return
+        with self._loaded(lambda: load_policy(self._config.model)) as sampler:
+            yield sampler
+
+    @contextmanager
+    def trained(self) -> Iterator[Sampler]:
+        """The model after training."""
+        if self._config.model.tune == "lora":
+            yield sampler_of(self._config, self._with_adapter())
+            return
+        with self._loaded(lambda: policy_of(self._config, self._checkpoint)) as sampler:
+            yield sampler
+
+    def _with_adapter(self) -> Policy:
+        if self._adapted is None:
+            self._adapted = policy_of(self._config, self._checkpoint)
+        return self._adapted
+
+    @contextmanager
+    def _loaded(self, load: Callable[[], Policy]) -> Iterator[Sampler]:
+        """The sampler of a model that is loaded, and freed afterwards to make room for the next."""
+        sampler = sampler_of(self._config, load())
+        try:
+            yield sampler
+        finally:
+            sampler.release()
+            del sampler
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()

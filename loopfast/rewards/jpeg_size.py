@@ -19,12 +19,20 @@ __all__ = ["jpeg_compressibility", "jpeg_incompressibility"]
 
 
 def jpeg_compressibility(quality: int = 95) -> Reward:
-    """Minus the size in kB of the image as a JPEG of the given quality (1 to 100): smooth images win."""
+    """Minus the size in kB of the image as a JPEG: smooth images win.
+
+    Args:
+        quality: of the JPEG, 1 to 100.
+    """
     return _size(-1.0, quality)
 
 
 def jpeg_incompressibility(quality: int = 95) -> Reward:
-    """The size in kB of the image as a JPEG of the given quality (1 to 100): detailed images win."""
+    """The size in kB of the image as a JPEG: detailed images win.
+
+    Args:
+        quality: of the JPEG, 1 to 100.
+    """
     return _size(1.0, quality)
 
 

@@ -30,7 +30,7 @@ from loopfast.rewards.three_in_one import ThreeInOne, three_in_one
 from loopfast.rewards.user import user_reward
 from loopfast.rewards.vqa_score import vqa_score
 
-__all__ = ["REWARDS", "RewardInfo", "build_rewards"]
+__all__ = ["REWARDS", "RewardInfo", "build_rewards", "find_reward"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ REWARDS: dict[str, RewardInfo] = {
     "pickscore": RewardInfo(
         pickscore,
         "human preference, learned on Pick-a-Pic",
-        "-100 to 100",
+        "-s to s, s the model's logit scale",
         "yuvalkirstain/PickScore_v1",
         "see its model card",
     ),
@@ -149,6 +149,20 @@ REWARDS: dict[str, RewardInfo] = {
 """Each reward of the package by its name."""
 
 
+def find_reward(name: str) -> RewardInfo:
+    """The reward of the package with this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in REWARDS:
+        near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"no reward {name!r}; nearest: {near!r}; allowed: {', '.join(REWARDS)} or module:function"
+        )
+    return REWARDS[name]
+
+
 def build_rewards(terms: Sequence[RewardConfig], *, load: bool = True) -> RewardSet:
     """The rewards of a configuration, ready to score.
 
@@ -169,12 +183,7 @@ def build_rewards(terms: Sequence[RewardConfig], *, load: bool = True) -> Reward
 def _build(term: RewardConfig, load: bool) -> Reward:
     if is_reference(term.name):
         return user_reward(term.name, term.options)
-    if term.name not in REWARDS:
-        near = difflib.get_close_matches(term.name, REWARDS, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"no reward {term.name!r}; nearest: {near!r}; allowed: {', '.join(REWARDS)} or module:function"
-        )
-    info = REWARDS[term.name]
+    info = find_reward(term.name)
     try:
         reward = info.make(**term.options)
     except (TypeError, ValueError) as error:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -11,6 +12,7 @@ from loopfast.__main__ import main
 from loopfast.config import Config
 from loopfast.console import Display
 from loopfast.train import train
+from tests.families import save_tiny
 
 MakeConfig = Callable[..., Config]
 
@@ -60,8 +62,12 @@ def test_sample_of_a_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureF
     for folder, seed in zip(folders, ("0", "0", "1"), strict=True):
         options = ["--count", "2", "--seed", seed, "--output", str(folder)]
         assert main(["sample", str(finished), *texts, *options]) == 0
-    assert capsys.readouterr().out.endswith(f"4 file(s) in {folders[2]}\n")
+    assert capsys.readouterr().out.endswith(f"5 file(s) in {folders[2]}\n")
     first, again, other = (files(folder) for folder in folders)
+    with Image.open(folders[0] / "grid.png") as grid:
+        # two images beside each other; two prompts, each by the base model and the trained one
+        assert grid.height > 1.9 * grid.width
+    assert first.pop("grid.png") == again.pop("grid.png") != other.pop("grid.png")
     assert list(first) == [
         "000-a-red-circle-and-a-blue-square-00.png",
         "000-a-red-circle-and-a-blue-square-01.png",
@@ -77,8 +83,8 @@ def test_sample_of_a_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_sample_of_more_images_keeps_the_first_ones(finished: Path, tmp_path: Path) -> None:
     for count in ("1", "3"):
-        options = ["--count", count, "--output", str(tmp_path / count), "-q"]
-        assert main(["sample", str(finished), "a red circle", *options]) == 0
+        options = ["--count", count, "--output", str(tmp_path / count), "-q", "--no-base"]
+        assert main(["sample", str(finished), "--prompt", "a red circle", *options]) == 0
     one, three = files(tmp_path / "1"), files(tmp_path / "3")
     assert len(three) == 3
     assert {name: three[name] for name in one} == one
@@ -89,7 +95,7 @@ def test_sample_options_change_the_images(finished: Path, tmp_path: Path) -> Non
     for number, options in enumerate(([], ["--steps", "6"], ["--eta", "0"], ["--guidance-scale", "3"])):
         output = tmp_path / str(number)
         arguments = ["sample", str(finished), "a red circle", "--count", "1", *options]
-        assert main([*arguments, "--output", str(output), "-q"]) == 0
+        assert main([*arguments, "--output", str(output), "-q", "--no-base"]) == 0
         found += files(output).values()
     assert len(set(found)) == 4
 
@@ -107,6 +113,33 @@ def test_sample_of_a_pipeline(pipeline_folder: Path, finished: Path, tmp_path: P
     assert first != trained
 
 
+def test_the_grid_shows_the_base_model_above_the_trained_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(tmp_path, "model.tune=lora", "train.learning_rate=0.1", "train.iterations=1")
+    folder = train(config, display=Display(quiet=True))
+    options = ["--count", "1", "-q", "--output"]
+    assert main(["sample", str(folder), "a red circle", *options, str(tmp_path / "run")]) == 0
+    with (
+        Image.open(tmp_path / "run" / "grid.png") as grid,
+        Image.open(tmp_path / "run" / "000-a-red-circle-00.png") as trained,
+    ):
+        tile = trained.resize((160, 160), Image.Resampling.NEAREST)
+        columns = (14, 174)
+        shown = [np.asarray(grid.crop((columns[0], top, columns[1], top + 160))) for top in (14, 14 + 222)]
+    assert (shown[1] == np.asarray(tile)).all()
+    assert (shown[0] != shown[1]).any()
+
+
+def test_sample_of_a_flow(tmp_path: Path) -> None:
+    place = save_tiny("sd3", tmp_path / "model")
+    found = []
+    for number, options in enumerate(([], [], ["--noise-level", "0.5"])):
+        output = tmp_path / str(number)
+        arguments = ["sample", str(place), "a red circle", "--count", "1", "--steps", "2", *options]
+        assert main([*arguments, "--output", str(output), "-q"]) == 0
+        found.append(next(iter(files(output).values())))
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
@@ -118,6 +151,11 @@ def test_sample_of_a_pipeline(pipeline_folder: Path, finished: Path, tmp_path: P
         (["sample", "./NOWHERE", "a cat"], 2, "cannot find a diffusers pipeline at"),
         (["sample", "RUN", "a cat", "--output", "FILE"], 1, "cannot write in "),
         (["sample", "RUN", "a cat", "--steps", "2000"], 2, "cannot be used: "),
+        (
+            ["sample", "RUN", "a cat", "--noise-level", "0.5"],
+            2,
+            "noise_level belongs to flow-matching models",
+        ),
         (["sample", "FRESH", "a cat"], 1, "has no checkpoint that can be used"),
         (["eval", "FRESH"], 1, "has no checkpoint that can be used"),
     ],

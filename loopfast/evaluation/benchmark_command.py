@@ -1,0 +1,155 @@
+"""What ``loopfast eval --benchmark`` does: a run's model beside the one it was trained from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loopfast.checkpoints import Checkpoint
+from loopfast.config import Config
+from loopfast.console import Display
+from loopfast.embedded.world import CATEGORIES as EMBEDDED_CATEGORIES
+from loopfast.errors import ConfigError
+from loopfast.evaluation.benchmark import Candidate, Category, Scope, run_benchmark
+from loopfast.evaluation.benchmark_results import summarize, write_results
+from loopfast.evaluation.embedded_benchmark import embedded_benchmark
+from loopfast.evaluation.metrics import with_metrics, with_options
+from loopfast.evaluation.t2i_compbench import IMAGES_PER_PROMPT, TITLES, t2i_compbench
+from loopfast.evaluation.trained import RunModels, newest_checkpoint, run_config
+from loopfast.t2i_compbench import CATEGORIES as T2I_CATEGORIES
+
+BENCHMARKS: dict[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
+    "t2i-compbench": (T2I_CATEGORIES, TITLES),
+    "embedded": (EMBEDDED_CATEGORIES, {}),
+}
+"""Of each benchmark the categories, and the titles of its table's columns where they differ from these."""
+
+# Keys of a configuration that change an image by rounding at most, or that a checkpoint's weights include.
+_WITHOUT_EFFECT = {
+    "model": {
+        "device",
+        "tune",
+        "lora",
+        "attention",
+        "fast_layers",
+        "channels_last",
+        "shared_trunk",
+        "compile",
+        "tf32",
+        "vae_tiling",
+        "free_text_encoder",
+    },
+    "rollout": {
+        "prompts_per_iteration",
+        "microbatch",
+        "stochastic_steps",
+        "cuda_graph",
+        "dtype",
+        "device",
+        "replica",
+        "merge_lora",
+        "reward_worker",
+        "on_bad_reward",
+    },
+}
+
+
+def evaluate_benchmark(
+    target: Path,
+    benchmark: str,
+    *,
+    prompts_dir: Path | None,
+    categories: Sequence[str],
+    metrics: Sequence[str],
+    metric_options: Sequence[str],
+    images_per_prompt: int | None,
+    limit_prompts: int | None,
+    steps: int | None,
+    eta: float | None,
+    guidance_scale: float | None,
+    base: bool,
+    keep_images: int,
+    seed: int,
+    output: Path | None,
+    display: Display,
+) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """Measures a run's newest good checkpoint, and the model before training, on a benchmark.
+
+    Args:
+        target: the run's folder.
+        benchmark: one of `BENCHMARKS`.
+        prompts_dir: the folder of T2I-CompBench's prompt files.
+        categories: of the benchmark; none: all.
+        metrics, metric_options: see `loopfast.evaluation.metrics`.
+        images_per_prompt: None: 10.
+        limit_prompts: only so many first prompts of each category; None: all.
+        steps, eta, guidance_scale: of the sampler; None: the run's.
+        base: measure the model before training, too.
+        keep_images: images of each prompt to keep as PNG files.
+        seed: of the noise and of the bootstrap.
+        output: the folder for scores and results; None: ``benchmarks/<benchmark>`` in the run's.
+        display: where progress is shown.
+
+    Returns:
+        What `loopfast.evaluation.benchmark_results.summarize` gives, and the titles of the table's columns.
+
+    Raises:
+        ConfigError: an option, a file or a metric cannot be used, or the folder holds scores of other settings.
+        CheckpointError: the run has no checkpoint that can be used.
+        RewardError: a metric failed; what was scored before is kept.
+    """
+    if benchmark not in BENCHMARKS:
+        raise ConfigError(f"--benchmark: found {benchmark!r}, allowed: {', '.join(BENCHMARKS)}")
+    known, titles = BENCHMARKS[benchmark]
+    for name in categories:
+        if name not in known:
+            raise ConfigError(
+                f"--category: {benchmark} has no category {name!r}; allowed: {', '.join(known)}"
+            )
+    chosen = [name for name in known if name in categories or not categories]
+    parts = with_options(with_metrics(_categories(benchmark, prompts_dir, chosen), metrics), metric_options)
+    config = _with_sampler(run_config(target), steps=steps, eta=eta, guidance_scale=guidance_scale)
+    checkpoint = newest_checkpoint(target, display)
+    scope = Scope(images_per_prompt or IMAGES_PER_PROMPT, seed, limit_prompts, keep_images)
+    folder = output or target / "benchmarks" / benchmark
+    candidates = _candidates(config, checkpoint, base=base)
+    scores = run_benchmark(candidates, parts, scope, folder, display)
+    result = summarize(benchmark, candidates, parts, scope, scores)
+    for file in write_results(result, titles, folder):
+        display.message(f"written: {file}")
+    return result, titles
+
+
+def _categories(benchmark: str, prompts_dir: Path | None, names: Sequence[str]) -> list[Category]:
+    if benchmark == "embedded":
+        if prompts_dir is not None:
+            raise ConfigError(
+                "--prompts-dir belongs to --benchmark t2i-compbench; the embedded one has its own"
+            )
+        return embedded_benchmark(names)
+    if prompts_dir is None:
+        raise ConfigError("--benchmark t2i-compbench needs --prompts-dir, the folder of its prompt files")
+    return t2i_compbench(prompts_dir, names)
+
+
+def _with_sampler(config: Config, **changes: Any) -> Config:
+    settings = {key: value for key, value in changes.items() if value is not None}
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update=settings)})
+
+
+def _candidates(config: Config, checkpoint: Checkpoint, *, base: bool) -> list[Candidate]:
+    common = {
+        section: {
+            key: value
+            for key, value in getattr(config, section).model_dump(mode="json").items()
+            if key not in without
+        }
+        for section, without in _WITHOUT_EFFECT.items()
+    }
+    manifest = (checkpoint.path / "manifest.json").read_bytes()
+    weights = {"checkpoint": checkpoint.path.name, "sha256": hashlib.sha256(manifest).hexdigest()[:16]}
+    models = RunModels(config, checkpoint)
+    trained = Candidate("trained", {**common, "weights": weights}, models.trained)
+    return [Candidate("base", common, models.base), trained] if base else [trained]

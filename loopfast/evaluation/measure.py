@@ -1,0 +1,69 @@
+"""What ``loopfast eval`` does without a benchmark: the run's own reward of its newest checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loopfast.console import Display
+from loopfast.evaluation.evaluate import evaluate
+from loopfast.evaluation.trained import run_config, sampler_of, trained_policy
+from loopfast.files import writing
+from loopfast.prompts import Prompt, load_prompts
+from loopfast.rewards import Scores, build_rewards
+
+
+def evaluate_checkpoint(
+    target: Path,
+    *,
+    prompts: str | None,
+    images_per_prompt: int | None,
+    seed: int,
+    output: Path | None,
+    display: Display,
+) -> dict[str, Any]:
+    """Measures the newest good checkpoint of a run with the run's own rewards and sampler.
+
+    Args:
+        target: the run's folder.
+        prompts: their source; None: those of the run's evaluations.
+        images_per_prompt: None: as in the run's evaluations.
+        seed: of the noise.
+        output: where to write the result as JSON, if anywhere.
+        display: where progress is shown.
+
+    Returns:
+        ``reward``, ``parts``, ``by_category`` and ``items``, as in a run's ``evaluation/*.json``.
+
+    Raises:
+        ConfigError: the folder is not a run's.
+        CheckpointError: the run has no checkpoint that can be used.
+        RewardError: a reward failed.
+    """
+    config = run_config(target)
+    source = load_prompts(prompts or config.evaluation.prompts or config.prompts.source)
+    rewards = build_rewards(config.reward)
+    sampler = sampler_of(config, trained_policy(target, config, display))
+    changes = {
+        "seed": seed,
+        "limit_prompts": None if prompts else config.evaluation.limit_prompts,
+        "preview_images": 0,
+    }
+    if images_per_prompt is not None:
+        changes["images_per_prompt"] = images_per_prompt
+    settings = config.evaluation.model_copy(update=changes)
+
+    def score(images: Tensor, batch: Sequence[Prompt]) -> Scores:
+        return rewards.score(images, [p.text for p in batch], [p.metadata for p in batch])
+
+    result = evaluate(sampler, source, score, settings).as_dict()
+    if output is not None:
+        with writing(output.parent):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        display.message(f"scores of {len(result['items'])} images written to {output}")
+    return result

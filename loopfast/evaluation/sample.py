@@ -1,0 +1,128 @@
+"""What ``loopfast sample`` does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loopfast.config import Config, ModelConfig, RolloutConfig
+from loopfast.console import Display
+from loopfast.evaluation.trained import RunModels, newest_checkpoint, run_config, sampler_of
+from loopfast.files import writing
+from loopfast.policies import load_family, load_policy
+from loopfast.reporting import image_grid
+from loopfast.rollout import Sampler, slices
+from loopfast.runs import save_image
+from loopfast.seeds import row_seeds
+
+GRID_PROMPTS = 16
+"""So many first prompts are shown in the grid."""
+
+
+def sample_images(
+    target: str,
+    prompts: Sequence[str],
+    *,
+    count: int,
+    seed: int,
+    steps: int | None,
+    eta: float | None,
+    noise_level: float | None,
+    guidance_scale: float | None,
+    base: bool,
+    output: Path,
+    display: Display,
+) -> list[Path]:
+    """Draws ``count`` images of each prompt and writes them as PNG files.
+
+    Args:
+        target: a run's folder, a pipeline's folder, ``embedded``, or a hub name.
+        prompts: P texts.
+        count: images of each.
+        seed: of the noise; the same seed gives the same images.
+        steps, eta, noise_level, guidance_scale: None: as in training; for a model that is not a run's, 50 deterministic
+            steps with a scale of 7.5.
+        base: with a run, draw them with the model before training, too, on the same noise, and show both in a grid.
+        output: the folder to write to.
+        display: where progress is shown.
+
+    Returns:
+        The files, prompt by prompt; ``grid.png`` last, where there is one.
+
+    Raises:
+        ConfigError: there is no such run or model, or a setting does not belong to it.
+        CheckpointError: the run has no checkpoint that can be used.
+    """
+    folder = Path(target)
+    is_run = (folder / "config.yaml").is_file()
+    config = run_config(folder) if is_run else _plain(target)
+    given = {"steps": steps, "eta": eta, "noise_level": noise_level, "guidance_scale": guidance_scale}
+    changes = {key: value for key, value in given.items() if value is not None}
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=changes)})
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    if not is_run:
+        sampler = sampler_of(config, load_policy(config.model))
+        return _write(_draw(sampler, prompts, count, seed, display), prompts, count, output)
+    models = RunModels(config, newest_checkpoint(folder, display))
+    with models.trained() as sampler:
+        trained = _draw(sampler, prompts, count, seed, display)
+    paths = _write(trained, prompts, count, output)
+    if base:
+        display.message("the same with the model before training")
+        shown = list(prompts[:GRID_PROMPTS])
+        with models.base() as sampler:
+            before = _draw(sampler, shown, count, seed, display)
+        paths.append(output / "grid.png")
+        with writing(output):
+            _grid(before, trained[: len(before)], shown, count, paths[-1])
+    return paths
+
+
+def _plain(target: str) -> Config:
+    """The configuration of a model that is not a run's: sampled without noise, as its pipeline does by default."""
+    model = ModelConfig(pretrained=target, tune="lora")
+    rollout = RolloutConfig(steps=50, guidance_scale=7.5)
+    # deterministic sampling is not for training, so a configuration file cannot ask for it
+    noise = "noise_level" if load_family(model).process == "flow" else "eta"
+    return Config(model=model).model_copy(update={"rollout": rollout.model_copy(update={noise: 0.0})})
+
+
+def _draw(sampler: Sampler, prompts: Sequence[str], count: int, seed: int, display: Display) -> Tensor:
+    """Images ``[P · count, 3, H, W]``, prompt by prompt; a function of the seed and the prompt's position."""
+    seeds = row_seeds(seed, "sample", 0, list(range(len(prompts))), count)
+    owner = torch.arange(len(prompts)).repeat_interleave(count)
+    conditioning = sampler.policy.encode(list(prompts))
+    images: list[Tensor] = []
+    done = 0
+    for rows in slices(len(owner), sampler.microbatch):
+        trajectories = sampler.sample(conditioning, owner[rows], seeds[rows])
+        images.append(sampler.decode(trajectories.final).cpu())
+        done += len(images[-1])
+        display.message(f"{done}/{len(owner)} images")
+    return torch.cat(images)
+
+
+def _write(images: Tensor, prompts: Sequence[str], count: int, output: Path) -> list[Path]:
+    paths = []
+    for index, image in enumerate(images):
+        position, number = divmod(index, count)
+        name = re.sub(r"[^a-z0-9]+", "-", prompts[position].lower()).strip("-")[:60] or "prompt"
+        paths.append(output / f"{position:03d}-{name}-{number:02d}.png")
+        with writing(output):
+            save_image(image, paths[-1])
+    return paths
+
+
+def _grid(before: Tensor, after: Tensor, prompts: Sequence[str], count: int, path: Path) -> None:
+    """Two rows a prompt, the base model's above the trained one's: images below each other are of the same noise."""
+    shape = (len(prompts), count, *before.shape[1:])
+    both = torch.stack([before.view(shape), after.view(shape)], 1).flatten(0, 2)
+    captions = [
+        f"{name}: {prompt}" for prompt in prompts for name in ("base", "trained") for _ in range(count)
+    ]
+    image_grid(both, captions, None, count).save(path)

@@ -1,0 +1,285 @@
+"""A reward that lives on another machine, asked by HTTP; what is said there is in docs/reward-server.md."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from loopfast.errors import RewardError
+from loopfast.rewards.base import CountError, Reward
+
+if TYPE_CHECKING:
+    import requests
+
+__all__ = ["http"]
+
+LONGEST_WAIT = 60.0
+"""Seconds between two attempts at most, unless the server asks for more."""
+
+LONGEST_ASKED = 600.0
+"""Seconds that a server's Retry-After is followed for at most."""
+
+
+def http(
+    url: str,
+    timeout: float = 60.0,
+    retries: int = 4,
+    backoff: float = 0.5,
+    concurrency: int = 4,
+    batch_size: int = 16,
+    token_env: str | None = None,
+) -> Reward:
+    """What a reward server says, such as one started by ``loopfast serve-reward``.
+
+    Args:
+        url: where ``/score`` and ``/health`` are, such as ``http://judge:8000``.
+        timeout: seconds to wait for an answer.
+        retries: how often a request is tried again that finds no server, gets no answer in time, or is answered with
+            429 or 5xx; any other answer but 200 is an error at once.
+        backoff: seconds before the first such attempt, doubled for each further one, up to a minute, and drawn between
+            half of that and all. A server's ``Retry-After`` is waited for too, up to ten minutes.
+        concurrency: requests under way at a time, of each process of the run.
+        batch_size: images in a request.
+        token_env: the environment variable whose value is sent as ``Authorization: Bearer``.
+
+    Raises:
+        ValueError: an option has a value it cannot have.
+        RewardError: the server does not answer, does not accept the token, or takes fewer images in a request.
+    """
+    _require_url(url)
+    for name, count, least in (
+        ("retries", retries, 0),
+        ("concurrency", concurrency, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        _require(type(count) is int and count >= least, name, count, f"a whole number from {least}")
+    _require(_is_number(timeout) and timeout > 0, "timeout", timeout, "seconds above 0")
+    _require(_is_number(backoff) and backoff >= 0, "backoff", backoff, "seconds from 0")
+    token = None
+    if token_env is not None:
+        token = os.environ.get(token_env)
+        _require(bool(token), "token_env", token_env, "an environment variable that is set")
+    client = _Client(url.rstrip("/"), timeout, retries, backoff, concurrency, token, token_env)
+    client.require_health(batch_size)
+    workers = ThreadPoolExecutor(concurrency, thread_name_prefix="loopfast-http")
+
+    def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        pixels = (images.float().nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8)
+        pixels = pixels.permute(0, 2, 3, 1).cpu()
+        stop = threading.Event()
+        answers = [
+            workers.submit(client.scores, pixels[part], prompts[part], metadata[part], stop)
+            for part in (slice(start, start + batch_size) for start in range(0, len(prompts), batch_size))
+        ]
+        try:
+            return [score for answer in answers for score in answer.result()]
+        finally:
+            # after an error what has not begun need not, and what waits to try again need not wait
+            stop.set()
+            for answer in answers:
+                answer.cancel()
+
+    return reward
+
+
+class _Client:
+    def __init__(
+        self,
+        url: str,
+        timeout: float,
+        retries: int,
+        backoff: float,
+        concurrency: int,
+        token: str | None,
+        token_env: str | None,
+    ) -> None:
+        import requests
+        from requests.adapters import HTTPAdapter
+
+        self._url, self._timeout, self._retries, self._backoff = url, timeout, retries, backoff
+        self._token, self._token_env = token, token_env
+        self._session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency))
+
+    def require_health(self, batch_size: int) -> None:
+        """Raises a `RewardError` unless the server is there and takes so many images."""
+        answer = self._ask("GET", "/health", None, threading.Event())
+        try:
+            most = answer.json().get("max_batch")
+        except (ValueError, AttributeError):  # what a server says of itself is its own business
+            return
+        if isinstance(most, int) and batch_size > most:
+            raise RewardError(
+                f"reward server {self._url}: batch_size: found {batch_size}, allowed: at most {most}, as it says"
+            )
+
+    def scores(
+        self,
+        pixels: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+        stop: threading.Event,
+    ) -> list[float]:
+        """Scores of uint8 images ``[N, H, W, 3]``; NaN for null."""
+        try:
+            body = json.dumps(
+                {
+                    "images": [_png(image.numpy()) for image in pixels],
+                    "prompts": list(prompts),
+                    "metadata": [dict(entry) for entry in metadata],
+                }
+            ).encode()
+        except TypeError as error:
+            raise RewardError(f"the prompts' metadata cannot be sent as JSON: {error}") from None
+        answer = self._ask("POST", "/score", body, stop)
+        try:
+            found = answer.json()
+        except ValueError:
+            found = None
+        scores = found.get("scores") if isinstance(found, dict) else None
+        if not isinstance(scores, list) or not all(_is_score(score) for score in scores):
+            raise RewardError(
+                f"reward server {self._url} answered {_short(answer.text)}, allowed: "
+                '{"scores": [...]} with a number or null for each image'
+            )
+        if len(scores) != len(prompts):
+            raise CountError(
+                f"reward server {self._url} gave {len(scores)} score(s) for {len(prompts)} image(s)"
+            )
+        return [math.nan if score is None else score for score in scores]
+
+    def _ask(self, method: str, path: str, body: bytes | None, stop: threading.Event) -> requests.Response:
+        """The server's answer, with status 200."""
+        import requests
+
+        for attempt in range(self._retries + 1):
+            asked = 0.0
+            try:
+                answer = self._session.request(
+                    method,
+                    self._url + path,
+                    data=body,
+                    headers={"Content-Type": "application/json"} if body else {},
+                    auth=self._authorize,
+                    timeout=self._timeout,
+                    allow_redirects=False,
+                )
+            except requests.exceptions.SSLError as error:
+                raise RewardError(f"reward server {self._url}: {_cause(error)}") from None
+            except requests.Timeout:
+                problem = f"no answer within {self._timeout:g} s"
+            except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+                problem = f"no connection: {_cause(error)}"
+            except requests.RequestException as error:
+                raise RewardError(f"reward server {self._url}: {error}") from None
+            else:
+                if answer.status_code == 200:
+                    return answer
+                problem = f"it answered {answer.status_code} {answer.reason}: {_short(_reason(answer))}"
+                if answer.status_code != 429 and answer.status_code < 500:
+                    raise RewardError(f"reward server {self._url}{path}: {problem}{self._hint(answer)}")
+                asked = _asked(answer.headers.get("Retry-After"))
+            if attempt < self._retries and stop.wait(max(asked, self._delay(attempt))):
+                raise RewardError(f"reward server {self._url}: another request has failed")
+        raise RewardError(f"reward server {self._url}{path}: {problem} ({self._retries + 1} attempt(s))")
+
+    def _delay(self, attempt: int) -> float:
+        # drawn, so that many who were turned away together do not come back together
+        return min(self._backoff * 2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        # as a function, so that a ~/.netrc does not put another in its place
+        if self._token is not None:
+            request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+    def _hint(self, answer: requests.Response) -> str:
+        if answer.status_code not in (401, 403):
+            return ""
+        if self._token_env is None:
+            return "; no token was sent, token_env is not given"
+        return f"; the token sent is that of the environment variable {self._token_env}"
+
+
+def _png(pixels: Any) -> str:
+    file = io.BytesIO()
+    # the network is faster than the smallest file
+    Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _is_score(value: object) -> bool:
+    return value is None or type(value) in (int, float)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _asked(header: str | None) -> float:
+    """Seconds that a Retry-After, a number of them or a date, asks for; 0 where it says nothing."""
+    if header is None:
+        return 0.0
+    if header.isascii() and header.isdigit():
+        return min(float(header), LONGEST_ASKED)
+    try:
+        seconds = parsedate_to_datetime(header).timestamp() - time.time()
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), LONGEST_ASKED)
+
+
+def _reason(answer: requests.Response) -> str:
+    """What a server that says no says."""
+    try:
+        return str(answer.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text
+
+
+def _cause(error: BaseException) -> str:
+    """What broke a connection, without the layers it was reported through."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return str(error) or type(error).__name__
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= 200 else text[:197] + "...")
+
+
+def _require_url(url: object) -> None:
+    allowed = "http://HOST:PORT or https://..., without a query"
+    if not isinstance(url, str):
+        raise ValueError(f"url: found {url!r}, allowed: {allowed}")
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("url: found one with a password in it, allowed: token_env for what is secret")
+    _require(
+        parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment,
+        "url",
+        url,
+        allowed,
+    )
+
+
+def _require(good: bool, name: str, found: object, allowed: str) -> None:
+    if not good:
+        raise ValueError(f"{name}: found {found!r}, allowed: {allowed}")

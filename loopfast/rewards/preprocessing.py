@@ -1,0 +1,114 @@
+"""What an image processor of transformers does, on tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from loopfast.errors import ConfigError
+
+__all__ = ["OPENAI_MEAN", "OPENAI_STD", "ImagePreprocessing", "load_preprocessing"]
+
+# of CLIP's training images, red, green and blue; BLIP takes them over
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# PIL's numbers of the filters that torch has, too
+_FILTERS = {2: "bilinear", 3: "bicubic"}
+_CLASSES = {"CLIP": "CLIPImageProcessor", "BLIP": "BlipImageProcessor"}
+
+
+@dataclass(frozen=True)
+class ImagePreprocessing:
+    """Resizes, crops and normalizes images, in this order.
+
+    The same as CLIP's and BLIP's image processors of transformers but for their rounding to 8 bits, before and in
+    resizing: values differ by up to 1.5/255 before they are normalized.
+
+    Attributes:
+        resize: the shorter edge, or height and width; None: images stay as they are.
+        crop: height and width of what is cut out in the center; None: all.
+        mean: of each channel, subtracted.
+        std: of each channel, divided by.
+        interpolation: ``bicubic`` or ``bilinear``.
+    """
+
+    resize: int | tuple[int, int] | None
+    crop: tuple[int, int] | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images float32 ``[N, 3, H, W]`` in [0, 1] as a model takes them, float32 ``[N, 3, h, w]``."""
+        if self.resize is not None:
+            size = self._size(images.shape[-2], images.shape[-1])
+            # width, then height, as PIL does, which cuts off at each what bicubic interpolation overshoots
+            for shape in ((images.shape[-2], size[1]), size):
+                if shape != tuple(images.shape[-2:]):
+                    images = interpolate(images, shape, mode=self.interpolation, antialias=True).clamp(0, 1)
+        if self.crop is not None:
+            height, width = self.crop
+            top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+            if top < 0 or left < 0:
+                raise ValueError(
+                    f"images of {list(images.shape[-2:])} pixels are smaller than {list(self.crop)}"
+                )
+            images = images[..., top : top + height, left : left + width]
+        mean, std = (
+            torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std)
+        )
+        return (images - mean) / std
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        if isinstance(self.resize, tuple):
+            return self.resize
+        assert self.resize is not None
+        short, long = sorted((height, width))
+        long = int(self.resize * long / short)
+        return (self.resize, long) if height <= width else (long, self.resize)
+
+
+def load_preprocessing(
+    reward: str, source: str, *, kind: str = "CLIP", revision: str | None = None
+) -> ImagePreprocessing:
+    """What the ``preprocessor_config.json`` of a model asks for.
+
+    Args:
+        reward: name of the reward, for messages.
+        source: a folder or a hub name.
+        kind: ``CLIP`` or ``BLIP``; its defaults hold for what the file leaves out.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ConfigError: the file cannot be found or read, or asks for something else.
+    """
+    import transformers
+
+    # the processors themselves need torchvision or PIL; what they would do needs neither
+    where = f"reward {reward!r}: the image processor of {source!r}"
+    cls: Any = getattr(transformers, _CLASSES[kind])
+    try:
+        processor = cls.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"{where} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    found = processor.to_dict()
+    filter_number = int(found["resample"])
+    if filter_number not in _FILTERS:
+        raise ConfigError(f"{where}: resample: found {filter_number}, allowed: 2 (bilinear), 3 (bicubic)")
+    if not (found["do_normalize"] and found["do_rescale"]):
+        raise ConfigError(f"{where}: found do_normalize or do_rescale: false, allowed: true")
+    size = dict(found["size"])
+    crop = dict(found["crop_size"]) if found.get("do_center_crop") else None
+    resize = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+    return ImagePreprocessing(
+        resize if found["do_resize"] else None,
+        (crop["height"], crop["width"]) if crop else None,
+        tuple(found["image_mean"]),
+        tuple(found["image_std"]),
+        _FILTERS[filter_number],
+    )
