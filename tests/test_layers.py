@@ -24,6 +24,7 @@ LAYERS = [
         "join",
         "place",
         "profiling",
+        "recipes",
         "seeds",
         "t2i_compbench",
         "watch",

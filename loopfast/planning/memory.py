@@ -261,6 +261,8 @@ def _footprint(
             phases[name]["recorded step"] = sampling
     if device == "cpu":
         phases["checkpoint"] = _checkpoint(weights, form, stage)
+    if config.model.free_text_encoder:
+        phases["encoding"] = {"text encoders": _text_encoders(config, architecture)}
     for parts in phases.values():
         parts["fragmentation"] = round(FRAGMENTATION[device] * sum(parts.values()))
     return Footprint(stage, batch, held, phases, host)
@@ -310,7 +312,7 @@ def _weights(
         held["reference"] = total * width // shards
     encoders = sum(encoder.parameters() for encoder in architecture.text_encoders)
     if not config.model.free_text_encoder:
-        held["text encoders"] = encoders * width
+        held["text encoders"] = _text_encoders(config, architecture)
     held["autoencoder"] = 4 * architecture.vae.parameters()
     held["runtime"] = RUNTIME[resources.device]
     if resources.device == "cpu" and (stage > 0 or ranks > 1):
@@ -320,6 +322,11 @@ def _weights(
         host["loading, float32"] = 4 * pipeline * processes
         host["writing a checkpoint"] = 12 * trained
     return held, host
+
+
+def _text_encoders(config: Config, architecture: Architecture) -> int:
+    """Bytes of them all; they are there at the start even where they are released then."""
+    return BYTES[config.model.dtype] * sum(encoder.parameters() for encoder in architecture.text_encoders)
 
 
 def _gathered(weights: Weights, form: Form) -> int:

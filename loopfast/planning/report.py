@@ -123,7 +123,7 @@ def _heading(plan: Plan) -> str:
         f"{resources.gpus} x {plan.card.title}, {_gib(resources.usable)} each",
     ]
     if not plan.architecture.trainable:
-        lines.append(f"This release plans a {plan.architecture.pipeline}, but does not train it yet.")
+        lines.append(f"This release plans a {plan.architecture.pipeline}, but does not train it.")
     return "\n".join(lines)
 
 

@@ -20,6 +20,11 @@ EMBEDDED = ModelConfig(pretrained="embedded")
         ("sd21-base", 865_910_724, 83_653_863, [340_387_840]),
         ("sdxl", 2_567_463_684, 83_653_863, [123_060_480, 694_659_840]),
         ("sd3-medium", 2_028_328_000, 83_819_683, [123_650_304, 694_659_840, 4_762_310_656]),
+        ("sd35-medium", 2_243_171_520, 83_819_683, [123_650_304, 694_659_840, 4_762_310_656]),
+        ("sd35-large", 8_056_627_520, 83_819_683, [123_650_304, 694_659_840, 4_762_310_656]),
+        ("flux-dev", 11_901_408_320, 83_819_683, [123_060_480, 4_762_310_656]),
+        ("flux-schnell", 11_891_178_560, 83_819_683, [123_060_480, 4_762_310_656]),
+        ("pixart-sigma", 610_856_096, 83_653_863, [4_762_310_656]),
     ],
 )
 def test_the_published_architectures_have_the_published_counts(
@@ -33,22 +38,21 @@ def test_the_published_architectures_have_the_published_counts(
 
 def test_shapes_of_the_published_architectures() -> None:
     found = {name: load_architecture(EMBEDDED, name) for name in known()}
-    assert {name: a.latent_shape for name, a in found.items()} == {
-        "sd15": (4, 64, 64),
-        "sd21": (4, 96, 96),
-        "sd21-base": (4, 64, 64),
-        "sdxl": (4, 128, 128),
-        "sd3-medium": (16, 128, 128),
+    assert {name: (a.latent_shape, a.text_tokens, a.text_width) for name, a in found.items()} == {
+        "sd15": ((4, 64, 64), 77, 768),
+        "sd21": ((4, 96, 96), 77, 1024),
+        "sd21-base": ((4, 64, 64), 77, 1024),
+        "sdxl": ((4, 128, 128), 77, 2048),
+        "sd3-medium": ((16, 128, 128), 333, 4096),
+        "sd35-medium": ((16, 128, 128), 333, 4096),
+        "sd35-large": ((16, 128, 128), 333, 4096),
+        "flux-dev": ((64 * 64, 64), 512, 4096),
+        "flux-schnell": ((64 * 64, 64), 512, 4096),
+        "pixart-sigma": ((4, 128, 128), 300, 4096),
     }
     assert found["sd21"].image_shape == (3, 768, 768)
-    assert [(a.text_tokens, a.text_width) for a in found.values()] == [
-        (77, 768),
-        (77, 1024),
-        (77, 1024),
-        (333, 4096),
-        (77, 2048),
-    ]
-    assert [name for name, a in found.items() if a.trainable] == ["sd15", "sd21", "sd21-base"]
+    assert found["flux-dev"].image_shape == (3, 1024, 1024)
+    assert all(a.trainable for a in found.values())
 
 
 def test_a_well_known_repository_needs_no_network() -> None:
@@ -74,7 +78,7 @@ def test_nothing_is_allocated() -> None:
 
 
 def test_an_unknown_name_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"--model: found 'sd16', allowed: sd15, sd21, .*sdxl"):
+    with pytest.raises(ConfigError, match=r"--model: found 'sd16', allowed: flux-dev, .*, sd15, .*sdxl"):
         load_architecture(EMBEDDED, "sd16")
 
 

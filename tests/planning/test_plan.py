@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -230,11 +232,18 @@ def test_what_is_not_counted_is_said() -> None:
     assert any("mine:reward" in line for line in as_dict(plan(mine))["not_counted"])
 
 
-def test_a_model_that_cannot_be_trained_yet_is_planned() -> None:
+def test_a_large_model_is_planned_soon() -> None:
     began = time.process_time()
     found = plan(config("model.tune=full"), model="sdxl", gpus=8, card="h100-80")
     # of this process; its imports are done
     assert time.process_time() - began < 20
-    assert not found.architecture.trainable
-    assert "does not train it yet" in text(found)
     assert found.weights.parameters == 2_567_463_684
+
+
+def test_a_pipeline_that_cannot_be_trained_is_planned(pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pipeline_folder, tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "OtherPipeline"}))
+    found = plan(small(f"model.pretrained={folder}"))
+    assert not found.architecture.trainable
+    assert "This release plans a OtherPipeline, but does not train it" in text(found)
