@@ -36,8 +36,7 @@ class FluxPolicy(PipelinePolicy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        channels, height, width = self.latent_shape
-        # the denoiser's input channels are those of a token
+        channels, height, width = self.latent_shape  # of the denoiser: its channels are those of a token
         self._size = height, width
         self.latent_shape = (height // 2 * (width // 2), channels)
         self._distilled = bool(self._denoiser.config.guidance_embeds)

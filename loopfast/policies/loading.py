@@ -93,7 +93,7 @@ def load_scheduler(config: ModelConfig) -> Any:
     entry = _index(config).get("scheduler")
     name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
     usable = _FLOW if family.process == "flow" else _DDIM_COMPATIBLE
-    if name not in usable:
+    if name is None or name not in usable:
         raise ConfigError(
             f"model.pretrained: the scheduler of {config.pretrained!r} is {name}; supported: {', '.join(usable)}"
         )

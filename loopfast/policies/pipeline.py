@@ -84,7 +84,7 @@ class PipelinePolicy(Policy):
             getattr(self.pipeline, name).requires_grad_(False).eval().to(self.device)
         self._vae = self.pipeline.vae.requires_grad_(False).eval().to(self.device, torch.float32)
         size = latent_size(config, family, self._denoiser.config, self._vae.config)
-        self.latent_shape = (self._denoiser.config.in_channels, *size)
+        self.latent_shape: tuple[int, ...] = (self._denoiser.config.in_channels, *size)
         self._accelerate()
 
         self._base: torch.nn.Module | None = None
