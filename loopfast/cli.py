@@ -181,6 +181,10 @@ def sample(
         ),
     ],
     texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="PROMPT", help="What to draw, too. May be given several times."),
+    ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -196,17 +200,30 @@ def sample(
         float | None,
         typer.Option(metavar="X", min=0, max=1, help="Noise of the DDIM sampler; default: the run's, or 0."),
     ] = None,
+    noise_level: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", min=0, help="Noise of the flow-matching sampler; default: the run's, or 0."
+        ),
+    ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option(metavar="X", min=0, help="Classifier-free guidance; default: the run's, or 7.5."),
     ] = None,
+    base: Annotated[
+        bool,
+        typer.Option(
+            "--base/--no-base",
+            help="With a run, also draw with the model before training, on the same noise, and show both in grid.png.",
+        ),
+    ] = True,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the images.")
     ] = Path("samples"),
     quiet: _Quiet = False,
 ) -> None:
     """Draw images with a trained model, or with any pipeline."""
-    wanted = list(texts or [])
+    wanted = [*(texts or []), *(more or [])]
     if prompts is not None:
         from loopfast.prompts import load_prompts
 
@@ -225,7 +242,9 @@ def sample(
             seed=seed,
             steps=steps,
             eta=eta,
+            noise_level=noise_level,
             guidance_scale=guidance_scale,
+            base=base,
             output=output,
             display=display,
         )
@@ -412,7 +431,8 @@ def compare(
     console = Console()
     for table in comparison_tables(summaries):
         console.print(table)
-    print(*files, sep="\n")
+    for file in files:
+        print(file)
 
 
 @app.command(
@@ -539,7 +559,7 @@ def plan(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="sd15, sd21, sd21-base, sdxl or sd3-medium in place of model.pretrained."
+            metavar="NAME", help="In place of model.pretrained: sd15, sd21, sdxl, sd35-medium, flux-dev, ..."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,

@@ -181,7 +181,8 @@ class PromptsConfig(_Section):
     """The prompts to train on."""
 
     source: _Text = "embedded:color"
-    """``embedded:<category>``, a text file with one prompt a line, or ``module:function``."""
+    """``embedded:<category>``, ``t2i-compbench:<folder>:<category>``, a text file with one prompt a line, or
+    ``module:function``."""
 
 
 class RewardConfig(_Section):

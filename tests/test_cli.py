@@ -27,6 +27,7 @@ COMMANDS = [
     "eval",
     "report",
     "schedule",
+    "rewards",
     "config",
     "doctor",
 ]

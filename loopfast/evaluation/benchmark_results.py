@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
@@ -100,25 +101,24 @@ def _table(
     categories = result["categories"]
     names = list(next(iter(categories.values()))["intervals"])
     head = ["model", *(titles.get(name, name) for name in categories)]
-    before, after = (names[0], names[1]) if len(names) == 3 else ("", "")
     rows = []
     for name in names:
-        title = f"{after} − {before}" if name == DIFFERENCE else name
         sign = "+" if name == DIFFERENCE else ""
         intervals = [category["intervals"][name] for category in categories.values()]
         numbers = [
             (f"{i['mean']:{sign}.4f}", f"{i['low']:{sign}.4f}", f"{i['high']:{sign}.4f}") for i in intervals
         ]
-        rows.append((title, numbers))
+        rows.append((name, numbers))
     return head, rows
 
 
 def as_rich(result: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
-    """The table for a terminal, narrow: below each mean the bounds of its interval."""
+    """The table for a terminal, where eight categories fit into 80 columns: below each mean its interval's bounds."""
     head, rows = _table(result, titles)
-    table = Table(head[0], caption=f"means and {result['confidence']['level']:.0%} confidence intervals")
+    caption = f"means and {result['confidence']['level']:.0%} confidence intervals"
+    table = Table(head[0], box=SIMPLE_HEAD, padding=0, show_edge=False, caption=caption)
     for name in head[1:]:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("-", "-\n"), justify="right")
     for title, numbers in rows:
         table.add_row(f"{title}\n  from\n  to", *("\n".join(values) for values in numbers))
     return table
@@ -128,8 +128,11 @@ def as_markdown(result: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     """The table and what it was measured by, as Markdown."""
     head, rows = _table(result, titles)
     lines = [f"# {result['benchmark']}", "", _row(head), _row(["---"] * len(head))]
+    # the difference by its whole name, for which a terminal has no room
+    named = {DIFFERENCE: " − ".join(reversed([title for title, _ in rows[:2]]))}
     lines += [
-        _row([title, *(f"{mean} [{low}, {high}]" for mean, low, high in numbers)]) for title, numbers in rows
+        _row([named.get(title, title), *(f"{mean} [{low}, {high}]" for mean, low, high in numbers)])
+        for title, numbers in rows
     ]
     lines.append("")
     confidence = result["confidence"]

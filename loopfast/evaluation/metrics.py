@@ -15,6 +15,8 @@ from loopfast.evaluation.benchmark import Category
 
 # Rewards that `three_in_one` is made of, whose options it takes under their names.
 _PARTS = ("blip_vqa", "spatial", "clip_score")
+# Options that say which revision of what another names: with other weights they say nothing.
+_REVISIONS = {"weights": "revision", "depth_weights": "depth_revision"}
 
 
 def with_metrics(categories: Sequence[Category], metrics: Sequence[str]) -> list[Category]:
@@ -52,7 +54,8 @@ def with_options(categories: Sequence[Category], options: Sequence[str]) -> list
 
     Args:
         categories: with the metrics they are measured by.
-        options: ``NAME.KEY=VALUE``: the option of every metric of that name, inside `three_in_one` too.
+        options: ``NAME.KEY=VALUE``: the option of every metric of that name, inside `three_in_one` too. Other weights
+            are taken without the revision that belongs to the default ones.
 
     Raises:
         ConfigError: one has another form, or no category is measured by that metric.
@@ -82,10 +85,9 @@ def _takes(metric: RewardConfig, name: str) -> bool:
 def _with_option(metric: RewardConfig, name: str, key: str, value: Any) -> RewardConfig:
     if not _takes(metric, name):
         return metric
-    if metric.name == name:
-        options = {**metric.options, key: value}
-    else:
-        options = {**metric.options, name: {**(metric.options.get(name) or {}), key: value}}
+    before = metric.options if metric.name == name else metric.options.get(name) or {}
+    after = {option: kept for option, kept in before.items() if option != _REVISIONS.get(key)} | {key: value}
+    options = after if metric.name == name else {**metric.options, name: after}
     return metric.model_copy(update={"options": options})
 
 

@@ -25,8 +25,8 @@ TITLES: dict[str, str] = {
 }
 """The columns of the paper's tables."""
 
-# The benchmark's CLIP is ViT-B/32.
-_CLIP = {"weights": "openai/clip-vit-base-patch32"}
+# The benchmark's CLIP is ViT-B/32; its main branch on the hub has pickles only, this one the same as safetensors.
+_CLIP = {"weights": "openai/clip-vit-base-patch32", "revision": "refs/pr/15"}
 _METRICS: dict[str, RewardConfig] = {
     "color": RewardConfig(name="blip_vqa"),
     "shape": RewardConfig(name="blip_vqa"),

@@ -116,7 +116,8 @@ def numeracy(
 ) -> Reward:
     """Whether the objects that the prompt counts are there, and in that number, in [0, 1].
 
-    A prompt that counts no known object is an error.
+    The objects are those of the prompt's metadata, where it has any: ``objects``, such as ``{zebra: 2}``. Else they are
+    read from the prompt; one that counts no known object is an error.
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
@@ -141,7 +142,7 @@ def numeracy(
         detector = load_detector(place, source, revision, threshold)
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            wanted = [_required(prompt, known) for prompt in prompts]
+            wanted = [_required(p, entry, known) for p, entry in zip(prompts, metadata, strict=True)]
             found = detector(images, [list(dict.fromkeys(name for name, _ in pairs)) for pairs in wanted])
             return torch.tensor(
                 [
@@ -155,8 +156,19 @@ def numeracy(
     return PretrainedReward(place, load)
 
 
-def _required(prompt: str, objects: Iterable[str]) -> list[tuple[str, int]]:
-    found = counted_objects(prompt, objects)
+def _required(prompt: str, entry: Mapping[str, Any], objects: Iterable[str]) -> list[tuple[str, int]]:
+    if "objects" in entry:
+        given = entry["objects"]
+        if not isinstance(given, Mapping) or not all(
+            isinstance(name, str) and name.strip() and type(number) is int and number > 0
+            for name, number in given.items()
+        ):
+            raise RewardError(
+                f"prompt {prompt!r}: metadata objects: found {given!r}, allowed: whole numbers above 0 by name"
+            )
+        found = list(given.items())
+    else:
+        found = counted_objects(prompt, objects)
     if not found:
         raise RewardError(
             f"no known object is counted in the prompt {prompt!r}; known: the benchmark's {len(OBJECTS)} nouns and "

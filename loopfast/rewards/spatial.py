@@ -8,7 +8,7 @@ detector is another one, see `loopfast.rewards.detection`; other differences are
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "Relation",
     "depth_agreement",
     "find_relation",
+    "given_relation",
     "pair_score",
     "position_agreement",
     "spatial",
@@ -169,7 +170,8 @@ def spatial(
 ) -> Reward:
     """Whether two objects are left, right, on top, below or near each other as the prompt says, in [0, 1].
 
-    A prompt without such a relation is an error.
+    The relation is that of the prompt's metadata, where there is one: ``relation``, such as ``[cat, left, dog]``, with
+    left, right, top, bottom or near. Else it is read from the prompt; a prompt without one is an error.
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
@@ -191,7 +193,7 @@ def spatial(
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             side = max(images.shape[-2:])
-            relations = [_required(prompt, depth=False) for prompt in prompts]
+            relations = [_required(p, entry, depth=False) for p, entry in zip(prompts, metadata, strict=True)]
             found = detector(images, [_names(relation) for relation in relations])
             return torch.tensor(
                 [
@@ -222,7 +224,8 @@ def spatial_3d(
 ) -> Reward:
     """Whether one object is in front of, behind or hidden by the other as the prompt says, in [0, 1].
 
-    A prompt without such a relation is an error.
+    The relation is that of the prompt's metadata, where there is one: ``relation``, such as ``[cat, front, dog]``, with
+    front or behind. Else it is read from the prompt; a prompt without one is an error.
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
@@ -248,7 +251,7 @@ def spatial_3d(
         depth = load_depth(place, depth_source, depth_revision)
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            relations = [_required(prompt, depth=True) for prompt in prompts]
+            relations = [_required(p, entry, depth=True) for p, entry in zip(prompts, metadata, strict=True)]
             found = detector(images, [_names(relation) for relation in relations])
             return torch.tensor(
                 [
@@ -266,8 +269,26 @@ def spatial_3d(
     return PretrainedReward(place, load)
 
 
-def _required(prompt: str, *, depth: bool) -> Relation:
-    relation = find_relation(prompt, depth=depth)
+def given_relation(prompt: str, entry: Mapping[str, Any], *, depth: bool = False) -> Relation | None:
+    """The relation that a prompt's metadata names, or the first of its text; None where there is none.
+
+    Raises:
+        RewardError: the metadata's is no relation.
+    """
+    if "relation" not in entry:
+        return find_relation(prompt, depth=depth)
+    found = entry["relation"]
+    kinds = sorted(set((_IN_DEPTH if depth else _IN_THE_PLANE).values()))
+    texts = isinstance(found, list | tuple) and all(isinstance(part, str) and part.strip() for part in found)
+    if not texts or len(found) != 3 or found[1] not in kinds:
+        raise RewardError(
+            f"prompt {prompt!r}: metadata relation: found {found!r}, allowed: a name, one of {', '.join(kinds)}, a name"
+        )
+    return Relation(*found)
+
+
+def _required(prompt: str, entry: Mapping[str, Any], *, depth: bool) -> Relation:
+    relation = given_relation(prompt, entry, depth=depth)
     if relation is None:
         words = ", ".join(_IN_DEPTH if depth else _IN_THE_PLANE)
         raise RewardError(f"no relation of two objects in the prompt {prompt!r}; known: {words}")

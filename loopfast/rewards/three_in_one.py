@@ -9,7 +9,7 @@ CLIP reads; this does not.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from loopfast.errors import ConfigError
 from loopfast.rewards.base import Reward
 from loopfast.rewards.blip_vqa import blip_vqa
 from loopfast.rewards.clip_score import clip_score
-from loopfast.rewards.spatial import find_relation, spatial
+from loopfast.rewards.spatial import given_relation, spatial
 
 __all__ = ["ThreeInOne", "prompt_aspects", "three_in_one"]
 
@@ -62,7 +62,8 @@ class ThreeInOne:
         """Scores float32 ``[N]`` on the CPU; see `loopfast.rewards.base.Reward`.
 
         ``metadata["aspects"]``, which T2I-CompBench's prompts have where its lists are there, says what a prompt speaks
-        of; else `prompt_aspects` does.
+        of; else `prompt_aspects` does. A prompt that is said to have a relation, but in which none of two objects is
+        found, has 0 for it, as in the benchmark.
         """
         aspects = [
             entry.get("aspects") or prompt_aspects(prompt)
@@ -71,9 +72,10 @@ class ThreeInOne:
         total = torch.zeros(len(prompts))
         for aspect, reward in self.rewards.items():
             speaks = [index for index, found in enumerate(aspects) if aspect in found]
-            # the benchmark's lists call prompts spatial in which no two objects are found: 0 for the relation
             rows = [
-                index for index in speaks if aspect != "spatial" or find_relation(prompts[index]) is not None
+                index
+                for index in speaks
+                if aspect != "spatial" or given_relation(prompts[index], metadata[index]) is not None
             ]
             if rows:
                 scores = reward(images[rows], [prompts[i] for i in rows], [metadata[i] for i in rows])
@@ -107,4 +109,8 @@ def three_in_one(
     return ThreeInOne(built)
 
 
-_MAKERS = {"blip_vqa": blip_vqa, "spatial": spatial, "clip_score": clip_score}
+_MAKERS: dict[str, Callable[..., Reward]] = {
+    "blip_vqa": blip_vqa,
+    "spatial": spatial,
+    "clip_score": clip_score,
+}

@@ -157,12 +157,15 @@ def test_options_reach_every_metric_of_the_name(folder: Path) -> None:
         ["blip_vqa.weights=/models/blip", "clip_score.batch_size=4", "blip_vqa.dtype=bfloat16"],
     )
     blip = {"weights": "/models/blip", "dtype": "bfloat16"}
-    clip = {"weights": "openai/clip-vit-base-patch32", "batch_size": 4}
+    clip = {"weights": "openai/clip-vit-base-patch32", "revision": "refs/pr/15", "batch_size": 4}
     assert [category.metric.options for category in found] == [
         blip,
         clip,
         {"blip_vqa": blip, "clip_score": clip},
     ]
+    other = with_options(found, ["clip_score.weights=/models/clip", "clip_score.batch_size=4"])
+    assert other[1].metric.options == {"weights": "/models/clip", "batch_size": 4}
+    assert other[2].metric.options["clip_score"] == {"weights": "/models/clip", "batch_size": 4}
     # the benchmark's own are as they were
     assert t2i_compbench(folder, ["color"])[0].metric.options == {}
 

@@ -271,7 +271,16 @@ def test_after_a_failure_nothing_more_is_asked() -> None:
         with pytest.raises(RewardError, match="it answered 400"):
             rewards.score(images(17, 8), [str(number) for number in range(17)])
         assert time.monotonic() - began < 5
-    assert len(server.batches) <= 4
+        assert len(server.batches) <= 4
+        # nor does anybody wait any longer to ask again: both are there for the next images
+        both = threading.Barrier(2)
+
+        def together(server: Scripted) -> tuple[int, Any]:
+            both.wait(5)
+            return 200, None
+
+        server.answer = together
+        assert rewards.score(images(2, 8), ["3", "4"]).total.tolist() == [3.0, 4.0]
 
 
 def test_a_server_that_does_not_answer_in_time() -> None:

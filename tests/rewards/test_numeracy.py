@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopfast.config import RewardConfig
 from loopfast.errors import ConfigError, RewardError
+from loopfast.rewards import build_rewards
 from loopfast.rewards.detection import Box, Detection
 from loopfast.rewards.numeracy import OBJECTS, count_objects, count_score, counted_objects
 from tests.tiny_models import write_detector
@@ -112,6 +114,20 @@ def test_a_prompt_that_counts_nothing_is_an_error(weights: str, score: Score) ->
     with pytest.raises(RewardError, match="no known object is counted in the prompt 'two zebras'"):
         score("numeracy", image, ["two zebras"], weights=weights)
     assert 0 <= float(score("numeracy", image, ["two zebras"], weights=weights, objects=["Zebra"])) <= 1
+
+
+def test_metadata_names_the_objects(weights: str) -> None:
+    term = RewardConfig(name="numeracy", options={"weights": weights, "device": "cpu"})
+    rewards = build_rewards([term])
+    images, prompts = torch.rand(1, 3, 32, 32), ["a pair of zebras"]
+    scores = [
+        float(rewards.score(images, prompts, [{"objects": {"zebra": number}}]).total)
+        for number in range(1, 17)
+    ]
+    assert sorted(scores) == [0.5] * 15 + [1.0]
+    for wrong in (["zebra"], {"zebra": 0}, {"zebra": 2.0}, {"": 1}):
+        with pytest.raises(RewardError, match=r"metadata objects: found .*, allowed: whole numbers above 0"):
+            rewards.score(images, prompts, [{"objects": wrong}])
 
 
 @pytest.mark.parametrize("objects", ["zebra", [3], [""]])

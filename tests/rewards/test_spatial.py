@@ -13,7 +13,14 @@ from torch import Tensor
 
 from loopfast.errors import ConfigError, RewardError
 from loopfast.rewards.detection import Box, Detection
-from loopfast.rewards.spatial import Relation, depth_agreement, find_relation, pair_score, position_agreement
+from loopfast.rewards.spatial import (
+    Relation,
+    depth_agreement,
+    find_relation,
+    given_relation,
+    pair_score,
+    position_agreement,
+)
 from tests.tiny_models import write_depth_model, write_detector
 
 Score = Callable[..., Tensor]
@@ -232,6 +239,18 @@ def test_a_prompt_without_a_relation_is_an_error(
         RewardError, match=f"reward '{name}': no relation of two objects in the prompt '{prompt}'"
     ):
         score(name, torch.rand(1, 3, 32, 32), [prompt], **options)
+
+
+def test_metadata_names_the_relation() -> None:
+    prompt = "a cat beside a dog"
+    assert given_relation(prompt, {}) is None
+    assert given_relation(prompt, {"relation": ["cat", "near", "dog"]}) == Relation("cat", "near", "dog")
+    assert given_relation(prompt, {"relation": ("cat", "front", "dog")}, depth=True) is not None
+    for wrong in (["cat", "front", "dog"], ["cat", "dog"], "cat", ["cat", "near", 3], ["", "near", "dog"]):
+        with pytest.raises(
+            RewardError, match=r"metadata relation: found .*, allowed: a name, one of bottom,"
+        ):
+            given_relation(prompt, {"relation": wrong})
 
 
 @pytest.mark.parametrize(
