@@ -327,6 +327,10 @@ def evaluate(
         float | None,
         typer.Option(metavar="X", min=0, max=1, help="DDIM's noise in a benchmark; default: the run's."),
     ] = None,
+    noise_level: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="A flow's noise in a benchmark; default: the run's."),
+    ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option(metavar="X", min=0, help="Guidance in a benchmark; default: the run's."),
@@ -353,6 +357,7 @@ def evaluate(
         "--limit-prompts": limit_prompts,
         "--steps": steps,
         "--eta": eta,
+        "--noise-level": noise_level,
         "--guidance-scale": guidance_scale,
         "--no-base": None if base else True,
         "--keep-images": keep_images or None,
@@ -379,6 +384,7 @@ def evaluate(
                 limit_prompts=limit_prompts,
                 steps=steps,
                 eta=eta,
+                noise_level=noise_level,
                 guidance_scale=guidance_scale,
                 base=base,
                 keep_images=keep_images,

@@ -81,3 +81,13 @@ def test_the_ratio_is_1_in_bfloat16(family: str, folder: Any, tmp_path: Path) ->
     assert line["ratio_max_deviation"] == 0.0
     # the reference is another model by the second update
     assert line["kl_reference"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_on_a_gpu(family: str, tune: str, folder: Any, tmp_path: Path) -> None:
+    config = configure(family, folder(family), tmp_path, tune, "model.dtype=bfloat16", "model.device=cuda")
+    for line in metrics(train(config, display=Display.silent())):
+        assert line["ratio_max_deviation"] == 0.0
+        assert line["grad_norm"] > 0

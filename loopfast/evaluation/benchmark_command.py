@@ -68,6 +68,7 @@ def evaluate_benchmark(
     limit_prompts: int | None,
     steps: int | None,
     eta: float | None,
+    noise_level: float | None,
     guidance_scale: float | None,
     base: bool,
     keep_images: int,
@@ -85,7 +86,7 @@ def evaluate_benchmark(
         metrics, metric_options: see `loopfast.evaluation.metrics`.
         images_per_prompt: None: 10.
         limit_prompts: only so many first prompts of each category; None: all.
-        steps, eta, guidance_scale: of the sampler; None: the run's.
+        steps, eta, noise_level, guidance_scale: of the sampler; None: the run's.
         base: measure the model before training, too.
         keep_images: images of each prompt to keep as PNG files.
         seed: of the noise and of the bootstrap.
@@ -110,7 +111,8 @@ def evaluate_benchmark(
             )
     chosen = [name for name in known if name in categories or not categories]
     parts = with_options(with_metrics(_categories(benchmark, prompts_dir, chosen), metrics), metric_options)
-    config = _with_sampler(run_config(target), steps=steps, eta=eta, guidance_scale=guidance_scale)
+    sampler = {"steps": steps, "eta": eta, "noise_level": noise_level, "guidance_scale": guidance_scale}
+    config = _with_sampler(run_config(target), **sampler)
     checkpoint = newest_checkpoint(target, display)
     scope = Scope(images_per_prompt or IMAGES_PER_PROMPT, seed, limit_prompts, keep_images)
     folder = output or target / "benchmarks" / benchmark

@@ -8,17 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopfast.config import ModelConfig, RolloutConfig
 from loopfast.policies import load_policy, load_schedule
-from loopfast.rollout import DenoisingStep
+from loopfast.rollout import DenoisingStep, Sampler, StepCache
 from tests.families import FAMILIES, save_tiny, settings_of
+from tests.rollout import toy
 
-PROMPTS = ["a red circle", "a blue square"]
 LEVERS = {"text encoder": {"lora": {"text_encoder": True}}, "DoRA": {"lora": {"dora": True}}}
 CASES = [*((family, None) for family in FAMILIES), *(("sd", lever) for lever in LEVERS)]
+
+
+def configure(family: str, lever: str | None, folder: Path, device: str) -> ModelConfig:
+    options = {**settings_of(family), **LEVERS.get(lever or "", {})}
+    place = str(save_tiny(family, folder))
+    return ModelConfig.model_validate({"pretrained": place, "device": device, "tune": "lora", **options})
 
 
 class Uploads(TorchDispatchMode):
@@ -41,13 +46,11 @@ class Uploads(TorchDispatchMode):
 def test_the_loop_runs_where_no_number_exists(family: str, lever: str | None, tmp_path: Path) -> None:
     """Tensors of the device "meta" have no values: whatever asks for one, or brings one to the host, raises."""
     meta = torch.device("meta")
-    options = {**settings_of(family), **LEVERS.get(lever or "", {})}
-    place = str(save_tiny(family, tmp_path))
-    config = ModelConfig.model_validate({"pretrained": place, "device": "cpu", "tune": "lora", **options})
+    config = configure(family, lever, tmp_path, "cpu")
     policy = load_policy(config)
     denoiser = copy.deepcopy(policy.denoiser).to(meta)
     elsewhere = policy.with_denoiser(denoiser, meta, policy.dtype, autocast=False)
-    text = {name: value.to(meta) for name, value in policy.encode(PROMPTS).items()}
+    text = {name: value.to(meta) for name, value in policy.encode(toy.PROMPTS).items()}
     schedule = load_schedule(config, RolloutConfig(steps=3)).to(meta)
     step = DenoisingStep(elsewhere, 5, schedule, text, 3.0, "sum")
     with Uploads() as uploads:
@@ -55,3 +58,19 @@ def test_the_loop_runs_where_no_number_exists(family: str, lever: str | None, tm
             step.advance()
     assert uploads.count == 0
     assert step.trajectory.shape == (4, 5, *policy.latent_shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "lever"), CASES)
+def test_replays_give_the_bits_of_the_eager_loop(family: str, lever: str | None, tmp_path: Path) -> None:
+    config = configure(family, lever, tmp_path, "cuda")
+    policy = load_policy(config)
+    toy.move(policy)
+    schedule = load_schedule(config, RolloutConfig(steps=3)).to(policy.device)
+    said: list[str] = []
+    eager, captured = (
+        Sampler(policy, schedule, 3.0, "sum", 3, steps=steps)
+        for steps in (StepCache(capture=False), StepCache(warn=said.append))
+    )
+    assert toy.same(toy.run(captured), toy.run(eager))
+    assert said == []
