@@ -433,9 +433,15 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, name: str = "confi
     raise ConfigError(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems", *lines]))
 
 
-def config_to_yaml(config: Config) -> str:
-    """The whole configuration, defaults included, as YAML that `load_config` reads back to an equal one."""
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+def config_to_yaml(config: Config, *, defaults: bool = True) -> str:
+    """A configuration as YAML that `load_config` reads back to an equal one.
+
+    Args:
+        config: the configuration.
+        defaults: write keys that have their default value, too.
+    """
+    values = config.model_dump(exclude_defaults=not defaults)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def json_schema() -> dict[str, Any]:

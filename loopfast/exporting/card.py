@@ -12,6 +12,7 @@ from loopfast import __version__
 from loopfast.checkpoints import Checkpoint
 from loopfast.config import Config, config_to_yaml
 from loopfast.files import write_file
+from loopfast.policies import load_family
 from loopfast.reporting import run_picture
 from loopfast.tracking import read_metrics
 
@@ -37,13 +38,15 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, w
     pictured = _has_two_previews(run)
     if pictured:
         run_picture(run, to / PICTURE)
-    names = [term.name for term in config.reward]
+    names = [term.label or term.name for term in config.reward]
     text = _template().render(
         base=_public_name(config.model.pretrained),
-        is_hub=_public_name(config.model.pretrained) == config.model.pretrained,
+        is_hub=_is_hub_name(config.model.pretrained),
+        is_embedded=config.model.pretrained == "embedded",
         whole=whole,
         pixart=not whole and (to / "adapter_config.json").is_file(),
         config=config,
+        flow=load_family(config.model).process == "flow",
         rewards=config.reward,
         first=upto[0] if upto else None,
         last=upto[-1] if upto else None,
@@ -54,7 +57,7 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, w
         iteration=checkpoint.iteration,
         picture=PICTURE if pictured else None,
         average=bool(checkpoint.tensors.get("average")),
-        settings=config_to_yaml(_without_paths(config)),
+        settings=config_to_yaml(_without_paths(config), defaults=False),
         version=__version__,
     )
     file = to / "README.md"
@@ -65,6 +68,10 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, w
 def _has_two_previews(run: Path) -> bool:
     files = sorted((run / "evaluation").glob("iteration-*.json"))
     return len(files) > 1 and all(file.with_suffix(".png").is_file() for file in (files[0], files[-1]))
+
+
+def _is_hub_name(pretrained: str) -> bool:
+    return pretrained != "embedded" and _public_name(pretrained) == pretrained
 
 
 def _public_name(pretrained: str) -> str:
