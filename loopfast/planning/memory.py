@@ -318,8 +318,10 @@ def _weights(
     if resources.device == "cpu" and (stage > 0 or ranks > 1):
         held["runtime"] += DEEPSPEED
     if on_host:
-        pipeline = total + encoders + architecture.vae.parameters()
-        host["loading, float32"] = 4 * pipeline * processes
+        # an adapter's base is read in the type it is held in, weights that are all trained in float32
+        each = BYTES[config.model.dtype] if lora else 4
+        read = each * total + BYTES[config.model.dtype] * encoders + 4 * architecture.vae.parameters()
+        host["loading"] = read * processes
         host["writing a checkpoint"] = 12 * trained
     return held, host
 
