@@ -643,7 +643,7 @@ class Trainer:
         # where the weights are spread over processes, a copy that computes the same bits is the faster way to them
         if not (self.engine.sharded and sampler.replica is not None and sampler.replica.exact):
             sampler = replace(sampler, replica=None)
-        with self._scored():
+        with self._scored(), self.engine.averaged():
             result = evaluate(
                 sampler,
                 self.evaluation_prompts,
@@ -676,14 +676,15 @@ class Trainer:
         """Exports the model, writes the report, and says what came out."""
         path = self.folder.path
         exported = path / ("model" if self.config.model.tune == "full" else "lora")
-        weights = self.engine.weights()
+        with self.engine.averaged():
+            weights = self.engine.weights()
 
-        def write() -> Path:
-            with writing(path):
-                self.sampler.policy.export(exported, weights)
-                return write_report(path)
+            def write() -> Path:
+                with writing(path):
+                    self.sampler.policy.export(exported, weights)
+                    return write_report(path)
 
-        report = self.group.on_first(write)
+            report = self.group.on_first(write)
         if not self.group.first:
             return
         evaluated = [line for line in read_metrics(path / "metrics.jsonl") if "eval_reward" in line]

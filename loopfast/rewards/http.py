@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -86,13 +86,15 @@ def http(
             workers.submit(client.scores, pixels[part], prompts[part], metadata[part], stop)
             for part in (slice(start, start + batch_size) for start in range(0, len(prompts), batch_size))
         ]
-        try:
-            return [score for answer in answers for score in answer.result()]
-        finally:
-            # after an error what has not begun need not, and what waits to try again need not wait
+        done, _ = wait(answers, return_when=FIRST_EXCEPTION)
+        failures = [error for answer in done if (error := answer.exception()) is not None]
+        if failures:
+            # what has not begun need not, and what waits to try again need not wait
             stop.set()
             for answer in answers:
                 answer.cancel()
+            raise failures[0]
+        return [score for answer in answers for score in answer.result()]
 
     return reward
 

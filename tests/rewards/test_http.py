@@ -56,7 +56,7 @@ def served(rewards: RewardSet, **options: Any) -> Iterator[str]:
         thread.join()
 
 
-Answer = Callable[["Scripted"], tuple[int, Any]]
+Answer = Callable[["Scripted", dict[str, Any]], tuple[int, Any]]
 
 
 class Scripted(ThreadingHTTPServer):
@@ -93,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.now += 1
             server.most = max(server.most, server.now)
         try:
-            status, content = server.answer(server)
+            status, content = server.answer(server, batch)
             if content is None:
                 content = {"scores": [float(prompt) for prompt in batch["prompts"]]}
         finally:
@@ -180,7 +180,7 @@ def test_one_reward_call_at_a_time() -> None:
 
 @pytest.mark.parametrize("asked", [None, "1", "date"])
 def test_a_server_that_fails_twice_is_asked_again(asked: str | None) -> None:
-    def answer(server: Scripted) -> tuple[int, Any]:
+    def answer(server: Scripted, batch: dict[str, Any]) -> tuple[int, Any]:
         count = len(server.batches)
         server.headers = {}
         if count == 1 and asked:
@@ -196,7 +196,7 @@ def test_a_server_that_fails_twice_is_asked_again(asked: str | None) -> None:
 
 
 def test_the_waits_grow() -> None:
-    with scripted(lambda server: (500, {"error": "no luck"})) as server:
+    with scripted(lambda server, batch: (500, {"error": "no luck"})) as server:
         rewards = asking(server.url, retries=3, backoff=0.1)
         with pytest.raises(RewardError) as caught:
             rewards.score(images(1), ["7"])
@@ -208,12 +208,12 @@ def test_the_waits_grow() -> None:
 
 
 def test_what_the_server_does_not_like_is_not_repeated() -> None:
-    with scripted(lambda server: (422, {"error": "no such prompt"})) as server:
+    with scripted(lambda server, batch: (422, {"error": "no such prompt"})) as server:
         rewards = asking(server.url)
         with pytest.raises(RewardError, match=r"it answered 422 .*: 'no such prompt'"):
             rewards.score(images(1), ["7"])
         assert len(server.batches) == 1
-        server.answer = lambda server: (307, "")
+        server.answer = lambda server, batch: (307, "")
         with pytest.raises(RewardError, match="it answered 307"):
             rewards.score(images(1), ["7"])
 
@@ -234,7 +234,7 @@ def test_what_the_server_does_not_like_is_not_repeated() -> None:
     ],
 )
 def test_an_answer_that_is_none_names_the_server_and_what_came(content: Any, said: str) -> None:
-    with scripted(lambda server: (200, content)) as server:
+    with scripted(lambda server, batch: (200, content)) as server:
         with pytest.raises(RewardError) as caught:
             asking(server.url).score(images(1), ["7"])
         assert said in str(caught.value)
@@ -248,11 +248,12 @@ def test_an_answer_that_is_none_names_the_server_and_what_came(content: Any, sai
             assert said in scores.problems["http"]
 
 
-def test_so_many_requests_at_a_time_and_images_in_one() -> None:
-    def slowly(server: Scripted) -> tuple[int, Any]:
-        time.sleep(0.03)
-        return 200, None
+def slowly(server: Scripted, batch: dict[str, Any]) -> tuple[int, Any]:
+    time.sleep(0.03)
+    return 200, None
 
+
+def test_so_many_requests_at_a_time_and_images_in_one() -> None:
     with scripted(slowly) as server:
         rewards = asking(server.url, concurrency=3, batch_size=2)
         found = rewards.score(images(17, 8), [str(number) for number in range(17)])
@@ -262,8 +263,8 @@ def test_so_many_requests_at_a_time_and_images_in_one() -> None:
 
 
 def test_after_a_failure_nothing_more_is_asked() -> None:
-    def fails(server: Scripted) -> tuple[int, Any]:
-        return (400, "no") if server.batches[-1]["prompts"] == ["0"] else (503, "wait")
+    def fails(server: Scripted, batch: dict[str, Any]) -> tuple[int, Any]:
+        return (400, "no") if batch["prompts"] == ["1"] else (503, "wait")
 
     with scripted(fails) as server:
         rewards = asking(server.url, concurrency=2, batch_size=1, backoff=30.0)
@@ -272,21 +273,17 @@ def test_after_a_failure_nothing_more_is_asked() -> None:
             rewards.score(images(17, 8), [str(number) for number in range(17)])
         assert time.monotonic() - began < 5
         assert len(server.batches) <= 4
-        # nor does anybody wait any longer to ask again: both are there for the next images
-        both = threading.Barrier(2)
-
-        def together(server: Scripted) -> tuple[int, Any]:
-            both.wait(5)
-            return 200, None
-
-        server.answer = together
-        assert rewards.score(images(2, 8), ["3", "4"]).total.tolist() == [3.0, 4.0]
+        # nor does anybody go on waiting to ask again: both are there for the next images
+        time.sleep(0.1)
+        server.most, server.answer = 0, slowly
+        assert rewards.score(images(6, 8), list("345678")).total.tolist() == [3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+        assert server.most == 2
 
 
 def test_a_server_that_does_not_answer_in_time() -> None:
     go = threading.Event()
 
-    def hangs(server: Scripted) -> tuple[int, Any]:
+    def hangs(server: Scripted, batch: dict[str, Any]) -> tuple[int, Any]:
         go.wait(10)
         return 200, None
 
@@ -298,7 +295,7 @@ def test_a_server_that_does_not_answer_in_time() -> None:
 
 
 def test_a_server_that_breaks_off_is_asked_again() -> None:
-    def breaks(server: Scripted) -> tuple[int, Any]:
+    def breaks(server: Scripted, batch: dict[str, Any]) -> tuple[int, Any]:
         if len(server.batches) == 1:
             raise BrokenPipeError
         return 200, None
@@ -308,12 +305,12 @@ def test_a_server_that_breaks_off_is_asked_again() -> None:
 
 
 def test_a_server_that_is_down_is_known_at_the_start() -> None:
-    with scripted(lambda server: (200, None)) as server:
+    with scripted(lambda server, batch: (200, None)) as server:
         url = server.url
     with pytest.raises(RewardError, match=rf"{url}/health: no connection: .*refused \(3 attempt"):
         asking(url, retries=2)
     with (
-        scripted(lambda server: (200, None), health=(404, "not here")) as server,
+        scripted(lambda server, batch: (200, None), health=(404, "not here")) as server,
         pytest.raises(RewardError, match=r"/health: it answered 404 .*'not here'"),
     ):
         asking(server.url)

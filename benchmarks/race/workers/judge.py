@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from loopfast.checkpoints import CheckpointStore
 from loopfast.config import RewardConfig, config_to_yaml, parse_config
 from loopfast.console import Display
-from loopfast.evaluation.commands import evaluate_checkpoint
+from loopfast.evaluation import evaluate_checkpoint
 from loopfast.rewards import build_rewards
 
 
