@@ -697,7 +697,9 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
         allowed = "false with model.lora.text_encoder: an encoder that is trained is needed to the end"
         yield _problem(("model", "free_text_encoder"), True, allowed)
     if rollout.merge_lora and config.model.lora.dora:
-        yield _problem(("rollout", "merge_lora"), True, "false with model.lora.dora, which is no sum of weights")
+        yield _problem(
+            ("rollout", "merge_lora"), True, "false with model.lora.dora, which is no sum of weights"
+        )
     if rollout.merge_lora and config.model.tune != "lora":
         yield _problem(("rollout", "merge_lora"), True, "false with model.tune: full, which has no adapter")
     drawn = train.steps_drawn(trained)
@@ -759,11 +761,15 @@ def _distributed(config: Config) -> Iterator[tuple[_Path, str]]:
         allowed = "adamw with distributed.zero_stage above 0, whose parts of moments have no 8-bit blocks"
         yield _problem(("train", "optimizer"), config.train.optimizer, allowed)
     if distributed.zero_stage and config.train.ema_decay is not None:
-        allowed = "null with distributed.zero_stage above 0, where no process has all the weights it would follow"
+        allowed = (
+            "null with distributed.zero_stage above 0, where no process has all the weights it would follow"
+        )
         yield _problem(("train", "ema_decay"), config.train.ema_decay, allowed)
     for key in ("dora", "text_encoder"):
         if distributed.zero_stage == 3 and config.model.tune == "lora" and getattr(config.model.lora, key):
-            allowed = "false with distributed.zero_stage: 3, which gathers the weights of one network's layers"
+            allowed = (
+                "false with distributed.zero_stage: 3, which gathers the weights of one network's layers"
+            )
             yield _problem(("model", "lora", key), True, allowed)
     if distributed.zero_stage == 3 and config.model.compile != "off":
         allowed = "off with distributed.zero_stage: 3, which gathers weights between layers"

@@ -84,5 +84,7 @@ def test_a_resumed_run_has_the_same_average(small_config: MakeConfig) -> None:
 
 
 def test_it_is_not_for_weights_in_parts() -> None:
-    with pytest.raises(ConfigError, match=r"train\.ema_decay: found 0\.9, allowed: null with distributed\.zero"):
+    with pytest.raises(
+        ConfigError, match=r"train\.ema_decay: found 0\.9, allowed: null with distributed\.zero"
+    ):
         parse_config("{model: {pretrained: embedded}, train: {ema_decay: 0.9}, distributed: {zero_stage: 2}}")

@@ -142,11 +142,17 @@ def test_defect_keeps_its_traceback(error: Exception, monkeypatch: pytest.Monkey
         main(["train", "--config", "tiny"])
 
 
+def forget_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is imported anew."""
+    for name in [name for name in sys.modules if name.startswith("loopfast.cli")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich.console"])
 def test_base_install_names_the_extra(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "loopfast.cli", raising=False)
+    forget_the_command_line(monkeypatch)
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["train", "--config", "tiny"]) == 1
     [line] = capsys.readouterr().err.splitlines()
@@ -161,7 +167,7 @@ def test_doctor_works_in_a_base_install(
 ) -> None:
     assert main(["doctor"]) == 0
     complete = capsys.readouterr().out
-    monkeypatch.delitem(sys.modules, "loopfast.cli", raising=False)
+    forget_the_command_line(monkeypatch)
     monkeypatch.setitem(sys.modules, "typer", None)
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out == complete

@@ -119,8 +119,7 @@ def test_unknown_key_is_reported_with_its_line_and_the_nearest_known_one(
         (
             "reward=[]",
             "a list",
-            "a list with at least one item, each a mapping with the keys name, label, weight, normalize, range, "
-            "options",
+            "a list with at least one item, each a mapping with the keys name, label, weight, normalize, range",
         ),
         ("reward={name: embedded}", "a mapping", "a list with at least one item"),
         ("reward.0.options=3", "3", "a mapping"),

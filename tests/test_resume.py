@@ -86,12 +86,12 @@ class Launcher:
 
     PROGRAM = """\
 import json, os, sys
-import loopfast.cli, loopfast.train
+import loopfast.cli.options, loopfast.train
 from loopfast.__main__ import main
 from loopfast.config import ModelConfig
 from loopfast.policies import load_policy
 
-loopfast.cli._quiet_libraries()
+loopfast.cli.options.quiet_libraries()
 load_policy(ModelConfig(pretrained=sys.argv[1]))
 for line in sys.stdin:
     order = json.loads(line)

@@ -16,14 +16,14 @@ from typing import Any
 PROGRAM = """\
 import json, os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
-import loopfast.cli, loopfast.engines.zero3, loopfast.engines.replicated, loopfast.train
+import loopfast.cli.options, loopfast.engines.zero3, loopfast.engines.replicated, loopfast.train
 import loopfast.evaluation, loopfast.reporting
 from loopfast.__main__ import main
 from loopfast.config import ModelConfig
 from loopfast.engines.library import import_deepspeed
 from loopfast.policies import load_policy
 
-loopfast.cli._quiet_libraries()
+loopfast.cli.options.quiet_libraries()
 import torch
 import_deepspeed(torch.device("cpu"))
 # DeepSpeed imports these, and torch's compiler with them, when it starts

@@ -1,0 +1,190 @@
+"""Commands that say what a run would be, where its time goes, and what is here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loopfast.cli.app import app
+from loopfast.cli.options import ConfigOption, Overrides, Quiet, load, quiet_libraries
+from loopfast.errors import LoopfastError
+from loopfast.files import writing
+
+
+@app.command(
+    epilog="**Example:** `loopfast schedule --config tiny --set rollout.steps=20 --plot schedule.png`"
+)
+def schedule(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw it, as PNG, SVG or PDF by the file's ending."),
+    ] = None,
+) -> None:
+    """Show a sampler's transitions and which of them are trained on.
+
+    Each step draws the next latent from a normal distribution with mean `a·latent + b·model output` and
+    standard deviation `σ`. The sensitivity `(b/σ)²` is how strongly the log-probability reacts to the model
+    output; steps far above the others dominate the gradient, and `train.steps: auto` leaves them out.
+    """
+    settings = load(config, overrides)
+    quiet_libraries()
+    from loopfast.policies import load_schedule
+    from loopfast.rollout import stochastic_steps
+
+    steps = stochastic_steps(
+        load_schedule(settings.model, settings.rollout),
+        settings.rollout.stochastic_steps,
+        settings.train.steps,
+    )
+    transitions, trained = steps.schedule, steps.trained
+    table = Table("step", "timestep", "a", "b", "σ", "(b/σ)²", "trained")
+    columns = zip(
+        transitions.timesteps.tolist(),
+        transitions.table64.tolist(),
+        transitions.sensitivity.tolist(),
+        strict=True,
+    )
+    for step, (timestep, (a, b, sigma), sensitivity) in enumerate(columns):
+        numbers = (f"{timestep:g}", f"{a:.5f}", f"{b:.5f}", f"{sigma:.5f}", f"{sensitivity:.3g}")
+        table.add_row(str(step), *numbers, "yes" if step in trained else "no")
+    Console().print(table)
+    print(
+        f"train.steps {settings.train.steps}: {len(trained)} of {settings.rollout.steps} steps are trained on"
+        + (
+            f", {steps.window} in a row of them in an iteration, the others without noise"
+            if steps.window
+            else ""
+        )
+    )
+    if plot is not None:
+        from loopfast.reporting import schedule_plot
+
+        print(schedule_plot(transitions, trained, plot))
+
+
+@app.command(
+    epilog="**Example:** `loopfast plan --config sd15-jpeg --gpus 4 --memory 24GiB --set model.tune=full`"
+)
+def plan(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes, each with a device; default: 1.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of each device, such as 24GiB; default: the card's."),
+    ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CARD",
+            help="rtx3060, rtx3090, rtx4090, a100-40, a100-80, h100-80 or cpu; default: what is here, or the smallest "
+            "with that memory.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="In place of model.pretrained: sd15, sd21, sdxl, sd35-medium, flux-dev, ..."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what a run will hold and how long it takes, before anything is loaded.
+
+    From the configurations of the run and of its model, without weights: memory by purpose and ZeRO stage, whether
+    it fits, the largest sizes that do, the cheapest changes that make it fit, seconds an iteration estimated from
+    counted operations and the card's datasheet, and how they scale to 512 GPUs.
+    """
+    settings = load(config, overrides)
+    quiet_libraries()
+    from loopfast.planning import as_dict, as_tables
+    from loopfast.planning import plan as make_plan
+
+    found = make_plan(settings, gpus=gpus, memory=memory, card=card, model=model)
+    if as_json:
+        print(json.dumps(as_dict(found), indent=2))
+    else:
+        Console().print(as_tables(found))
+
+
+@app.command(
+    epilog="**Example:** `loopfast profile --config tiny --iterations 2 --set rollout.guidance_scale=3`"
+)
+def profile(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    iterations: Annotated[
+        int, typer.Option("--iterations", "-n", metavar="N", min=1, help="Iterations to time, and to trace.")
+    ] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Folder for what is found; default: profile-<run.name>."
+        ),
+    ] = None,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace/--no-trace",
+            help="Time and trace the iterations, or only run them, in the NVTX range `profile`, for a profiler from "
+            "outside.",
+        ),
+    ] = True,
+    nsys: Annotated[
+        bool, typer.Option("--nsys", help="Run under Nsight Systems instead of torch's profiler.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show where the time of an iteration goes.
+
+    Runs iterations, sampling and updates, of a configuration, without leaving a run behind: one to warm up, some that
+    are timed, and as many under torch's profiler. Prints the seconds of each part, the share outside model calls, and
+    the time of every operator and kernel; writes them to `profile.md` and `profile.json`, and a Chrome trace.
+    """
+    settings = load(config, overrides)
+    folder = output or Path(f"profile-{settings.run.name}")
+    from loopfast.profiling import nsys_command
+
+    command = nsys_command(config, overrides or [], iterations=iterations, output=folder)
+    if nsys:
+        replace_process(command, "--nsys needs Nsight Systems", folder)
+    quiet_libraries()
+    from loopfast.console import Display
+    from loopfast.profile_run import profile as run
+
+    with Display(quiet=quiet) as display:
+        found = run(settings, iterations=iterations, output=folder, trace=trace, display=display)
+    if found is not None:
+        print(found.as_markdown(), *found.files, "", "With Nsight Systems:", shlex.join(command), sep="\n")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices and backends, and what is missing and how to get it."""
+    from loopfast.doctor import examine
+
+    print(examine())
+
+
+def replace_process(command: list[str], needed: str, folder: Path) -> NoReturn:
+    """Goes on as another program, which writes to a folder."""
+    program = shutil.which(command[0])
+    if program is None:
+        raise LoopfastError(f"{needed}, and no {command[0]} is on the PATH")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    os.execv(program, command)

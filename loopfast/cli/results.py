@@ -1,0 +1,329 @@
+"""Commands on what has been trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loopfast.cli.app import app
+from loopfast.cli.options import Quiet, Seed, quiet_libraries
+from loopfast.errors import ConfigError
+
+_EVAL_EXAMPLES = """
+**Examples**
+
+* `loopfast eval runs/tiny --prompts embedded:all-heldout`
+
+* `loopfast eval runs/tiny --benchmark embedded --images-per-prompt 4`
+
+* `loopfast eval runs/color --benchmark t2i-compbench --prompts-dir t2i-compbench --category color --metric-option
+blip_vqa.weights=models/blip-vqa`
+"""
+
+
+@app.command(epilog='**Example:** `loopfast sample runs/tiny "a red circle and a blue square" --count 8`')
+def sample(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="A run's folder, a pipeline's folder, embedded, or a hub name."
+        ),
+    ],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="PROMPT", help="What to draw, too. May be given several times."),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="More prompts: embedded:CATEGORY, a text file, or module:function."
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Images for each prompt.")] = 4,
+    seed: Seed = 0,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Denoising steps; default: the run's, or 50.")
+    ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, max=1, help="Noise of the DDIM sampler; default: the run's, or 0."),
+    ] = None,
+    noise_level: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", min=0, help="Noise of the flow-matching sampler; default: the run's, or 0."
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="Classifier-free guidance; default: the run's, or 7.5."),
+    ] = None,
+    base: Annotated[
+        bool,
+        typer.Option(
+            "--base/--no-base",
+            help="With a run, also draw with the model before training, on the same noise, and show both in grid.png.",
+        ),
+    ] = True,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the images.")
+    ] = Path("samples"),
+    quiet: Quiet = False,
+) -> None:
+    """Draw images with a trained model, or with any pipeline."""
+    wanted = [*(texts or []), *(more or [])]
+    if prompts is not None:
+        from loopfast.prompts import load_prompts
+
+        wanted += [prompt.text for prompt in load_prompts(prompts)]
+    if not wanted:
+        raise ConfigError("nothing to draw; give a prompt, or a source of prompts with --prompts")
+    quiet_libraries()
+    from loopfast.console import Display
+    from loopfast.evaluation import sample_images
+
+    with Display(quiet=quiet) as display:
+        paths = sample_images(
+            target,
+            wanted,
+            count=count,
+            seed=seed,
+            steps=steps,
+            eta=eta,
+            noise_level=noise_level,
+            guidance_scale=guidance_scale,
+            base=base,
+            output=output,
+            display=display,
+        )
+    print(f"{len(paths)} file(s) in {output}")
+
+
+@app.command(name="eval", epilog=_EVAL_EXAMPLES)
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Prompts to draw; default: those the run was evaluated on."),
+    ] = None,
+    images_per_prompt: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Images for each prompt; default: as in the run, of a benchmark 10."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="The file for the scores as JSON; of a benchmark the folder, default: benchmarks/NAME in the run's.",
+        ),
+    ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Measure on t2i-compbench or embedded, beside the base model."),
+    ] = None,
+    prompts_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder of T2I-CompBench's files, such as color_val.txt."),
+    ] = None,
+    categories: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--category", metavar="NAME", help="Of the benchmark; several times for several; default: all."
+        ),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="CATEGORY=REWARD",
+            help="Measure a category by another reward: its name, or YAML such as {name: ..., options: {...}}.",
+        ),
+    ] = None,
+    metric_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric-option",
+            metavar="REWARD.KEY=VALUE",
+            help="An option of a metric, such as blip_vqa.weights=FOLDER. May be given several times.",
+        ),
+    ] = None,
+    limit_prompts: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only the first N prompts of each category.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Denoising steps of a benchmark; default: the run's."),
+    ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, max=1, help="DDIM's noise in a benchmark; default: the run's."),
+    ] = None,
+    noise_level: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="A flow's noise in a benchmark; default: the run's."),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="Guidance in a benchmark; default: the run's."),
+    ] = None,
+    base: Annotated[
+        bool,
+        typer.Option("--base/--no-base", help="Measure the model before training on the benchmark, too."),
+    ] = True,
+    keep_images: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Keep the first N images of each prompt of a benchmark.")
+    ] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the reward of a run's model, or what it and the base model reach on a benchmark.
+
+    A benchmark goes on where it was stopped, and draws every model's images from the same noise. Its folder has the
+    scores of each image, `results.json`, and `results.md`: the paper's table with 95 % confidence intervals.
+    """
+    for_benchmarks = {
+        "--prompts-dir": prompts_dir,
+        "--category": categories or None,
+        "--metric": metrics or None,
+        "--metric-option": metric_options or None,
+        "--limit-prompts": limit_prompts,
+        "--steps": steps,
+        "--eta": eta,
+        "--noise-level": noise_level,
+        "--guidance-scale": guidance_scale,
+        "--no-base": None if base else True,
+        "--keep-images": keep_images or None,
+    }
+    given = [name for name, value in for_benchmarks.items() if value is not None]
+    if benchmark is None and given:
+        raise ConfigError(f"{', '.join(given)}: only with --benchmark")
+    if benchmark is not None and prompts is not None:
+        raise ConfigError("--prompts: not with --benchmark, which has prompts of its own")
+    quiet_libraries()
+    if benchmark is not None:
+        from loopfast.console import Display
+        from loopfast.evaluation import benchmark_table, evaluate_benchmark
+
+        with Display(quiet=quiet) as display:
+            found, titles = evaluate_benchmark(
+                target,
+                benchmark,
+                prompts_dir=prompts_dir,
+                categories=categories or [],
+                metrics=metrics or [],
+                metric_options=metric_options or [],
+                images_per_prompt=images_per_prompt,
+                limit_prompts=limit_prompts,
+                steps=steps,
+                eta=eta,
+                noise_level=noise_level,
+                guidance_scale=guidance_scale,
+                base=base,
+                keep_images=keep_images,
+                seed=seed,
+                output=output,
+                display=display,
+            )
+        Console().print(benchmark_table(found, titles))
+        return
+    from loopfast.console import Display
+    from loopfast.evaluation import evaluate_checkpoint
+
+    with Display(quiet=quiet) as display:
+        result = evaluate_checkpoint(
+            target,
+            prompts=prompts,
+            images_per_prompt=images_per_prompt,
+            seed=seed,
+            output=output,
+            display=display,
+        )
+    parts = list(result["parts"])
+    table = Table("category", "reward", *parts, "images")
+    rows = {**result["by_category"], "all": {**result, "count": len(result["items"])}}
+    for category, scores in rows.items():
+        values = (f"{value:.3f}" for value in (scores["reward"], *(scores["parts"][part] for part in parts)))
+        table.add_row(category, *values, str(scores["count"]))
+    Console().print(table)
+
+
+@app.command(epilog="**Example:** `loopfast compare runs/loop runs/ppo runs/grpo --output comparison`")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs' folders, finished or not.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Also write the table and plots of the rewards there."
+        ),
+    ] = None,
+) -> None:
+    """Show several runs side by side.
+
+    A row for each: algorithm, K, iterations, images, time, and of its evaluations each reward at the first, the last
+    and the best. Then what they reached on benchmarks (`loopfast eval --benchmark`). With `--output` also as Markdown,
+    JSON and plots against iterations, images and seconds.
+    """
+    from loopfast.evaluation import compare_runs, comparison_tables
+
+    summaries, files = compare_runs(runs, output)
+    console = Console()
+    for table in comparison_tables(summaries):
+        console.print(table)
+    for file in files:
+        print(file)
+
+
+@app.command(
+    epilog="**Example:** `loopfast export runs/tiny-lora --to tiny-lora`, then "
+    "`pipeline.load_lora_weights('tiny-lora')` in diffusers"
+)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Folder to write, empty or new.")],
+    form: Annotated[
+        Literal["lora", "full"] | None,
+        typer.Option("--format", help="An adapter, or a whole pipeline; default: what was trained."),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the adapter to the weights and write a whole pipeline.")
+    ] = False,
+    best: Annotated[
+        bool,
+        typer.Option("--best", help="From the checkpoint with the best evaluation, not from the newest."),
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write what a run has trained in the form that diffusers opens, with a model card."""
+    quiet_libraries()
+    from loopfast.console import Display
+    from loopfast.exporting import export_run
+
+    with Display(quiet=quiet) as display:
+        print(export_run(run, to, form=form, merge=merge, best=best, display=display))
+
+
+@app.command(epilog="**Example:** `loopfast report runs/tiny --picture tiny.png`")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the run in one picture: before, after, and the reward."),
+    ] = None,
+) -> None:
+    """Write a run's `report.html`, also while it is going on."""
+    from loopfast.reporting import run_picture, write_report
+
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{str(run)!r} is not a run's folder: there is no config.yaml in it")
+    print(write_report(run))
+    if picture is not None:
+        print(run_picture(run, picture))
