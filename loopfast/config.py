@@ -128,7 +128,7 @@ class LoraConfig(_Section):
     targets: Annotated[tuple[_Text, ...] | None, Field(strict=False)] = None
     """Names of the modules that get an adapter; null: the attention projections."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
-    """First values of the factor A: peft's own (kaiming) or normal ones; B is 0, so training starts at the base model."""
+    """First values of the factor A: peft's own (kaiming) or normal ones. B is 0: training starts at the base model."""
     dora: bool = False
     """Also train the norms of the weights' columns (DoRA)."""
     text_encoder: bool = False

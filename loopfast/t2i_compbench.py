@@ -1,8 +1,8 @@
 """The prompt files of T2I-CompBench, as its authors publish them.
 
 Huang et al., *T2I-CompBench++: An Enhanced and Comprehensive Benchmark for Compositional Text-to-image Generation*
-(arXiv 2307.06350). A folder of text files ``<category>_<split>.txt``, one prompt a line: 700 prompts to train on and 300
-to evaluate on in each of eight categories.
+(arXiv 2307.06350). A folder of text files ``<category>_<split>.txt``, one prompt a line: 700 prompts to train on and
+300 to evaluate on in each of eight categories.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def read_category(directory: Path, category: str, split: str) -> list[BenchmarkP
     file = directory / f"{category}_{split}.txt"
     if not file.is_file():
         raise ConfigError(
-            f"T2I-CompBench: there is no file {file.name!r} in {str(directory)!r}; expected: the benchmark's prompts of "
-            f"the category {category}, one a line"
+            f"T2I-CompBench: there is no file {file.name!r} in {str(directory)!r}; expected: the benchmark's prompts "
+            f"of the category {category}, one a line"
         )
     texts = _lines(file)
     if not texts:

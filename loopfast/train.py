@@ -7,11 +7,12 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,23 +35,15 @@ from loopfast.files import writing
 from loopfast.group import ALONE, Group
 from loopfast.interrupts import StopRequest
 from loopfast.join import joined, leave, note_opened, opened_before
+from loopfast.judging import Judge, Worker
 from loopfast.microbatch import Call, Microbatches, start_size
 from loopfast.place import find_place
 from loopfast.policies import Conditioning, load_policy, load_schedule, torch_device
-from loopfast.profiling import Category, Meter, Times, phase, range_
+from loopfast.profiling import Category, Meter, Times, range_
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.replay import Replay, rehearse
 from loopfast.reporting import write_report
-from loopfast.rewards import (
-    Guard,
-    RewardProcess,
-    RewardThread,
-    Scores,
-    build_rewards,
-    join_scores,
-    training_total,
-)
-from loopfast.rewards.base import quoted
+from loopfast.rewards import Scores
 from loopfast.rollout import Sampler, StepCache, make_replica, stochastic_steps
 from loopfast.runs import RunFolder, describe_run, peak_memory
 from loopfast.seeds import derive, row_seeds
@@ -206,18 +199,11 @@ class Trainer:
         self.config, self.display, self._stop, self.group = config, display, stop, group
         self.prompts = load_prompts(config.prompts.source)
         self.evaluation_prompts = load_prompts(config.evaluation.prompts or config.prompts.source)
-        in_process = config.rollout.reward_worker == "process"
-        self.rewards = RewardProcess(config.reward) if in_process else build_rewards(config.reward)
-        self.guard = Guard(
-            self.rewards,
-            [term.title for term in config.reward],
-            keep_bad=config.rollout.on_bad_reward == "drop_group",
-            group=group,
-        )
+        self.folder = RunFolder(config)
+        self.judge = Judge(config, group, self.folder, display.warning)
         self.schedule = load_schedule(config.model, config.rollout)
         self.steps = stochastic_steps(self.schedule, config.rollout.stochastic_steps, config.train.steps)
         self.drawn = self._steps_drawn()
-        self.folder = RunFolder(config)
         checkpoint = self._open(resume)
 
         stage = config.distributed.zero_stage
@@ -322,7 +308,7 @@ class Trainer:
         return self.config.train.screening if possible else "off"
 
     @property
-    def reward_worker(self) -> Literal["none", "inline", "thread", "process"]:
+    def reward_worker(self) -> Worker:
         """``rollout.reward_worker``, decided where it is ``auto``."""
         worker = self.config.rollout.reward_worker
         if worker != "auto":
@@ -379,57 +365,33 @@ class Trainer:
         mine = self.group.part(len(seeds))
         prompts = [batch[index] for index in owner[mine].tolist()]
 
-        def sample(rows: int, **options: Any) -> Trajectories:
-            return self._resized(rows).sample(
-                conditioning,
-                owner[mine],
-                seeds[mine],
-                between=self._check_stop,
-                schedule=schedule,
-                calls=self._calls(len(seeds), rows),
-                **options,
-            )
-
-        def sampled_then_scored(rows: int) -> tuple[Trajectories, Scores]:
-            trajectories = sample(rows)
-            with self._phase("reward"):
-                return trajectories, self.guard.score(self.sampler.decode(trajectories.final), prompts)
-
-        def scored_in_parts(rows: int) -> tuple[Trajectories, Scores]:
-            scores: list[Scores] = []
-
-            def finished(rows: slice, latents: Tensor) -> None:
-                with self._phase("reward"):
-                    scores.append(self.guard.score(self.sampler.decode(latents), prompts[rows]))
-
-            return sample(rows, finished=finished), join_scores(scores)
-
-        def scored_meanwhile(rows: int) -> tuple[Trajectories, Scores]:
-            with RewardThread(self.guard.score) as worker:
-
-                def finished(rows: slice, latents: Tensor) -> None:
-                    with phase("reward"):
-                        worker.add(self.sampler.decode(latents), prompts[rows])
-
-                trajectories = sample(rows, finished=finished)
-                with self._phase("reward"):
-                    return trajectories, worker.result()
-
-        ways = {"none": sampled_then_scored, "inline": scored_in_parts}
-        way = ways.get(self.reward_worker, scored_meanwhile)
-
         def attempt(rows: int) -> tuple[Trajectories, Scores]:
-            with self._scored():
-                return way(rows)
+            sampler = self._resized(rows)
 
+            def sample(finished: Callable[[slice, Tensor], None]) -> Trajectories:
+                return sampler.sample(
+                    conditioning,
+                    owner[mine],
+                    seeds[mine],
+                    between=self._check_stop,
+                    schedule=schedule,
+                    finished=finished,
+                    calls=self._calls(len(seeds), rows),
+                )
+
+            with self.judge.together():
+                return self.judge.sample(
+                    self.reward_worker, sample, sampler.decode, prompts, partial(self._phase, "reward")
+                )
+
+        self.judge.iteration = self._iteration
         with self._phase("rollout"):
             trajectories, scores = self.microbatches.fitting("rollout", attempt)
         if config.trajectories.device == "host":
             trajectories = trajectories.to_host()
         trajectories, scores = self._gathered(trajectories, scores, len(seeds))
-        rewards = training_total(config.reward, scores, config.algorithm.samples_per_prompt)
+        rewards = self.judge.rewards(scores, [prompt.text for prompt in batch], self.drawn)
         left = rewards.isfinite().all(1)
-        self._require_groups(left, [prompt.text for prompt in batch])
         progress.trajectories, progress.rewards = trajectories, rewards
         shown = scores.total.view_as(rewards)[left]
         progress.metrics |= {
@@ -460,59 +422,6 @@ class Trainer:
         parts = {name: self.group.gather(part, rows, count) for name, part in scores.parts.items()}
         logprob = self.group.gather(trajectories.logprob.T, rows, count).T.contiguous()
         return replace(trajectories, logprob=logprob, first=mine.start), Scores(total, parts)
-
-    @contextmanager
-    def _scored(self) -> Iterator[None]:
-        """Around what scores images: a reward that fails in one process ends the run in all, at the same point."""
-        self.guard.clear()
-        try:
-            yield
-        except RewardError:
-            if self.guard.failure is None:
-                raise
-        failure = self.guard.failure
-        told = "" if failure is None else f"{failure}; {self._kept_images('failures')}"
-        first = next(filter(None, self.group.texts(told)), None)
-        if first is not None:
-            self._end(first, failure)
-
-    def _require_groups(self, left: Tensor, texts: Sequence[str]) -> None:
-        """Says which prompts are left out of the iteration; raises where too few are left.
-
-        Args:
-            left: bool ``[G]``, those whose rewards are all finite.
-            texts: the G prompts.
-        """
-        if left.all():
-            return
-        dropped = (~left).nonzero()[:, 0].tolist()
-        told = (
-            f"{len(dropped)} of {len(texts)} prompt(s) are left out, {quoted(texts, dropped)}: "
-            f"{self._problems('bad-rewards')}"
-        )
-        pairs = int(left.sum()) * self.config.algorithm.samples_per_prompt * self.drawn
-        updates = self.config.train.updates_per_iteration
-        if pairs < updates:
-            self._end(f"{told}; {pairs} (image, step) pairs are left for {updates} update(s)")
-        self.display.warning(f"iteration {self._iteration}: {told}")
-
-    def _problems(self, place: str) -> str:
-        """What was wrong with all processes' scores; keeps the images."""
-        told = [*self.guard.problems.values()]
-        if told:
-            told.append(self._kept_images(place))
-        return "; ".join(text for text in self.group.texts("; ".join(told)) if text)
-
-    def _end(self, reason: str, cause: RewardError | None = None) -> NoReturn:
-        """Ends the run in all processes, which know the reason."""
-        error = RewardError(f"iteration {self._iteration}: {reason}")
-        error.shared = not self.group.alone
-        raise error from cause
-
-    def _kept_images(self, place: str) -> str:
-        """Keeps the images that could not be scored here."""
-        rank = None if self.group.alone else self.group.rank
-        return self._kept(self.guard.images, self.guard.texts, rank, place)
 
     def update(self) -> None:
         """Takes the iteration's updates on the (row, step) pairs of what was sampled."""
@@ -643,23 +552,17 @@ class Trainer:
         # where the weights are spread over processes, a copy that computes the same bits is the faster way to them
         if not (self.engine.sharded and sampler.replica is not None and sampler.replica.exact):
             sampler = replace(sampler, replica=None)
-        with self._scored(), self.engine.averaged():
+        self.judge.iteration = self._iteration
+        with self.judge.together(), self.engine.averaged():
             result = evaluate(
                 sampler,
                 self.evaluation_prompts,
-                self.guard.score,
+                self.judge.score,
                 self.config.evaluation,
                 between=self._check_stop,
                 group=self.group,
             )
-        if result.dropped:
-            told = (
-                f"{result.dropped} of {result.dropped + len(result.items)} image(s) are left out of the evaluation: "
-                f"{self._problems('bad-rewards/evaluation')}"
-            )
-            if not result.items:
-                self._end(told)
-            self.display.warning(f"iteration {self._iteration}: {told}")
+        self.judge.account_for(result.dropped, len(result.items))
         return result
 
     def _write(self, result: Evaluation | None, metrics: dict[str, Any]) -> None:
@@ -707,8 +610,7 @@ class Trainer:
 
     def close(self) -> None:
         """Ends what runs beside this process, and frees what sampling keeps."""
-        if isinstance(self.rewards, RewardProcess):
-            self.rewards.close()
+        self.judge.close()
         self.sampler.release()
 
     def save(self, score: float | None = None) -> Path:
@@ -817,7 +719,8 @@ class Trainer:
             final = self.group.gather(trajectories.final, trajectories.rows, trajectories.count)[list(rows)]
             images = self.sampler.decode(final.to(self.sampler.policy.device))
             texts = [batch[int(owner[row])].text for row in rows]
-            kept = self.group.on_first(lambda: self._kept(list(images), texts))
+            self.judge.iteration = self._iteration
+            kept = self.group.on_first(lambda: self.judge.keep(list(images), texts))
             raised = NonFiniteError(f"iteration {self._iteration}: {error}; {kept}", error.rows)
             raised.shared = True
             raise raised from error
@@ -826,20 +729,6 @@ class Trainer:
     def _iteration(self) -> int:
         """The iteration that is sampled or learned from, or the last one, whose evaluation is due."""
         return self.progress.iteration + (self.progress.pending is None)
-
-    def _kept(
-        self,
-        images: Sequence[Tensor],
-        texts: Sequence[str],
-        rank: int | None = None,
-        place: str = "failures",
-    ) -> str:
-        """Keeps images and prompts that something is wrong with, and says where."""
-        try:
-            folder = self.folder.save_failure(self._iteration, images, texts, rank, place=place)
-        except LoopfastError as unwritten:
-            return f"the images could not be kept: {unwritten}"
-        return f"images and prompts are in {folder}"
 
     def _check_ratio(self, done: UpdateStatistics) -> None:
         """Before an iteration's first update, the policy is the one that sampled."""

@@ -35,6 +35,7 @@ LAYERS = [
     {"share", "surrogate"},
     {"replay"},
     {"update", "runs", "evaluation", "exporting", "planning", "reporting"},
+    {"judging"},
     {"train", "profile_run"},
     {"cli", "doctor", "launch", "__main__"},
 ]

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import loopfast.judging as judging
 import loopfast.train as training
 from loopfast.config import Config, RewardConfig
 from loopfast.console import Display
@@ -260,7 +261,7 @@ def test_images_are_scored_between_the_sampling_on_a_cpu(
     def refuse(*args: Any) -> None:
         raise AssertionError("a thread was started")
 
-    monkeypatch.setattr(training, "RewardThread", refuse)
+    monkeypatch.setattr(judging, "RewardThread", refuse)
     config = small_config("rollout.microbatch=3", "train.microbatch=3", "train.iterations=1")
     assert config.rollout.reward_worker == "auto"
     training.train(config, display=Display(quiet=True))
