@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -223,21 +224,25 @@ def flux(*, guidance_embeds: bool = True) -> FluxPipeline:
     )
 
 
-def pixart() -> PixArtSigmaPipeline:
-    """PixArt-Σ: a transformer with cross-attention to T5, which also predicts a variance nobody uses."""
+def pixart(*, alpha: bool = False) -> PixArtSigmaPipeline | PixArtAlphaPipeline:
+    """PixArt-Σ: a transformer with cross-attention to T5, which also predicts a variance nobody uses.
+
+    With ``alpha`` PixArt-α of 1024 pixels, which is told size and aspect ratio.
+    """
     tokenizer, text_encoder = _t5(16)
     scheduler = {key: value for key, value in PROCESS.items() if key != "clip_sample"}
-    return PixArtSigmaPipeline(
+    kind = PixArtAlphaPipeline if alpha else PixArtSigmaPipeline
+    return kind(
         transformer=PixArtTransformer2DModel(
-            sample_size=8,
+            sample_size=128 if alpha else 8,
             num_layers=1,
-            attention_head_dim=8,
+            attention_head_dim=12,
             num_attention_heads=2,
             in_channels=4,
             out_channels=8,
-            cross_attention_dim=16,
+            cross_attention_dim=24,
             caption_channels=16,
-            use_additional_conditions=False,
+            use_additional_conditions=alpha,
             patch_size=2,
         ),
         scheduler=DPMSolverMultistepScheduler(**scheduler),

@@ -111,7 +111,7 @@ def load_scheduler(config: ModelConfig) -> Any:
 
 def absent_components(config: ModelConfig) -> list[str]:
     """Components that a model's pipeline has a place for, and ``model_index.json`` says are not there."""
-    return [name for name, entry in _index(config).items() if entry in ([None, None], None)]
+    return [name for name, entry in _index(config).items() if entry == [None, None]]
 
 
 def component_config(config: ModelConfig, component: str) -> dict[str, Any]:

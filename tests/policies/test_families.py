@@ -15,7 +15,15 @@ from loopfast.config import ModelConfig, RolloutConfig
 from loopfast.errors import ConfigError
 from loopfast.policies import Policy, load_family, load_policy, load_schedule
 from loopfast.rollout import Sampler, initial_latents
-from tests.families import FAMILIES, flux, save_tiny, settings_of, stable_diffusion_3, stable_diffusion_xl
+from tests.families import (
+    FAMILIES,
+    flux,
+    pixart,
+    save_tiny,
+    settings_of,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+)
 
 PROMPTS = ["a red circle and a blue square", "three green triangles"]
 SEEDS = torch.arange(2)
@@ -174,6 +182,19 @@ def _without_t5() -> Any:
 
 def _schnell() -> Any:
     return flux(guidance_embeds=False)
+
+
+def _alpha() -> Any:
+    return pixart(alpha=True)
+
+
+def test_pixart_alpha_is_told_its_size(folder: Any) -> None:
+    place = folder(_alpha)
+    size = {"height": 32, "width": 24}
+    config = settings(place, **size)
+    policy = load_policy(config)
+    found = theirs(DiffusionPipeline.from_pretrained(place), policy, 3.0, **size)
+    torch.testing.assert_close(draw(policy, config, 3.0), found, atol=2e-5, rtol=0)
 
 
 def test_sd3_without_t5(folder: Any) -> None:
