@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -290,8 +292,10 @@ def test_loop_loss_is_clipped_loss_with_leave_one_out_advantages(transition):
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("shape", [(4, 3, 3), (4, 64, 64), (70_000,)])
+@pytest.mark.parametrize(
+    ("shape", "reduction"),
+    [*product([(4, 3, 3), (4, 64, 64)], ["mean", "sum"]), ((70_000,), "sum")],
+)
 def test_ratio_is_exactly_one_before_the_first_update(make_transition, each_backend, dtype, reduction, shape):
     each_backend.skip_unless_it_takes(dtype)
     rows = 16 if shape == (4, 3, 3) else 2
@@ -491,7 +495,7 @@ def test_gradients_have_the_dtype_of_their_inputs(make_transition, dtype):
 
 @pytest.mark.parametrize("elements", [257, 20_000])
 def test_rows_do_not_depend_on_their_neighbors(make_transition, each_backend, elements):
-    count = 17 if elements < 20_000 else 5
+    count = 17 if elements < 20_000 else 3
     case = make_transition(rows=count, shape=(elements,))
     rewards, trajectory = torch.randn(20, 4), torch.randint(80, (count,))
     old_logprob = plain_old_logprob(case, None, "mean") + 0.1 * torch.randn(count)
@@ -516,6 +520,8 @@ def test_rows_do_not_depend_on_their_neighbors(make_transition, each_backend, el
     whole, gradient = run(torch.arange(count))
     before = torch.get_num_threads()
     for rows, threads in ((1, 1), (2, 3), (4, 1), (count, 3)):
+        if rows > count:
+            continue
         order = torch.randperm(count)[:rows]
         torch.set_num_threads(threads)
         result, part = run(order)
@@ -526,6 +532,8 @@ def test_rows_do_not_depend_on_their_neighbors(make_transition, each_backend, el
 
 
 def test_threads_change_no_bit(make_transition, each_backend):
+    if each_backend.name == "triton":
+        pytest.skip("threads are the CPU's backends'")
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 5):
