@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,13 +9,14 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from loopfast.cli import app
 from loopfast.config import load_config
 from loopfast.console import Display
 from loopfast.errors import CheckpointError, ConfigError
-from loopfast.evaluation.trained import trained_policy
+from loopfast.evaluation.trained import newest_checkpoint, trained_policy
 from loopfast.exporting import export_run
 from loopfast.train import train
 from tests.conftest import MakeConfig
@@ -74,6 +77,24 @@ def test_an_adapter(runs: dict[str, Path], pipeline_folder: Path, tmp_path: Path
     assert again.model_copy(update={"model": given.model, "run": given.run}) == given
     # and no key that is a default
     assert "beta1" not in settings
+
+
+def test_the_moving_average_is_what_is_exported(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = export(runs["lora"], tmp_path / "out")
+    tensors = newest_checkpoint(runs["lora"], Display.silent()).tensors
+    name = next(name for name in tensors["policy"] if "lora_B" in name)
+    written = load_file(folder / "pytorch_lora_weights.safetensors")[f"unet.{name.replace('.loopfast', '')}"]
+    # alpha is twice the rank, and readers take it to be the rank
+    torch.testing.assert_close(written, 2 * tensors["average"][name])
+    assert not torch.equal(tensors["average"][name], tensors["policy"][name])
+
+
+def test_the_best_checkpoint(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs["lora"], tmp_path / "run"))
+    manifest = run / "checkpoints" / "iteration-000002" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "score": 1e9}))
+    assert "2 iterations, 16 images" in card(export(run, tmp_path / "best", best=True))[1]
+    assert "3 iterations, 24 images" in card(export(run, tmp_path / "newest"))[1]
 
 
 @pytest.mark.parametrize("options", [{"merge": True}, {"form": "full"}])
