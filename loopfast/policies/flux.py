@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from loopfast.policies.base import Conditioning
-from loopfast.policies.pipeline import PipelinePolicy
+from loopfast.policies.pipeline import JOINT_ATTENTION, PipelinePolicy
 
 
 class FluxPolicy(PipelinePolicy):
@@ -22,16 +22,7 @@ class FluxPolicy(PipelinePolicy):
     """
 
     pipeline_class: ClassVar[Any] = FluxPipeline
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     sequence_length: ClassVar[int | None] = 512
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

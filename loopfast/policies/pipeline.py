@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +27,17 @@ from loopfast.policies.resolution import latent_size
 
 # Prompts encoded in one call, and the bytes from which on what comes out is kept in the host's memory.
 ENCODED_AT_ONCE, LARGE = 64, 256 * 2**20
+# Of image and text tokens that attend to each other: the projections of both, as Flow-GRPO's recipes train them.
+JOINT_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -177,15 +189,15 @@ class PipelinePolicy(Policy):
         return [name for name in TEXT_ENCODERS if getattr(self.pipeline, name, None) is not None]
 
     @staticmethod
+    @abstractmethod
     def forward(
         denoiser: torch.nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """The outputs ``[M, *L]`` of a denoiser for latents ``[M, *L]`` at timesteps ``[M]``, a row's prompt each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _encode(self, prompts: list[str]) -> Conditioning:
         """Conditioning of prompts, by the pipeline's text encoders."""
-        raise NotImplementedError
 
     def _nothing(self) -> Conditioning:
         """Conditioning of guidance's unconditional half, one row."""

@@ -10,24 +10,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from loopfast.policies.base import Conditioning
-from loopfast.policies.pipeline import PipelinePolicy
+from loopfast.policies.pipeline import JOINT_ATTENTION, PipelinePolicy
 
 
 class StableDiffusion3Policy(PipelinePolicy):
     """A ``StableDiffusion3Pipeline``; see `PipelinePolicy`. Its T5 encoder may be missing, as diffusers allows."""
 
     pipeline_class: ClassVar[Any] = StableDiffusion3Pipeline
-    # those of both streams, as in the published recipes of Flow-GRPO
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     sequence_length: ClassVar[int | None] = 256
 
     @override
