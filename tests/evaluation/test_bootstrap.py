@@ -89,3 +89,12 @@ def test_one_value_is_its_own_interval() -> None:
 def test_values_that_have_no_mean(values: list[float]) -> None:
     with pytest.raises(ValueError, match="one finite value or more"):
         mean_interval(values)
+
+
+@pytest.mark.parametrize(("level", "deviations"), [(0.95, 1.95996), (0.5, 0.67449)])
+def test_the_interval_of_many_values_is_the_normal_ones(level: float, deviations: float) -> None:
+    """By the central limit theorem: mean ± z · s / √P."""
+    values = torch.rand(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = mean_interval(values.tolist(), level=level)
+    half = deviations * values.std(correction=0).item() / 20
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05)
