@@ -22,6 +22,7 @@ LAYERS = [
         "group",
         "interrupts",
         "join",
+        "memory",
         "place",
         "profiling",
         "recipes",

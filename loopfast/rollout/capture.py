@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import torch
 
+from loopfast.memory import free_cached_memory
 from loopfast.policies import Conditioning, Policy
 from loopfast.profiling import model_call, range_
+from loopfast.rollout.recording import CannotRecordError, Recorder
 from loopfast.rollout.step import DenoisingStep
 from loopfast.schedules import TransitionSchedule
-
-WARM_UP = 3
-"""Times a step is taken before it is recorded: libraries choose algorithms and allocate in the first calls."""
 
 CHECK_ADDRESSES = "LOOPFAST_CHECK_ADDRESSES"
 """Environment variable: 1 compares, before each replay, where tensors lie with where they lay when recorded."""
@@ -23,22 +21,23 @@ CHECK_ADDRESSES = "LOOPFAST_CHECK_ADDRESSES"
 class CapturedStep:
     """A `DenoisingStep`, recorded in a CUDA graph if asked for and possible.
 
-    A failed recording is told once, with its reason; the step is then taken eagerly, with the same results.
+    Where the step cannot be recorded, one warning says why, and it is taken eagerly, with the same results.
 
     Args:
         step: what to record.
-        capture: whether to record it; False on devices without graphs.
-        pool: of memory, shared by graphs that are never replayed at the same time.
-        warn: is told why a recording failed.
+        recorder: records the step; None takes it eagerly, as on devices without graphs.
+        warn: called with the reason why the step cannot be recorded.
         check_addresses: before each replay, make sure that nothing has moved since the recording.
+
+    Raises:
+        torch.OutOfMemoryError: the recording does not fit into memory.
     """
 
     def __init__(
         self,
         step: DenoisingStep,
         *,
-        capture: bool,
-        pool: Any = None,
+        recorder: Recorder | None = None,
         warn: Callable[[str], None] = lambda text: None,
         check_addresses: bool = False,
     ) -> None:
@@ -47,16 +46,11 @@ class CapturedStep:
         self._addresses = step.addresses()
         self._adapter = step.adapter()
         self._graph: torch.cuda.CUDAGraph | None = None
-        if capture:
+        if recorder is not None:
             try:
-                self._graph = _record(step, pool)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                warn(
-                    f"the denoising step cannot be captured in a CUDA graph and runs without one: "
-                    f"{_reason(error)}"
-                )
+                self._graph = recorder.record(step.rewind, step.advance)
+            except CannotRecordError as error:
+                warn(f"the denoising step cannot be captured in a CUDA graph and runs without one: {error}")
 
     @property
     def captured(self) -> bool:
@@ -122,7 +116,7 @@ class StepCache:
         self._steps: dict[Hashable, CapturedStep] = {}
         self._failed: set[Hashable] = set()
         self._told: set[str] = set()
-        self._pool: Any = None
+        self._recorders: dict[torch.device, Recorder] = {}
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -145,16 +139,24 @@ class StepCache:
             found.release()
             del self._steps[key]
         capture = self._capture and policy.device.type == "cuda" and key not in self._failed
-        if capture and self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         step = DenoisingStep(policy, rows, schedule, conditioning, guidance_scale, reduction)
         made = CapturedStep(
-            step, capture=capture, pool=self._pool, warn=self._tell, check_addresses=self._check
+            step,
+            recorder=self._recorder(policy.device) if capture else None,
+            warn=self._tell,
+            check_addresses=self._check,
         )
         if capture and not made.captured:
             self._failed.add(key)
         self._steps[key] = made
         return made
+
+    def _recorder(self, device: torch.device) -> Recorder:
+        recorder = self._recorders.setdefault(device, Recorder(device))
+        if not any(step.captured for step in self._steps.values()):
+            # a pool ends with its last graph
+            recorder.renew_pool()
+        return recorder
 
     def _tell(self, reason: str) -> None:
         if reason not in self._told:
@@ -166,42 +168,4 @@ class StepCache:
         for step in self._steps.values():
             step.release()
         self._steps.clear()
-        self._pool = None
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-
-
-def _record(step: DenoisingStep, pool: Any) -> torch.cuda.CUDAGraph:
-    """The graph of one step. Buffers hold anything afterwards.
-
-    Warm-up and recording share a stream: handles and workspaces of libraries belong to one.
-    """
-    graph = torch.cuda.CUDAGraph()
-    device = step.trajectory.device
-    cached = torch.is_autocast_cache_enabled()
-    # a cast weight that autocast cached outside the graph would be read after it is gone
-    torch.set_autocast_cache_enabled(False)
-    try:
-        with torch.cuda.device(device), torch.no_grad():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            # leaves the stream also where a failed recording does not
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    step.rewind()
-                    step.advance()
-                # reward workers use the device meanwhile: what other threads do must not break the recording
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    step.advance()
-            torch.cuda.current_stream().wait_stream(stream)
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-    return graph
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong first: ending a broken recording raises another error on top of it."""
-    while error.__context__ is not None:
-        error = error.__context__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        free_cached_memory()

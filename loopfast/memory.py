@@ -1,0 +1,47 @@
+"""The memory of GPUs: what counts as running out of it, giving it back, and copying into it without waiting."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+# Libraries under PyTorch allocate for themselves, and say so in a plain RuntimeError.
+_LIBRARY_MESSAGES = (
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # cublasCreate, where there is no room for its handle
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "unable to find an engine",  # cuDNN, where no algorithm's workspace fits
+    "Failed to CUDA calloc",  # NCCL
+    "Cuda failure 'out of memory'",  # NCCL
+    "Cuda failure 2 'out of memory'",  # NCCL
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU's memory does not suffice: PyTorch's allocator, CUDA, cuBLAS, cuDNN or NCCL."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    return any(message in text for message in _LIBRARY_MESSAGES)
+
+
+def free_cached_memory() -> None:
+    """Gives what PyTorch's allocator holds and does not use back to the GPUs. It never raises."""
+    if torch.cuda.is_initialized():
+        # with a recording of another thread under way, or after one that failed, the allocator refuses
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor on a device, in a type if given. The host does not wait for a copy from its memory to a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, dtype, non_blocking=device.type == "cuda")
