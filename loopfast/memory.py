@@ -32,6 +32,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(message in text for message in _LIBRARY_MESSAGES)
 
 
+def first_sentence(error: BaseException) -> str:
+    """What ran out, without the advice that follows in PyTorch's message."""
+    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+
+
 def free_cached_memory() -> None:
     """Gives what PyTorch's allocator holds and does not use back to the GPUs. It never raises."""
     if torch.cuda.is_initialized():

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 import torch
 
 from loopfast.errors import ConfigError, LoopfastError
+from loopfast.memory import first_sentence, free_cached_memory, is_out_of_memory
 from loopfast.rollout import automatic_microbatch
 
 Call = Literal["rollout", "train"]
@@ -19,12 +20,13 @@ class Microbatches:
 
     A number in the configuration stays. ``auto`` beside a number starts from that number. Where both are ``auto``
     they are one size and stay so, because the ratio before an update is 1 exactly when rollout and replay call the
-    model alike. On CUDA running out of memory, ``auto`` halves.
+    model alike. Where memory does not suffice, ``auto`` halves.
 
     Args:
         rollout, train: ``rollout.microbatch`` and ``train.microbatch``.
         start: what ``auto`` begins with when both are.
         warn: is told of each halving.
+        release: called at each halving; frees what the calls keep for the next time.
         retries: whether a call that failed can be made again; not where other processes wait for its end.
     """
 
@@ -35,9 +37,10 @@ class Microbatches:
         start: int,
         warn: Callable[[str], None],
         *,
+        release: Callable[[], None] = lambda: None,
         retries: bool = True,
     ) -> None:
-        self._retries = retries
+        self._retries, self._release = retries, release
         given = {"rollout": rollout, "train": train}
         self._automatic = {name for name, value in given.items() if value == "auto"}
         number = next((value for value in given.values() if value != "auto"), start)
@@ -72,7 +75,9 @@ class Microbatches:
         while True:
             try:
                 return attempt(self._sizes[call])
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 reason = first_sentence(error)
             # outside of the handler, where nothing holds the failed call's tensors any more
             self.halve(call, reason)
@@ -100,8 +105,9 @@ class Microbatches:
             )
         for name in self._automatic if self.shared else {call}:
             self._sizes[name] = size // 2
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        # recorded steps of the former size would take the room that fewer rows need
+        self._release()
+        free_cached_memory()
         self._warn(f"{key}: {size} rows per model call do not fit into memory; going on with {size // 2}")
 
     def state_dict(self) -> dict[str, int]:
@@ -121,8 +127,3 @@ def start_size(rows: int, latent_shape: tuple[int, ...], device: torch.device) -
     """
     at_least = automatic_microbatch(rows, latent_shape)
     return min(rows, 16 * at_least) if device.type == "cuda" else at_least
-
-
-def first_sentence(error: Exception) -> str:
-    """What ran out, without the advice that follows in PyTorch's message."""
-    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")

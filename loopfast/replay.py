@@ -173,6 +173,7 @@ def rehearse(
     *,
     microbatch: int,
     with_reference: bool,
+    reserve: int = 0,
 ) -> None:
     """The model call of an update, forward and backward, on zeros: whether memory suffices, and nothing else.
 
@@ -182,11 +183,13 @@ def rehearse(
         conditioning: of one prompt or more.
         microbatch: pairs in the call.
         with_reference: whether the policy before training is asked as well.
+        reserve: bytes that must be left on the policy's device meanwhile.
 
     Raises:
         torch.OutOfMemoryError: it does not.
     """
     policy = sampler.policy
+    held = torch.empty(reserve, dtype=torch.uint8, device=policy.device)
     rows = torch.zeros(microbatch, dtype=torch.int64, device=policy.device)
     sample = torch.zeros(microbatch, *policy.latent_shape, dtype=policy.dtype, device=policy.device)
     text, timestep = expand(conditioning, rows), sampler.schedule.timesteps[rows]
@@ -194,6 +197,6 @@ def rehearse(
         reference = reference_output(sampler, sample, timestep, text) if with_reference else None
         outputs = policy.predict(sample, timestep, text, sampler.guidance_scale)
         engine.backward(torch.stack([o.float().mean() for o in outputs if o is not None]).sum())
-        del reference, outputs
+        del reference, outputs, held
     finally:
         engine.discard()

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopfast.memory import to_device
+
 AUTO_SENSITIVITY_LIMIT = 8.0
 """``auto`` leaves out the steps whose sensitivity is above this many times the median."""
 
@@ -173,7 +175,7 @@ class TransitionSchedule:
         table = torch.where(inside[:, None], self.table64, self.noiseless64)
         return replace(
             self,
-            table=table.to(self.table),
+            table=to_device(table, self.table.device, self.table.dtype),
             table64=table,
             sensitivity=torch.where(inside, self.sensitivity, 0.0),
         )

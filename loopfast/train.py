@@ -61,6 +61,11 @@ ON_POLICY_TOLERANCE = 1e-3
 SCREENING_SHARE = 0.4
 
 
+# Bytes that the rehearsal of a training call leaves free: for decoded images, rewards, and the libraries under PyTorch,
+# which fail in ways of their own when a GPU is full to the last byte.
+REHEARSAL_RESERVE = 2**30
+
+
 # Of an update's last call: few enough sizes for libraries that prepare each one, and little work for nothing.
 PADDING = 16
 
@@ -224,6 +229,7 @@ class Trainer:
             config.train.microbatch,
             start_size(-(-images // group.size), policy.latent_shape, policy.device),
             display.warning,
+            release=lambda: self.sampler.release(),
             retries=not needs_deepspeed(config, group.size),
         )
         # before the engine takes the weights apart
@@ -336,6 +342,7 @@ class Trainer:
     def _resized(self, rows: int) -> Sampler:
         """The sampler, with ``rows`` per model call."""
         if self.sampler.microbatch != rows:
+            self.sampler.release()
             self.sampler = replace(self.sampler, microbatch=rows)
         return self.sampler
 
@@ -343,9 +350,19 @@ class Trainer:
         """Finds out how many rows a training call can take before images are sampled for one that cannot."""
         conditioning = self.sampler.policy.encode([self.prompts[0].text])
         with_reference = self.config.algorithm.kl_weight > 0
+        # the optimizer's first step allocates two float32 numbers for each trained weight
+        trained = sum(parameter.numel() for parameter in self.sampler.policy.trainable().values())
+        reserve = REHEARSAL_RESERVE + 8 * trained
 
         def attempt(rows: int) -> None:
-            rehearse(self.sampler, self.engine, conditioning, microbatch=rows, with_reference=with_reference)
+            rehearse(
+                self.sampler,
+                self.engine,
+                conditioning,
+                microbatch=rows,
+                with_reference=with_reference,
+                reserve=reserve,
+            )
 
         self.microbatches.fitting("train", attempt)
 

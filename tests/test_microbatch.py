@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ OUT_OF_MEMORY = (
 )
 
 
-def make(rollout: Any, train: Any, start: int = 13) -> tuple[Microbatches, list[str]]:
+def make(
+    rollout: Any, train: Any, start: int = 13, release: Callable[[], None] = lambda: None
+) -> tuple[Microbatches, list[str]]:
     warnings: list[str] = []
-    return Microbatches(rollout, train, start, warnings.append), warnings
+    return Microbatches(rollout, train, start, warnings.append, release=release), warnings
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,32 @@ def test_where_not_even_one_row_fits_other_levers_are_named() -> None:
         microbatches.fitting("rollout", fail)
     assert len(warnings) == 3
     assert microbatches.train == 1
+
+
+def test_what_calls_keep_is_freed_before_fewer_rows_are_tried() -> None:
+    done: list[str] = []
+
+    def attempt(rows: int) -> None:
+        done.append(str(rows))
+        if rows > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    microbatches, _ = make("auto", "auto", 8, lambda: done.append("released"))
+    microbatches.fitting("train", attempt)
+    assert done == ["8", "released", "4", "released", "2"]
+
+
+def test_halving_goes_on_where_the_allocator_refuses_to_give_memory_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    microbatches, _ = make("auto", "auto", 8)
+    microbatches.halve("train", "")
+    assert microbatches.train == 4
 
 
 def test_other_errors_are_not_about_memory() -> None:

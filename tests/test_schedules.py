@@ -109,6 +109,10 @@ def test_every_option_agrees_with_diffusers_own_step(prediction, spacing, zero_s
             for index in range(steps) if steps <= 10 else (0, 25, 49):
                 t = schedule.timesteps[index]
                 exact = double.step(m64, t, x64, eta=eta, variance_noise=noise64).prev_sample
+                if not exact.isfinite().all():
+                    # on some processors diffusers' 1 - alpha - sigma^2, which is 0, rounds to less, and its root is NaN
+                    mean, deviation = ddim_mean_by_hand(double, prediction, eta, steps, int(t), x64, m64)
+                    exact = mean + deviation * noise64
                 a, b, sigma = schedule.table64[index]
                 assert_within(1e-9, a * x64 + b * m64 + sigma * noise64, exact)
                 a, b, sigma = schedule.table[index]

@@ -33,6 +33,7 @@ from loopfast.errors import (
 from loopfast.interrupts import StopRequest
 from loopfast.policies import load_policy
 from loopfast.policies.sd import StableDiffusionPolicy
+from loopfast.rollout import Sampler
 from loopfast.surrogate import Surrogate
 from loopfast.tracking import describe, read_metrics
 from loopfast.update import UpdateStatistics
@@ -568,6 +569,21 @@ def test_a_training_call_is_rehearsed_before_images_are_sampled_for_it(small_con
     assert warnings.getvalue().count("do not fit") == 2
     assert same(dict(trainer.sampler.policy.trainable()), before)
     assert all(p.grad is None for p in trainer.sampler.policy.trainable().values())
+
+
+def test_recorded_steps_are_freed_when_the_rows_of_a_call_change(small_config: MakeConfig) -> None:
+    kept = []
+    release = Sampler.release
+
+    def noted(self: Sampler) -> None:
+        kept.append((self.microbatch, len(self.steps)))
+        release(self)
+
+    with memory_for(3, of_training_calls=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "release", noted)
+        run(small_config("train.iterations=1"))
+    # at each halving, when the rollout takes as many rows, and at the end
+    assert kept == [(8, 1), (8, 0), (4, 1), (4, 0), (2, 1)]
 
 
 # Few ratios stay inside this clip range after an update.

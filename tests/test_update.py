@@ -349,6 +349,20 @@ def test_a_rehearsal_calls_as_an_update_does_and_changes_nothing(with_reference:
         assert torch.equal(parameter, value)
 
 
+def test_a_rehearsal_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, sizes, empty = Case(), list[int](), torch.empty
+
+    def noted(*size: int, **options: Any) -> torch.Tensor:
+        if options.get("dtype") == torch.uint8:
+            sizes.extend(size)
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    engine = LocalEngine(case.policy, TrainConfig())  # type: ignore[arg-type]
+    rehearse(case.sampler, engine, {"text": case.text}, microbatch=5, with_reference=False, reserve=1000)
+    assert sizes == [1000]
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("name", ["loop", "grpo"])
 @pytest.mark.parametrize("microbatch", [1, 3, 16])

@@ -13,6 +13,7 @@ from loopfast.checkpoints import Checkpoint, CheckpointStore
 from loopfast.config import Config, load_config
 from loopfast.console import Display
 from loopfast.errors import CheckpointError, ConfigError
+from loopfast.memory import free_cached_memory
 from loopfast.policies import Policy, load_policy, load_schedule
 from loopfast.rollout import Sampler, StepCache, automatic_microbatch
 
@@ -140,5 +141,4 @@ class RunModels:
             sampler.release()
             del sampler
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_cached_memory()

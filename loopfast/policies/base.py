@@ -27,12 +27,14 @@ class Policy(Protocol):
     Attributes:
         scheduler: the diffusers scheduler whose transitions are sampled.
         latent_shape: ``*L``, the shape of one latent.
+        decoder_rows: how many latents :meth:`decode` is given at a time.
         device, dtype: where the denoiser is, and the type its latents have.
         levers: what makes its denoiser faster, by name: on or off, or which.
     """
 
     scheduler: Any
     latent_shape: tuple[int, ...]
+    decoder_rows: int
     device: torch.device
     dtype: torch.dtype
     levers: dict[str, bool | str]

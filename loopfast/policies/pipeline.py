@@ -23,7 +23,7 @@ from loopfast.policies.guided_unet import shares_trunk
 from loopfast.policies.levers import compile_blocks, compile_calls, set_attention, set_layers, set_tf32
 from loopfast.policies.loading import absent_components, first_line, locate, torch_device
 from loopfast.policies.portable import save_portable
-from loopfast.policies.resolution import latent_size
+from loopfast.policies.resolution import decoder_rows, latent_size
 
 # Prompts encoded in one call, and the bytes from which on what comes out is kept in the host's memory.
 ENCODED_AT_ONCE, LARGE = 64, 256 * 2**20
@@ -97,6 +97,7 @@ class PipelinePolicy(Policy):
         self._vae = self.pipeline.vae.requires_grad_(False).eval().to(self.device, torch.float32)
         size = latent_size(config, family, self._denoiser.config, self._vae.config)
         self.latent_shape: tuple[int, ...] = (self._denoiser.config.in_channels, *size)
+        self.decoder_rows = decoder_rows(self._vae.config, size)
         self._accelerate()
 
         self._base: torch.nn.Module | None = None

@@ -1,4 +1,4 @@
-"""The size of a model's latents: its own, or that of the images a configuration asks for."""
+"""The size of a model's latents and images, and how many images an autoencoder decodes at a time."""
 
 from __future__ import annotations
 
@@ -38,3 +38,22 @@ def latent_size(
             )
         sides.append(pixels // scale)
     return sides[0], sides[1]
+
+
+# Four images of 512×512 by Stable Diffusion's autoencoder. More at a time are not faster, as one fills a GPU.
+_DECODER_BYTES = 4 * 2**30
+# Tensors of the largest size that are in memory at once: a block's input, and what its layers make of it.
+_DECODER_TENSORS = 4
+
+
+def decoder_rows(vae: Mapping[str, Any], size: tuple[int, int]) -> int:
+    """How many images an autoencoder decodes at a time, for about 4 GiB of float32 activations; at least 1.
+
+    Args:
+        vae: its configuration. The second of its ``block_out_channels`` is the width at the size of the image.
+        size: height and width of the latents.
+    """
+    channels = vae["block_out_channels"]
+    pixels = size[0] * size[1] * 4 ** (len(channels) - 1)
+    image = 4 * _DECODER_TENSORS * max(channels[:2]) * pixels
+    return int(max(1, _DECODER_BYTES // image))

@@ -115,11 +115,11 @@ def _require_asynchronous(work: Callable[[], None]) -> None:
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def note(message: Any, category: Any, file: str, line: int, *more: Any) -> None:
+        def note(message: Any, category: Any, filename: str, lineno: int, *more: Any, **named: Any) -> None:
             if _SYNCHRONIZES not in str(message):
-                show(message, category, file, line, *more)
+                show(message, category, filename, lineno, *more, **named)
             elif threading.get_ident() == thread:
-                places.append(f"{file}:{line}")
+                places.append(f"{filename}:{lineno}")
 
         warnings.simplefilter("always")
         warnings.showwarning = note

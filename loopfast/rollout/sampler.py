@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from loopfast.errors import LoopfastError
+from loopfast.memory import first_sentence, free_cached_memory, is_out_of_memory, to_device
 from loopfast.policies import Conditioning, Policy, pad_rows
 from loopfast.profiling import model_call
 from loopfast.rollout.capture import StepCache
@@ -25,8 +27,16 @@ def initial_latents(policy: Policy, seeds: Tensor) -> Tensor:
     """The noise that sampling starts from: ``[N, *L]`` in the policy's dtype, a function of the rows' seeds alone."""
     # a key of its own for each row, so that no transition's noise repeats it
     keys = torch.tensor([derive(seed, "initial") for seed in seeds.tolist()], dtype=torch.int64)
+    keys = to_device(keys, policy.device)
     noise = philox_normal(keys, torch.zeros_like(keys), (len(keys), *policy.latent_shape))
-    return noise.to(policy.device, policy.dtype)
+    return noise.to(policy.dtype)
+
+
+@dataclass
+class DecoderRows:
+    """How many latents are decoded at a time, once memory did not suffice for as many as the policy says."""
+
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Sampler:
         microbatch: rows per model call. It changes neither the noise nor, beyond rounding in the model, the result.
         replica: the copy of the policy to sample from; None: the policy itself.
         steps: the denoising steps recorded so far.
+        decoder_rows: how many latents are decoded at a time. The denoiser's microbatch does not depend on it.
     """
 
     policy: Policy
@@ -50,6 +61,7 @@ class Sampler:
     microbatch: int
     replica: Replica | None = None
     steps: StepCache = field(default_factory=StepCache)
+    decoder_rows: DecoderRows = field(default_factory=DecoderRows)
 
     @property
     def model(self) -> Policy:
@@ -83,7 +95,8 @@ class Sampler:
             The trajectories, on the policy's device, in the type of the model that was sampled from.
 
         Raises:
-            torch.OutOfMemoryError: the microbatch does not fit into memory; nothing is kept of the attempt.
+            torch.OutOfMemoryError: the microbatch does not fit into memory; nothing is kept of the attempt. Libraries
+                under PyTorch raise errors of their own, see `is_out_of_memory`.
         """
         schedule, model = schedule or self.schedule, self.model
         count, steps, device = len(seeds), len(schedule), self.policy.device
@@ -106,13 +119,42 @@ class Sampler:
         return nullcontext() if self.replica is None else self.replica.ready()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images float32 ``[N, 3, H, W]`` in [0, 1] of latents ``[N, *L]``, decoded a microbatch at a time."""
-        images = []
-        for rows in slices(len(latents), self.microbatch):
-            with model_call("decoder", "reward", rows.start, latents.device):
-                images.append(self.policy.decode(latents[rows]))
-        # of one layout however many microbatches there were, as a reward's sums depend on it
+        """Images float32 ``[N, 3, H, W]`` in [0, 1] of latents ``[N, *L]``.
+
+        They are decoded as many at a time as the policy says, at most a microbatch, and fewer where memory does not
+        suffice.
+
+        Raises:
+            LoopfastError: memory does not suffice for one image.
+        """
+        images: list[Tensor] = []
+        start = 0
+        while start < len(latents):
+            most = self.decoder_rows.limit or self.policy.decoder_rows
+            rows = slice(start, min(start + most, start + self.microbatch, len(latents)))
+            try:
+                with model_call("decoder", "reward", start, latents.device):
+                    images.append(self.policy.decode(latents[rows]))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_sentence(error)
+            else:
+                start = rows.stop
+                continue
+            # outside of the handler, where nothing holds the failed call's tensors any more
+            self._halve_decoder(rows.stop - rows.start, reason)
+        # of one layout however many parts there were, as a reward's sums depend on it
         return torch.cat(images).contiguous()
+
+    def _halve_decoder(self, rows: int, reason: str) -> None:
+        if rows == 1:
+            raise LoopfastError(
+                "not even one image can be decoded in the memory that is left beside the denoiser; a smaller "
+                f"rollout.microbatch, model.vae_tiling=true and model.free_text_encoder=true need less ({reason})"
+            )
+        self.decoder_rows.limit = rows // 2
+        free_cached_memory()
 
     def release(self) -> None:
         """Frees what sampling keeps for the next time: recorded steps and their buffers."""
@@ -134,9 +176,10 @@ class Sampler:
             step = self.steps.get(model, size, schedule, conditioning, self.guidance_scale, self.reduction)
             step.step.load(schedule, initial_latents(model, seeds), conditioning, prompts, seeds)
             step.run(len(schedule))
-        except torch.OutOfMemoryError:
-            # who tries again with fewer rows needs the room of these
-            self.release()
+        except Exception as error:
+            if is_out_of_memory(error):
+                # who tries again with fewer rows needs the room of these
+                self.release()
             raise
         return step.step
 

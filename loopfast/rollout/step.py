@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from loopfast.memory import to_device
 from loopfast.policies import Conditioning, Policy, adapter_signature, addresses
 from loopfast.profiling import model_call
 from loopfast.schedules import TransitionSchedule
@@ -102,14 +103,16 @@ class DenoisingStep:
             prompts: int64 ``[M]``, each row's prompt.
             seeds: int64 ``[M]``, each row's noise seed.
         """
-        self._timesteps.copy_(schedule.timesteps)
-        self._table.copy_(schedule.table)
+        device = self._seed.device
+        self._timesteps.copy_(to_device(schedule.timesteps, device))
+        self._table.copy_(to_device(schedule.table, device))
         self.trajectory[0].copy_(latents)
         self._input.copy_(latents)
         for name, buffer in self._text.items():
             value = conditioning[name]
-            buffer.copy_(value[prompts.to(value.device)])
-        self._seed.copy_(seeds)
+            rows = value[to_device(prompts, value.device)]
+            buffer.copy_(to_device(rows, device))
+        self._seed.copy_(to_device(seeds, device))
         self.rewind()
 
     def rewind(self) -> None:

@@ -78,10 +78,7 @@ def test_a_recording_that_fails_leaves_the_process_sound(
     with pytest.raises(CannotRecordError) as caught:
         recorder.record(nothing, work)
     # the error that broke the recording, not the one that ending it raised
-    assert (
-        str(caught.value)
-        == "RuntimeError: CUDA error: operation not permitted when stream is capturing"
-    )
+    assert str(caught.value) == "RuntimeError: CUDA error: operation not permitted when stream is capturing"
     torch.cuda.empty_cache()
     assert len(cuda.released) == (0 if ends_by_itself else 1)
     assert cuda.fresh_generators == 1

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from loopfast.config import ModelConfig, RolloutConfig
+from loopfast.errors import LoopfastError
 from loopfast.policies import Policy, expand, load_policy, load_schedule
+from loopfast.policies.resolution import decoder_rows
 from loopfast.rollout import Sampler, automatic_microbatch, initial_latents, slices
 from loopfast.trajectories import Trajectories
 from loopfast_kernels import philox_normal, transition_logprob
@@ -176,3 +181,74 @@ def test_automatic_microbatches() -> None:
     assert automatic_microbatch(1000, (4, 8, 8)) == 256
     assert automatic_microbatch(12, (4, 8, 8)) == 12
     assert automatic_microbatch(12, (4, 512, 512)) == 1
+
+
+@contextmanager
+def room_to_decode(policy: Any, rows: int, error: Exception) -> Iterator[list[int]]:
+    """Inside, decoding more latents at a time raises an error; gives how many were decoded at a time."""
+    decode, calls = policy.decode, list[int]()
+
+    def limited(latents: Tensor) -> Tensor:
+        calls.append(len(latents))
+        if len(latents) > rows:
+            raise error
+        return decode(latents)
+
+    policy.decode = limited
+    try:
+        yield calls
+    finally:
+        del policy.decode
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+    ],
+)
+def test_decoding_takes_fewer_images_where_memory_does_not_suffice_and_the_denoiser_as_many(
+    policy: Policy, error: Exception
+) -> None:
+    made = sampler(policy, 6)
+    latents = run(made).final
+    expected = made.decode(latents)
+    with room_to_decode(policy, 2, error) as calls:
+        images = made.decode(latents)
+        assert calls == [6, 3, 1, 1, 1, 1, 1, 1, 1]
+        # the sampler of another size goes on with what is known
+        replace(made, microbatch=5).decode(latents[:2])
+    assert calls[9:] == [1, 1]
+    assert made.microbatch == 6
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+def test_where_not_even_one_image_can_be_decoded_the_error_is_not_the_denoisers(policy: Policy) -> None:
+    made = sampler(policy, 4)
+    latents = run(made).final
+    out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with (
+        room_to_decode(policy, 0, out_of_memory),
+        pytest.raises(
+            LoopfastError, match=r"not even one image can be decoded.*vae_tiling.*\(CUDA out of memory\)"
+        ),
+    ):
+        made.decode(latents)
+
+
+def test_other_errors_of_the_decoder_are_not_about_memory(policy: Policy) -> None:
+    made = sampler(policy, 4)
+    latents = run(made).final
+    with room_to_decode(policy, 0, RuntimeError("a bug")), pytest.raises(RuntimeError, match="a bug"):
+        made.decode(latents)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "rows"),
+    [((128, 256, 512, 512), (64, 64), 4), ((128, 256, 512, 512), (128, 128), 1), ((32, 64), (16, 16), 4096)],
+)
+def test_as_many_images_are_decoded_at_a_time_as_take_four_gigabytes(
+    channels: tuple[int, ...], size: tuple[int, int], rows: int
+) -> None:
+    assert decoder_rows({"block_out_channels": channels}, size) == rows

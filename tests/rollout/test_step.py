@@ -78,7 +78,7 @@ def test_the_loop_runs_where_no_number_exists(policy: Policy, pipeline_folder: P
     schedule = toy.schedule(pipeline_folder).to(meta)
     step = DenoisingStep(elsewhere, 5, schedule, text, guidance, "sum")
     with HostReads() as host:
-        CapturedStep(step, capture=False).run(toy.STEPS)
+        CapturedStep(step).run(toy.STEPS)
     assert (host.reads, host.copies) == (0, 0)
     assert step.trajectory.device == meta
 
