@@ -6,6 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 NATIVE := CMakeLists.txt $(wildcard kernels/native/*/*)
 PACKAGING := pyproject.toml constraints.txt $(NATIVE)
 TRL := .venv-trl
+OLDER := .venv-torch2.11
 RACE := .venv-race
 WHEEL := build/wheel
 
@@ -13,7 +14,7 @@ WHEEL := build/wheel
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: demo test coverage test-wheel test-trl sanitize lint bench race race-sweep race-reward bench-gpu ptx-report study clean help
+.PHONY: demo test coverage test-wheel test-trl test-older sanitize lint bench race race-sweep race-reward bench-gpu ptx-report study clean help
 
 demo: $(VENV)/.train ## train the embedded model with LOOP and write a report (ARGS="--set run.seed=1" adds options)
 	$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
@@ -46,6 +47,9 @@ bench: $(VENV)/.dev ## time the ops; results go to benchmarks/results (ARGS="-k 
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json $(ARGS)
 	$(BIN)/python -m benchmarks.keep build/benchmarks.json
 
+test-older: $(OLDER)/.dev ## every test with torch 2.11 and triton 3.6 (3 GB to download; ARGS="-k philox" selects)
+	OMP_NUM_THREADS=1 $(OLDER)/bin/python -m pytest -n 2 $(ARGS)
+
 race: $(TRL)/.wheel $(RACE)/.train ## TRL's trainer against ours, the same work (about 20 minutes; ARGS="--works embedded" selects)
 	$(BIN)/python -m benchmarks.race equal $(ARGS)
 
@@ -65,7 +69,7 @@ study: $(VENV)/.train ## compare the algorithms on the embedded benchmark (hours
 	$(BIN)/python -m loopfast.evaluation.study $(ARGS)
 
 clean: ## remove the environment, builds and caches (runs/ stays)
-	rm -rf $(VENV) $(TRL) $(RACE) build dist .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TRL) $(OLDER) $(RACE) build dist .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
@@ -82,6 +86,14 @@ $(VENV)/.train: $(PACKAGING) | $(BIN)/python
 $(VENV)/.dev: $(PACKAGING) | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[train,bench,dev]'
 	@touch $@ $(VENV)/.train
+
+# An earlier torch and the triton made for it, as GPU machines have them; all else as pinned.
+$(OLDER)/.dev: $(PACKAGING)
+	$(PYTHON) -m venv $(OLDER)
+	sed 's/^torch==.*/torch==2.11.0/; s/^triton==.*/triton==3.6.0/' constraints.txt > $(OLDER)/constraints.txt
+	$(OLDER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDER)/constraints.txt \
+	  --editable '.[train,bench,dev]'
+	@touch $@
 
 # TRL's last release with a trainer for diffusion, on the libraries of its time, and loopfast as a wheel.
 $(TRL)/.libraries: tests/integrations/trl-constraints.txt

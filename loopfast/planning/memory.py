@@ -22,6 +22,7 @@ from loopfast.planning.networks import (
     training_call,
     weights_of,
 )
+from loopfast.policies.resolution import decoder_rows
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -357,17 +358,18 @@ def _scoring(
     if worker == "auto":
         worker = "thread" if device == "cuda" else "inline"
     rows = min(batch.rollout, batch.images)
+    at_a_time = min(rows, decoder_rows(architecture.vae.config, architecture.size))
     if worker == "none":
         stored = {"trajectories": rollout["trajectories"]}
         waiting = scored = batch.images * image
-        decoded = waiting - rows * image
+        decoded = waiting - at_a_time * image
     else:
         # decoded as soon as a microbatch is sampled: the replica is still there, what a call worked with is not
         stored = {name: size for name, size in rollout.items() if name != "sampling call"}
         scored = rows * image
         waiting = scored if worker == "inline" else min(batch.images, WAITING * batch.rollout) * image
-        decoded = 0 if worker == "inline" else waiting
-    phases = {"decoding": {**stored, "images": decoded, "decoder": decoder.peak(rows)}}
+        decoded = scored - at_a_time * image if worker == "inline" else waiting
+    phases = {"decoding": {**stored, "images": decoded, "decoder": decoder.peak(at_a_time)}}
     if worker in ("none", "inline"):
         # the parts and the whole of what is scored are there at once; a reward makes copies of the whole
         copies = 2 if any(term.name.startswith("jpeg") for term in config.reward) and device == "cpu" else 1
