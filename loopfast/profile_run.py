@@ -22,7 +22,7 @@ from loopfast.errors import Interrupted
 from loopfast.files import write_file, writing
 from loopfast.interrupts import StopRequest
 from loopfast.profiling import DOMAIN, Times, range_
-from loopfast.runs import peak_memory
+from loopfast.runs import memory_used
 from loopfast.train import Stopped, Trainer, processes
 
 __all__ = ["Profile", "Row", "profile"]
@@ -245,7 +245,7 @@ def _facts(trainer: Trainer, iterations: int) -> dict[str, Any]:
         "device": name,
         "dtype": config.model.dtype,
         "images": config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt,
-        "peak memory, MiB": round(peak_memory(device) / 2**20),
+        "peak memory, MiB": round(memory_used(device)["peak_memory_bytes"] / 2**20),
         "iterations timed": iterations,
         "loopfast": loopfast.__version__,
         "torch": torch.__version__,
