@@ -65,7 +65,7 @@ def _settings(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any
 
 
 def speedups(run: dict[str, Any]) -> str:
-    """A table of ours against each competitor, one line per op and setting.
+    """A table of ours against each competitor, one line per op and setting; on a GPU with the host's time for ours.
 
     Args:
         run: of `benchmarks.keep.load`.
@@ -91,9 +91,10 @@ def speedups(run: dict[str, Any]) -> str:
                 *map(against, ("eager", "compile", "trl")),
                 f"{ours['gb_per_s']:.3g}",
                 f"{ours['copy_share']:.0%}",
+                _time(ours["host_us"]) if ours.get("host_us") else "",
             )
         )
-    header = ("op", "latent", "rows", "dtype", "ours", "eager", "compile", "TRL", "GB/s", "of copy")
+    header = ("op", "latent", "rows", "dtype", "ours", "eager", "compile", "TRL", "GB/s", "of copy", "host")
     return table(header, rows)
 
 

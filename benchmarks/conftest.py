@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from .cases import OPS, SHAPES, Case, device, make_inputs
 from .competitors import MissingCompetitorError, runner
 from .counting import kernel_launches, peak_extra_bytes
 from .machine import device_name
-from .timing import Playback, copy_bandwidth, durations, settle_heap
+from .timing import Playback, copy_bandwidth, durations, host_seconds, rotating, settle_heap
 
 BUDGET_SECONDS = 0.7
 
@@ -58,47 +57,67 @@ def playback(request: pytest.FixtureRequest) -> Playback:
 
 
 @pytest.fixture
-def measure(playback: Playback, benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``measure(case)`` times a case and describes it in ``extra_info``."""
+def time_call(playback: Playback, benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``time_call(run, make, moved, op=..., setting=..., competitor=...)`` times a call, and describes it.
 
-    def measure(case: Case, budget: float = BUDGET_SECONDS) -> None:
+    ``make`` gives the argument of ``run`` for a seed, ``moved`` the bytes that a call with it has to move.
+    """
+
+    def time_call(
+        run: Callable[[Any], object],
+        make: Callable[[int], Any],
+        moved: Callable[[Any], int],
+        *,
+        op: str,
+        setting: str,
+        competitor: str,
+        budget: float = BUDGET_SECONDS,
+    ) -> None:
+        where = device()
+        if benchmark.disabled:
+            benchmark.pedantic(run, [make(0)])
+            return
+        machine = request.getfixturevalue("machine")
+        inputs = rotating(make, moved, where)
+        torch.manual_seed(0)
+        seconds = durations(run, inputs, where, budget)
+        playback.load(seconds)
+        benchmark.group, benchmark.name = f"{op} {setting}", competitor
+        benchmark.pedantic(lambda: None, rounds=len(seconds))
+        on_gpu = where.type == "cuda"
+        rate = moved(inputs[0]) / benchmark.stats.stats.median
+        benchmark.extra_info |= machine | {
+            "op": op,
+            "setting": setting,
+            "competitor": competitor,
+            "backend": _backend(where) if competitor == "ours" else None,
+            "bytes": moved(inputs[0]),
+            "gb_per_s": rate / 1e9,
+            "copy_share": rate / 1e9 / machine["copy_gb_per_s"],
+            "host_us": host_seconds(run, inputs) * 1e6 if on_gpu else None,
+            "launches": kernel_launches(lambda: run(inputs[0])) if on_gpu else None,
+            "peak_bytes": peak_extra_bytes(lambda: run(inputs[0]), where),
+        }
+
+    return time_call
+
+
+@pytest.fixture
+def measure(time_call: Callable[..., None]) -> Callable[[Case], None]:
+    """``measure(case)`` times a case of the ops on latents."""
+
+    def measure(case: Case) -> None:
         try:
             run = runner(case.op, case.competitor)
         except MissingCompetitorError as error:
             pytest.skip(str(error))
-        op, where = OPS[case.op], device()
+        op = OPS[case.op]
 
         def make(seed: int) -> Any:
-            shape = SHAPES[case.shape]
-            return make_inputs(shape, case.rows, case.dtype, where, requires_grad=op.backward, seed=seed)
+            return make_inputs(
+                SHAPES[case.shape], case.rows, case.dtype, device(), requires_grad=op.backward, seed=seed
+            )
 
-        inputs = [make(0)]
-        moved = op.bytes(inputs[0])
-        if benchmark.disabled:
-            benchmark.pedantic(run, inputs)
-            return
-        machine = request.getfixturevalue("machine")
-        if where.type == "cuda":
-            # Inputs in turn, together too large to be found in the cache.
-            cache = torch.cuda.get_device_properties(where).L2_cache_size
-            inputs += [make(seed) for seed in range(1, min(math.ceil(3 * cache / moved), 2048))]
-        torch.manual_seed(0)
-        seconds = durations(run, inputs, where, budget)
-        playback.load(seconds)
-        benchmark.group = f"{case.op} {case.setting}"
-        benchmark.name = case.competitor
-        benchmark.pedantic(lambda: None, rounds=len(seconds))
-        rate = moved / benchmark.stats.stats.median
-        benchmark.extra_info |= machine | {
-            "op": case.op,
-            "setting": case.setting,
-            "competitor": case.competitor,
-            "backend": _backend(where) if case.competitor == "ours" else None,
-            "bytes": moved,
-            "gb_per_s": rate / 1e9,
-            "copy_share": rate / 1e9 / machine["copy_gb_per_s"],
-            "launches": kernel_launches(lambda: run(inputs[0])) if where.type == "cuda" else None,
-            "peak_bytes": peak_extra_bytes(lambda: run(inputs[0]), where),
-        }
+        time_call(run, make, op.bytes, op=case.op, setting=case.setting, competitor=case.competitor)
 
     return measure

@@ -19,6 +19,7 @@ _MEASURED = (
     "bytes",
     "gb_per_s",
     "copy_share",
+    "host_us",
     "launches",
     "peak_bytes",
     "images_per_s",

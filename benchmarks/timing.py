@@ -1,9 +1,10 @@
-"""How long a call takes: the clock on a CPU, events on a GPU."""
+"""How long a call takes: the clock on a CPU, events on a GPU; and what a GPU's host does for it."""
 
 from __future__ import annotations
 
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -21,6 +22,22 @@ WARM_UP_SECONDS = 0.1
 _SLEEP_CYCLES = 4_000_000
 _SLEEP_SECONDS = 0.003
 _CUDA_ROUNDS = (20, 100)
+_HOST_ROUNDS = 100
+
+
+def rotating(make: Callable[[int], T], moved: Callable[[T], int], device: torch.device) -> list[T]:
+    """Inputs to take in turn: one set on a CPU; on a GPU as many as exceed its L2 cache three times, 2048 at most.
+
+    Args:
+        make: gives the set of a seed.
+        moved: bytes that a call with a set moves.
+        device: where they are.
+    """
+    inputs = [make(0)]
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        inputs += map(make, range(1, min(math.ceil(3 * cache / moved(inputs[0])), 2048)))
+    return inputs
 
 
 def durations(
@@ -77,6 +94,28 @@ def _cuda_durations(run: Callable[[T], object], inputs: Sequence[T], budget: flo
     fewest, most = _CUDA_ROUNDS
     estimate = min(rounds(3))
     return rounds(min(max(int(budget / (estimate + _SLEEP_SECONDS)), fewest), most))
+
+
+def host_seconds(run: Callable[[T], object], inputs: Sequence[T]) -> float:
+    """Time until a call returns to the host of an idle GPU, the work being asked for and not awaited.
+
+    Args:
+        run: what is timed; it has run before.
+        inputs: its argument, taken in turn.
+
+    Returns:
+        The median of 100 calls.
+    """
+
+    def once(index: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run(inputs[index % len(inputs)])
+        return time.perf_counter() - start
+
+    seconds = statistics.median(map(once, range(_HOST_ROUNDS)))
+    torch.cuda.synchronize()
+    return seconds
 
 
 def settle_heap() -> None:

@@ -3,8 +3,9 @@
 A process that was started alone is a group of one, for which everything here is free.
 
 Tensors travel by collective operations of ``torch.distributed``, which all processes take part in, in the same order.
-What one process does alone while others wait, such as writing a checkpoint, goes through the group's store instead:
-nobody waits for a disk inside a collective operation.
+Those on a GPU go through NCCL, those on the host, such as flags and rewards, through gloo, so that the host never waits
+for a GPU to learn what another host knows. What one process does alone while others wait, such as writing a checkpoint,
+goes through the group's store instead: nobody waits for a disk inside a collective operation.
 """
 
 from __future__ import annotations
@@ -38,7 +39,14 @@ class Group:
 
     Attributes:
         rank, size: this process's number, and how many there are.
-        device: where collective operations want their tensors.
+        device: of the tensors that the default group of ``torch.distributed`` takes.
+
+    Args:
+        place: where the launcher has put this process.
+        store: of the group; None alone.
+        device: see above; None for the CPU.
+        watch: None: nobody notices when a process dies.
+        host: a group of ``torch.distributed`` for tensors on the host; None: the default group takes them.
     """
 
     def __init__(
@@ -47,10 +55,11 @@ class Group:
         store: Any = None,
         device: torch.device | None = None,
         watch: Watch | None = None,
+        host: Any = None,
     ) -> None:
         self.rank, self.size = place.rank, place.size
         self.device = device or torch.device("cpu")
-        self._store, self._watch = store, watch
+        self._store, self._watch, self._host = store, watch, host
         self._turns = 0
 
     @property
@@ -131,6 +140,7 @@ class Group:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The first process's values, written into every process's tensor."""
         if not self.alone:
+            # whole models come from the host so, too: for them a GPU's connections are the faster ones
             sent = tensor.to(self.device).contiguous()
             dist.broadcast(sent, 0)
             if sent.data_ptr() != tensor.data_ptr():
@@ -140,17 +150,25 @@ class Group:
     def _reduced(self, values: Tensor, operation: str) -> Tensor:
         if self.alone:
             return values
-        result = values.to(self.device, copy=True)
-        dist.all_reduce(result, getattr(dist.ReduceOp, operation))
+        device, group = self._way(values)
+        result = values.to(device, copy=True)
+        dist.all_reduce(result, getattr(dist.ReduceOp, operation), group=group)
         return result.to(values.device)
+
+    def _way(self, values: Tensor) -> tuple[torch.device, Any]:
+        """The device that values travel from, and the group of ``torch.distributed`` that takes them there."""
+        if self._host is not None and values.device.type == "cpu":
+            return values.device, self._host
+        return self.device, None
 
     def _all(self, values: Tensor) -> Tensor:
         """Equally many rows of every process, one after the other."""
         # neither gloo nor NCCL has every type; bytes they do have
-        flat = values.to(self.device).contiguous().view(len(values), -1)
+        device, group = self._way(values)
+        flat = values.to(device).contiguous().view(len(values), -1)
         sent = flat.view(torch.uint8) if flat.numel() else flat.new_empty(flat.shape, dtype=torch.uint8)
         parts = [torch.empty_like(sent) for _ in range(self.size)]
-        dist.all_gather(parts, sent)
+        dist.all_gather(parts, sent, group=group)
         return torch.cat(parts).view(values.dtype).view(-1, *values.shape[1:]).to(values.device)
 
     def on_first(self, function: Callable[[], Result]) -> Result:

@@ -22,7 +22,7 @@ def joined(place: Place, device: torch.device, timeout: float) -> Group:
 
     Args:
         place: where; alone, a group of one is made, which needs no network.
-        device: of the models; NCCL connects GPUs, gloo CPUs.
+        device: of the models; NCCL connects GPUs, and gloo CPUs, which hosts of GPUs have as well.
         timeout: seconds after which joining, or a collective operation, is given up.
 
     Raises:
@@ -46,13 +46,14 @@ def joined(place: Place, device: torch.device, timeout: float) -> Group:
             world_size=place.size,
             timeout=wait,
         )
+        host = dist.new_group(backend="gloo", timeout=wait) if backend == "nccl" else None
         watch = Watch(_store(place, wait), place.rank, place.size)
     except (RuntimeError, ValueError) as error:
         raise LoopfastError(
             f"rank {place.rank} cannot join {place.size - 1} other process(es) at {place.host}:{place.port}: "
             f"{first_line(error)}"
         ) from error
-    return Group(place, dist.PrefixStore("turns", store), device, watch)
+    return Group(place, dist.PrefixStore("turns", store), device, watch, host)
 
 
 def leave(group: Group) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import tempfile
 from bisect import bisect_right
 from collections import defaultdict
@@ -22,7 +23,7 @@ from loopfast.errors import Interrupted
 from loopfast.files import write_file, writing
 from loopfast.interrupts import StopRequest
 from loopfast.profiling import DOMAIN, Times, range_
-from loopfast.runs import peak_memory
+from loopfast.runs import memory_used
 from loopfast.train import Stopped, Trainer, processes
 
 __all__ = ["Profile", "Row", "profile"]
@@ -30,6 +31,7 @@ __all__ = ["Profile", "Row", "profile"]
 _GROUP_OF_CALL = {"denoiser": "denoiser", "backward": "denoiser", "decoder": "VAE", "reward": "reward"}
 _OPS = "loopfast ops"
 _REST = "the rest"
+_ELSEWHERE = "other threads"
 _BETWEEN = "(Python between operators)"
 _SHOWN = 25
 
@@ -38,8 +40,8 @@ _SHOWN = 25
 class Row:
     """An operator, or a kernel of a GPU, in one group: calls and own milliseconds per iteration under the profiler.
 
-    ``group`` is denoiser, VAE, reward, loopfast ops, optimizer or the rest; ``kind`` is ``operator`` (the host's time)
-    or ``kernel`` (the GPU's).
+    ``group`` is denoiser, VAE, reward, loopfast ops, optimizer or the rest, and for kernels also other threads, such as
+    the one that scores images; ``kind`` is ``operator`` (the host's time) or ``kernel`` (the GPU's).
     """
 
     name: str
@@ -245,7 +247,7 @@ def _facts(trainer: Trainer, iterations: int) -> dict[str, Any]:
         "device": name,
         "dtype": config.model.dtype,
         "images": config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt,
-        "peak memory, MiB": round(peak_memory(device) / 2**20),
+        "peak memory, MiB": round(memory_used(device)["peak_memory_bytes"] / 2**20),
         "iterations timed": iterations,
         "loopfast": loopfast.__version__,
         "torch": torch.__version__,
@@ -253,8 +255,13 @@ def _facts(trainer: Trainer, iterations: int) -> dict[str, Any]:
 
 
 def _rows(events: Iterable[FunctionEvent], iterations: int) -> list[Row]:
-    """Own time by operator and kernel, attributed to the ranges they ran in."""
-    events = [event for event in events if event.device_type.name == "CPU"]
+    """Own time by operator, and time by kernel, attributed to the ranges in which they were called."""
+    everything = list(events)
+    events = [event for event in everything if event.device_type.name == "CPU"]
+    # ranges appear a second time on the GPU, from their first kernel to their last
+    kernels = [
+        event for event in everything if event.device_type.name == "CUDA" and not event.is_user_annotation
+    ]
     ranges = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in events
@@ -284,13 +291,52 @@ def _rows(events: Iterable[FunctionEvent], iterations: int) -> list[Row]:
         owner = group(event)
         name = _BETWEEN if event.name.startswith(f"{DOMAIN}/") else event.name
         _count(sums[name, owner, "operator"], event.self_cpu_time_total, 0 if _again(event) else 1)
-        for kernel in event.kernels:
-            _count(sums[kernel.name, owner, "kernel"], kernel.duration, 1)
+    # an operator's own list of kernels has none of a CUDA graph's, so each is traced to the call that launched it
+    launches = {event.id: event for event in events if event.name.startswith("cu")}
+    streams = {
+        _stream(kernel)
+        for kernel in kernels
+        if (launch := launches.get(kernel.id)) is not None and _in_operator(launch)
+    }
+    ours = _own_kernels()
+    for kernel in kernels:
+        launch = launches.get(kernel.id, kernel)
+        if kernel.name in ours:
+            owner = _OPS
+        elif "GraphLaunch" in launch.name or _stream(kernel) in streams or not streams:
+            owner = group(launch)
+        else:
+            # torch's profiler sees the kernels of all threads, but only this one's operators
+            owner = _ELSEWHERE
+        _count(sums[kernel.name, owner, "kernel"], kernel.time_range.elapsed_us(), 1)
     rows = [
         Row(name, owner, kind, calls / iterations, microseconds / iterations / 1e3)
         for (name, owner, kind), (calls, microseconds) in sums.items()
     ]
     return sorted(rows, key=lambda row: -row.milliseconds)
+
+
+def _in_operator(launch: FunctionEvent) -> bool:
+    """Whether a call of CUDA was made in an operator or a range: in a thread that torch's profiler sees."""
+    parent: FunctionEvent | None = launch.cpu_parent
+    while parent is not None and parent.name.startswith("cu"):
+        parent = parent.cpu_parent
+    return parent is not None
+
+
+def _stream(kernel: FunctionEvent) -> tuple[int, int]:
+    return kernel.device_index, kernel.device_resource_id
+
+
+def _own_kernels() -> set[str]:
+    """Names of the Triton kernels that this process has of the ops."""
+    return {
+        name
+        for title, module in list(sys.modules.items())
+        if title.startswith("loopfast_kernels.")
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
 
 
 def _again(event: FunctionEvent) -> bool:

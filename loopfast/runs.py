@@ -185,12 +185,22 @@ def _flatten(section: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by torch on a CUDA device, by the whole process on a CPU."""
+def memory_used(device: torch.device) -> dict[str, int]:
+    """The metrics of a process's memory in bytes, by the names of `loopfast.tracking.METRICS`.
+
+    On a CUDA device torch's tensors are a part of what its allocator has reserved, which is a part of what is taken:
+    beside it lie the CUDA context, workspaces of libraries, NCCL's buffers, and whatever other processes hold.
+    On a CPU there is only the peak of the whole process.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        return {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+            "device_memory_bytes": total - free,
+        }
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 def describe_rollout(trainer: Trainer) -> str:

@@ -111,7 +111,21 @@ METRICS: dict[str, Metric] = {
         "speed",
     ),
     "peak_memory_bytes": Metric(
-        "most memory held so far: the device's, or on a CPU the process's", "byte", "run"
+        "most memory held so far: by torch's tensors on the device, or on a CPU by the process; of all processes the "
+        "largest, as with the two below",
+        "byte",
+        "run",
+    ),
+    "peak_reserved_bytes": Metric(
+        "most memory that torch's allocator has reserved so far, on a GPU: tensors, the graphs' pools, and gaps",
+        "byte",
+        "run",
+    ),
+    "device_memory_bytes": Metric(
+        "memory taken from the GPU at the time of the record: all of it, also the CUDA context, libraries' workspaces "
+        "and what other processes hold",
+        "byte",
+        "run",
     ),
 }
 """Every name of ``metrics.jsonl`` but those of single rewards, which `describe` knows by their prefix."""

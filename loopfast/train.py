@@ -45,7 +45,7 @@ from loopfast.replay import Replay, rehearse
 from loopfast.reporting import write_report
 from loopfast.rewards import Scores
 from loopfast.rollout import Sampler, StepCache, make_replica, stochastic_steps
-from loopfast.runs import RunFolder, describe_run, peak_memory
+from loopfast.runs import RunFolder, describe_run, memory_used
 from loopfast.seeds import derive, row_seeds
 from loopfast.surrogate import Surrogate
 from loopfast.tracking import Tracker, read_metrics
@@ -551,7 +551,8 @@ class Trainer:
                 metrics["eval_dropped_images"] = result.dropped
             metrics["seconds_eval"] = time.perf_counter() - began
         metrics["seconds"] = time.perf_counter() - self._began
-        metrics["peak_memory_bytes"] = int(self.group.largest(peak_memory(self.sampler.policy.device)))
+        memory = memory_used(self.sampler.policy.device)
+        metrics |= {name: int(self.group.largest(size)) for name, size in memory.items()}
         self.group.on_first(lambda: self._write(result, metrics))
         self.display.advance(metrics)
         progress.pending = None

@@ -16,6 +16,10 @@ Measures kernels of an iteration of a configuration with Nsight Compute, after o
                       denoiser, backward, decoder, reward, loss, optimizer
   -c, --count N       how many launches of them (20)
   -o, --output DIR    folder of the report, ncu.ncu-rep (profile)
+      --clock-control MODE
+                      none leaves the GPU's clocks as they are (none); base locks them for steadier times, which ncu does
+                      by default: for others on the same machine, too
+  -a, --argument ARG  one more argument for ncu, such as --set=full; may be given several times
       --dry-run       print the command and do nothing
   -h, --help          this text
 
@@ -29,6 +33,8 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 kernel='^(denoise_step|group_norm_silu|sum_rows|fold|loss|settle|mean|scale_gradients|transition_logprob|score|leave_one_out|philox_normal|advance)(_.*)?$'
 range=profile
 count=20
+clocks=none
+further=()
 while [[ $# -gt 0 ]]; do
     case $1 in
         -h | --help) usage; exit ;;
@@ -37,6 +43,8 @@ while [[ $# -gt 0 ]]; do
         -r | --range) value "$@"; range=$2; shift 2 ;;
         -c | --count) value "$@"; count=$2; shift 2 ;;
         -o | --output) value "$@"; output=$2; shift 2 ;;
+        --clock-control) value "$@"; clocks=$2; shift 2 ;;
+        -a | --argument) value "$@"; further+=("$2"); shift 2 ;;
         -*) fail "unknown option $1; see --help" ;;
         *) break ;;
     esac
@@ -53,6 +61,7 @@ profile ncu "Nsight Compute" \
     --kernel-name "regex:$kernel" \
     --launch-count "$count" \
     --graph-profiling node \
+    --clock-control "$clocks" \
     --section SpeedOfLight \
     --section MemoryWorkloadAnalysis \
     --section MemoryWorkloadAnalysis_Tables \
@@ -61,6 +70,7 @@ profile ncu "Nsight Compute" \
     --section WarpStateStats \
     --force-overwrite \
     --export "$output/ncu" \
+    ${further[@]+"${further[@]}"} \
     "${PYTHON:-.venv/bin/python}" -m loopfast profile \
     --iterations=1 \
     --no-trace \

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopfast.checkpoints import CheckpointStore
 from loopfast.config import parse_config
@@ -33,6 +34,44 @@ def test_it_follows_its_formula() -> None:
         expected = decay * expected + (1 - decay) * parameter.detach().double()
     assert average.weights["p"].dtype == torch.float32
     torch.testing.assert_close(average.weights["p"].double(), expected, atol=1e-6, rtol=1e-6)
+
+
+class Operators(TorchDispatchMode):
+    """Notes which operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_is_one_operator_however_many_parameters_there_are() -> None:
+    torch.manual_seed(0)
+    shapes = [(4, 3, 3, 3), (5,), (2, 7)] * 10
+    parameters = {str(index): torch.nn.Parameter(torch.randn(shape)) for index, shape in enumerate(shapes)}
+    for parameter in parameters.values():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    average = WeightAverage(parameters, 0.9)
+    expected = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.add_(1.0)
+            expected[name].lerp_(parameter, 1 - 2 / 11)
+    with Operators() as operators:
+        average.update(1)
+    assert operators.called == ["aten._foreach_lerp_.Scalar"]
+    with Operators() as operators, average.applied():
+        assert operators.called.count("aten._foreach_copy_.default") == 1
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter.detach(), expected[name])
+    # kernels over lists go through them one by one where two tensors are laid out differently
+    assert [average.weights[name].stride() for name in parameters] == [
+        p.stride() for p in parameters.values()
+    ]
 
 
 def test_the_weights_come_back_after_an_error() -> None:

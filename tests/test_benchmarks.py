@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from benchmarks.competitors import MissingCompetitorError, eager, runner
 from benchmarks.counting import kernel_launches, peak_extra_bytes
 from benchmarks.keep import device_slug, load
 from benchmarks.sharding import __main__ as sharding
-from benchmarks.timing import MIN_ROUNDS, Playback, durations
+from benchmarks.timing import MIN_ROUNDS, Playback, durations, host_seconds, rotating
 from loopfast.config import parse_config
 from loopfast.policies import load_policy
 from loopfast_kernels import backend, info, philox_normal
@@ -180,6 +182,33 @@ def test_durations_take_the_inputs_in_turn() -> None:
     assert set(seen[-3:]) == {1, 2, 3}
 
 
+def test_inputs_of_a_gpu_rotate_beyond_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(L2_cache_size=50)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    gpu = torch.device("cuda")
+    # 4 of 40 bytes are more than 3 * 50
+    assert rotating(lambda seed: seed, lambda seed: 40, gpu) == [0, 1, 2, 3]
+    assert rotating(lambda seed: seed, lambda seed: 1000, gpu) == [0]
+    assert rotating(lambda seed: seed, lambda seed: 40, CPU) == [0]
+    properties.L2_cache_size = 10**9
+    assert len(rotating(lambda seed: seed, lambda seed: 40, gpu)) == 2048
+
+
+def test_the_host_is_timed_while_the_gpu_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
+    seconds = host_seconds(happened.append, ["a", "b"])
+    assert 0 <= seconds < 1
+    assert happened == ["wait", "a", "wait", "b"] * 50 + ["wait"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "kernels").glob("test_*.py")))
+def test_every_benchmark_of_a_kernel_is_timed_alike(file: Path) -> None:
+    # with inputs that rotate, and with the host's time
+    assert re.search(r"\b(measure|time_call)\(", file.read_text())
+    assert "durations" not in file.read_text()
+
+
 @pytest.mark.gpu
 def test_a_gpu_is_measured_by_its_own_clock() -> None:
     where = torch.device("cuda")
@@ -190,6 +219,7 @@ def test_a_gpu_is_measured_by_its_own_clock() -> None:
     assert 5e10 < rate < 2e13
     assert kernel_launches(lambda: source.add(1).mul(2)) == 2
     assert peak_extra_bytes(lambda: source.add(1), where) == source.nbytes
+    assert host_seconds(target.copy_, [source]) > 0
 
 
 def entry(median: float, share: float = 0.5) -> dict:
@@ -211,7 +241,7 @@ RUN = {
     "results": {
         "loop_loss": {
             "SD-16-float32": {
-                "ours": entry(200),
+                "ours": entry(200) | {"host_us": 150.0},
                 "eager": entry(4000, 0.1),
                 "compile": entry(700),
                 "trl": entry(9e6),
@@ -238,12 +268,15 @@ def test_the_speedup_table(pair, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert lines[0] == [
         *("op", "latent", "rows", "dtype", "ours"),
-        *("eager", "compile", "TRL", "GB/s", "of copy"),
+        *("eager", "compile", "TRL", "GB/s", "of copy", "host"),
     ]
     assert lines[2:] == [
-        ["leave_one_out", "rewards", "64", "float32", "9 µs", "", "", "", "12.3", "50%"],
-        ["loop_loss", "SD", "4", "float32", "90 µs", "20.0×", "", "", "12.3", "50%"],
-        ["loop_loss", "SD", "16", "float32", "200 µs", "20.0×", "3.5×", "45000.0×", "12.3", "50%"],
+        ["leave_one_out", "rewards", "64", "float32", "9 µs", "", "", "", "12.3", "50%", ""],
+        ["loop_loss", "SD", "4", "float32", "90 µs", "20.0×", "", "", "12.3", "50%", ""],
+        [
+            *("loop_loss", "SD", "16", "float32", "200 µs", "20.0×", "3.5×", "45000.0×"),
+            *("12.3", "50%", "150 µs"),
+        ],
     ]
 
 

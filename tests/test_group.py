@@ -14,6 +14,7 @@ from torch import Tensor
 import loopfast.watch as watching
 from loopfast.errors import LoopfastError, PeerError
 from loopfast.group import ALONE, Group
+from loopfast.join import joined
 from loopfast.place import Place, find_place
 from loopfast.share import balanced
 from loopfast.watch import Watch
@@ -150,6 +151,95 @@ def test_ids_beyond_float32_stay_whole() -> None:
     gathered = group.gather(torch.zeros(len(ids)), ids, base + 2)
     assert gathered[base + 1] == 7.0
     assert gathered.sum() == 7.0
+
+
+class Wires:
+    """Stands for ``torch.distributed``: the other of two processes sends what this one does, and all of it is noted."""
+
+    def __init__(self) -> None:
+        self.ReduceOp = dist.ReduceOp
+        self.DistError = dist.DistError
+        self.gone: list[tuple[str, str]] = []
+        self.groups: list[tuple[str, Any]] = []
+
+    def _note(self, group: Any, tensor: Tensor) -> None:
+        self.gone.append(("default" if group is None else str(group), tensor.device.type))
+
+    def all_reduce(self, tensor: Tensor, operation: Any, group: Any = None) -> None:
+        self._note(group, tensor)
+
+    def all_gather(self, parts: list[Tensor], tensor: Tensor, group: Any = None) -> None:
+        self._note(group, tensor)
+        for rank, part in enumerate(parts):
+            # int64 numbers are row numbers, of which the other process has the next one
+            numbers = tensor.device.type == "cpu" and tensor.shape[1] == 8
+            part.copy_((tensor.view(torch.int64) + rank).view(torch.uint8) if numbers else tensor)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        self._note(None, tensor)
+
+    def init_process_group(self, backend: str, **options: Any) -> None:
+        self.groups.append((backend, options["timeout"]))
+
+    def new_group(self, *, backend: str, timeout: timedelta) -> str:
+        self.groups.append((backend, timeout))
+        return backend
+
+
+@pytest.fixture
+def wires(monkeypatch: pytest.MonkeyPatch) -> Wires:
+    wires = Wires()
+    monkeypatch.setattr("loopfast.group.dist", wires)
+    return wires
+
+
+def test_what_is_on_the_host_does_not_travel_through_the_gpu(wires: Wires) -> None:
+    # tensors without data stand for a GPU's
+    group = Group(Place(0, 2), device=torch.device("meta"), host="gloo")
+    assert group.any(True)
+    assert not group.any(False)
+    assert group.largest(2.5) == 2.5
+    assert group.texts("all is well") == ["all is well"] * 2
+    assert group.gather(torch.tensor([1.5]), torch.tensor([0]), 2).tolist() == [1.5, 1.5]
+    assert group.sum(torch.tensor(2.0)) == 2.0
+    assert set(wires.gone) == {("gloo", "cpu")}
+    wires.gone.clear()
+    assert group.sum(torch.empty((), device="meta")).device.type == "meta"
+    group.broadcast(torch.empty(3, device="meta"))
+    assert set(wires.gone) == {("default", "meta")}
+
+
+def test_what_is_on_a_gpu_is_gathered_there(wires: Wires) -> None:
+    group = Group(Place(0, 2), device=torch.device("meta"), host="gloo")
+    rows = group._all(torch.empty(2, 3, device="meta"))
+    assert (rows.shape, rows.device.type) == ((4, 3), "meta")
+    assert wires.gone == [("default", "meta")]
+
+
+def test_processes_on_cpus_need_no_second_group(wires: Wires) -> None:
+    assert Group(Place(0, 2)).any(True)
+    assert wires.gone == [("default", "cpu")]
+
+
+def test_gpus_are_joined_by_nccl_and_their_hosts_by_gloo(
+    wires: Wires, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    for name in ("TCPStore", "PrefixStore"):
+        monkeypatch.setattr(wires, name, lambda *arguments, **options: None, raising=False)
+    monkeypatch.setattr("loopfast.join.dist", wires)
+    monkeypatch.setattr("loopfast.join.Watch", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    wait = timedelta(seconds=7)
+    group = joined(Place(5, 8, 5, "host", 1), torch.device("cuda"), 7.0)
+    assert wires.groups == [("nccl", wait), ("gloo", wait)]
+    assert chosen == [1]
+    assert group.any(True)
+    assert wires.gone == [("gloo", "cpu")]
+    wires.groups.clear()
+    joined(Place(5, 8, 5, "host", 1), torch.device("cpu"), 7.0)
+    assert wires.groups == [("gloo", wait)]
 
 
 def pair(function: Any, monkeypatch: pytest.MonkeyPatch, silence: float = 8.0) -> list[Any]:

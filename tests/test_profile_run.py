@@ -212,9 +212,20 @@ def test_the_ncu_script_measures_our_kernels() -> None:
     assert command[0] == "ncu"
     assert command[command.index("--nvtx-include") + 1] == "loopfast@loss/"
     assert command[command.index("--launch-count") + 1] == "3"
+    # ncu's default locks the clocks, of a machine that others may use
+    assert command[command.index("--clock-control") + 1] == "none"
     assert command[-8:] == [
         *("loopfast", "profile", "--iterations=1", "--no-trace", "--config", "tiny", "--set", "run.seed=1")
     ]
+    given = run(
+        *(ROOT / "profiles/ncu.sh", "--dry-run", "--clock-control", "base"),
+        *("-a", "--set=full", "--argument", "--section-folder=a b", "tiny"),
+    )
+    command = shlex.split(given.stdout)
+    assert command[command.index("--clock-control") + 1] == "base"
+    at = command.index("--set=full")
+    assert command[at + 1] == "--section-folder=a b"
+    assert command[at + 3 : at + 6] == ["-m", "loopfast", "profile"]
     pattern = command[command.index("--kernel-name") + 1].removeprefix("regex:")
     kernels = [
         name

@@ -115,6 +115,8 @@ def write_metrics(run: Path, last: int, evaluations: dict[int, dict[str, Any]]) 
                 "images_per_second": 40 + iteration / 60,
                 "outside_model_share": 0.02 if iteration < 50 else 0.9,
                 "peak_memory_bytes": 3 * 2**20,
+                "peak_reserved_bytes": 5 * 2**20,
+                "device_memory_bytes": 9 * 2**20,
             }
         if data := evaluations.get(iteration):
             parts = {f"eval_{name}": value for name, value in data["parts"].items()}
@@ -187,7 +189,8 @@ def test_the_report_of_a_finished_run(run: Path) -> None:
     assert "LoRA, rank 8" in page.text
     assert "K = 4" in page.text
     assert "7,680 images in 3 min 02 s" in page.text
-    assert "3 MiB" in page.text
+    for memory in ("Peak memory 3 MiB", "Peak memory reserved 5 MiB", "Memory taken from the GPU 9 MiB"):
+        assert memory in page.text
     for heading in ("by category", "Before and after", "On the way", "Diagnostics", "Where the time went"):
         assert heading in page.text
     assert "learning_rate: 1.5e-4" in page.text

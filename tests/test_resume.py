@@ -27,8 +27,8 @@ MakeConfig = Callable[..., Config]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
 # Of two equal runs these differ.
-MEASURED = {name for name, metric in METRICS.items() if metric.section in ("time", "speed")} | {
-    "peak_memory_bytes",
+MEASURED = {
+    name for name, metric in METRICS.items() if metric.section in ("time", "speed") or metric.unit == "byte"
 }
 
 # Killed and resumed: PPO, whose running statistics have to survive too, and a course of the learning rate.

@@ -18,7 +18,8 @@ from loopfast.errors import ConfigError, LoopfastError
 from loopfast.files import write_file, writing
 from loopfast.group import ALONE
 from loopfast.microbatch import Microbatches
-from loopfast.runs import RunFolder, describe_run, peak_memory, save_image
+from loopfast.runs import RunFolder, describe_run, memory_used, save_image
+from loopfast.tracking import METRICS
 
 MakeConfig = Callable[..., Config]
 QUIET = Display(quiet=True)
@@ -163,11 +164,26 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
 
 
 def test_peak_memory_of_the_process() -> None:
-    before = peak_memory(torch.device("cpu"))
+    before = memory_used(torch.device("cpu"))["peak_memory_bytes"]
     assert before > 1e8
     held = torch.ones(30_000_000)
-    assert peak_memory(torch.device("cpu")) >= before
+    assert memory_used(torch.device("cpu"))["peak_memory_bytes"] >= before
     assert held.sum() == 30_000_000
+
+
+def test_memory_of_a_gpu_is_also_what_tensors_do_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda:1")
+    known = {device: (70, 1000)}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {device: 300}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", {device: 500}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", known.__getitem__)
+    used = memory_used(device)
+    assert used == {
+        "peak_memory_bytes": 300,
+        "peak_reserved_bytes": 500,
+        "device_memory_bytes": 930,
+    }
+    assert all(METRICS[name].unit == "byte" for name in used)
 
 
 @pytest.mark.parametrize(

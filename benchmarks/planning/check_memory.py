@@ -1,11 +1,11 @@
-"""Compares what `loopfast plan` says with the peak memory of real runs, on this machine's CPU.
+"""Compares what `loopfast plan` says with the peak memory of real runs, on this machine's GPU or, without one, its CPU.
 
     python -m benchmarks.planning.check_memory            # a table in Markdown, in about ten minutes
     python -m benchmarks.planning.check_memory full lora  # of some cases
 
 Each case trains a random model of Stable Diffusion's block structure for one iteration, twice, each time in a process
 of its own: once PyTorch's profiler counts the tensors that an update's replay allocates, once the whole process is
-measured (VmHWM of Linux).
+measured: on a CPU by VmHWM of Linux, on a GPU by the metric `device_memory_bytes`, so that no other process may use it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from loopfast.allocator import reuse_freed_memory
 
 RUN = """\
 run: {name: check, trackers: []}
-model: {pretrained: MODEL, device: cpu}
+model: {pretrained: MODEL, device: DEVICE}
 prompts: {source: "embedded:color"}
 reward: [{name: jpeg_compressibility}]
 algorithm: {samples_per_prompt: 2}
@@ -56,15 +56,17 @@ CASES = {
     "lora, bfloat16": ["model.tune=lora", "model.dtype=bfloat16"],
     "lora, checkpointing": ["model.tune=lora", "train.gradient_checkpointing=true"],
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def tensors_held(tree: Iterable[Any]) -> int:
-    """Most bytes that PyTorch's CPU allocator had given out at a time, of a profile's events."""
+    """Most bytes that PyTorch's allocator for `DEVICE` had given out at a time, of a profile's events."""
     found, events = [], list(tree)
     while events:
         event = events.pop()
         events.extend(event.children)
-        if event.tag == torch._C._profiler._EventType.Allocation:
+        allocation = event.tag == torch._C._profiler._EventType.Allocation
+        if allocation and event.extra_fields.device.type == DEVICE:
             found.append((event.start_time_ns, event.extra_fields.alloc_size))
     now = peak = 0
     for _, size in sorted(found):
@@ -98,12 +100,15 @@ def run(text: str, overrides: list[str], *, tensors: bool) -> int:
     """Trains by a configuration; returns the replay's tensors, or all that this process held, in bytes at the peak."""
     from loopfast.config import parse_config
     from loopfast.console import Display
+    from loopfast.tracking import read_metrics
     from loopfast.train import train
 
     with recording_replay() if tensors else nullcontext([]) as peaks, Display(quiet=True) as display:
-        train(parse_config(text, overrides), display=display)
+        folder = train(parse_config(text, overrides), display=display)
     if tensors:
         return max(peaks)
+    if DEVICE == "cuda":
+        return max(line["device_memory_bytes"] for line in read_metrics(folder / "metrics.jsonl"))
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
@@ -130,7 +135,7 @@ def planned(text: str, overrides: list[str]) -> dict[str, int]:
     from loopfast.planning.memory import Resources, footprint
 
     config = parse_config(text, overrides)
-    found = footprint(config, load_architecture(config.model), Resources("cpu", 2**40))
+    found = footprint(config, load_architecture(config.model), Resources(DEVICE, 2**40))
     replay = sum(found.phases["replay"][part] for part in ("gradients", "activations"))
     return {"tensors": replay, "process": found.total}
 
@@ -151,7 +156,7 @@ def main(names: list[str]) -> None:
     heads = ("work", "tensors of the replay", "measured", "", "whole process", "measured", "")
     print(f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", sep="\n")
     with tempfile.TemporaryDirectory() as folder:
-        text = RUN.replace("MODEL", str(write_pipeline(Path(folder) / "model")))
+        text = RUN.replace("MODEL", str(write_pipeline(Path(folder) / "model"))).replace("DEVICE", DEVICE)
         for index, name in enumerate(names or CASES):
             overrides = [*CASES[name], f"run.directory={folder}"]
             cells = [name]

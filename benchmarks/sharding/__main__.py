@@ -3,8 +3,8 @@
     python -m benchmarks.sharding                      # on a GPU with 80 GB; results to profiles/results/<device>/
     python -m benchmarks.sharding --width 32 --processes 2     # a small one, anywhere
 
-Each engine runs in processes of its own. What is written down: peak memory of the device (on a CPU: of the process),
-seconds of the iteration, and what `loopfast plan` said.
+Each engine runs in processes of its own. What is written down: the memory taken from the device, in which no other
+process may hold any (on a CPU: the peak of the process), seconds of the iteration, and what `loopfast plan` said.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def measure(model: Path, folder: Path, processes: int, overrides: list[str]) -> 
     planned = as_dict(plan(config, gpus=processes))
     [stage] = [stage for stage in planned["stages"] if stage["stage"] == config.distributed.zero_stage]
     return {
-        "peak_bytes": line["peak_memory_bytes"],
+        "peak_bytes": line.get("device_memory_bytes", line["peak_memory_bytes"]),
         "planned_bytes": stage["total"],
         "seconds_iteration": line["seconds_iteration"],
         "ratio_max_deviation": line["ratio_max_deviation"],

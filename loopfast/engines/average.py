@@ -24,33 +24,35 @@ class WeightAverage:
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
-        self._parameters, self._decay = dict(parameters), decay
-        # a copy of its own even where the parameters are float32
+        self._parameters, self._decay = list(parameters.values()), decay
+        # copies even where the parameters are float32, and laid out as they are: otherwise the kernels that take a list
+        # of tensors at once take them one by one
         self.weights = {
-            name: p.detach().to(torch.float32, copy=True).contiguous() for name, p in parameters.items()
+            name: torch.empty_like(parameter, dtype=torch.float32).copy_(parameter.detach())
+            for name, parameter in parameters.items()
         }
+        self._weights = list(self.weights.values())
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Takes in the weights after so many updates."""
         decay = min(self._decay, (1 + updates) / (10 + updates))
-        for name, parameter in self._parameters.items():
-            self.weights[name].lerp_(parameter.float(), 1 - decay)
+        # float() copies nothing of float32, which trained weights are wherever this is used
+        torch._foreach_lerp_(self._weights, [parameter.float() for parameter in self._parameters], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the parameters have the average's values."""
-        before = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._set(self.weights)
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        self._set(self._weights)
         try:
             yield
         finally:
             self._set(before)
 
     @torch.no_grad()
-    def _set(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
+    def _set(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(self._parameters, values)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:

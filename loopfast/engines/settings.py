@@ -66,6 +66,8 @@ def deepspeed_settings(config: Config, parameters: int, *, pinned: bool = False)
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
+        # on by default, and it waits for the GPU at every call of the denoiser
+        "timers": {"throughput": {"enabled": False}},
     }
     if stage and config.model.dtype != "float32":
         settings |= _mixed_precision(config.model.dtype, stage)

@@ -64,6 +64,11 @@ _PHASES = (
     ("seconds_eval", "Evaluation", "phase-4"),
     ("seconds_checkpoint", "Checkpoint", "phase-7"),
 )
+_MEMORY = {
+    "peak_memory_bytes": "Peak memory",
+    "peak_reserved_bytes": "Peak memory reserved",
+    "device_memory_bytes": "Memory taken from the GPU",
+}
 _SPEEDS = (
     ("images_per_second", "Images a second", "{:.3g} (median, training on them included)"),
     ("outside_model_share", "Outside model calls", "{:.1%} of an iteration (median)"),
@@ -279,9 +284,9 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
     add("Seed", run.setting("run", "seed"))
     if run.images:
         add("Images sampled", run.images, "{:,}")
-    memory = [row["peak_memory_bytes"] for row in run.metrics if row.get("peak_memory_bytes")]
-    if memory:
-        add("Peak memory", max(memory) / 2**20, "{:,.0f} MiB")
+    for metric, name in _MEMORY.items():
+        if memory := [row[metric] for row in run.metrics if row.get(metric)]:
+            add(name, max(memory) / 2**20, "{:,.0f} MiB")
     for metric, name, text in _SPEEDS:
         _, values = run.column(metric)
         if values:
