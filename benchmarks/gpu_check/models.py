@@ -1,7 +1,7 @@
 """Pipelines of the sizes people train, with random weights, which nobody has to fetch.
 
-Denoisers and autoencoders are those that `loopfast plan` knows. Text encoders have the right widths and two layers; they
-run once an iteration.
+Denoisers and autoencoders are those that `loopfast plan` knows. Text encoders have the right widths and two layers;
+they run once an iteration.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiff
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.race.models import sd_small
-from loopfast.planning import load_architecture
 from loopfast.config import ModelConfig
+from loopfast.planning import load_architecture
 from loopfast.policies.portable import save_portable
 
 
-def sd15(device: torch.device) -> Any:
+def sd15(device: str) -> Any:
     """Stable Diffusion 1.5: images of 512x512, 860 M weights in its denoiser, in bfloat16."""
     pipeline = sd_small()
     denoiser, vae = _networks("sd15", device)
@@ -28,7 +28,7 @@ def sd15(device: torch.device) -> Any:
     return pipeline
 
 
-def sd35_medium(device: torch.device) -> Any:
+def sd35_medium(device: str) -> Any:
     """Stable Diffusion 3.5 medium without T5, whose rows diffusers fills with zeros: 2,243 M weights, in bfloat16."""
     small = sd_small()
     denoiser, vae = _networks("sd35-medium", device)
@@ -65,7 +65,7 @@ def write(pipeline: Any, folder: Path) -> dict[str, int]:
     return {"parameters": sum(p.numel() for p in denoiser.parameters()), "bytes": sum(files)}
 
 
-def _networks(name: str, device: torch.device) -> tuple[Any, Any]:
+def _networks(name: str, device: str) -> tuple[Any, Any]:
     """The denoiser in bfloat16 and the autoencoder, made on the device: a CPU takes long for so many numbers."""
     import diffusers
 

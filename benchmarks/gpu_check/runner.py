@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO, NamedTuple
 
 from . import leash
@@ -45,7 +46,7 @@ class Task(NamedTuple):
     seconds: float
     command: Sequence[str]
     lacks: str | None = None
-    environment: Mapping[str, str] = {}
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
 class Result(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from loopfast.rollout import Sampler, StepCache
 from loopfast.rollout.sampler import initial_latents
 
 from . import models, training
-from .measure import Measurement, Work, conduct
+from .measure import Measurement, Work
 from .record import first_line
 
 _STEPS, _SMALL_STEPS = 10, 3
@@ -50,7 +49,7 @@ def _config(work: Work, iterations: int, overrides: tuple[str, ...]) -> Config:
     return parse_config(_RUN, [*given, "train.on_policy_check=warn", f"train.iterations={iterations + 1}"])
 
 
-def _train(*overrides: str, iterations: int = 2, seconds: float = 60) -> Measurement:
+def _train(*overrides: str, iterations: int = 2, seconds: float = 60, small: bool = False) -> Measurement:
     def config(work: Work) -> Config:
         return _config(work, iterations, overrides)
 
@@ -59,7 +58,7 @@ def _train(*overrides: str, iterations: int = 2, seconds: float = 60) -> Measure
         images = found.rollout.prompts_per_iteration * found.algorithm.samples_per_prompt
         training.run(work, found, images * found.rollout.steps)
 
-    return Measurement(run, seconds, config)
+    return Measurement(run, seconds, config, small=small)
 
 
 def _parts(work: Work) -> None:
@@ -94,26 +93,26 @@ def _parts(work: Work) -> None:
     def decode(tf32: bool) -> dict[str, Any]:
         latents = initial_latents(policy, seeds)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        before = torch.cuda.memory_allocated() if work.device.type == "cuda" else 0
-        if work.device.type == "cuda":
+        before = torch.cuda.memory_allocated() if work.device == "cuda" else 0
+        if work.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = _seconds(lambda: policy.decode(latents), work.device)
-        extra = torch.cuda.max_memory_allocated() - before if work.device.type == "cuda" else None
+        extra = torch.cuda.max_memory_allocated() - before if work.device == "cuda" else None
         return {"tf32": tf32, "ms_per_image": 1e3 * seconds / rows, "extra_bytes": extra}
 
     part("rollout with adapter", sample)
     with without_adapter(policy.denoiser):
         part("rollout without adapter", sample)
     part("decode", lambda: decode(False))
-    if work.device.type == "cuda":
+    if work.device == "cuda":
         part("decode tf32", lambda: decode(True))
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}")
 
 
-def _seconds(call: Callable[[], object], device: torch.device, repeats: int = 2) -> float:
+def _seconds(call: Callable[[], object], device: str, repeats: int = 2) -> float:
     """Mean seconds of a call after one that warms up."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     call()
     wait()
     began = time.perf_counter()
@@ -125,7 +124,7 @@ def _seconds(call: Callable[[], object], device: torch.device, repeats: int = 2)
 
 MEASUREMENTS = {
     "model": Measurement(_write_model, needed=True),
-    "lora": _train(iterations=3),
+    "lora": _train(iterations=3, small=True),
     "lora, no graph": _train("rollout.cuda_graph=false"),
     "lora, flash attention": _train("model.attention=flash"),
     "full": _train("model.tune=full"),
@@ -137,7 +136,3 @@ MEASUREMENTS = {
     "lora, compiled": _train("model.compile=whole", seconds=120),
 }
 """By name: the figure of figures first."""
-
-
-if __name__ == "__main__":
-    sys.exit(conduct("sd15", MEASUREMENTS, sys.argv[1:]))

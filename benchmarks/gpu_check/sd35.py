@@ -1,18 +1,17 @@
 """Training at Stable Diffusion 3.5 medium's sizes: 384x384 pixels, 10 steps of which 3 are trained, LoRA of rank 32.
 
-The work is that of published figures, which `PUBLISHED` holds: 16 images of each prompt and a window of stochastic steps,
-as Flow-GRPO trains. Weights are random, T5 is left out, and the reward is the size of a JPEG rather than PickScore.
+The work is that of published figures, which `PUBLISHED` holds: 16 images of each prompt and a window of stochastic
+steps, as Flow-GRPO trains. Weights are random, T5 is left out, and the reward is the size of a JPEG rather than PickScore.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 
 from loopfast.config import Config, parse_config
 
 from . import models, training
-from .measure import Measurement, Work, conduct
+from .measure import Measurement, Work
 
 TRAINED_STEPS = 3
 
@@ -42,7 +41,7 @@ def _write_model(work: Work) -> None:
     work.record.write(work.name, **facts, wall_seconds=time.monotonic() - began)
 
 
-def _train(guidance: float, iterations: int = 2) -> Measurement:
+def _train(guidance: float, *, iterations: int = 2, small: bool = True) -> Measurement:
     def config(work: Work) -> Config:
         given = [f"model.pretrained={work.folder / 'model'}", f"model.device={work.device}"]
         given += [f"run.directory={work.folder / work.name.replace(' ', '-')}"]
@@ -58,15 +57,11 @@ def _train(guidance: float, iterations: int = 2) -> Measurement:
         images = found.rollout.prompts_per_iteration * found.algorithm.samples_per_prompt
         training.run(work, found, images * TRAINED_STEPS)
 
-    return Measurement(run, 60, config)
+    return Measurement(run, 60, config, small=small)
 
 
 MEASUREMENTS = {
     "model": Measurement(_write_model, needed=True),
     "guidance 4.5": _train(4.5),
-    "no guidance": _train(1.0),
+    "no guidance": _train(1.0, small=False),
 }
-
-
-if __name__ == "__main__":
-    sys.exit(conduct("sd35", MEASUREMENTS, sys.argv[1:]))

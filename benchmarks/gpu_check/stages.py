@@ -6,8 +6,9 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 ROOT = Path(__file__).parents[2]
@@ -66,14 +67,14 @@ class Stage(NamedTuple):
     about: str
     seconds: float
     command: Callable[[Setting], Sequence[str]]
-    packages: dict[str, str] = {}
+    packages: Mapping[str, str] = MappingProxyType({})
     tool: str | None = None
     gpu_only: bool = False
     file: str | None = None
 
     def lacks(self, setting: Setting) -> str | None:
         """Why it cannot run here, if so."""
-        missing = {**{"torch": "torch"}, **self.packages}
+        missing = {"torch": "torch", **self.packages}
         missing = {module: package for module, package in missing.items() if not is_installed(module)}
         if missing:
             packages = " ".join(missing.values())
@@ -97,10 +98,11 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def _module(name: str) -> Callable[[Setting], Sequence[str]]:
+def _module(*name: str) -> Callable[[Setting], Sequence[str]]:
     def command(setting: Setting) -> Sequence[str]:
+        module, *arguments = name
         sizes = ("--small",) if setting.small else ()
-        return ("-m", f"benchmarks.gpu_check.{name}", "--device", setting.device, *sizes)
+        return ("-m", f"benchmarks.gpu_check.{module}", *arguments, "--device", setting.device, *sizes)
 
     return command
 
@@ -143,7 +145,12 @@ STAGES = (
         100,
         _tests(
             (*_OP_FILES, "-k", "gpu or triton"),
-            ("tests/kernels/test_philox.py", "tests/kernels/test_leave_one_out.py", "-k", "triton"),
+            (
+                "tests/kernels/test_philox.py",
+                "tests/kernels/test_leave_one_out.py",
+                "-k",
+                "triton and not bits and not split",
+            ),
             processes=8,
         ),
         _TESTS | {"triton": "triton", "numpy": "numpy"},
@@ -154,7 +161,7 @@ STAGES = (
         60,
         _tests(
             (*_RECORDING_FILES, "-m", "gpu", *_WHOLE_RECORDINGS),
-            ("tests/rollout/test_capture.py", "-k", "recording_that_fails or nothing_is_recorded"),
+            ("tests/rollout/test_capture.py", "-k", "nothing_is_recorded"),
             processes=4,
         ),
         _TESTS | _TRAIN,
@@ -163,14 +170,14 @@ STAGES = (
         "sd15",
         "training at Stable Diffusion 1.5's sizes, random weights: speed, memory and ratio by lever",
         150,
-        _module("sd15"),
+        _module("measure", "sd15"),
         _TRAIN,
     ),
     Stage(
         "sd35",
         "training at Stable Diffusion 3.5 medium's sizes as Flow-GRPO does: images an hour, by phase",
         90,
-        _module("sd35"),
+        _module("measure", "sd35"),
         _TRAIN,
     ),
     Stage(
@@ -179,7 +186,7 @@ STAGES = (
         60,
         _tests(
             ("tests/test_families.py", "-m", "gpu"),
-            ("tests/test_families.py", "-k", "ratio_is_1_in_bfloat16 and (sdxl or sd35)"),
+            ("tests/test_families.py", "-k", "ratio_is_1_in_bfloat16 and sd35"),
             processes=4,
         ),
         _TESTS | _TRAIN,
@@ -222,12 +229,21 @@ STAGES = (
         "zero3",
         "full training at SDXL's sizes: ZeRO-3 with offload, one process, against the local engine",
         180,
-        _module("zero3"),
+        _module("measure", "zero3"),
         _TRAIN | _ZERO,
     ),
 )
 
 NAMES = tuple(stage.name for stage in STAGES)
+
+
+# Of the limits, on a CPU: they are made for a GPU's kind of machine, and nobody pays a CPU by the second.
+_PATIENCE = 4
+
+
+def limit_of(stage: Stage, setting: Setting) -> float:
+    """Seconds that a stage may take here."""
+    return stage.seconds * (_PATIENCE if setting.device == "cpu" else 1)
 
 
 def task_command(stage: Stage, setting: Setting) -> Sequence[str]:
