@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from .record import Record, latest, read_lines
 from .runner import FAILURES, Result, Task, run_all
-from .stages import NAMES, ROOT, STAGES, Setting, Stage, limit_of, task_command
+from .stages import NAMES, ROOT, STAGES, Setting, Stage, patience, task_command
 from .table import as_text
 
 LIMIT_SECONDS = 480.0
@@ -167,7 +167,9 @@ def _probe(environment: dict[str, str]) -> dict[str, Any]:
 def _task(stage: Stage, setting: Setting, environment: dict[str, str]) -> Task:
     lacks = stage.lacks(setting)
     own = {**environment, "LOOPFAST_BENCH_DEVICE": setting.device}
-    return Task(stage.name, limit_of(stage, setting), task_command(stage, setting), lacks, own)
+    return Task(
+        stage.name, stage.seconds * patience(setting.device), task_command(stage, setting), lacks, own
+    )
 
 
 def _say(result: Result) -> None:

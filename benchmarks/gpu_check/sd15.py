@@ -44,7 +44,7 @@ def _config(work: Work, iterations: int, overrides: tuple[str, ...]) -> Config:
     given = [f"model.pretrained={work.folder / 'model'}", f"model.device={work.device}"]
     given += [f"run.directory={work.folder / work.name.replace(' ', '-')}", *overrides]
     if work.small:
-        given += ["rollout.prompts_per_iteration=1", f"rollout.steps={_SMALL_STEPS}"]
+        given += ["model.dtype=float32", "rollout.prompts_per_iteration=1", f"rollout.steps={_SMALL_STEPS}"]
         given += [f"{call}.microbatch=4" for call in ("rollout", "train")]
     return parse_config(_RUN, [*given, "train.on_policy_check=warn", f"train.iterations={iterations + 1}"])
 

@@ -1,7 +1,7 @@
 """Training at Stable Diffusion 3.5 medium's sizes: 384x384 pixels, 10 steps of which 3 are trained, LoRA of rank 32.
 
 The work is that of published figures, which `PUBLISHED` holds: 16 images of each prompt and a window of stochastic
-steps, as Flow-GRPO trains. Weights are random, T5 is left out, and the reward is the size of a JPEG rather than PickScore.
+steps, as Flow-GRPO trains. Weights are random, T5 is left out, and the reward is a JPEG's size rather than PickScore.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def _train(guidance: float, *, iterations: int = 2, small: bool = True) -> Measu
         given += [f"rollout.stochastic_steps=window:{TRAINED_STEPS}", f"rollout.guidance_scale={guidance}"]
         given += ["train.on_policy_check=warn", f"train.iterations={iterations + 1}"]
         if work.small:
-            given += ["model.height=32", "model.width=32", "algorithm.samples_per_prompt=4"]
-            given += ["rollout.prompts_per_iteration=1", "rollout.microbatch=4", "train.microbatch=4"]
+            given += ["model.height=32", "model.width=32", "model.dtype=float32"]
+            given += ["algorithm.samples_per_prompt=4", "rollout.prompts_per_iteration=1"]
+            given += ["rollout.microbatch=4", "train.microbatch=4"]
         return parse_config(_RUN, given)
 
     def run(work: Work) -> None:

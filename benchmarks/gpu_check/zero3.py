@@ -31,7 +31,12 @@ def _train(overrides: Sequence[str]) -> Measurement:
         given += ["train.on_policy_check=warn", "train.iterations=2", "checkpoint.every=1000"]
         if work.small:
             given += ["rollout.prompts_per_iteration=1", "algorithm.samples_per_prompt=2", "rollout.steps=2"]
-            given += ["evaluation.limit_prompts=1"]
+            given += [
+                "model.dtype=float32",
+                "model.height=64",
+                "model.width=64",
+                "evaluation.limit_prompts=1",
+            ]
         return parse_config(sharding.RUN, given)
 
     def run(work: Work) -> None:
