@@ -1,6 +1,6 @@
 """Training at Stable Diffusion 3.5 medium's sizes: 384x384 pixels, 10 steps of which 3 are trained, LoRA of rank 32.
 
-The work is that of published figures, which `PUBLISHED` holds: 16 images of each prompt and a window of stochastic
+The work is that of the published figures in `benchmarks.gpu_report.page`: 16 images of each prompt and a window of stochastic
 steps, as Flow-GRPO trains. Weights are random, T5 is left out, and the reward is a JPEG's size rather than PickScore.
 """
 
@@ -14,12 +14,6 @@ from . import models, training
 from .measure import Measurement, Work
 
 TRAINED_STEPS = 3
-
-PUBLISHED = {
-    "UniRL": {"seconds": 45.0, "images_per_gpu_hour": 7680},
-    "verl-omni": {"seconds": 111.3, "images_per_gpu_hour": 3103},
-}
-"""Seconds of a step of 48 prompts x 16 images on 8 H20, real weights and PickScore, as their authors report them."""
 
 _RUN = """\
 run: {name: run, trackers: []}
