@@ -29,8 +29,10 @@ def write(stages: Stages, pictures: Sequence[str]) -> str:
         pictures: names of the plots beside it.
     """
     first = start(stages)
-    small = "\n\n**Tiny models: this tried the check itself, and its figures mean nothing.**" * bool(
-        first.get("small")
+    small = "**Tiny models: this tried the check itself, and its figures mean nothing.**"
+    made = (
+        f"torch {first.get('torch')}, Python {first.get('python')}, {first.get('date')}. By `make gpu-check`; every "
+        "figure is a line of [results.jsonl](results.jsonl)."
     )
     sections = [
         f"# {first.get('device')}",

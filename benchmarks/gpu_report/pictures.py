@@ -87,6 +87,7 @@ def _memory(found: Sequence[Run], stages: Stages) -> Figure | None:
             at = [index + (place - (len(kinds) - 1) / 2) * height for index in range(len(found))]
             axes.barh(at, sizes, height, color=_MEMORY[kind], label=_MEMORY_LABELS[kind])
         axes.set_yticks(range(len(found)), [f"{run.stage}: {run.name}" for run in found])
+        axes.margins(y=0.02)
         axes.invert_yaxis()
         axes.set_xlabel("GiB at the peak")
         figure.legend(loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=8)

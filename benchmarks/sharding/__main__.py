@@ -51,8 +51,8 @@ ENGINES = {
 def write_model(folder: Path, width: int, device: str = "cpu") -> int:
     """A pipeline around a UNet of SDXL's blocks and depths, ``width`` channels wide (SDXL: 320); gives its parameters.
 
-    The weights are drawn on the device: for billions of them a CPU takes minutes. SDXL's own conditioning is left out, and
-    its wide text: 2,243 million parameters instead of 2,567.
+    The weights are drawn on the device: for billions of them a CPU takes minutes. SDXL's own conditioning is left out,
+    and its wide text: 2,243 million parameters instead of 2,567.
     """
     torch.manual_seed(0)
     pipeline = sd_small()
