@@ -9,6 +9,7 @@ The exit status is 0 where no stage failed, 1 where one did, 2 for wrong argumen
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     signal.signal(signal.SIGTERM, _interrupt)
     environment = _environment(options.device)
+    if left_out := _without_broken_xformers(environment):
+        print(left_out, flush=True)
     probed = _probe(environment)
     devices = probed.get("devices", {})
     device = options.device or ("cuda" if "cuda" in devices or not options.small else "cpu")
@@ -142,6 +145,33 @@ def _environment(device: str | None) -> dict[str, str]:
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return environment
+
+
+def _without_broken_xformers(environment: dict[str, str]) -> str | None:
+    """Take an xformers that cannot be imported off the path, as diffusers imports it wherever it is.
+
+    Returns:
+        What to say of it; None where there is none, or where it can be imported.
+    """
+    found = importlib.util.find_spec("xformers")
+    if found is None or found.origin is None:
+        return None
+    command = [sys.executable, "-c", "import xformers.ops"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    if done.returncode == 0:
+        return None
+    said = (done.stderr.strip().splitlines() or ["no reason is given"])[-1]
+    home = Path(found.origin).parents[1]
+    path = [entry for entry in environment["PYTHONPATH"].split(os.pathsep) if Path(entry).absolute() != home]
+    others = {
+        entry.name for entry in home.iterdir() if not entry.name.startswith(("xformers", "__pycache__"))
+    }
+    if others or os.pathsep.join(path) == environment["PYTHONPATH"]:
+        return f"xformers in {home} cannot be imported, and diffusers imports it: remove it ({said})"
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    return f"xformers in {home} cannot be imported and is left out ({said})"
 
 
 def _probe(environment: dict[str, str]) -> dict[str, Any]:

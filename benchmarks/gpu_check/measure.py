@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from loopfast.config import Config
 
 
+_PROGRAM = ("-m", "benchmarks.gpu_check.measure")
+
+
 class Work(NamedTuple):
     """What a measurement is given.
 
@@ -86,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         return _work(measurements[name], Work(name, options.device, options.small, options.worker, record))
     with tempfile.TemporaryDirectory(prefix=f"{options.stage}-") as folder:
-        command = [sys.executable, "-m", "benchmarks.gpu_check.measure", *arguments, "--worker", folder]
+        command = [sys.executable, *_PROGRAM, *arguments, "--worker", folder]
         first = _start(command)  # it imports its libraries while this process does
         measurements = _measurements(options.stage)
         if options.small:

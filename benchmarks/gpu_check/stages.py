@@ -136,13 +136,13 @@ STAGES = (
     Stage(
         "machine",
         "the machine, versions, what is lacking, and the ceilings: copy bandwidth and matrix products",
-        40,
+        30,
         _module("machine"),
     ),
     Stage(
         "ops",
         "each op against float64 and the CPU's bits, ratios of exactly 1, in every type",
-        100,
+        90,
         _tests(
             (*_OP_FILES, "-k", "gpu or triton"),
             ("tests/kernels/test_leave_one_out.py", "-k", "triton"),

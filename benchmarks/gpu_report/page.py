@@ -15,7 +15,7 @@ PUBLISHED = {
     "UniRL": {"seconds": 45.0, "images_per_gpu_hour": 7680},
     "verl-omni": {"seconds": 111.3, "images_per_gpu_hour": 3103},
 }
-"""Seconds of a step of 48 prompts x 16 images on 8 H20, with real weights and PickScore, as their authors report them."""
+"""Seconds of a step of 48 prompts x 16 images on 8 H20, real weights and PickScore, as their authors report them."""
 
 _PHASES = ("rollout", "reward", "replay", "optimizer")
 _SHOWN_TESTS = 40
