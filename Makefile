@@ -14,7 +14,7 @@ WHEEL := build/wheel
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: demo test coverage test-wheel test-trl test-older sanitize lint bench race race-sweep race-reward bench-gpu ptx-report study clean help
+.PHONY: demo test coverage test-wheel test-trl test-older sanitize lint bench race race-sweep race-reward gpu-check ptx-report study clean help
 
 demo: $(VENV)/.train ## train the embedded model with LOOP and write a report (ARGS="--set run.seed=1" adds options)
 	$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
@@ -59,8 +59,8 @@ race-sweep: $(TRL)/.wheel $(RACE)/.train ## the settings both are tried with bef
 race-reward: $(TRL)/.wheel $(RACE)/.train ## how soon either reaches the same held-out reward (an hour)
 	$(BIN)/python -m benchmarks.race reward $(ARGS)
 
-bench-gpu: $(VENV)/.dev ## on a GPU: its tests, the benchmarks, a roofline plot; results go to profiles/results
-	PYTHON=$(BIN)/python benchmarks/gpu.sh
+gpu-check: $(VENV)/.dev ## all that one GPU can say, in 8 minutes, in stages; results go to profiles/results (ARGS="--list")
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 ptx-report: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and write profiles/ptx.md
 	$(BIN)/python profiles/ptx_report.py

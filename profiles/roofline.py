@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, NullFormatter, NullLocator, PercentFormatter
 
 COLORS = {"ours": "#0b6e99", "compile": "#d9730d", "eager": "#8a8a8a", "trl": "#ad1a72"}
 LABELS = {"ours": "loopfast", "compile": "torch.compile", "eager": "eager torch", "trl": "TRL"}
@@ -56,6 +56,7 @@ def _panel(axes: Axes, op: str, settings: dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
+    axes.xaxis.set_minor_formatter(NullFormatter())  # over less than a decade they would run into each other
     axes.yaxis.set_major_locator(FixedLocator([0.01, 0.03, 0.1, 0.3, 1, 3]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -363,18 +363,6 @@ def test_the_roofline_plot(tmp_path: Path) -> None:
     figure.savefig(tmp_path / "roofline.png")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_its_command_says_so() -> None:
-    script = ROOT / "benchmarks" / "gpu.sh"
-    process = subprocess.run(
-        [script], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
-    )
-    assert process.returncode == 1
-    assert process.stderr.startswith("bench-gpu needs an NVIDIA GPU")
-    assert process.stderr.count("\n") == 1
-    assert device().type == "cpu"
-
-
 def test_the_model_to_shard_is_one_that_can_be_trained(tmp_path: Path) -> None:
     parameters = sharding.write_model(tmp_path / "model", 32)
     config = parse_config(sharding.RUN, [f"model.pretrained={tmp_path / 'model'}", "model.dtype=float32"])

@@ -238,7 +238,7 @@ def test_the_ncu_script_measures_our_kernels() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    [*SCRIPTS, ROOT / "profiles/common.sh", ROOT / "benchmarks/gpu.sh"],
+    [*SCRIPTS, ROOT / "profiles/common.sh"],
     ids=lambda script: script.name,
 )
 def test_shellcheck_finds_nothing(script: Path) -> None:

@@ -1,0 +1,1 @@
+"""All that one GPU can say about loopfast, in stages: ``python -m benchmarks.gpu_check --help``."""

@@ -1,0 +1,33 @@
+"""Runs a program that says in its output what it found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+
+
+def run_and_show(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Run a program, printing its output as it comes.
+
+    Args:
+        command: the program and its arguments.
+        environment: further variables.
+
+    Returns:
+        Its exit status and its output.
+    """
+    lines = []
+    with subprocess.Popen(
+        command,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return process.returncode, "".join(lines)

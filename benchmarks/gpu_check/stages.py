@@ -1,0 +1,242 @@
+"""The stages, in the order of their worth: what each runs, for how long, and what it needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+ROOT = Path(__file__).parents[2]
+BROKEN_CAPTURE = "tests/rollout/test_broken_capture.py"
+
+# Names of modules, by what installs them.
+_TRAIN = {
+    "accelerate": "accelerate",
+    "diffusers": "diffusers",
+    "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
+    "numpy": "numpy",
+    "nvtx": "nvtx",
+    "peft": "peft",
+    "PIL": "pillow",
+    "pydantic": "pydantic",
+    "yaml": "PyYAML",
+    "requests": "requests",
+    "rich": "rich",
+    "safetensors": "safetensors",
+    "tensorboard": "tensorboard",
+    "transformers": "transformers",
+    "typer": "typer",
+}
+_TESTS = {"pytest": "pytest", "hypothesis": "hypothesis"}
+_ZERO = {"deepspeed": "deepspeed"}
+PACKAGES = {"torch": "torch", "triton": "triton"} | _TRAIN | _TESTS | _ZERO
+OPTIONAL = {"xdist": "pytest-xdist", "pytest_timeout": "pytest-timeout", "xformers": "xformers"}
+"""Packages that something here can use, by the name of their module."""
+
+
+class Setting(NamedTuple):
+    """Where the stages run, and how large they are."""
+
+    device: Literal["cuda", "cpu"]
+    small: bool
+    found: str | None
+    """Name of the device; None: there is no such device."""
+
+
+class Stage(NamedTuple):
+    """A stage.
+
+    Attributes:
+        name: on the command line.
+        about: what it finds out.
+        seconds: its limit.
+        command: what runs it, with the interpreter's options only.
+        packages: modules without which it cannot run, and what installs each.
+        tool: a program without which it cannot run.
+        gpu_only: whether it has nothing to say about a CPU.
+        file: of the repository, without which it cannot run.
+    """
+
+    name: str
+    about: str
+    seconds: float
+    command: Callable[[Setting], Sequence[str]]
+    packages: Mapping[str, str] = MappingProxyType({})
+    tool: str | None = None
+    gpu_only: bool = False
+    file: str | None = None
+
+    def lacks(self, setting: Setting) -> str | None:
+        """Why it cannot run here, if so."""
+        missing = {"torch": "torch", **self.packages}
+        missing = {module: package for module, package in missing.items() if not is_installed(module)}
+        if missing:
+            packages = " ".join(missing.values())
+            return f"{', '.join(missing)} cannot be found: pip install {packages}"
+        if self.gpu_only and setting.device == "cpu":
+            return "it needs a GPU"
+        if setting.found is None and self.name != "machine":
+            return "no CUDA device was found; --device cpu --small tries the check itself without one"
+        if self.tool is not None and shutil.which(self.tool) is None:
+            return f"{self.tool} is not on the PATH; it comes with the CUDA toolkit"
+        if self.file is not None and not (ROOT / self.file).exists():
+            return f"there is no {self.file}"
+        return None
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _module(*name: str) -> Callable[[Setting], Sequence[str]]:
+    def command(setting: Setting) -> Sequence[str]:
+        module, *arguments = name
+        sizes = ("--small",) if setting.small else ()
+        return ("-m", f"benchmarks.gpu_check.{module}", *arguments, "--device", setting.device, *sizes)
+
+    return command
+
+
+def pytest_command(*selection: str, processes: int = 1, timeout: int = 90) -> Sequence[str]:
+    """Run tests, each of which becomes a line of the record."""
+    parallel = ("-n", str(processes)) if processes > 1 and is_installed("xdist") else ()
+    limit = ("--timeout", str(timeout)) if is_installed("pytest_timeout") else ()
+    plugins = ("-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.pytest_lines")
+    return ("-m", "pytest", "-q", "--tb=short", *plugins, *parallel, *limit, *selection)
+
+
+def _tests(gpu: Sequence[str], cpu: Sequence[str], processes: int = 1) -> Callable[[Setting], Sequence[str]]:
+    def command(setting: Setting) -> Sequence[str]:
+        if setting.device == "cpu":
+            return pytest_command(*cpu)
+        return pytest_command(*gpu, processes=min(processes, (os.cpu_count() or 1) // 2))
+
+    return command
+
+
+# Triton is tested on the GPU where there is one, by tests that are not marked `gpu`.
+_OPS = ("test_gpu", "test_philox", "test_denoise_step", "test_transition_logprob", "test_loop_loss")
+_LAST_OPS = ("test_leave_one_out", "test_reduction", "test_group_norm_silu")
+_OP_FILES = [f"tests/kernels/{name}.py" for name in (*_OPS, *_LAST_OPS)]
+_RECORDING_FILES = ("tests/rollout", "tests/test_trajectories.py", "tests/test_profiling.py")
+# What breaks a recording on purpose may break what follows it in its process.
+_WHOLE_RECORDINGS = (f"--ignore={BROKEN_CAPTURE}", "-k", "not waits_for_the_gpu")
+
+STAGES = (
+    Stage(
+        "machine",
+        "the machine, versions, what is lacking, and the ceilings: copy bandwidth and matrix products",
+        30,
+        _module("machine"),
+    ),
+    Stage(
+        "ops",
+        "each op against float64 and the CPU's bits, ratios of exactly 1, in every type",
+        90,
+        _tests(
+            (*_OP_FILES, "-k", "gpu or triton"),
+            ("tests/kernels/test_leave_one_out.py", "-k", "triton"),
+            processes=8,
+        ),
+        _TESTS | {"triton": "triton", "numpy": "numpy"},
+    ),
+    Stage(
+        "recording",
+        "recorded denoising steps against the eager loop, bit by bit, for every family",
+        60,
+        _tests(
+            (*_RECORDING_FILES, "-m", "gpu", *_WHOLE_RECORDINGS),
+            ("tests/rollout/test_capture.py", "-k", "nothing_is_recorded"),
+            processes=4,
+        ),
+        _TESTS | _TRAIN,
+    ),
+    Stage(
+        "sd15",
+        "training at Stable Diffusion 1.5's sizes, random weights: speed, memory and ratio by lever",
+        150,
+        _module("measure", "sd15"),
+        _TRAIN,
+    ),
+    Stage(
+        "sd35",
+        "training at Stable Diffusion 3.5 medium's sizes as Flow-GRPO does: images an hour, by phase",
+        90,
+        _module("measure", "sd35"),
+        _TRAIN,
+    ),
+    Stage(
+        "families",
+        "a whole run of every family of models",
+        60,
+        _tests(
+            ("tests/test_families.py", "-m", "gpu"),
+            ("tests/test_families.py", "-k", "ratio_is_1_in_bfloat16 and sd35"),
+            processes=4,
+        ),
+        _TESTS | _TRAIN,
+    ),
+    Stage(
+        "bandwidth",
+        "bandwidth and host time of the ops, against eager torch and torch.compile",
+        60,
+        _module("bandwidth"),
+        {"triton": "triton"},
+    ),
+    Stage(
+        "broken",
+        "a recording that fails, and what goes on after it",
+        40,
+        _tests((BROKEN_CAPTURE, "-m", "gpu"), ()),
+        _TESTS | _TRAIN,
+        gpu_only=True,
+        file=BROKEN_CAPTURE,
+    ),
+    Stage(
+        "sanitizer",
+        "some tests of the ops under compute-sanitizer's memcheck",
+        60,
+        _module("sanitizer"),
+        _TESTS | {"triton": "triton"},
+        tool="compute-sanitizer",
+        gpu_only=True,
+    ),
+    Stage(
+        "ncu",
+        "the ops' kernels under Nsight Compute: duration, throughput, occupancy",
+        60,
+        _module("ncu"),
+        {"triton": "triton"},
+        tool="ncu",
+        gpu_only=True,
+    ),
+    Stage(
+        "zero3",
+        "full training at SDXL's sizes: ZeRO-3 with offload, one process, against the local engine",
+        180,
+        _module("measure", "zero3"),
+        _TRAIN | _ZERO,
+    ),
+)
+
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def patience(device: str) -> int:
+    """By how much limits are longer on a device: they are made for the kind of machine that has a GPU."""
+    return 4 if device == "cpu" else 1
+
+
+def task_command(stage: Stage, setting: Setting) -> Sequence[str]:
+    """The whole command of a stage."""
+    return (sys.executable, *stage.command(setting))
