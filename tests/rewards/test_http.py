@@ -280,6 +280,29 @@ def test_after_a_failure_nothing_more_is_asked() -> None:
         assert server.most == 2
 
 
+def test_after_ctrl_c_nobody_waits_to_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def busy(server: Scripted, batch: dict[str, Any]) -> tuple[int, Any]:
+        asked.set()
+        return 503, "wait"
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        assert asked.wait(10)
+        raise KeyboardInterrupt
+
+    with scripted(busy) as server:
+        rewards = asking(server.url, concurrency=1, batch_size=1, backoff=60.0)
+        with monkeypatch.context() as patch:
+            patch.setattr("loopfast.rewards.http.wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                rewards.score(images(3, 8), list("345"))
+        # the one thread that asks is there for the next images
+        server.answer = slowly
+        assert rewards.score(images(1, 8), ["7"]).total.tolist() == [7.0]
+        assert [batch["prompts"] for batch in server.batches] == [["3"], ["7"]]
+
+
 def test_a_server_that_does_not_answer_in_time() -> None:
     go = threading.Event()
 
