@@ -163,19 +163,21 @@ def test_metadata_and_order_travel() -> None:
         assert remote.score(images(0), []).total.shape == (0,)
 
 
-def test_one_reward_call_at_a_time() -> None:
+def test_one_reward_call_at_a_time_always_in_one_thread() -> None:
     lock = threading.Lock()
+    threads = []
 
     def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         assert lock.acquire(blocking=False)
+        threads.append(threading.current_thread().name)
         time.sleep(0.02)
         lock.release()
         return images.mean((1, 2, 3))
 
     with served(RewardSet([RewardTerm("mine", reward)])) as url:
-        assert asking(url, batch_size=1, concurrency=5, retries=0).score(images(), PROMPTS).total.shape == (
-            5,
-        )
+        found = asking(url, batch_size=1, concurrency=5, retries=0).score(images(), PROMPTS)
+    assert found.total.shape == (5,)
+    assert threads == ["loopfast-scoring_0"] * 5
 
 
 @pytest.mark.parametrize("asked", [None, "1", "date"])
@@ -445,6 +447,8 @@ def test_a_reward_that_fails_there_is_told_here() -> None:
     def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         if prompts == ["bad"]:
             return [math.nan]
+        if prompts == ["large"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         raise KeyError("beauty")
 
     with served(RewardSet([RewardTerm("mine", reward)])) as url:
@@ -453,6 +457,10 @@ def test_a_reward_that_fails_there_is_told_here() -> None:
             RewardError, match=r"it answered 500 .*: \"reward 'mine' raised KeyError: 'beauty'"
         ):
             remote.score(images(1), ["a"])
+        with pytest.raises(
+            RewardError, match=r"it answered 500 .*: \"reward 'mine' ran out of memory on cpu"
+        ):
+            remote.score(images(1), ["large"])
         with pytest.raises(RewardError, match="reward 'http' is not finite for 1 of 1"):
             remote.score(images(1), ["bad"])
 
