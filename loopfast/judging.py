@@ -15,6 +15,7 @@ from loopfast.profiling import phase
 from loopfast.prompts import Prompt
 from loopfast.rewards import (
     Guard,
+    RewardMemoryError,
     RewardProcess,
     RewardThread,
     Scores,
@@ -46,14 +47,19 @@ class Judge:
 
     def __init__(self, config: Config, group: Group, folder: RunFolder, warn: Callable[[str], None]) -> None:
         self._config, self._group, self._folder, self._warn = config, group, folder, warn
-        in_process = config.rollout.reward_worker == "process"
-        self._rewards = RewardProcess(config.reward) if in_process else build_rewards(config.reward)
+        worker = config.rollout.reward_worker
+        self._rewards = (
+            RewardProcess(config.reward)
+            if worker == "process"
+            else build_rewards(config.reward, whole=worker == "none")
+        )
         self._guard = Guard(
             self._rewards,
             [term.title for term in config.reward],
             keep_bad=config.rollout.on_bad_reward == "drop_group",
             group=group,
         )
+        self._thread = RewardThread(self.score)
         self.iteration = 0
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
@@ -66,18 +72,23 @@ class Judge:
 
         Raises:
             RewardError: on leaving, in every process.
+            RewardMemoryError: on leaving, in every process.
         """
         self._guard.clear()
         try:
             yield
-        except RewardError:
+        except (RewardError, RewardMemoryError):
             if self._guard.failure is None:
                 raise
         failure = self._guard.failure
-        told = "" if failure is None else f"{failure}; {self._kept_images('failures')}"
+        told = "" if failure is None else str(failure)
+        if isinstance(failure, RewardError):
+            told += f"; {self._kept_images('failures')}"
         first = next(filter(None, self._group.texts(told)), None)
         if first is not None:
-            self._end(first, failure)
+            # the error is of one kind in all processes, as what is done after it is done together
+            memory = self._group.any(isinstance(failure, RewardMemoryError))
+            self._end(first, failure, RewardMemoryError if memory else RewardError)
 
     def sample(
         self,
@@ -109,15 +120,15 @@ class Judge:
                     scores.append(self.score(decode(latents), prompts[rows]))
 
             return sample(score), join_scores(scores)
-        with RewardThread(self.score) as thread:
 
-            def hand_over(rows: slice, latents: Tensor) -> None:
-                with phase("reward"):
-                    thread.add(decode(latents), prompts[rows])
+        def hand_over(rows: slice, latents: Tensor) -> None:
+            with phase("reward"):
+                self._thread.add(decode(latents), prompts[rows])
 
+        with self._thread.batch():
             trajectories = sample(hand_over)
             with timed():
-                return trajectories, thread.result()
+                return trajectories, self._thread.result()
 
     def rewards(self, scores: Scores, texts: Sequence[str], steps: int) -> Tensor:
         """What an iteration is trained on, float32 ``[G, K]``; NaN for prompts that are left out, which is said.
@@ -180,7 +191,8 @@ class Judge:
         return f"images and prompts are in {folder}"
 
     def close(self) -> None:
-        """Ends the rewards' process, if they have one."""
+        """Ends the rewards' thread and their process, where they have one."""
+        self._thread.close()
         if isinstance(self._rewards, RewardProcess):
             self._rewards.close()
 
@@ -195,8 +207,13 @@ class Judge:
         rank = None if self._group.alone else self._group.rank
         return self.keep(self._guard.images, self._guard.texts, rank, place)
 
-    def _end(self, reason: str, cause: RewardError | None = None) -> NoReturn:
+    def _end(
+        self,
+        reason: str,
+        cause: LoopfastError | None = None,
+        kind: type[RewardError | RewardMemoryError] = RewardError,
+    ) -> NoReturn:
         """Ends the run in all processes, which know the reason."""
-        error = RewardError(f"iteration {self.iteration}: {reason}")
+        error = kind(f"iteration {self.iteration}: {reason}")
         error.shared = not self._group.alone
         raise error from cause

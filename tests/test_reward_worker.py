@@ -10,14 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import loopfast.judging as judging
+import loopfast.rewards.worker as worker_module
 import loopfast.train as training
 from loopfast.config import Config, RewardConfig
 from loopfast.console import Display
@@ -46,6 +48,15 @@ def images(count: int = 5) -> Tensor:
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
+@contextmanager
+def scoring(score: Callable[[Tensor, Any], Scores]) -> Iterator[RewardThread[str]]:
+    worker: RewardThread[str] = RewardThread(score)
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
 def brightness(found: Tensor, prompts: Any) -> Scores:
     values = found.mean((1, 2, 3))
     return Scores(values, {"brightness": values})
@@ -54,7 +65,7 @@ def brightness(found: Tensor, prompts: Any) -> Scores:
 def test_scores_of_parts_are_those_of_the_batch() -> None:
     rewards = build_rewards(TERMS)
     expected = rewards.score(images(), PROMPTS)
-    with RewardThread(rewards.score) as worker:
+    with scoring(rewards.score) as worker, worker.batch():
         for part in (slice(0, 2), slice(2, 4), slice(4, 5)):
             worker.add(images()[part], PROMPTS[part])
         found = worker.result()
@@ -71,7 +82,7 @@ def test_scoring_goes_on_beside_and_no_further_ahead_than_the_queue() -> None:
         assert go.acquire(timeout=10)
         return brightness(found, prompts)
 
-    with RewardThread(slow) as worker:
+    with scoring(slow) as worker, worker.batch():
         added = []
 
         def fill() -> None:
@@ -97,14 +108,14 @@ def test_an_error_comes_out_where_the_next_part_goes_in_or_the_result_is_asked_f
     def fails(found: Tensor, prompts: Any) -> Scores:
         raise RewardError("reward 'x' raised", [1])
 
-    with RewardThread(fails) as worker:
+    with scoring(fails) as worker, worker.batch():
         worker.add(images(), PROMPTS)
         with pytest.raises(RewardError, match="'x' raised") as caught:
             worker.result()
     assert caught.value.images_index == (1,)
 
     def add_for_ever() -> None:
-        with RewardThread(fails) as worker:
+        with scoring(fails) as worker, worker.batch():
             while True:
                 worker.add(images(), PROMPTS)
 
@@ -121,7 +132,7 @@ def test_what_waits_is_given_up_when_the_sampling_stops() -> None:
         return brightness(found, prompts)
 
     def stopped() -> None:
-        with RewardThread(slow) as worker:
+        with scoring(slow) as worker, worker.batch():
             for number in range(3):
                 worker.add(images(1), [str(number)])
             raise KeyboardInterrupt
@@ -129,6 +140,131 @@ def test_what_waits_is_given_up_when_the_sampling_stops() -> None:
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert len(scored) <= 1
+
+
+def test_one_thread_scores_all_batches_whatever_ends_one() -> None:
+    threads = []
+
+    def score(found: Tensor, prompts: Any) -> Scores:
+        threads.append(threading.current_thread())
+        if "fail" in prompts:
+            raise RewardError("reward 'x' raised")
+        return brightness(found, prompts)
+
+    def batch(worker: RewardThread[str], *prompts: str) -> Tensor:
+        with worker.batch():
+            for prompt in prompts:
+                worker.add(images(1), [prompt])
+            return worker.result().total
+
+    def interrupted(worker: RewardThread[str]) -> None:
+        with worker.batch():
+            worker.add(images(1), ["a"])
+            raise KeyboardInterrupt
+
+    expected = brightness(images(1), None).total
+    with scoring(score) as worker:
+        assert torch.equal(batch(worker, "a", "b"), expected.repeat(2))
+        with pytest.raises(RewardError, match="'x' raised"):
+            batch(worker, "a", "fail", "b")
+        assert torch.equal(batch(worker, "a"), expected)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(worker)
+        assert torch.equal(batch(worker, "a", "b", "c"), expected.repeat(3))
+        [thread] = set(threads)
+        assert thread.daemon
+        assert thread.is_alive()
+    assert not thread.is_alive()
+
+
+def test_a_reward_that_never_returns_does_not_keep_the_thread_from_closing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_module, "_LAST_WAIT", 0.01)
+    go, called = threading.Event(), threading.Event()
+
+    def stuck(found: Tensor, prompts: Any) -> Scores:
+        called.set()
+        assert go.wait(timeout=20)
+        return brightness(found, prompts)
+
+    worker: RewardThread[str] = RewardThread(stuck)
+    for _ in range(3):
+        worker.add(images(1), ["a"])
+    assert called.wait(timeout=10)
+    [thread] = [thread for thread in threading.enumerate() if thread.name == "loopfast-reward"]
+    worker.close()
+    assert thread.is_alive()
+    go.set()
+    thread.join(timeout=10)
+
+
+class OnGpu:
+    """Images that say that they are on a GPU."""
+
+    is_cuda = True
+
+    def __init__(self, index: int) -> None:
+        self.device = torch.device("cuda", index)
+        self.streams: list[Any] = []
+
+    def record_stream(self, stream: Any) -> None:
+        self.streams.append(stream)
+
+
+def test_each_gpu_has_one_stream_for_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices, streams, scored_in = [], [], []
+
+    @contextmanager
+    def current(stream: Any) -> Iterator[None]:
+        scored_in.append(stream)
+        yield
+
+    def stream(device: torch.device) -> Any:
+        streams.append(SimpleNamespace(device=device, waited=[]))
+        streams[-1].wait_event = streams[-1].waited.append
+        return streams[-1]
+
+    cuda: dict[str, Any] = {
+        "Event": lambda: SimpleNamespace(record=lambda stream: None),
+        "current_stream": lambda device: None,
+        "set_device": devices.append,
+        "Stream": stream,
+        "stream": current,
+    }
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    parts: list[Any] = [OnGpu(index) for index in (1, 1, 0, 1)]
+    with scoring(lambda found, prompts: Scores(torch.ones(1), {})) as worker:
+        for part in parts:
+            with worker.batch():
+                worker.add(part, ["a"])
+                worker.result()
+    assert [stream.device for stream in streams] == [torch.device("cuda", 1), torch.device("cuda", 0)]
+    assert devices == [part.device for part in parts]
+    assert scored_in == [part.streams[0] for part in parts]
+    assert all(stream.device == part.device for stream, part in zip(scored_in, parts, strict=True))
+    assert [len(stream.waited) for stream in streams] == [3, 1]
+
+
+@pytest.mark.gpu
+def test_images_on_a_gpu_are_scored_in_one_stream_beside_the_sampling() -> None:
+    streams = set()
+
+    def score(found: Tensor, prompts: Any) -> Scores:
+        assert torch.cuda.current_device() == found.get_device()
+        streams.add(torch.cuda.current_stream().cuda_stream)
+        return brightness(found.cpu(), prompts)
+
+    with scoring(score) as worker:
+        for _ in range(3):
+            with worker.batch():
+                # what is still being computed when it is handed over
+                worker.add(torch.ones(4, 3, 512, 512, device="cuda").cumsum(0) / 4, ["a"] * 4)
+                found = worker.result().total
+            torch.testing.assert_close(found, torch.tensor([0.25, 0.5, 0.75, 1.0]))
+    assert len(streams) == 1
+    assert torch.cuda.current_stream().cuda_stream not in streams
 
 
 @pytest.fixture
@@ -261,7 +397,7 @@ def test_images_are_scored_between_the_sampling_on_a_cpu(
     def refuse(*args: Any) -> None:
         raise AssertionError("a thread was started")
 
-    monkeypatch.setattr(judging, "RewardThread", refuse)
+    monkeypatch.setattr(RewardThread, "add", refuse)
     config = small_config("rollout.microbatch=3", "train.microbatch=3", "train.iterations=1")
     assert config.rollout.reward_worker == "auto"
     training.train(config, display=Display(quiet=True))
@@ -290,6 +426,28 @@ def test_a_reward_that_fails_in_a_later_part_names_itself_and_the_sample(
     assert message.startswith(f"iteration 1: reward '{module}:plain' is not finite for 2 of 2 image(s)")
     assert f"'a white star'; images and prompts are in {failures}; " in message
     assert list(json.loads((failures / "prompts.json").read_text()).values()) == ["a white star"] * 2
+
+
+def test_all_iterations_of_a_run_are_scored_in_one_thread(
+    small_config: MakeConfig, user_module: Callable[[str], str]
+) -> None:
+    module = user_module(
+        "import threading\n"
+        "threads = []\n"
+        "def reward(images, prompts, metadata):\n"
+        "    threads.append(threading.current_thread())\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    config = small_config(
+        f"reward=[{{name: '{module}:reward'}}]",
+        "rollout.reward_worker=thread",
+        "evaluation.every=0",
+        "evaluation.limit_prompts=1",
+        "train.iterations=2",
+    )
+    training.train(config, display=Display(quiet=True))
+    threads = {thread for thread in sys.modules[module].threads if thread is not threading.main_thread()}
+    assert [thread.name for thread in threads] == ["loopfast-reward"]
 
 
 def test_a_signal_while_images_are_scored_leaves_no_thread(

@@ -6,6 +6,7 @@ see `Reward`. The package's own have a file each and a name in `REWARDS`; the us
 """
 
 from loopfast.rewards.base import Reward, RewardSet, RewardTerm, Scores
+from loopfast.rewards.fitting import RewardMemoryError
 from loopfast.rewards.guard import Guard
 from loopfast.rewards.normalize import training_total
 from loopfast.rewards.process import RewardProcess
@@ -16,6 +17,7 @@ __all__ = [
     "REWARDS",
     "Guard",
     "Reward",
+    "RewardMemoryError",
     "RewardProcess",
     "RewardSet",
     "RewardTerm",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from loopfast.errors import RewardError
+from loopfast.memory import is_out_of_memory
+from loopfast.rewards.fitting import ImagesPerCall, RewardMemoryError
 
 __all__ = ["CountError", "Reward", "RewardSet", "RewardTerm", "Scores", "quoted", "scaled"]
 
@@ -66,12 +69,19 @@ class Scores:
 class RewardSet:
     """The weighted sum of rewards that a run trains on.
 
+    A reward that runs out of a GPU's memory is called again with half of the images, and so on.
+
     Args:
         terms: the rewards, with names that differ.
+        whole: a reward may compare the images of a batch, and is called with all of them or not at all.
     """
 
-    def __init__(self, terms: Sequence[RewardTerm]) -> None:
+    def __init__(self, terms: Sequence[RewardTerm], *, whole: bool = False) -> None:
         self.terms: tuple[RewardTerm, ...] = tuple(terms)
+        advice = "rollout.reward_worker other than none (fewer images in a call), " if whole else ""
+        self._sizes = {
+            term.name: ImagesPerCall(term.name, halves=not whole, advice=advice) for term in self.terms
+        }
 
     @torch.no_grad()
     def score(
@@ -94,6 +104,7 @@ class RewardSet:
         Raises:
             RewardError: a reward raised, or gave anything but N numbers, finite ones unless ``keep_bad``, with which
                 their number may be wrong, too. ``images_index`` holds the positions of the images at fault.
+            RewardMemoryError: a reward ran out of a GPU's memory, and fewer images in a call do not help.
             ValueError: the lengths of the arguments differ.
         """
         count = images.shape[0]
@@ -114,12 +125,15 @@ class RewardSet:
             return values
 
         for term in self.terms:
-            part = checked(term.name, *_score(term, images, prompts, metadata))
+            found = self._sizes[term.name].fitting(
+                count, images.device, partial(_score, term, images, prompts, metadata)
+            )
+            part = checked(term.name, *found)
             parts[term.name] = part
             total += term.weight * scaled(part.double(), term.range)
         scored = torch.stack([part.isfinite() for part in parts.values()]).all(0)
-        found = _finite("the weighted sum of the rewards", total.float(), prompts, among=scored)
-        return Scores(checked("sum", *found), parts, problems)
+        total_found = _finite("the weighted sum of the rewards", total.float(), prompts, among=scored)
+        return Scores(checked("sum", *total_found), parts, problems)
 
 
 def scaled(values: Tensor, bounds: tuple[float, float] | None) -> Tensor:
@@ -131,21 +145,48 @@ def scaled(values: Tensor, bounds: tuple[float, float] | None) -> Tensor:
 
 
 def _score(
-    term: RewardTerm, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    term: RewardTerm,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+    size: int,
 ) -> tuple[Tensor, RewardError | None]:
-    """One term's values, float32 ``[N]`` on the CPU, NaN where they are none; and what was wrong with them."""
+    """One term's values, float32 ``[N]`` on the CPU, NaN where they are none; and what was wrong with them.
+
+    ``size`` images are scored in a call.
+    """
+    # a reward is called for no images, too
+    starts = range(0, max(len(prompts), 1), max(size, 1))
+    parts = [_call(term, images, prompts, metadata, slice(start, start + size)) for start in starts]
+    values, problem = _finite(f"reward {term.name!r}", torch.cat([part for part, _ in parts]), prompts)
+    return values, next((wrong for _, wrong in parts if wrong is not None), problem)
+
+
+def _call(
+    term: RewardTerm,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+    rows: slice,
+) -> tuple[Tensor, RewardError | None]:
+    """What one call gives for some rows, float32 ``[n]`` on the CPU; NaN with an error where their number is wrong."""
     name = f"reward {term.name!r}"
-    count = len(prompts)
-    everything = range(count)
-    batch = f"for {count} image(s), prompts {quoted(prompts, everything)}"
+    texts = list(prompts[rows])
+    count = len(texts)
+    everything = range(rows.start, rows.start + count)
+    batch = f"for {count} image(s), prompts {quoted(texts, range(count))}"
     missing = torch.full((count,), torch.nan)
     try:
-        found = term.reward(images, list(prompts), [dict(entry) for entry in metadata])
+        found = term.reward(images[rows], texts, [dict(entry) for entry in metadata[rows]])
     except CountError as error:
         return missing, RewardError(f"{name}: {error} ({batch})", everything)
     except RewardError as error:
         raise RewardError(f"{name}: {error} ({batch})", everything) from error
+    except RewardMemoryError:
+        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise RewardError(f"{name} raised {type(error).__name__}: {error} ({batch})", everything) from error
     values = _as_tensor(found)
     if values is None:
@@ -156,7 +197,7 @@ def _score(
     if values.shape != (count,):
         shape = f"{len(values)} value(s)" if values.ndim == 1 else f"values of shape {list(values.shape)}"
         return missing, RewardError(f"{name} returned {shape} {batch}; allowed: {count} value(s)", everything)
-    return _finite(name, values.to("cpu", torch.float32), prompts)
+    return values.to("cpu", torch.float32), None
 
 
 def _as_tensor(found: object) -> Tensor | None:

@@ -104,7 +104,7 @@ class _Questioner:
     """Asks BLIP yes-or-no questions about images.
 
     Args:
-        place: where it computes, and how many questions a call takes.
+        place: where and how it computes.
         weights: a folder or a hub name.
         revision: of the weights on the hub.
     """
@@ -130,14 +130,14 @@ class _Questioner:
         self._yes, self._no = vocabulary["yes"], vocabulary["no"]
 
     def __call__(self, images: Tensor, owners: list[int], questions: list[str]) -> Tensor:
-        """P(yes), float32 ``[Q]``, of question ``q`` about image ``owners[q]``.
+        """P(yes), float32 ``[Q]``, of question ``q`` about image ``owners[q]``; B questions in a call.
 
         Args:
             images: float32 ``[B, 3, H, W]`` in [0, 1].
             owners: ``[Q]`` rows of ``images``.
             questions: ``[Q]``.
         """
-        size = self._place.batch_size
+        size = len(images)
         pixels = self._preprocess(images).to(self._place.dtype)
         seen = self._model.vision_model(pixel_values=pixels).last_hidden_state
         yes = torch.empty(len(questions), device=self._place.device)

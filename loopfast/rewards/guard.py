@@ -12,6 +12,7 @@ from loopfast.group import ALONE, Group
 from loopfast.profiling import model_call
 from loopfast.prompts import Prompt
 from loopfast.rewards.base import RewardSet, Scores
+from loopfast.rewards.fitting import RewardMemoryError
 from loopfast.rewards.process import RewardProcess
 
 __all__ = ["Guard"]
@@ -48,7 +49,7 @@ class Guard:
 
     def clear(self) -> None:
         """Forgets what was wrong."""
-        self.failure: RewardError | None = None
+        self.failure: RewardError | RewardMemoryError | None = None
         self.problems: dict[str, str] = {}
         self.images: list[Tensor] = []
         self.texts: list[str] = []
@@ -58,6 +59,7 @@ class Guard:
 
         Raises:
             RewardError: a reward failed, and no other process waits.
+            RewardMemoryError: a reward ran out of memory, and no other process waits.
         """
         if self.failure is not None:
             return self._unscored(len(prompts))
@@ -69,9 +71,10 @@ class Guard:
                     [prompt.metadata for prompt in prompts],
                     keep_bad=self._keep_bad,
                 )
-        except RewardError as error:
+        except (RewardError, RewardMemoryError) as error:
             self.failure = error
-            self._keep(images, prompts, error.images_index)
+            if isinstance(error, RewardError):
+                self._keep(images, prompts, error.images_index)
             if self._group.alone:
                 raise
             return self._unscored(len(prompts))

@@ -86,15 +86,17 @@ def http(
             workers.submit(client.scores, pixels[part], prompts[part], metadata[part], stop)
             for part in (slice(start, start + batch_size) for start in range(0, len(prompts), batch_size))
         ]
-        done, _ = wait(answers, return_when=FIRST_EXCEPTION)
-        failures = [error for answer in done if (error := answer.exception()) is not None]
-        if failures:
-            # what has not begun need not, and what waits to try again need not wait
+        try:
+            done, _ = wait(answers, return_when=FIRST_EXCEPTION)
+            failures = [error for answer in done if (error := answer.exception()) is not None]
+            if failures:
+                raise failures[0]
+            return [score for answer in answers for score in answer.result()]
+        finally:
+            # after an error or Ctrl-C, what has not begun need not, and what waits to try again need not wait
             stop.set()
             for answer in answers:
                 answer.cancel()
-            raise failures[0]
-        return [score for answer in answers for score in answer.result()]
 
     return reward
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from loopfast.errors import ConfigError
+from loopfast.memory import is_out_of_memory, to_device
 from loopfast.policies import pad_rows, torch_device
+from loopfast.rewards.fitting import ImagesPerCall, RewardMemoryError, shortage
 
 __all__ = [
     "Placement",
@@ -48,9 +50,9 @@ class Placement:
 
     Attributes:
         reward: name of the reward, for messages.
-        device: of the model.
+        device: of the model; a GPU by its number, as threads differ in which is the current one.
         dtype: of the model's weights and activations.
-        batch_size: images per model call.
+        batch_size: images per model call, as long as they fit into memory.
     """
 
     reward: str
@@ -64,7 +66,7 @@ def placement(reward: str, device: str, dtype: str, batch_size: int) -> Placemen
 
     Args:
         reward: its name.
-        device: ``auto`` (cuda where there is one, else cpu), ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto`` (cuda where there is one, else cpu), ``cpu``, ``cuda`` (the current GPU) or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per model call, at least 1.
 
@@ -79,7 +81,10 @@ def placement(reward: str, device: str, dtype: str, batch_size: int) -> Placemen
     kind, _, index = str(device).partition(":")
     if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
         raise ConfigError(f"{key}device: found {device!r}, allowed: auto, cpu, cuda or cuda:N")
-    return Placement(reward, torch_device(device, key=f"{key}device"), _DTYPES[dtype], batch_size)
+    place = torch_device(device, key=f"{key}device")
+    if place == torch.device("cuda"):
+        place = torch.device("cuda", torch.cuda.current_device())
+    return Placement(reward, place, _DTYPES[dtype], batch_size)
 
 
 def number(reward: str, key: str, value: float) -> float:
@@ -97,11 +102,11 @@ class PretrainedReward:
     """A reward that reads its weights once, when `load` is called, at the latest when it first scores.
 
     Every model call has `Placement.batch_size` rows, the last of a batch filled up with copies: an image's score then
-    does not depend on how many others are scored with it.
+    does not depend on how many others are scored with it. After a call that ran out of memory, calls have half as many.
 
     Args:
         place: where and how it computes.
-        load: reads the weights and gives what scores at most ``batch_size`` images.
+        load: reads the weights and gives what scores as many images as it is called with.
     """
 
     def __init__(self, place: Placement, load: Callable[[], ScoreBatch]) -> None:
@@ -109,35 +114,54 @@ class PretrainedReward:
         self._load = load
         self._score: ScoreBatch | None = None
         self._lock = threading.Lock()
+        self._calls = ImagesPerCall(
+            place.reward, place.batch_size, advice="its options dtype=float16 and a smaller batch_size, "
+        )
 
     def load(self) -> None:
         """Reads the weights; nothing the second time.
 
         Raises:
             ConfigError: they cannot be found or are not those of the expected model.
+            RewardMemoryError: they do not fit into a GPU's memory.
         """
         self._ready()
 
     def _ready(self) -> ScoreBatch:
         with self._lock:
             if self._score is None:
-                self._score = self._load()
+                self._score = self._read()
             return self._score
+
+    def _read(self) -> ScoreBatch:
+        try:
+            return self._load()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RewardMemoryError(
+                f"reward {self.place.reward!r}: its weights do not fit into the memory of {self.place.device} "
+                f"({shortage(error)}); its options dtype=float16 or device make room"
+            ) from error
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Scores float32 ``[N]`` on the CPU; see `loopfast.rewards.base.Reward`."""
         score = self._ready()
-        size = self.place.batch_size
-        parts = []
-        for start in range(0, len(prompts), size):
-            rows = slice(start, start + size)
-            texts, entries = prompts[rows], metadata[rows]
-            missing = size - len(texts)
-            batch = pad_rows(images[rows].to(self.place.device, torch.float32), size)
-            found = score(batch, texts + texts[:1] * missing, entries + entries[:1] * missing)
-            parts.append(found[: len(texts)].float())
-        return torch.cat(parts).cpu() if parts else torch.zeros(0)
+        place = self.place
+
+        def attempt(size: int) -> Tensor:
+            parts = []
+            for start in range(0, len(prompts), size):
+                rows = slice(start, start + size)
+                texts, entries = prompts[rows], metadata[rows]
+                missing = size - len(texts)
+                batch = pad_rows(to_device(images[rows], place.device, torch.float32), size)
+                found = score(batch, texts + texts[:1] * missing, entries + entries[:1] * missing)
+                parts.append(found[: len(texts)].float())
+            return torch.cat(parts).cpu() if parts else torch.zeros(0)
+
+        return self._calls.fitting(len(prompts), place.device, attempt)
 
 
 def is_local(source: str) -> bool:

@@ -163,20 +163,22 @@ def find_reward(name: str) -> RewardInfo:
     return REWARDS[name]
 
 
-def build_rewards(terms: Sequence[RewardConfig], *, load: bool = True) -> RewardSet:
+def build_rewards(terms: Sequence[RewardConfig], *, load: bool = True, whole: bool = False) -> RewardSet:
     """The rewards of a configuration, ready to score.
 
     Args:
         terms: the rewards.
         load: read the weights of those that have any. Without, their options are checked and that local weights are
             there; they are read when they first score.
+        whole: see `RewardSet`.
 
     Raises:
+        RewardMemoryError: weights do not fit into a GPU's memory.
         ConfigError: a reward does not exist, cannot be imported, does not take the options given, or its weights cannot
             be read.
     """
     return RewardSet(
-        [RewardTerm(term.title, _build(term, load), term.weight, bounds(term)) for term in terms]
+        [RewardTerm(term.title, _build(term, load), term.weight, bounds(term)) for term in terms], whole=whole
     )
 
 

@@ -14,6 +14,8 @@ import signal
 import socket
 import warnings
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from loopfast.errors import LoopfastError, MissingExtraError, RewardError
 from loopfast.rewards.base import RewardSet, Scores
+from loopfast.rewards.fitting import RewardMemoryError
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -48,7 +51,7 @@ def reward_app(
     """The ASGI application that answers ``POST /score`` and ``GET /health``.
 
     Args:
-        rewards: their weighted sum is what is answered; called in a thread, never twice at a time.
+        rewards: their weighted sum is what is answered; called in one thread, as cuDNN keeps its plans per thread.
         token: what an ``Authorization: Bearer`` header has to hold, of every request; None: nothing is asked for.
         max_batch: images in a request.
         max_body: bytes of a request.
@@ -65,7 +68,7 @@ def reward_app(
     except ImportError as error:
         raise MissingExtraError("loopfast serve-reward", "serve", error.name) from error
     title = " + ".join(term.name for term in rewards.terms)
-    turn = asyncio.Lock()
+    worker = ThreadPoolExecutor(1, thread_name_prefix="loopfast-scoring")
 
     async def health(request: Request) -> JSONResponse:
         _require_token(request, token)
@@ -77,8 +80,8 @@ def reward_app(
         images, prompts, metadata = await run_in_threadpool(_parse, body, max_batch)
         if not prompts:
             return JSONResponse({"scores": []})
-        async with turn:
-            scores: Scores = await run_in_threadpool(rewards.score, images, prompts, metadata, keep_bad=True)
+        asked = partial(rewards.score, images, prompts, metadata, keep_bad=True)
+        scores: Scores = await asyncio.get_running_loop().run_in_executor(worker, asked)
         for problem in scores.problems.values():
             _log.warning("%s", problem)
         values = scores.total.tolist()
@@ -101,7 +104,12 @@ def reward_app(
             Route("/score", score, methods=["POST"]),
             Route("/health", health, methods=["GET"]),
         ],
-        exception_handlers={_Refused: refused, RewardError: refused, HTTPException: unknown},
+        exception_handlers={
+            _Refused: refused,
+            RewardError: refused,
+            RewardMemoryError: refused,
+            HTTPException: unknown,
+        },
     )
 
 

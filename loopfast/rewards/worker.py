@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from types import TracebackType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -19,13 +18,16 @@ Item = TypeVar("Item")
 WAITING = 2
 """Parts that may wait to be scored; the one who brings another waits until there is room."""
 
+_LAST_WAIT = 10.0
+
 
 class RewardThread(Generic[Item]):
-    """A thread that scores the parts of one batch in the order they come, as a context manager.
+    """A thread that scores batches part by part, in the order the parts come.
 
     A reward is called once for each part, with its images alone: a reward that compares the images of a whole batch
-    needs ``rollout.reward_worker: none``. On leaving, the thread has ended: at once where nothing waits, else when the
-    reward that is being called has returned.
+    needs ``rollout.reward_worker: none``. The thread starts with the first part and stays until `close`, and so does
+    its stream on each GPU: cuDNN keeps its plans per thread, the allocator and cuBLAS keep their memory per stream, and
+    little of it would be freed with them.
 
     Args:
         score: gives the scores of images ``[N, 3, H, W]`` of N items; called in the thread.
@@ -37,25 +39,35 @@ class RewardThread(Generic[Item]):
         self._error: BaseException | None = None
         self._given_up = False
         self._queue: queue.Queue[_Part | None] = queue.Queue(maxsize=WAITING)
-        self._thread = threading.Thread(target=self._work, name="loopfast-reward", daemon=True)
+        self._thread: threading.Thread | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def __enter__(self) -> RewardThread[Item]:
-        self._thread.start()
-        return self
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Context in which the parts of one batch are added.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._given_up = True
-        self._finish()
+        On leaving, the thread is idle: at once where nothing waits, else when the reward that is being called has
+        returned. Parts that still wait are dropped.
+        """
+        self._queue.join()
+        self._parts, self._error, self._given_up = [], None, False
+        try:
+            yield
+        finally:
+            self._given_up = True
+            self._queue.join()
+            self._parts, self._error = [], None
 
     def add(self, images: Tensor, items: Sequence[Item]) -> None:
         """Hands over images ``[N, 3, H, W]`` and their N items; waits while too many are there already.
 
         Raises:
-            BaseException: what ``score`` raised for an earlier part.
+            BaseException: what ``score`` raised for an earlier part of the batch.
         """
         self._raise()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="loopfast-reward", daemon=True)
+            self._thread.start()
         ready = None
         if images.is_cuda:
             ready = torch.cuda.Event()
@@ -63,19 +75,28 @@ class RewardThread(Generic[Item]):
         self._queue.put(_Part(images, items, ready))
 
     def result(self) -> Scores:
-        """The scores of all parts together, in their order, when all are there.
+        """The scores of all parts of the batch together, in their order, when all are there.
 
         Raises:
             BaseException: what ``score`` raised for one of them.
         """
-        self._finish()
+        self._queue.join()
         self._raise()
         return join_scores(self._parts)
 
-    def _finish(self) -> None:
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
+    def close(self) -> None:
+        """Ends the thread. A reward that does not return is waited for 10 seconds, and ends with the process."""
+        if self._thread is None:
+            return
+        self._given_up = True
+        # parts that wait are left only where `batch` was interrupted while it waited
+        with suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+                self._queue.task_done()
+        self._queue.put(None)
+        self._thread.join(_LAST_WAIT)
+        self._thread = None
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -83,33 +104,39 @@ class RewardThread(Generic[Item]):
 
     def _work(self) -> None:
         while (part := self._queue.get()) is not None:
-            if self._given_up or self._error is not None:
-                continue  # makes room for what is still to come
             try:
-                with _own_stream(part):
-                    self._parts.append(self._score(part.images, part.items))
+                # a part that is not scored makes room for what is still to come
+                if not self._given_up and self._error is None:
+                    with self._beside(part):
+                        self._parts.append(self._score(part.images, part.items))
             except BaseException as error:
                 self._error = error
+            # nothing holds the images while the thread waits for others
             del part
+            self._queue.task_done()
+
+    def _beside(self, part: _Part) -> AbstractContextManager[Any]:
+        """Context of a stream beside that of the sampling, in which the part's images are ready; nothing on a CPU.
+
+        In the sampling's own stream, reading a score would wait for all steps that were started meanwhile.
+        """
+        if part.ready is None:
+            return nullcontext()
+        device = part.images.device
+        # a new thread's device is the first one, whatever that of the thread is which samples
+        torch.cuda.set_device(device)
+        stream = self._streams.get(device)
+        if stream is None:
+            stream = self._streams[device] = torch.cuda.Stream(device)
+        stream.wait_event(part.ready)
+        part.images.record_stream(stream)
+        return torch.cuda.stream(stream)
 
 
 class _Part(NamedTuple):
     images: Tensor
     items: Sequence[Any]
     ready: torch.cuda.Event | None
-
-
-def _own_stream(part: _Part) -> Any:
-    """A stream beside that of the sampling, in which the part's images are ready; nothing on a CPU.
-
-    In the sampling's own stream, reading a score would wait for all steps that were started meanwhile.
-    """
-    if part.ready is None:
-        return nullcontext()
-    stream = torch.cuda.Stream(part.images.device)
-    stream.wait_event(part.ready)
-    part.images.record_stream(stream)
-    return torch.cuda.stream(stream)
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:

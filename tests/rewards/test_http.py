@@ -163,19 +163,21 @@ def test_metadata_and_order_travel() -> None:
         assert remote.score(images(0), []).total.shape == (0,)
 
 
-def test_one_reward_call_at_a_time() -> None:
+def test_one_reward_call_at_a_time_always_in_one_thread() -> None:
     lock = threading.Lock()
+    threads = []
 
     def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         assert lock.acquire(blocking=False)
+        threads.append(threading.current_thread().name)
         time.sleep(0.02)
         lock.release()
         return images.mean((1, 2, 3))
 
     with served(RewardSet([RewardTerm("mine", reward)])) as url:
-        assert asking(url, batch_size=1, concurrency=5, retries=0).score(images(), PROMPTS).total.shape == (
-            5,
-        )
+        found = asking(url, batch_size=1, concurrency=5, retries=0).score(images(), PROMPTS)
+    assert found.total.shape == (5,)
+    assert threads == ["loopfast-scoring_0"] * 5
 
 
 @pytest.mark.parametrize("asked", [None, "1", "date"])
@@ -278,6 +280,29 @@ def test_after_a_failure_nothing_more_is_asked() -> None:
         server.most, server.answer = 0, slowly
         assert rewards.score(images(6, 8), list("345678")).total.tolist() == [3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
         assert server.most == 2
+
+
+def test_after_ctrl_c_nobody_waits_to_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def busy(server: Scripted, batch: dict[str, Any]) -> tuple[int, Any]:
+        asked.set()
+        return 503, "wait"
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        assert asked.wait(10)
+        raise KeyboardInterrupt
+
+    with scripted(busy) as server:
+        rewards = asking(server.url, concurrency=1, batch_size=1, backoff=60.0)
+        with monkeypatch.context() as patch:
+            patch.setattr("loopfast.rewards.http.wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                rewards.score(images(3, 8), list("345"))
+        # the one thread that asks is there for the next images
+        server.answer = slowly
+        assert rewards.score(images(1, 8), ["7"]).total.tolist() == [7.0]
+        assert [batch["prompts"] for batch in server.batches] == [["3"], ["7"]]
 
 
 def test_a_server_that_does_not_answer_in_time() -> None:
@@ -422,6 +447,8 @@ def test_a_reward_that_fails_there_is_told_here() -> None:
     def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         if prompts == ["bad"]:
             return [math.nan]
+        if prompts == ["large"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         raise KeyError("beauty")
 
     with served(RewardSet([RewardTerm("mine", reward)])) as url:
@@ -430,6 +457,10 @@ def test_a_reward_that_fails_there_is_told_here() -> None:
             RewardError, match=r"it answered 500 .*: \"reward 'mine' raised KeyError: 'beauty'"
         ):
             remote.score(images(1), ["a"])
+        with pytest.raises(
+            RewardError, match=r"it answered 500 .*: \"reward 'mine' ran out of memory on cpu"
+        ):
+            remote.score(images(1), ["large"])
         with pytest.raises(RewardError, match="reward 'http' is not finite for 1 of 1"):
             remote.score(images(1), ["bad"])
 

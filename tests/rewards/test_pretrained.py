@@ -82,6 +82,17 @@ def test_placement_takes_what_torch_has() -> None:
     assert automatic == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_is_the_one_that_is_current_when_the_reward_is_made(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert placement("r", device, "float32", 1).device == torch.device("cuda", 3)
+    assert placement("r", "cuda:1", "float32", 1).device == torch.device("cuda", 1)
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "batch_size", "reason"),
     [
