@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
 from loopfast.config import LoraConfig as LoraSettings
 from loopfast.errors import ConfigError
@@ -15,6 +18,25 @@ from loopfast.policies.signature import layers_with_adapter
 from loopfast.seeds import derive
 
 ADAPTER = "loopfast"
+
+
+class CastLinear(nn.Linear):
+    """A factor of an adapter that multiplies in its input's type, whatever type its weight is held in."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class CastConv2d(nn.Conv2d):
+    """As `CastLinear`, for the adapter of a convolution."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight.to(input.dtype), None)
+
+
+_CAST: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: CastLinear, nn.Conv2d: CastConv2d}
 
 
 def lora_config(settings: LoraSettings, targets: Sequence[str]) -> LoraConfig:
@@ -33,6 +55,10 @@ def add_adapter(
     module: torch.nn.Module, settings: LoraSettings, targets: Sequence[str], *, seed: int, dtype: torch.dtype
 ) -> None:
     """Adds an adapter to a frozen module; its parameters are the only ones that require gradients.
+
+    The adapter computes in the type of its layer's input. Where ``dtype`` is float32 and the input has 16 bits, its
+    weights are rounded for each product, and the optimizer and the gradients keep float32, as under autocast. DoRA
+    computes in ``dtype``, because the norms of the weights' columns need it.
 
     Args:
         module: any.
@@ -54,6 +80,28 @@ def add_adapter(
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    for layer in layers_with_adapter(module).values():
+        if settings.dora:
+            _measure_columns(layer)
+        else:
+            _compute_in_the_type_of_the_input(layer)
+
+
+def _measure_columns(layer: Any) -> None:
+    """Without this, DoRA starts from norms of the base's type: in 16 bits, not at the base model."""
+    factors = {"lora_A": layer.lora_A[ADAPTER].weight, "lora_B": layer.lora_B[ADAPTER].weight}
+    layer.lora_magnitude_vector[ADAPTER].update_layer(
+        base_layer=layer.get_base_layer(), scaling=layer.scaling[ADAPTER], **factors
+    )
+
+
+def _compute_in_the_type_of_the_input(layer: Any) -> None:
+    """Without this, peft casts a layer's whole input to the type of the adapter's weights."""
+    factors = [layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]]
+    if all(type(factor) in _CAST for factor in factors):
+        layer.cast_input_dtype_enabled = False
+        for factor in factors:
+            factor.__class__ = _CAST[type(factor)]
 
 
 @contextmanager

@@ -107,7 +107,7 @@ class TransposedUpsample2D(Upsample2D):
 
     @staticmethod
     def replaces(layer: Any) -> bool:
-        """Whether the layer is a convolution of an enlarged image, without an adapter of its own."""
+        """Whether the layer is a convolution of an enlarged image, without an adapter (which may be added later)."""
         return (
             layer.norm is None
             and layer.use_conv
@@ -122,7 +122,8 @@ class TransposedUpsample2D(Upsample2D):
     @override
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         doubled = tuple(2 * size for size in hidden_states.shape[-2:])
-        if output_size is not None and tuple(output_size) != doubled:
+        other_size = output_size is not None and tuple(output_size) != doubled
+        if other_size or not self.replaces(self):
             return super().forward(hidden_states, output_size)
         weight = self.conv.weight
         device = weight.device.type
@@ -140,11 +141,13 @@ class SplitGEGLU(GEGLU):
 
     @staticmethod
     def replaces(layer: Any) -> bool:
-        """Whether the projection has no adapter of its own."""
+        """Whether the projection has no adapter (which may be added later)."""
         return type(layer.proj) is nn.Linear
 
     @override
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.replaces(self):
+            return super().forward(hidden_states, *args, **kwargs)
         weight = self.proj.weight.chunk(2)
         bias = (None, None) if self.proj.bias is None else self.proj.bias.chunk(2)
         hidden, gate = (F.linear(hidden_states, *half) for half in zip(weight, bias, strict=True))
