@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import compare
-from benchmarks.cases import OPS, SHAPES, Inputs, device, grid, make_inputs
+from benchmarks.cases import OPS, SHAPES, Inputs, grid, make_inputs
 from benchmarks.competitors import MissingCompetitorError, eager, runner
 from benchmarks.counting import kernel_launches, peak_extra_bytes
 from benchmarks.keep import device_slug, load

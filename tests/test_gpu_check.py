@@ -219,6 +219,7 @@ def test_why_a_stage_cannot_run() -> None:
     assert by_name["ncu"].lacks(cpu) == "it needs a GPU"
     assert "no CUDA device was found" in (by_name["ops"].lacks(none) or "")
     assert by_name["machine"].lacks(none) is None
+    assert by_name["machine"].command(none)[2:] == ("--device", "cpu", "--small")
     odd = by_name["zero3"]._replace(packages={"no_such_module": "no-such-package"})
     assert odd.lacks(cpu) == "no_such_module cannot be found: pip install no-such-package"
     tool = by_name["machine"]._replace(tool="no-such-program")

@@ -50,12 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{stage.name:<10} {stage.seconds:>4g} s  {stage.about}")
         return 0
     signal.signal(signal.SIGTERM, _interrupt)
-    environment = _environment(options.device)
+    environment = _environment()
     if left_out := _without_broken_xformers(environment):
         print(left_out, flush=True)
     probed = _probe(environment)
     devices = probed.get("devices", {})
     device = options.device or ("cuda" if "cuda" in devices or not options.small else "cpu")
+    if device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     setting = Setting(device, options.small, devices.get(device, {}).get("name"))
     named = devices.get(device, {}).get("slug", "no-gpu")
     folder = (options.out or ROOT / "profiles" / "results" / named).absolute()
@@ -131,10 +133,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _environment(device: str | None) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """Variables of every stage: the checkout's code comes first, and no library looks for a network."""
     path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
+    return {
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
@@ -142,9 +144,6 @@ def _environment(device: str | None) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if device == "cpu":
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return environment
 
 
 def _without_broken_xformers(environment: dict[str, str]) -> str | None:
@@ -198,7 +197,11 @@ def _task(stage: Stage, setting: Setting, environment: dict[str, str]) -> Task:
     lacks = stage.lacks(setting)
     own = {**environment, "LOOPFAST_BENCH_DEVICE": setting.device}
     return Task(
-        stage.name, stage.seconds * patience(setting.device), task_command(stage, setting), lacks, own
+        stage.name,
+        stage.seconds * patience("cpu" if setting.found is None else setting.device),
+        task_command(stage, setting),
+        lacks,
+        own,
     )
 
 
