@@ -204,6 +204,16 @@ def test_names_and_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         assert said in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(command, "_probe", lambda environment: {"torch": "2", "devices": {}})
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    assert command.main(["--out", str(tmp_path / "file/below"), "machine"]) == 2
+    assert "--out: cannot make" in capsys.readouterr().err
+
+
 def test_the_first_stages_take_two_minutes_and_those_of_worth_eight() -> None:
     assert NAMES[:4] == ("machine", "ops", "recording", "sd15")
     limits = {stage.name: stage.seconds for stage in STAGES}

@@ -59,9 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     setting = Setting(device, options.small, devices.get(device, {}).get("name"))
-    named = devices.get(device, {}).get("slug", "no-gpu")
-    folder = (options.out or ROOT / "profiles" / "results" / named).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    if setting.small or setting.found is None:
+        default = ROOT / "build" / "gpu-check"  # such figures are nobody's results
+    else:
+        default = ROOT / "profiles" / "results" / devices[device]["slug"]
+    folder = (options.out or default).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out: cannot make {folder}: {error.strerror}", file=sys.stderr)
+        return 2
     now = datetime.now(timezone.utc)
     run = f"{now:%Y%m%dT%H%M%S}-{os.getpid()}"
     lines = folder / RESULTS
@@ -83,15 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with (folder / LOG).open("a", encoding="utf-8") as log:
         log.write(f"\n##### {run}: {setting.found or probed.get('error') or 'no CUDA device'}\n")
     print(f"{setting.found or 'no CUDA device'}; {lines}", flush=True)
-    results = run_all(
-        [_task(stage, setting, environment) for stage in stages],
-        options.limit,
-        record,
-        folder / LOG,
-        ROOT,
-        _say,
-        began,
-    )
+    tasks = [_task(stage, setting, environment) for stage in stages]
+    try:
+        results = run_all(tasks, options.limit, record, folder / LOG, ROOT, _say, began)
+    except KeyboardInterrupt:  # between two stages, or a second one
+        results = [Result("check", "interrupted")]
     about = {stage.name: stage.about for stage in STAGES}
     mine = {stage: found for stage, found in latest(read_lines(lines)).items() if found[0]["run"] == run}
     table = as_text(mine, about)
@@ -119,7 +122,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--small", action="store_true", help="tiny models: tries the check itself, on any device"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: $OUT, or profiles/results/<device>")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: $OUT, or profiles/results/<device>; build/gpu-check without a GPU or with --small",
+    )
     parser.add_argument("--list", action="store_true", help="print the stages and do nothing")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.stages if name not in NAMES]:
