@@ -204,6 +204,16 @@ def test_names_and_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         assert said in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(command, "_probe", lambda environment: {"torch": "2", "devices": {}})
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    assert command.main(["--out", str(tmp_path / "file/below"), "machine"]) == 2
+    assert "--out: cannot make" in capsys.readouterr().err
+
+
 def test_the_first_stages_take_two_minutes_and_those_of_worth_eight() -> None:
     assert NAMES[:4] == ("machine", "ops", "recording", "sd15")
     limits = {stage.name: stage.seconds for stage in STAGES}
@@ -219,6 +229,7 @@ def test_why_a_stage_cannot_run() -> None:
     assert by_name["ncu"].lacks(cpu) == "it needs a GPU"
     assert "no CUDA device was found" in (by_name["ops"].lacks(none) or "")
     assert by_name["machine"].lacks(none) is None
+    assert by_name["machine"].command(none)[2:] == ("--device", "cpu", "--small")
     odd = by_name["zero3"]._replace(packages={"no_such_module": "no-such-package"})
     assert odd.lacks(cpu) == "no_such_module cannot be found: pip install no-such-package"
     tool = by_name["machine"]._replace(tool="no-such-program")

@@ -50,16 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{stage.name:<10} {stage.seconds:>4g} s  {stage.about}")
         return 0
     signal.signal(signal.SIGTERM, _interrupt)
-    environment = _environment(options.device)
+    environment = _environment()
     if left_out := _without_broken_xformers(environment):
         print(left_out, flush=True)
     probed = _probe(environment)
     devices = probed.get("devices", {})
     device = options.device or ("cuda" if "cuda" in devices or not options.small else "cpu")
+    if device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     setting = Setting(device, options.small, devices.get(device, {}).get("name"))
-    named = devices.get(device, {}).get("slug", "no-gpu")
-    folder = (options.out or ROOT / "profiles" / "results" / named).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    if setting.small or setting.found is None:
+        default = ROOT / "build" / "gpu-check"  # such figures are nobody's results
+    else:
+        default = ROOT / "profiles" / "results" / devices[device]["slug"]
+    folder = (options.out or default).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out: cannot make {folder}: {error.strerror}", file=sys.stderr)
+        return 2
     now = datetime.now(timezone.utc)
     run = f"{now:%Y%m%dT%H%M%S}-{os.getpid()}"
     lines = folder / RESULTS
@@ -81,15 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with (folder / LOG).open("a", encoding="utf-8") as log:
         log.write(f"\n##### {run}: {setting.found or probed.get('error') or 'no CUDA device'}\n")
     print(f"{setting.found or 'no CUDA device'}; {lines}", flush=True)
-    results = run_all(
-        [_task(stage, setting, environment) for stage in stages],
-        options.limit,
-        record,
-        folder / LOG,
-        ROOT,
-        _say,
-        began,
-    )
+    tasks = [_task(stage, setting, environment) for stage in stages]
+    try:
+        results = run_all(tasks, options.limit, record, folder / LOG, ROOT, _say, began)
+    except KeyboardInterrupt:  # between two stages, or a second one
+        results = [Result("check", "interrupted")]
     about = {stage.name: stage.about for stage in STAGES}
     mine = {stage: found for stage, found in latest(read_lines(lines)).items() if found[0]["run"] == run}
     table = as_text(mine, about)
@@ -117,7 +122,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--small", action="store_true", help="tiny models: tries the check itself, on any device"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: $OUT, or profiles/results/<device>")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: $OUT, or profiles/results/<device>; build/gpu-check without a GPU or with --small",
+    )
     parser.add_argument("--list", action="store_true", help="print the stages and do nothing")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.stages if name not in NAMES]:
@@ -131,10 +141,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _environment(device: str | None) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """Variables of every stage: the checkout's code comes first, and no library looks for a network."""
     path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
+    return {
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
@@ -142,9 +152,6 @@ def _environment(device: str | None) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if device == "cpu":
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return environment
 
 
 def _without_broken_xformers(environment: dict[str, str]) -> str | None:
@@ -198,7 +205,11 @@ def _task(stage: Stage, setting: Setting, environment: dict[str, str]) -> Task:
     lacks = stage.lacks(setting)
     own = {**environment, "LOOPFAST_BENCH_DEVICE": setting.device}
     return Task(
-        stage.name, stage.seconds * patience(setting.device), task_command(stage, setting), lacks, own
+        stage.name,
+        stage.seconds * patience("cpu" if setting.found is None else setting.device),
+        task_command(stage, setting),
+        lacks,
+        own,
     )
 
 

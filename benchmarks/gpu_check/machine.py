@@ -33,8 +33,6 @@ def main() -> int:
     record = Record.from_environment("machine")
     record.write("machine", **_machine(options))
     record.write("versions", **_versions())
-    lacking = _lacking()
-    record.write("lacking", **lacking)
     if options.device.type == "cuda":
         record.write("card", **_card())
     failed = False
@@ -45,6 +43,7 @@ def main() -> int:
         except Exception as error:
             failed = True
             record.write(what, error=first_line(error))
+    record.write("lacking", **_lacking())  # last, as it imports everything
     return int(failed)
 
 

@@ -1,8 +1,7 @@
 """Training at Stable Diffusion 3.5 medium's sizes: 384x384 pixels, 10 steps of which 3 are trained, LoRA of rank 32.
 
 The work is that of the published figures in `benchmarks.gpu_report.page`: 16 images of each prompt and a window of
-stochastic steps, as Flow-GRPO trains. Weights are random, T5 is left out, and the reward is a JPEG's size rather than
-PickScore.
+stochastic steps, as Flow-GRPO trains. Weights are random, T5 is left out, and the reward is a JPEG's size.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ TRAINED_STEPS = 3
 
 _RUN = """\
 run: {name: run, trackers: []}
-model: {dtype: bfloat16, tune: lora, lora: {rank: 32, alpha: 64, init: gaussian}, height: 384, width: 384}
+model: {dtype: bfloat16, tune: lora, lora: {rank: 32, alpha: 64, init: gaussian}}
 prompts: {source: "embedded:color"}
 reward: [{name: jpeg_compressibility}]
 algorithm: {samples_per_prompt: 16, logprob: mean, clip_range: 1e-4}
-rollout: {prompts_per_iteration: 3, steps: 10, noise_level: 0.7, guidance_scale: 4.5, microbatch: 16}
-train: {updates_per_iteration: 2, steps: "0:9", learning_rate: 3e-4, warmup_updates: 0, microbatch: 16}
+rollout: {prompts_per_iteration: 3, steps: 10, noise_level: 0.7, microbatch: 8}
+train: {updates_per_iteration: 2, steps: "0:9", learning_rate: 3e-4, warmup_updates: 0, microbatch: 8}
 evaluation: {every: 0, images_per_prompt: 1, limit_prompts: 1, preview_images: 0}
 checkpoint: {every: 1000}
 """
@@ -42,8 +41,10 @@ def _train(guidance: float, *, iterations: int = 2, small: bool = True) -> Measu
         given += [f"run.directory={work.folder / work.name.replace(' ', '-')}"]
         given += [f"rollout.stochastic_steps=window:{TRAINED_STEPS}", f"rollout.guidance_scale={guidance}"]
         given += ["train.on_policy_check=warn", f"train.iterations={iterations + 1}"]
+        size = 32 if work.small else 384
+        given += [f"model.height={size}", f"model.width={size}", "model.max_sequence_length=128"]
         if work.small:
-            given += ["model.height=32", "model.width=32", "model.dtype=float32"]
+            given += ["model.dtype=float32"]
             given += ["algorithm.samples_per_prompt=4", "rollout.prompts_per_iteration=1"]
             given += ["rollout.microbatch=4", "train.microbatch=4"]
         return parse_config(_RUN, given)

@@ -101,8 +101,10 @@ def is_installed(module: str) -> bool:
 def _module(*name: str) -> Callable[[Setting], Sequence[str]]:
     def command(setting: Setting) -> Sequence[str]:
         module, *arguments = name
-        sizes = ("--small",) if setting.small else ()
-        return ("-m", f"benchmarks.gpu_check.{module}", *arguments, "--device", setting.device, *sizes)
+        # what a machine lacks can be said without a GPU, too
+        sizes = ("--small",) if setting.small or setting.found is None else ()
+        device = setting.device if setting.found is not None else "cpu"
+        return ("-m", f"benchmarks.gpu_check.{module}", *arguments, "--device", device, *sizes)
 
     return command
 
