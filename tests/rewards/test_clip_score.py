@@ -93,7 +93,12 @@ def test_missing_parts_are_named(score: Score, clip_folder: Path, images: Tensor
 
 
 @pytest.mark.gpu
-def test_gpu_agrees_with_cpu(score: Score, clip_folder: Path, images: Tensor, prompts: list[str]) -> None:
+def test_gpu_agrees_with_cpu(
+    score: Score, clip_folder: Path, images: Tensor, prompts: list[str], tf32: Callable[[bool], None]
+) -> None:
+    tf32(False)
     on_cpu = score("clip_score", images, prompts, weights=str(clip_folder))
     on_gpu = score("clip_score", images.cuda(), prompts, weights=str(clip_folder), device="cuda")
-    torch.testing.assert_close(on_gpu, on_cpu, atol=1e-4, rtol=0)
+    # float32 differs from float64 by 2e-7 here, and from a convolution in TF32 by 2e-4
+    torch.testing.assert_close(on_gpu, on_cpu, atol=5e-5, rtol=0)
+    assert on_cpu.std() > 0.05
