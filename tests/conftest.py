@@ -5,7 +5,7 @@ import os
 # Before torch is imported: two busy processes with two threads each slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tf32() -> Iterator[Callable[[bool], None]]:
+    """Sets whether GPUs compute float32 in TF32; what was set before comes back after the test."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+
+    def use(allowed: bool) -> None:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+
+    yield use
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +20,17 @@ import pytest
 import torch
 from torch import Tensor
 
+import loopfast.rewards.process as process_module
 import loopfast.rewards.worker as worker_module
 import loopfast.train as training
 from loopfast.config import Config, RewardConfig
 from loopfast.console import Display
 from loopfast.errors import ConfigError, Interrupted, RewardError
+from loopfast.group import ALONE
+from loopfast.judging import Judge
+from loopfast.prompts import Prompt
 from loopfast.rewards import RewardProcess, RewardThread, Scores, build_rewards
+from loopfast.runs import RunFolder
 from loopfast.tracking import describe, read_metrics
 
 MakeConfig = Callable[..., Config]
@@ -324,6 +330,83 @@ def test_a_process_scores_fails_and_ends_as_it_should(user_module: Callable[[str
         rewards.score(images(2), PROMPTS[:2], [{"die": True}] * 2)
     rewards.close()
     rewards.close()
+
+
+class InAThread:
+    """Takes the place of ``subprocess.Popen``: the process's side runs in this process."""
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        connection: Connection[Any, Any] = Connection(os.dup(int(command[-1])))
+        self._thread = threading.Thread(target=process_module.answer_questions, args=(connection,))
+        self._thread.start()
+
+    def wait(self) -> int:
+        self._thread.join(timeout=10)
+        return 0
+
+
+def test_a_process_has_the_gpu_of_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module.subprocess, "Popen", InAThread)
+    current: list[Any] = [3]
+    cuda: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 4,
+        "current_device": lambda: current[0],
+        "set_device": lambda index: current.insert(0, ("set", index)),
+    }
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    rewards = RewardProcess(TERMS)
+    try:
+        assert current[0] == ("set", 3)
+        assert rewards.score(images(), PROMPTS).total.shape == (5,)
+    finally:
+        rewards.close()
+
+
+@pytest.mark.gpu
+def test_a_process_scores_on_the_gpu_of_its_owner(user_module: Callable[[str], str]) -> None:
+    module = user_module(
+        "import torch\n"
+        "def current(images, prompts, metadata):\n"
+        "    return [torch.cuda.current_device()] * len(prompts)\n"
+    )
+    last = torch.cuda.device_count() - 1
+    with torch.cuda.device(last):
+        rewards = RewardProcess([RewardConfig(name=f"{module}:current")])
+        found = rewards.score(images().cuda(), PROMPTS).total
+        rewards.close()
+    assert found.tolist() == [last] * 5
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("worker", ["none", "thread", "process"])
+def test_a_reward_computes_in_the_precision_of_the_configuration_wherever_it_is(
+    worker: str,
+    wanted: bool,
+    small_config: MakeConfig,
+    user_module: Callable[[str], str],
+    tf32: Callable[[bool], None],
+) -> None:
+    # as PyTorch has it for convolutions, or as another run left it
+    tf32(not wanted)
+    module = user_module(
+        "import torch\n"
+        "def flags(images, prompts, metadata):\n"
+        "    found = torch.backends.cuda.matmul.allow_tf32 + torch.backends.cudnn.allow_tf32\n"
+        "    return [found] * len(prompts)\n"
+    )
+    config = small_config(
+        f"reward=[{{name: '{module}:flags'}}]",
+        f"rollout.reward_worker={worker}",
+        f"model.tf32={str(wanted).lower()}",
+    )
+    judge = Judge(config, ALONE, RunFolder(config), lambda text: None)
+    try:
+        found = judge.score(images(1), [Prompt("a")]).total
+    finally:
+        judge.close()
+    assert found.tolist() == [2.0 * wanted]
 
 
 def test_a_process_that_cannot_start_says_why_and_ends() -> None:

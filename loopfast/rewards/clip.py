@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from loopfast.memory import to_device
 from loopfast.rewards.preprocessing import load_preprocessing
 from loopfast.rewards.pretrained import Placement, load_tokenizer
 
@@ -40,10 +41,10 @@ def clip_similarity(
     def similarity(images: Tensor, texts: list[str]) -> Tensor:
         tokens = tokenizer(
             texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).to(place.device)
+        )
         found = model(
-            input_ids=tokens["input_ids"],
-            attention_mask=tokens["attention_mask"],
+            input_ids=to_device(tokens["input_ids"], place.device),
+            attention_mask=to_device(tokens["attention_mask"], place.device),
             pixel_values=preprocess(images).to(place.dtype),
         )
         return cosine_similarity(found.image_embeds.float(), found.text_embeds.float())

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from loopfast.errors import ConfigError
+from loopfast.rewards.preprocessing import normalized
 from loopfast.rewards.pretrained import Placement, load_config, load_pretrained
 
 __all__ = ["DEPTH_ANYTHING", "DepthModel", "load_depth"]
@@ -48,10 +49,8 @@ class DepthModel:
     def __call__(self, images: Tensor) -> Tensor:
         """Nearness float32 ``[B, H, W]`` of images ``[B, 3, H, W]`` in [0, 1]: larger is nearer, of no unit."""
         read = interpolate(images, self._size, mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (
-            torch.tensor(values, device=read.device).view(3, 1, 1) for values in (self._mean, self._std)
-        )
-        output = self._model(pixel_values=((read - mean) / std).to(self._place.dtype))
+        pixels = normalized(read, self._mean, self._std)
+        output = self._model(pixel_values=pixels.to(self._place.dtype))
         nearness = output.predicted_depth.float()[:, None]
         return interpolate(nearness, tuple(images.shape[-2:]), mode="bilinear", align_corners=False)[:, 0]
 

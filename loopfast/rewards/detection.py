@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from loopfast.errors import ConfigError
+from loopfast.memory import to_device
+from loopfast.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, normalized
 from loopfast.rewards.pretrained import (
     Placement,
     load_config,
@@ -30,7 +32,6 @@ OWLV2 = "google/owlv2-base-patch16-ensemble"
 
 _CLASSES = {"owlvit": "OwlViTForObjectDetection", "owlv2": "Owlv2ForObjectDetection"}
 _QUERY = "a photo of a {}"
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _SAME_OBJECT = 0.5  # IoU of boxes of one name from which on they are one object
 
 
@@ -148,7 +149,7 @@ class Detector:
         mask[:, 0] = 1
         rows = torch.tensor([i * count + j for i, wanted in enumerate(names) for j in range(len(wanted))])
         ids[rows], mask[rows] = tokens["input_ids"], tokens["attention_mask"]
-        return ids.to(self._place.device), mask.to(self._place.device), count
+        return to_device(ids, self._place.device), to_device(mask, self._place.device), count
 
     def _prepared(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -157,8 +158,7 @@ class Detector:
             images = pad(images, (0, side - width, 0, side - height), value=0.5)
         if tuple(images.shape[-2:]) != (self._size, self._size):
             images = interpolate(images, (self._size, self._size), mode="bilinear", antialias=True)
-        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (_MEAN, _STD))
-        return ((images - mean) / std).to(self._place.dtype)
+        return normalized(images, OPENAI_MEAN, OPENAI_STD).to(self._place.dtype)
 
 
 def load_detector(place: Placement, weights: str, revision: str | None, threshold: float) -> Detector:

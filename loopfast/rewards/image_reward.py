@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loopfast.errors import ConfigError
+from loopfast.memory import to_device
 from loopfast.rewards.aesthetic import ScoreHead
 from loopfast.rewards.base import Reward
 from loopfast.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, ImagePreprocessing
@@ -100,11 +101,11 @@ def image_reward(
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             tokens = tokenize(
                 prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-            ).to(place.device)
+            )
             seen = vision(pixel_values=preprocess(images).to(place.dtype)).last_hidden_state
             read = text(
-                input_ids=tokens["input_ids"],
-                attention_mask=tokens["attention_mask"],
+                input_ids=to_device(tokens["input_ids"], place.device),
+                attention_mask=to_device(tokens["attention_mask"], place.device),
                 encoder_hidden_states=seen,
                 encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=place.device),
             ).last_hidden_state

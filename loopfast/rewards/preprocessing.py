@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from loopfast.errors import ConfigError
 
-__all__ = ["OPENAI_MEAN", "OPENAI_STD", "ImagePreprocessing", "load_preprocessing"]
+__all__ = ["OPENAI_MEAN", "OPENAI_STD", "ImagePreprocessing", "load_preprocessing", "normalized"]
 
 # of CLIP's training images, red, green and blue; BLIP takes them over
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -59,10 +60,7 @@ class ImagePreprocessing:
                     f"images of {list(images.shape[-2:])} pixels are smaller than {list(self.crop)}"
                 )
             images = images[..., top : top + height, left : left + width]
-        mean, std = (
-            torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std)
-        )
-        return (images - mean) / std
+        return normalized(images, self.mean, self.std)
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         if isinstance(self.resize, tuple):
@@ -71,6 +69,17 @@ class ImagePreprocessing:
         short, long = sorted((height, width))
         long = int(self.resize * long / short)
         return (self.resize, long) if height <= width else (long, self.resize)
+
+
+def normalized(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
+    """Images ``[N, 3, H, W]`` less the mean of each channel, divided by its standard deviation."""
+    return (images - _channels(mean, images.device)) / _channels(std, images.device)
+
+
+@cache
+def _channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """The values as ``[3, 1, 1]``. They are kept, as a copy to a GPU waits for all that was started there."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def load_preprocessing(

@@ -18,6 +18,7 @@ from torch import Tensor
 from loopfast.config import RewardConfig
 from loopfast.errors import LoopfastError, RewardError
 from loopfast.rewards.base import Scores
+from loopfast.rewards.precision import set_tf32
 
 _PROGRAM = "from loopfast.rewards.process import serve; serve()"
 
@@ -29,14 +30,18 @@ class RewardProcess:
     and scores are copied between the processes. The process ends with this object, and with its owner, however that
     ends. It is not interrupted by Ctrl-C, which its owner answers.
 
+    Its current GPU is that of its owner, where rewards go whose device is ``auto`` or ``cuda``.
+
     Args:
         terms: the rewards to build there.
+        tf32: whether they multiply and convolve float32 in TF32 on a GPU.
 
     Raises:
         ConfigError: a reward does not exist, cannot be imported, or does not take the options given.
+        RewardMemoryError: weights do not fit into a GPU's memory.
     """
 
-    def __init__(self, terms: Sequence[RewardConfig]) -> None:
+    def __init__(self, terms: Sequence[RewardConfig], *, tf32: bool = False) -> None:
         self._names = ", ".join(repr(term.title) for term in terms)
         connection, theirs = Pipe()
         with theirs:
@@ -54,7 +59,8 @@ class RewardProcess:
         self._connection: Connection[Any, Any] = connection
         self.close = weakref.finalize(self, _end, connection, self._process)
         """Ends the process; once it has returned the reward it is in. Nothing happens the second time."""
-        self._ask([term.model_dump() for term in terms])
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._ask(([term.model_dump() for term in terms], gpu, tf32))
 
     def score(
         self,
@@ -68,6 +74,7 @@ class RewardProcess:
 
         Raises:
             RewardError: as there, or the metadata cannot be sent, or the process has ended.
+            RewardMemoryError: as there.
         """
         entries = None if metadata is None else [dict(entry) for entry in metadata]
         try:
@@ -102,10 +109,14 @@ class RewardProcess:
 
 
 def serve() -> None:
-    """The process's side: builds the rewards it is told, then scores until the other end is closed."""
+    """The process's side; see `answer_questions`."""
+    answer_questions(Connection(int(sys.argv[1])))
+
+
+def answer_questions(connection: Connection[Any, Any]) -> None:
+    """Builds the rewards it is told, then scores until the other end is closed."""
     from loopfast.rewards.registry import build_rewards
 
-    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     rewards = None
     while True:
         try:
@@ -115,7 +126,11 @@ def serve() -> None:
         answer: tuple[type[LoopfastError] | None, Any]
         try:
             if rewards is None:
-                rewards = build_rewards([RewardConfig.model_validate(term) for term in question])
+                terms, gpu, tf32 = question
+                if gpu is not None:
+                    torch.cuda.set_device(gpu)
+                set_tf32(tf32)
+                rewards = build_rewards([RewardConfig.model_validate(term) for term in terms])
                 answer = None, None
             else:
                 images, prompts, metadata, keep_bad = question

@@ -26,6 +26,7 @@ from torch import Tensor
 from loopfast.errors import LoopfastError, MissingExtraError, RewardError
 from loopfast.rewards.base import RewardSet, Scores
 from loopfast.rewards.fitting import RewardMemoryError
+from loopfast.rewards.precision import set_tf32
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -125,6 +126,8 @@ def serve_rewards(
 ) -> None:
     """Serves rewards until SIGINT or SIGTERM; what is being answered then still is.
 
+    Float32 is IEEE float32 on a GPU, as in a run without ``model.tf32``.
+
     Args:
         rewards: as for `reward_app`.
         host, port: where to listen; port 0: any that is free.
@@ -139,6 +142,7 @@ def serve_rewards(
         import uvicorn
     except ImportError as error:
         raise MissingExtraError("loopfast serve-reward", "serve", error.name) from error
+    set_tf32(False)
     app = reward_app(rewards, token=token, max_batch=max_batch, max_body=max_body)
     try:
         listener = socket.create_server((host, port), family=_family(host))

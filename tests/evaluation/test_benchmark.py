@@ -175,8 +175,13 @@ def test_the_base_is_the_model_before_training(
     assert trained != pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_the_embedded_benchmark(full: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_embedded_benchmark(
+    full: Path, capsys: pytest.CaptureFixture[str], tf32: Callable[[bool], None]
+) -> None:
+    tf32(True)
     assert measure(full, "--benchmark", "embedded", "--images-per-prompt", 1, "--limit-prompts", 2) == 0
+    # as in a run, whatever the model's device
+    assert not torch.backends.cudnn.allow_tf32
     folder = full / "benchmarks" / "embedded"
     assert f"written: {folder / 'results.json'}" in capsys.readouterr().out
     found = results(folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from loopfast.__main__ import main
@@ -28,10 +29,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_eval_repeats_the_runs_own_last_evaluation(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tf32: Callable[[bool], None]
 ) -> None:
     output = tmp_path / "new" / "scores.json"
+    tf32(True)
     assert main(["eval", str(finished), "--output", str(output)]) == 0
+    # as in the run, whatever the model's device
+    assert not torch.backends.cudnn.allow_tf32
     shown = capsys.readouterr()
     result = json.loads(output.read_text("utf-8"))
     last = json.loads((finished / "evaluation" / "iteration-000001.json").read_text("utf-8"))

@@ -73,13 +73,15 @@ def test_scale_is_a_factor(score: Score, clip_folder: Path, images: Tensor, prom
 
 def test_long_prompts_are_cut(score: Score, clip_folder: Path, images: Tensor) -> None:
     start = "a red circle and a blue square and a green star and"
-    first, second = score(
+    first, second, other = score(
         "clip_score",
-        images[:1].expand(2, -1, -1, -1),
-        [f"{start} a red star {'above ' * 20}", f"{start} a red star {'below ' * 20}"],
+        images[:1].expand(3, -1, -1, -1),
+        [f"{start} a red star {'above ' * 20}", f"{start} a red star {'below ' * 20}", "a circle"],
         weights=str(clip_folder),
     )
-    assert first == second
+    # rows of a call may be rounded differently
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+    assert (first - other).abs() > 1e-4
 
 
 def test_missing_parts_are_named(score: Score, clip_folder: Path, images: Tensor, tmp_path: Path) -> None:
@@ -93,7 +95,12 @@ def test_missing_parts_are_named(score: Score, clip_folder: Path, images: Tensor
 
 
 @pytest.mark.gpu
-def test_gpu_agrees_with_cpu(score: Score, clip_folder: Path, images: Tensor, prompts: list[str]) -> None:
+def test_gpu_agrees_with_cpu(
+    score: Score, clip_folder: Path, images: Tensor, prompts: list[str], tf32: Callable[[bool], None]
+) -> None:
+    tf32(False)
     on_cpu = score("clip_score", images, prompts, weights=str(clip_folder))
     on_gpu = score("clip_score", images.cuda(), prompts, weights=str(clip_folder), device="cuda")
-    torch.testing.assert_close(on_gpu, on_cpu, atol=1e-4, rtol=0)
+    # float32 differs from float64 by 2e-7 here, and from a convolution in TF32 by 2e-4
+    torch.testing.assert_close(on_gpu, on_cpu, atol=5e-5, rtol=0)
+    assert on_cpu.std() > 0.05

@@ -487,10 +487,11 @@ def test_the_server_of_the_documentation_serves() -> None:
 
 def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
-        "import time\n"
+        "import time, torch\n"
         "def reward(images, prompts, metadata, scale):\n"
         "    open('called', 'w').close()\n"
         "    time.sleep(0.5)\n"
+        "    assert not torch.backends.cudnn.allow_tf32, 'convolutions are not IEEE float32'\n"
         "    return images.mean((1, 2, 3)) * scale\n"
     )
     command = [sys.executable, "-m", "loopfast", "serve-reward", "slow:reward", "--option", "scale=2.0"]

@@ -165,7 +165,9 @@ def test_long_prompts_are_cut_after_35_tokens(score: Score, options: dict[str, s
         [f"{start}blue", f"{start}green star", "red circle " * 16],
         **options,
     )
-    assert first == second != other
+    # rows of a call may be rounded differently
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+    assert (first - other).abs() > 1e-4
 
 
 def test_another_file_is_named(
