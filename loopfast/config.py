@@ -171,6 +171,12 @@ class ModelConfig(_Section):
     minute or more)."""
     tf32: bool = False
     """Multiply float32 matrices in TF32 on GPUs that can: faster, with 10 bits of mantissa."""
+    decoder_precision: Literal["auto", "float32", "tf32", "model"] = "auto"
+    """Arithmetic of the autoencoder's decoder: float32 (IEEE), tf32 (its float32 convolutions in TF32, on GPUs that
+    can), or that of model.dtype; auto: tf32 on GPUs that can, else float32. No effect on the denoiser or a ratio."""
+    deterministic: bool = False
+    """Compute on GPUs by algorithms that always give the same bits, in backward passes too; slower. An operation that
+    has none ends the run."""
     vae_tiling: bool = False
     """Decode large images in overlapping tiles: less memory, faint seams."""
     free_text_encoder: bool = False
@@ -713,6 +719,9 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
     if config.model.channels_last == "on" and config.model.tune == "full" and train.optimizer == "adamw_8bit":
         allowed = "adamw with model.channels_last: bitsandbytes would lay the weights out anew"
         yield _problem(("train", "optimizer"), train.optimizer, allowed)
+    if config.model.decoder_precision == "float32" and config.model.tf32:
+        allowed = "auto, tf32 or model with model.tf32, which is for all of a process"
+        yield _problem(("model", "decoder_precision"), "float32", allowed)
     if train.screening == "on" and config.algorithm.kl_weight > 0:
         allowed = "auto or off with algorithm.kl_weight above 0, which gives every pair a gradient"
         yield _problem(("train", "screening"), "on", allowed)

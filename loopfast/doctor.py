@@ -12,6 +12,7 @@ import torch
 
 import loopfast
 import loopfast_kernels
+from loopfast import xformers_build
 
 __all__ = ["examine"]
 
@@ -76,7 +77,8 @@ def _extras() -> Iterator[tuple[str, str]]:
         if missing:
             yield extra, f"missing {', '.join(missing)}: pip install 'loopfast[{extra}]'"
         else:
-            yield extra, ", ".join(f"{name} {metadata.version(name)}" for name in names)
+            found = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+            yield extra, f"{found}: {xformers_build.describe()}" if extra == "xformers" else found
 
 
 def _is_installed(distribution: str) -> bool:

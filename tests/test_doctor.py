@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import loopfast
+from loopfast import xformers_build
 from loopfast.doctor import examine
 
 REQUIREMENTS = [
@@ -15,6 +16,7 @@ REQUIREMENTS = [
     'diffusers>=0.39; extra == "train"',
     'PyYAML>=6.0; extra == "train"',
     "deepspeed>=0.18; platform_system == 'Linux' and extra == 'zero3'",
+    "xformers>=0.0.33; platform_system == 'Linux' and extra == 'xformers'",
 ]
 
 
@@ -64,6 +66,13 @@ def test_incomplete_extra_is_shown_with_what_is_missing_and_how_to_get_it(
     found = facts(examine())
     assert found["train"] == "missing PyYAML: pip install 'loopfast[train]'"
     assert found["zero3"] == "missing deepspeed: pip install 'loopfast[zero3]'"
+
+
+def test_xformers_comes_with_whether_its_kernels_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, {"xformers": "0.0.35"})
+    monkeypatch.setattr(xformers_build, "why_unusable", lambda: "it was built for another torch")
+    expected = "xformers 0.0.35: its kernels cannot load: it was built for another torch"
+    assert facts(examine())["xformers"] == expected
 
 
 def test_checkout_that_was_never_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

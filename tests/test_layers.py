@@ -29,6 +29,7 @@ LAYERS = [
         "seeds",
         "t2i_compbench",
         "watch",
+        "xformers_build",
     },
     {"schedules", "algorithms", "config", "plugins"},
     {"policies", "trajectories", "prompts", "embedded", "integrations"},

@@ -47,7 +47,11 @@ def load(source: str, overrides: list[str] | None) -> Config:
     """The configuration that a command was given."""
     from loopfast.config import load_config
 
-    return load_config(source, overrides or [])
+    config = load_config(source, overrides or [])
+    if config.model.deterministic:
+        # processes of a group start CUDA before the model is loaded
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return config
 
 
 def quiet_libraries() -> None:

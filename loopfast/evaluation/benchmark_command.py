@@ -38,6 +38,8 @@ _WITHOUT_EFFECT = {
         "shared_trunk",
         "compile",
         "tf32",
+        "decoder_precision",
+        "deterministic",
         "vae_tiling",
         "free_text_encoder",
     },

@@ -16,6 +16,7 @@ from loopfast.planning.networks import (
     Device,
     Form,
     Weights,
+    decoder_type,
     decoding_call,
     form_of,
     sampling_call,
@@ -314,7 +315,7 @@ def _weights(
     encoders = sum(encoder.parameters() for encoder in architecture.text_encoders)
     if not config.model.free_text_encoder:
         held["text encoders"] = _text_encoders(config, architecture)
-    held["autoencoder"] = 4 * architecture.vae.parameters()
+    held["autoencoder"] = BYTES[decoder_type(config.model)] * architecture.vae.parameters()
     held["runtime"] = RUNTIME[resources.device]
     if resources.device == "cpu" and (stage > 0 or ranks > 1):
         held["runtime"] += DEEPSPEED

@@ -149,7 +149,7 @@ def sampling_call(architecture: Architecture, form: Form) -> Trace:
 
 
 def decoding_call(architecture: Architecture, config: ModelConfig, device: Device) -> Trace:
-    """Of the autoencoder's decoder, which computes in float32."""
+    """Of the autoencoder's decoder."""
     key = (
         "decode",
         repr(architecture.vae),
@@ -157,10 +157,12 @@ def decoding_call(architecture: Architecture, config: ModelConfig, device: Devic
         config.vae_tiling,
         config.fast_layers,
         config.channels_last,
+        decoder_type(config),
         device,
     )
     if key not in _TRACES:
-        vae: Any = architecture.vae.build()
+        dtype = getattr(torch, decoder_type(config))
+        vae: Any = torch.nn.Module.to(architecture.vae.build(), dtype)
         set_layers((vae,), config, torch.device(device))
         if config.vae_tiling:
             vae.enable_tiling()
@@ -168,11 +170,17 @@ def decoding_call(architecture: Architecture, config: ModelConfig, device: Devic
         recorder = Recorder(rows, (*vae.parameters(), *vae.buffers()))
         latents = torch.empty(rows, *architecture.decoded_shape, device="meta")
         with torch.no_grad(), Precision(), recorder:
-            images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+            latents = (latents / vae.config.scaling_factor).to(dtype)
+            images = vae.decode(latents, return_dict=False)[0].float()
             images = (images / 2 + 0.5).clamp(0, 1).contiguous()
         _TRACES[key] = recorder.trace()
     found: Trace = _TRACES[key]
     return found
+
+
+def decoder_type(config: ModelConfig) -> str:
+    """The type that the decoder's weights and activations have."""
+    return config.dtype if config.decoder_precision == "model" else "float32"
 
 
 def _traced(architecture: Architecture, form: Form, *, backward: bool, accumulating: bool) -> Trace:

@@ -18,6 +18,7 @@ from loopfast.planning.memory import (
     with_sizes,
 )
 from loopfast.planning.networks import (
+    decoder_type,
     decoding_call,
     form_of,
     sampling_call,
@@ -44,9 +45,11 @@ class Work:
         """By part, at the card's assumed rates."""
         rate = card.rate(config.model.dtype, config.model.tf32)
         sampling = card.rate(config.rollout.dtype or config.model.dtype, config.model.tf32)
+        # of the decoder, whose work is convolutions
+        in_tf32 = config.model.tf32 or config.model.decoder_precision in ("auto", "tf32")
         return {
             "rollout": self.rollout / sampling,
-            "decoding": self.decoding / card.rate("float32", config.model.tf32),
+            "decoding": self.decoding / card.rate(decoder_type(config.model), in_tf32),
             "replay": self.replay / rate,
             "optimizer": self.optimizer / card.bandwidth,
         }

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
@@ -16,11 +20,14 @@ from typing_extensions import override
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
 from loopfast.policies.layers import ShortAttnProcessor, use_fast_layers
+from loopfast.xformers_build import why_unusable
 
 # Blocks of one class, and calls of one function, share a compile cache; so many shapes and gradient modes may be in it.
 _COMPILED_VARIANTS = 64
 # How much faster xformers must be in a trial to be chosen: noise should not decide how a run rounds.
 _CLEARLY_FASTER = 0.9
+# What cuBLAS needs to sum in one order in every stream: the variable, and the values that PyTorch takes.
+CUBLAS_WORKSPACE, CUBLAS_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 
 
 class FlashAttention(AttnProcessor2_0):
@@ -96,15 +103,17 @@ def _fastest(unet: Any, device: torch.device, dtype: torch.dtype) -> str:
     tokens = size * size if isinstance(size, int) else size[0] * size[1]
     shape = (2, tokens, layer.heads, layer.inner_dim // layer.heads)
     inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    try:
-        theirs = _milliseconds(xformers.ops.memory_efficient_attention, inputs)
-    except (RuntimeError, ValueError):
-        return "sdpa"
-    return "xformers" if theirs < _CLEARLY_FASTER * _milliseconds(sdpa, inputs) else "sdpa"
+    # events belong to the current device
+    with torch.cuda.device(device):
+        try:
+            theirs = _milliseconds(xformers.ops.memory_efficient_attention, inputs)
+        except (RuntimeError, ValueError):
+            return "sdpa"
+        return "xformers" if theirs < _CLEARLY_FASTER * _milliseconds(sdpa, inputs) else "sdpa"
 
 
 def _milliseconds(attention: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> float:
-    """Of a forward and backward pass on a GPU, the least of ten."""
+    """The least time of ten forward and backward passes on the current GPU."""
     times = []
     for _ in range(13):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -120,9 +129,7 @@ def _without_xformers(device: torch.device) -> str | None:
     """Why xformers cannot be used, if so."""
     if device.type != "cuda":
         return f"its kernels need a CUDA device, and model.device is {device}"
-    if importlib.util.find_spec("xformers") is None:
-        return "it is not installed; pip install 'loopfast[xformers]'"
-    return None
+    return why_unusable()
 
 
 def _without_flash(unet: Any, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -163,23 +170,100 @@ def set_layers(models: Sequence[Any], config: ModelConfig, device: torch.device)
     return {"fast layers": fast, "channels last": last}
 
 
-def set_tf32(config: ModelConfig, device: torch.device) -> None:
-    """Makes a GPU multiply and convolve float32 in TF32, or not (PyTorch's default is only to convolve so).
+def set_arithmetic(config: ModelConfig, device: torch.device) -> None:
+    """Sets how CUDA computes in this process: float32 products in TF32 or not, and deterministically if asked for.
+
+    PyTorch has one such setting for all devices and threads of a process. It is therefore set whatever device the
+    policy is on: a replica or a reward on a GPU beside it computes as ``model.tf32`` says. Must be called before the
+    process has used CUDA.
+
+    Args:
+        config: the section ``model``.
+        device: the policy's.
 
     Raises:
-        ConfigError: it is asked for where there is none.
+        ConfigError: TF32 is asked for where there is none, or determinism after CUDA has started without
+            ``CUBLAS_WORKSPACE_CONFIG``.
     """
-    if device.type != "cuda":
-        if config.tf32:
-            raise ConfigError(f"model.tf32: needs a CUDA device, and model.device is {device}")
-        return
-    major, minor = torch.cuda.get_device_capability(device)
-    if config.tf32 and major < 8:
-        raise ConfigError(
-            f"model.tf32: needs compute capability 8.0 or higher; {torch.cuda.get_device_name(device)} has "
-            f"{major}.{minor}"
-        )
+    if config.tf32 and (reason := _without_tf32(device)):
+        raise ConfigError(f"model.tf32: {reason}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    if not config.deterministic:
+        return
+    found = os.environ.get(CUBLAS_WORKSPACE)
+    if found not in CUBLAS_WORKSPACES and (found is not None or torch.cuda.is_initialized()):
+        raise ConfigError(
+            f"model.deterministic: needs the environment variable {CUBLAS_WORKSPACE} before CUDA starts; found "
+            f"{'none' if found is None else repr(found)}, allowed: {' or '.join(CUBLAS_WORKSPACES)}"
+        )
+    os.environ.setdefault(CUBLAS_WORKSPACE, CUBLAS_WORKSPACES[0])
+    # an error where there is no such algorithm: with mere warnings attention's backward passes stay as they are
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    # nothing here reads memory that was not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _without_tf32(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"needs a CUDA device, and model.device is {device}"
+    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None:
+        return f"needs an NVIDIA GPU, and {device} is {name}"
+    if major < 8:
+        return f"needs compute capability 8.0 or higher; {name} has {major}.{minor}"
+    return None
+
+
+class Tf32Conv2d(nn.Conv2d):
+    """A float32 convolution in TF32, for calls without gradients.
+
+    ``torch.backends.cudnn.allow_tf32`` would do the same for a whole process: for the denoiser's convolutions, and for
+    those of a reward in another thread as long as it is set. cuDNN's own operator takes it as an argument.
+    """
+
+    @override
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        geometry: tuple[Any, ...] = (self.padding, self.stride, self.dilation, self.groups)
+        cudnn = torch.backends.cudnn
+        output: Tensor = torch.cudnn_convolution(
+            input, weight, *geometry, cudnn.benchmark, cudnn.deterministic, True
+        )
+        return output if bias is None else output.add_(bias.view(-1, 1, 1))
+
+
+def decoder_precision(config: ModelConfig, device: torch.device, vae: Any) -> str:
+    """What ``model.decoder_precision`` means here.
+
+    Args:
+        config: the section ``model``.
+        device: where the autoencoder computes.
+        vae: the autoencoder's configuration.
+
+    Returns:
+        ``float32``, ``tf32`` or ``model``.
+
+    Raises:
+        ConfigError: the one asked for cannot work here.
+    """
+    name: str = config.decoder_precision
+    if name == "auto":
+        return "float32" if _without_tf32(device) else "tf32"
+    if name == "tf32" and (reason := _without_tf32(device)):
+        raise ConfigError(f"model.decoder_precision: tf32 {reason}")
+    if name == "model" and config.dtype == "float16" and vae.get("force_upcast", True):
+        raise ConfigError(
+            "model.decoder_precision: found 'model', allowed: auto, float32 or tf32 with model.dtype float16, in which "
+            "this autoencoder overflows (its configuration has force_upcast: true)"
+        )
+    return name
+
+
+def use_tf32_convolutions(vae: nn.Module) -> None:
+    """Has the convolutions of an autoencoder computed in TF32; its parameters and their names stay."""
+    for module in vae.modules():
+        if type(module) is nn.Conv2d and module.padding_mode == "zeros" and isinstance(module.padding, tuple):
+            module.__class__ = Tf32Conv2d
 
 
 def compile_blocks(unet: Any, device: torch.device) -> None:
@@ -196,25 +280,34 @@ def compile_blocks(unet: Any, device: torch.device) -> None:
 def compile_calls(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """The function of a UNet and its inputs, compiled at its first calls: once for each shape.
 
-    A graph without gradients would be fused, and so rounded, otherwise than one with. Calls without gradients
-    therefore take the latter too, and drop what it keeps for a backward pass.
-
     Raises:
         ConfigError: there is no compiler for the device.
     """
     _prepare_compiling(device)
-    compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return with_one_graph(torch.compile(function, dynamic=False))
+
+
+def with_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is compiled, or whose parts are, so that calls with and without gradients give the same bits.
+
+    A graph without gradients would be fused, and so rounded, otherwise than one with. Calls without gradients
+    therefore take the latter too, and drop what it keeps for a backward pass as soon as it would keep it.
+    """
 
     def call(*inputs: Any) -> Any:
         if torch.is_grad_enabled():
-            return compiled(*inputs)
-        with torch.enable_grad():
-            outputs = compiled(*inputs)
+            return function(*inputs)
+        with torch.enable_grad(), saved_tensors_hooks(_forget, _forget):
+            outputs = function(*inputs)
         if isinstance(outputs, torch.Tensor):
             return outputs.detach()
         return tuple(output.detach() for output in outputs)
 
     return call
+
+
+def _forget(saved: Any) -> Any:
+    """Keeps nothing of a tensor that autograd saves."""
 
 
 def _prepare_compiling(device: torch.device) -> None:

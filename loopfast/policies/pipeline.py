@@ -20,7 +20,16 @@ from loopfast.policies.adapter import add_adapter, exported_adapter, merge_adapt
 from loopfast.policies.base import Caller, Conditioning, Policy
 from loopfast.policies.families import Family
 from loopfast.policies.guided_unet import shares_trunk
-from loopfast.policies.levers import compile_blocks, compile_calls, set_attention, set_layers, set_tf32
+from loopfast.policies.levers import (
+    compile_blocks,
+    compile_calls,
+    decoder_precision,
+    set_arithmetic,
+    set_attention,
+    set_layers,
+    use_tf32_convolutions,
+    with_one_graph,
+)
 from loopfast.policies.loading import absent_components, first_line, locate, torch_device
 from loopfast.policies.portable import save_portable
 from loopfast.policies.resolution import decoder_rows, latent_size
@@ -45,8 +54,9 @@ class PipelinePolicy(Policy):
     """A diffusers pipeline whose denoiser, or a LoRA of it, is trained; see :class:`loopfast.policies.Policy`.
 
     Under full fine-tuning the denoiser's weights stay in float32 and ``dtype`` is what it computes in (autocast); under
-    LoRA the frozen weights have ``dtype`` and the adapter's are float32; with ``cast`` all have ``dtype``. Text
-    encoders and autoencoder are frozen, and the autoencoder computes in float32.
+    LoRA the frozen weights have ``dtype`` and the adapter's are float32, rounded to ``dtype`` for each product; with
+    ``cast`` all have ``dtype``. Text encoders and autoencoder are frozen, and the autoencoder computes as
+    ``decoder_precision`` says.
 
     A family says how prompts are encoded (:meth:`_encode`), how its denoiser is called (:meth:`forward`), and where the
     defaults here are not its own.
@@ -88,13 +98,14 @@ class PipelinePolicy(Policy):
         self.dtype = getattr(torch, config.dtype)
         self._config, self._family = config, family
         self._refuse()
+        set_arithmetic(config, self.device)
         trained = self.dtype if cast else torch.float32
         self.pipeline = self._load()
         self.pipeline.scheduler = scheduler
         self._denoiser = getattr(self.pipeline, family.denoiser).requires_grad_(False).eval()
         for name in self._text_encoders():
             getattr(self.pipeline, name).requires_grad_(False).eval().to(self.device)
-        self._vae = self.pipeline.vae.requires_grad_(False).eval().to(self.device, torch.float32)
+        self._vae = self._decoder()
         size = latent_size(config, family, self._denoiser.config, self._vae.config)
         self.latent_shape: tuple[int, ...] = (self._denoiser.config.in_channels, *size)
         self.decoder_rows = decoder_rows(self._vae.config, size)
@@ -156,16 +167,25 @@ class PipelinePolicy(Policy):
                 f"model.pretrained: cannot load {config.pretrained!r}: {first_line(error)}"
             ) from error
 
+    def _decoder(self) -> Any:
+        """The autoencoder that decodes: the pipeline's, or a copy in the denoiser's type that is never exported."""
+        vae = self.pipeline.vae.requires_grad_(False).eval()
+        self._precision_of_decoder = decoder_precision(self._config, self.device, vae.config)
+        if self._precision_of_decoder == "model" and self.dtype != torch.float32:
+            return copy.deepcopy(vae).to(self.device, self.dtype)
+        return vae.to(self.device, torch.float32)
+
     def _accelerate(self) -> None:
         """Sets the levers of the configuration that leave the mathematics alone."""
         config = self._config
         if config.vae_tiling:
             self._vae.enable_tiling()
-        set_tf32(config, self.device)
         is_unet = isinstance(self._denoiser, UNet2DConditionModel)
         attention = set_attention(self._denoiser, config, self.device, self.dtype)
         networks = (self._denoiser, self._vae) if is_unet else (self._vae,)
         layers = set_layers(networks, config, self.device)
+        if self._precision_of_decoder == "tf32":
+            use_tf32_convolutions(self._vae)
         self.levers = {
             "attention": attention + (" (auto)" if config.attention == "auto" else ""),
             "shared trunk": config.shared_trunk and shares_trunk(self._denoiser),
@@ -173,13 +193,17 @@ class PipelinePolicy(Policy):
             **{name: is_unet and used for name, used in layers.items()},
             "compile": config.compile,
             "TF32": config.tf32,
+            "decoder": self._precision_of_decoder,
+            "deterministic": config.deterministic,
         }
         if config.compile == "blocks":
             compile_blocks(self._denoiser, self.device)
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function of a denoiser and its inputs, compiled where ``model.compile`` says so."""
-        return compile_calls(function, self.device) if self._config.compile == "whole" else function
+        if self._config.compile == "whole":
+            return compile_calls(function, self.device)
+        return with_one_graph(function) if self._config.compile == "blocks" else function
 
     def _add_adapter(self, seed: int, dtype: torch.dtype) -> None:
         targets = self._config.lora.targets or self.lora_targets
@@ -356,7 +380,7 @@ class PipelinePolicy(Policy):
             latents = latents * scale + latents.new_tensor(mean).view(shape)
         else:
             latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        images = self._vae.decode(latents, return_dict=False)[0]
+        images = self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1).contiguous()
 
     @override

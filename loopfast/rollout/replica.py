@@ -47,7 +47,8 @@ class Replica:
         self._source, self.resident, self._users = policy, resident, 0
         self.whole: Whole = lambda parameters: nullcontext()
         self.exact = dtype is None and not merge_lora and device.type == policy.device.type
-        denoiser = copy.deepcopy(policy.denoiser).requires_grad_(False)
+        # parameters go on requiring gradients: a compiled graph depends on it
+        denoiser = copy.deepcopy(policy.denoiser)
         self._merged = _merge_layers(denoiser) if merge_lora else []
         denoiser.to(device, dtype)
         for name, module in policy.denoiser.named_modules():

@@ -59,6 +59,14 @@ def test_an_adapter_leaves_the_weights_in_their_type() -> None:
     assert found.held["optimizer"] == 8 * 797_184
 
 
+def test_a_decoder_in_the_models_type_holds_half() -> None:
+    half = ("model.dtype=bfloat16", "rollout.microbatch=4")
+    exact, found = (of("sd15", *half, f"model.decoder_precision={name}") for name in ("tf32", "model"))
+    assert 2 * found.held["autoencoder"] == exact.held["autoencoder"]
+    decoders = [each.phases["decoding"]["decoder"] for each in (found, exact)]
+    assert 0.4 * decoders[1] < decoders[0] < 0.7 * decoders[1]
+
+
 def test_each_stage_shards_more() -> None:
     by_stage = [of("sd15", "model.dtype=bfloat16", gpus=8, stage=stage) for stage in range(4)]
     count = 859_520_964

@@ -15,6 +15,7 @@ from loopfast.planning import Plan, as_dict, as_tables, load_architecture, plan
 from loopfast.planning.cards import CARDS, choose, parse_memory
 from loopfast.planning.levers import Lever, advise, changed, fits
 from loopfast.planning.memory import Resources, with_sizes
+from loopfast.planning.speed import Work
 
 GIB = 2**30
 
@@ -247,3 +248,14 @@ def test_a_pipeline_that_cannot_be_trained_is_planned(pipeline_folder: Path, tmp
     found = plan(small(f"model.pretrained={folder}"))
     assert not found.architecture.trainable
     assert "This release plans a OtherPipeline, but does not train it" in text(found)
+
+
+def test_decoding_takes_the_time_of_its_precision() -> None:
+    card, work = CARDS["a100-80"], Work(rollout=0.0, decoding=1e15, replay=0.0, optimizer=0.0)
+
+    def seconds(*overrides: str) -> float:
+        return work.seconds(card, config(*overrides))["decoding"]
+
+    ieee, half = "model.decoder_precision=float32", "model.decoder_precision=model"
+    assert seconds() == seconds("model.tf32=true") < seconds(ieee) == seconds(half, "model.dtype=float32")
+    assert seconds(half, "model.dtype=bfloat16") < seconds()
