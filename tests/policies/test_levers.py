@@ -153,7 +153,7 @@ def test_a_decoder_in_tf32_leaves_the_process_and_the_denoiser_alone(
         assert not torch.backends.cudnn.allow_tf32
         return F.conv2d(x, w, None, stride, padding, dilation, groups)
 
-    monkeypatch.setattr(torch, "cudnn_convolution", convolution)
+    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution", convolution)
     names = set(policy.pipeline.vae.state_dict())
     torch.testing.assert_close(decode(policy), decode(plain), atol=1e-5, rtol=0)
     inner = [m for m in policy.pipeline.vae.decoder.modules() if isinstance(m, nn.Conv2d)]
