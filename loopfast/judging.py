@@ -24,7 +24,6 @@ from loopfast.rewards import (
     training_total,
 )
 from loopfast.rewards.base import quoted
-from loopfast.rewards.precision import set_tf32
 from loopfast.runs import RunFolder
 from loopfast.trajectories import Trajectories
 
@@ -49,8 +48,6 @@ class Judge:
     def __init__(self, config: Config, group: Group, folder: RunFolder, warn: Callable[[str], None]) -> None:
         self._config, self._group, self._folder, self._warn = config, group, folder, warn
         worker = config.rollout.reward_worker
-        # a policy on a GPU sets it, too; where the policy is elsewhere, the rewards' results are the same
-        set_tf32(config.model.tf32)
         self._rewards = (
             RewardProcess(config.reward, tf32=config.model.tf32)
             if worker == "process"

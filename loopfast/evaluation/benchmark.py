@@ -20,7 +20,6 @@ from loopfast.evaluation.score_file import Scored, ScoreFile
 from loopfast.files import writing
 from loopfast.prompts import Prompt
 from loopfast.rewards import RewardSet, build_rewards
-from loopfast.rewards.precision import set_tf32
 from loopfast.rollout import Sampler, slices
 from loopfast.runs import save_image
 from loopfast.seeds import derive
@@ -110,8 +109,6 @@ def run_benchmark(
         RewardError: a metric failed; what was scored before is kept.
         LoopfastError: the folder cannot be written.
     """
-    # a model on a GPU whose configuration says otherwise sets it when it is opened
-    set_tf32(False)
     for category in categories:
         build_rewards([category.metric], load=False)
     metrics: dict[str, RewardSet] = {}

@@ -15,7 +15,6 @@ from loopfast.evaluation.trained import run_config, sampler_of, trained_policy
 from loopfast.files import writing
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.rewards import Scores, build_rewards
-from loopfast.rewards.precision import set_tf32
 
 
 def evaluate_checkpoint(
@@ -47,7 +46,6 @@ def evaluate_checkpoint(
     """
     config = run_config(target)
     source = load_prompts(prompts or config.evaluation.prompts or config.prompts.source)
-    set_tf32(config.model.tf32)
     rewards = build_rewards(config.reward)
     sampler = sampler_of(config, trained_policy(target, config, display))
     changes = {

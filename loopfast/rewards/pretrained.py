@@ -83,7 +83,8 @@ def placement(reward: str, device: str, dtype: str, batch_size: int) -> Placemen
         raise ConfigError(f"{key}device: found {device!r}, allowed: auto, cpu, cuda or cuda:N")
     place = torch_device(device, key=f"{key}device")
     if place == torch.device("cuda"):
-        place = torch.device("cuda", torch.cuda.current_device())
+        # before CUDA has started, which asking would do, it is the first one
+        place = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
     return Placement(reward, place, _DTYPES[dtype], batch_size)
 
 

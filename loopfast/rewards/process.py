@@ -59,7 +59,8 @@ class RewardProcess:
         self._connection: Connection[Any, Any] = connection
         self.close = weakref.finalize(self, _end, connection, self._process)
         """Ends the process; once it has returned the reward it is in. Nothing happens the second time."""
-        gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+        # before CUDA has started, which asking would do, it is the first one, as in the new process
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._ask(([term.model_dump() for term in terms], gpu, tf32))
 
     def score(

@@ -88,7 +88,16 @@ def test_a_gpu_is_the_one_that_is_current_when_the_reward_is_made(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    started = False
+
+    def current() -> int:
+        assert started, "CUDA was started to know its first device"
+        return 3
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
+    monkeypatch.setattr(torch.cuda, "current_device", current)
+    assert placement("r", device, "float32", 1).device == torch.device("cuda", 0)
+    started = True
     assert placement("r", device, "float32", 1).device == torch.device("cuda", 3)
     assert placement("r", "cuda:1", "float32", 1).device == torch.device("cuda", 1)
 
