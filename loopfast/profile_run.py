@@ -208,6 +208,7 @@ def profile(
             raise Interrupted("stopped; nothing was written", stop.exit_code) from None
         finally:
             trainer.close_tracker()
+            trainer.close()
     if not group.first:
         return None
     found = Profile(times, _rows(profiler.events(), iterations), facts)

@@ -43,7 +43,7 @@ from loopfast.profiling import Category, Meter, Times, range_
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.replay import Replay, rehearse
 from loopfast.reporting import write_report
-from loopfast.rewards import Scores
+from loopfast.rewards import RewardMemoryError, Scores
 from loopfast.rollout import Sampler, StepCache, make_replica, stochastic_steps
 from loopfast.runs import RunFolder, describe_run, memory_used
 from loopfast.seeds import derive, row_seeds
@@ -104,7 +104,7 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
             # on a full disk this fails too, and what came first says more
             with suppress(LoopfastError):
                 trainer.close_tracker()
-            if isinstance(error, RewardError):
+            if isinstance(error, RewardError | RewardMemoryError):
                 raise _with_state_saved(error, trainer) from error
             if not isinstance(error, Stopped):
                 raise
@@ -121,13 +121,13 @@ def _saved(trainer: Trainer) -> str:
     return f"{trainer.save()} is saved, --resume auto goes on from there"
 
 
-def _with_state_saved(error: RewardError, trainer: Trainer) -> RewardError:
+def _with_state_saved(error: RewardError | RewardMemoryError, trainer: Trainer) -> LoopfastError:
     """The error, raised by all processes of a run at once, once the run's state is saved."""
     try:
         saved = _saved(trainer)
     except LoopfastError as unsaved:
         saved = str(unsaved)
-    told = RewardError(f"{error}; {saved}")
+    told = type(error)(f"{error}; {saved}")
     told.shared = not trainer.group.alone
     return told
 

@@ -33,6 +33,7 @@ from loopfast.errors import (
 from loopfast.interrupts import StopRequest
 from loopfast.policies import load_policy
 from loopfast.policies.sd import StableDiffusionPolicy
+from loopfast.rewards import RewardMemoryError
 from loopfast.rollout import Sampler
 from loopfast.surrogate import Surrogate
 from loopfast.tracking import describe, read_metrics
@@ -787,6 +788,23 @@ def test_the_native_kernels_train_as_the_reference_does(
     assert losses["native"][:10] == pytest.approx(losses["reference"][:10], rel=0, abs=1e-5)
     assert losses["native"] == pytest.approx(losses["reference"], rel=0, abs=1e-4)
     assert max(map(abs, losses["native"])) > 1e-2
+
+
+def test_the_state_is_saved_where_a_reward_runs_out_of_memory(
+    small_config: MakeConfig, user_module: Callable[[str], str]
+) -> None:
+    code = """
+import torch
+
+def reward(images, prompts, metadata):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+"""
+    config = small_config(f"reward=[{{name: '{user_module(code)}:reward'}}]")
+    with pytest.raises(
+        RewardMemoryError, match=r"ran out of memory on cpu .* is saved, --resume auto goes on"
+    ):
+        run(config)
+    assert (Path(config.run.directory, "small") / "checkpoints" / "iteration-000000").is_dir()
 
 
 @pytest.mark.parametrize("fail_at", [1, 3])
