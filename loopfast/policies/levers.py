@@ -224,10 +224,17 @@ class Tf32Conv2d(nn.Conv2d):
 
     @override
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        geometry: tuple[Any, ...] = (self.padding, self.stride, self.dilation, self.groups)
         cudnn = torch.backends.cudnn
         output: Tensor = torch.ops.aten.cudnn_convolution(
-            input, weight, *geometry, cudnn.benchmark, cudnn.deterministic, True
+            input,
+            weight,
+            self.padding,
+            self.stride,
+            self.dilation,
+            self.groups,
+            cudnn.benchmark,
+            cudnn.deterministic,
+            True,
         )
         return output if bias is None else output.add_(bias.view(-1, 1, 1))
 
