@@ -131,7 +131,7 @@ def test_the_commands_of_the_page_are_allowed() -> None:
             overrides = [value for flag, value in pairwise(words) if flag == "--set"]
             load_config(words[words.index("--config") + 1], overrides)
             tried += bool(overrides)
-    assert tried == 5
+    assert tried == 7
 
 
 def test_the_comparison_differs_in_the_algorithm_only() -> None:
