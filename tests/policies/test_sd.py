@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -376,3 +377,21 @@ def test_a_released_text_encoder_has_encoded_all_and_comes_back_for_the_export(
     assert policy.pipeline.text_encoder is None
     again = load_policy(ModelConfig(pretrained=str(tmp_path), device="cpu"))
     torch.testing.assert_close(again.encode(PROMPTS)["encoder_hidden_states"], expected)
+
+
+def test_latents_that_were_normalized_by_channel_are_decoded_as_their_autoencoder_wants(
+    pipeline_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(pipeline_folder, folder)
+    file = folder / "vae" / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    mean, std = [0.1, -0.2, 0.3, 0.0], [1.5, 0.5, 2.0, 1.0]
+    file.write_text(json.dumps(config | {"latents_mean": mean, "latents_std": std}), "utf-8")
+    policy: Any = load_policy(ModelConfig(pretrained=str(folder), device="cpu"))
+    latents = torch.randn(3, *policy.latent_shape)
+    by_channel = torch.tensor([mean, std]).view(2, 1, -1, 1, 1)
+    expected = latents * by_channel[1] / config["scaling_factor"] + by_channel[0]
+    with torch.no_grad():
+        images = policy.pipeline.vae.decode(expected).sample / 2 + 0.5
+    torch.testing.assert_close(policy.decode(latents), images.clamp(0, 1), atol=1e-5, rtol=0)
