@@ -6,6 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -368,16 +369,23 @@ class PipelinePolicy(Policy):
         finally:
             self._active = self._denoiser
 
+    @cached_property
+    def _channel_statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation of the latents' channels, ``[1, C, 1, 1]``, made once: a copy to a GPU waits for it."""
+        found = [self._vae.config.get(name) for name in ("latents_mean", "latents_std")]
+        if None in found:
+            return None
+        mean, std = (torch.tensor(values, device=self._vae.device).view(1, -1, 1, 1) for values in found)
+        return mean, std
+
     @override
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         config = self._vae.config
         latents = latents.float()
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            shape = (1, -1, 1, 1)
-            scale = latents.new_tensor(std).view(shape) / config.scaling_factor
-            latents = latents * scale + latents.new_tensor(mean).view(shape)
+        if self._channel_statistics is not None:
+            mean, std = self._channel_statistics
+            latents = latents * (std / config.scaling_factor) + mean
         else:
             latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         images = self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0].float()
