@@ -74,7 +74,7 @@ COMPLETE = [
     iteration("sd15", "lora", 5.0),
     {"stage": "sd15", "what": "full", "planned_bytes": 40 * GIB},
     {"stage": "sd15", "what": "full", "error": "OutOfMemoryError: CUDA out of memory", "taken": 79 * GIB},
-    {"stage": "sd15", "what": "decode", "rows": 16, "tf32": False, "ms_per_image": 45.0},
+    {"stage": "sd15", "what": "decode float32", "rows": 16, "precision": "float32", "ms_per_image": 45.0},
     iteration("sd35", "guidance 4.5", 2.0),
     {"stage": "bandwidth", "what": "copy", "gb_per_s": 2800.0},
     *(call(who, rows, us * rows) for who, us in (("ours", 1.0), ("eager", 10.0)) for rows in (16, 64)),

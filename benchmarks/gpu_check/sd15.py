@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from loopfast.config import Config, parse_config
-from loopfast.policies import load_policy, load_schedule
+from loopfast.policies import Policy, load_policy, load_schedule
 from loopfast.policies.adapter import without_adapter
 from loopfast.rollout import Sampler, StepCache
 from loopfast.rollout.sampler import initial_latents
@@ -62,7 +62,7 @@ def _train(*overrides: str, iterations: int = 2, seconds: float = 60, small: boo
 
 
 def _parts(work: Work) -> None:
-    """Sampling with and without the adapter's arithmetic, and decoding with and without TF32."""
+    """Sampling with and without the adapter's arithmetic, and decoding in each precision."""
     config = _config(work, 1, ()).model
     steps = _SMALL_STEPS if work.small else _STEPS
     policy = load_policy(config)
@@ -82,30 +82,37 @@ def _parts(work: Work) -> None:
             failed.append(what)
             work.record.write(what, error=first_line(error))
 
+    def sampler_of(policy: Policy) -> Sampler:
+        return Sampler(policy, schedule, 5.0, "sum", rows, steps=StepCache())
+
     def sample() -> dict[str, Any]:
-        sampler = Sampler(policy, schedule, 5.0, "sum", rows, steps=StepCache())
+        sampler = sampler_of(policy)
         try:
             seconds = _seconds(lambda: sampler.sample(text, prompts, seeds), work.device)
         finally:
             sampler.release()
         return {"steps": steps, "images_per_second": rows / seconds}
 
-    def decode(tf32: bool) -> dict[str, Any]:
-        latents = initial_latents(policy, seeds)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    def decode(precision: str) -> dict[str, Any]:
+        decoding = load_policy(config.model_copy(update={"decoder_precision": precision}))
+        sampler, latents = sampler_of(decoding), initial_latents(decoding, seeds)
         before = torch.cuda.memory_allocated() if work.device == "cuda" else 0
         if work.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = _seconds(lambda: policy.decode(latents), work.device)
+        seconds = _seconds(lambda: sampler.decode(latents), work.device)
         extra = torch.cuda.max_memory_allocated() - before if work.device == "cuda" else None
-        return {"tf32": tf32, "ms_per_image": 1e3 * seconds / rows, "extra_bytes": extra}
+        return {
+            "precision": precision,
+            "at_a_time": min(rows, decoding.decoder_rows),
+            "ms_per_image": 1e3 * seconds / rows,
+            "extra_bytes": extra,
+        }
 
     part("rollout with adapter", sample)
     with without_adapter(policy.denoiser):
         part("rollout without adapter", sample)
-    part("decode", lambda: decode(False))
-    if work.device == "cuda":
-        part("decode tf32", lambda: decode(True))
+    for precision in ("float32", "tf32", "model") if work.device == "cuda" else ("float32", "model"):
+        part(f"decode {precision}", lambda precision=precision: decode(precision))
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}")
 
