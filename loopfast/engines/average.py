@@ -24,7 +24,8 @@ class WeightAverage:
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
-        self._parameters, self._decay = list(parameters.values()), decay
+        self._parameters: list[Tensor] = list(parameters.values())
+        self._decay = decay
         # copies even where the parameters are float32, and laid out as they are: otherwise the kernels that take a list
         # of tensors at once take them one by one
         self.weights = {
