@@ -35,14 +35,21 @@ def spilling(values):
 
 
 @triton.jit
+def contracted(values):
+    offsets = tl.arange(0, 1024)
+    loaded = tl.load(values + offsets)
+    tl.store(values + offsets, tl.log(loaded * loaded + 1.5))
+
+
+@triton.jit
 def sound(values):
     offsets = tl.arange(0, 1024)
-    tl.store(values + offsets, tl.load(values + offsets) * 2.0)
+    tl.store(values + offsets, tl.log(tl.load(values + offsets) * 2.0))
 
 
 VALUES = torch.empty(16384, device="meta")
 found = {}
-for kernel, warps in ((double, 4), (narrow, 4), (spilling, 1), (sound, 4)):
+for kernel, warps in ((double, 4), (narrow, 4), (spilling, 1), (contracted, 4), (sound, 4)):
     (compiled,) = ptx_report.compiled_launches(90, lambda k=kernel, w=warps: k[(1,)](VALUES, num_warps=w))
     inspected = ptx_report.inspect(compiled, "", 90)
     found[inspected.name] = asdict(inspected) | {"defects": ptx_report.defects(inspected)}

@@ -26,7 +26,7 @@ def channels_of(group, per_group: tl.constexpr, height: tl.constexpr):
 
 
 @triton.jit
-def offsets_of(channel, pixel, channels: tl.constexpr, pixels: tl.constexpr, channels_last: tl.constexpr):
+def offsets_of(channel, pixel, channels: tl.constexpr, pixels, channels_last: tl.constexpr):
     """Offsets within a row, ``[channels, pixels]``."""
     if channels_last:
         return channel[:, None] + pixel[None, :] * channels
@@ -34,9 +34,9 @@ def offsets_of(channel, pixel, channels: tl.constexpr, pixels: tl.constexpr, cha
 
 
 @triton.jit
-def mask_of(there, pixel, pixels: tl.constexpr, width: tl.constexpr):
-    """Which elements of a tile there are."""
-    if pixels % width == 0:
+def mask_of(there, pixel, pixels, width: tl.constexpr, even: tl.constexpr):
+    """Which elements of a tile there are; ``even``: the pixels fill whole tiles."""
+    if even:
         return there[:, None] & tl.full((1, width), True, tl.int1)
     return there[:, None] & (pixel < pixels)[None, :]
 
@@ -70,19 +70,23 @@ def group_norm_silu_kernel(
     bias,
     shift,
     eps,
+    pixels,
     groups: tl.constexpr,
     channels: tl.constexpr,
-    pixels: tl.constexpr,
     channels_last: tl.constexpr,
     shifted: tl.constexpr,
     height: tl.constexpr,
     width: tl.constexpr,
+    even: tl.constexpr,
+    single: tl.constexpr,
 ):
     """Result and statistics of one group."""
     program = tl.program_id(0).to(tl.int64)
     row, group = program // groups, (program % groups).to(tl.int32)
     per_group: tl.constexpr = channels // groups
-    count: tl.constexpr = per_group * pixels
+    count = tl.full((), per_group * pixels, tl.float32)
+    # known when compiled: the one tile of a small group stays in registers
+    end = width if single else pixels
     channel, there = channels_of(group, per_group, height)
     column = load_shift(shift, row, channel, there, channels, shifted)
     x += row * channels * pixels
@@ -90,23 +94,23 @@ def group_norm_silu_kernel(
     pixel = tl.arange(0, width)
 
     sums = tl.zeros((height, width), tl.float32)
-    for start in range(0, pixels, width):
+    for start in range(0, end, width):
         offsets = offsets_of(channel, pixel + start, channels, pixels, channels_last)
-        mask = mask_of(there, pixel + start, pixels, width)
+        mask = mask_of(there, pixel + start, pixels, width, even)
         sums += load_deviations(x, offsets, mask, column, 0.0)
-    mean = tl.div_rn(tl.sum(tl.sum(sums, axis=1), axis=0), tl.full((), count, tl.float32))
+    mean = tl.div_rn(tl.sum(tl.sum(sums, axis=1), axis=0), count)
 
     # The deviations' own mean corrects that of the first pass: Chan, Golub and LeVeque's corrected two-pass algorithm.
     sums = tl.zeros((height, width), tl.float32)
     squares = tl.zeros((height, width), tl.float32)
-    for start in range(0, pixels, width):
+    for start in range(0, end, width):
         offsets = offsets_of(channel, pixel + start, channels, pixels, channels_last)
-        mask = mask_of(there, pixel + start, pixels, width)
+        mask = mask_of(there, pixel + start, pixels, width, even)
         deviations = load_deviations(x, offsets, mask, column, mean)
         sums += deviations
         squares += deviations * deviations
-    rest = tl.div_rn(tl.sum(tl.sum(sums, axis=1), axis=0), tl.full((), count, tl.float32))
-    square = tl.div_rn(tl.sum(tl.sum(squares, axis=1), axis=0), tl.full((), count, tl.float32))
+    rest = tl.div_rn(tl.sum(tl.sum(sums, axis=1), axis=0), count)
+    square = tl.div_rn(tl.sum(tl.sum(squares, axis=1), axis=0), count)
     variance = tl.maximum(square - rest * rest, 0.0, propagate_nan=tl.PropagateNan.ALL)
     inverse = tl.div_rn(tl.full((), 1.0, tl.float32), tl.sqrt_rn(variance + eps))
     tl.store(statistics + program * 3, mean)
@@ -115,9 +119,9 @@ def group_norm_silu_kernel(
 
     scale = inverse * load_column(weight, channel, there)
     offset = load_column(bias, channel, there) - rest * scale
-    for start in range(0, pixels, width):
+    for start in range(0, end, width):
         offsets = offsets_of(channel, pixel + start, channels, pixels, channels_last)
-        mask = mask_of(there, pixel + start, pixels, width)
+        mask = mask_of(there, pixel + start, pixels, width, even)
         z = load_deviations(x, offsets, mask, column, mean) * scale + offset
         tl.store(y + offsets, (z * tl.sigmoid(z)).to(y.dtype.element_ty), mask=mask)
 
@@ -143,21 +147,25 @@ def group_norm_silu_backward_kernel(
     bias,
     shift,
     statistics,
+    pixels,
     groups: tl.constexpr,
     channels: tl.constexpr,
-    pixels: tl.constexpr,
     channels_last: tl.constexpr,
     shifted: tl.constexpr,
     with_x: tl.constexpr,
     with_shift: tl.constexpr,
     height: tl.constexpr,
     width: tl.constexpr,
+    even: tl.constexpr,
+    single: tl.constexpr,
 ):
     """Gradients by one group's elements and shifts, and its row's part of those by weight and bias."""
     program = tl.program_id(0).to(tl.int64)
     row, group = program // groups, (program % groups).to(tl.int32)
     per_group: tl.constexpr = channels // groups
-    count: tl.constexpr = per_group * pixels
+    count = tl.full((), per_group * pixels, tl.float32)
+    # known when compiled: the one tile of a small group stays in registers
+    end = width if single else pixels
     channel, there = channels_of(group, per_group, height)
     column = load_shift(shift, row, channel, there, channels, shifted)
     mean = tl.load(statistics + program * 3)
@@ -171,9 +179,9 @@ def group_norm_silu_backward_kernel(
 
     sums = tl.zeros((height, width), tl.float32)
     products = tl.zeros((height, width), tl.float32)
-    for start in range(0, pixels, width):
+    for start in range(0, end, width):
         offsets = offsets_of(channel, pixel + start, channels, pixels, channels_last)
-        mask = mask_of(there, pixel + start, pixels, width)
+        mask = mask_of(there, pixel + start, pixels, width, even)
         deviations = load_deviations(x, offsets, mask, column, mean)
         slope = gradient_of_z(grad, offsets, mask, deviations, scale, offset)
         sums += slope
@@ -185,14 +193,13 @@ def group_norm_silu_backward_kernel(
 
     if with_x or with_shift:
         weights = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)
-        whole = tl.full((), count, tl.float32)
-        slope_of_group = -inverse * inverse * tl.div_rn(tl.sum(weights * by_normalized, axis=0), whole)
-        constant = -inverse * tl.div_rn(tl.sum(weights * of_channel, axis=0), whole) - slope_of_group * rest
+        slope_of_group = -inverse * inverse * tl.div_rn(tl.sum(weights * by_normalized, axis=0), count)
+        constant = -inverse * tl.div_rn(tl.sum(weights * of_channel, axis=0), count) - slope_of_group * rest
         grad_x += row * channels * pixels
         sums = tl.zeros((height, width), tl.float32)
-        for start in range(0, pixels, width):
+        for start in range(0, end, width):
             offsets = offsets_of(channel, pixel + start, channels, pixels, channels_last)
-            mask = mask_of(there, pixel + start, pixels, width)
+            mask = mask_of(there, pixel + start, pixels, width, even)
             deviations = load_deviations(x, offsets, mask, column, mean)
             slope = gradient_of_z(grad, offsets, mask, deviations, scale, offset)
             values = scale * slope + (slope_of_group * deviations + constant)
@@ -218,18 +225,25 @@ def sum_rows_kernel(result, values, rows, channels, height: tl.constexpr, width:
 
 
 def _tile(x: Tensor, groups: int, largest: int) -> dict[str, Any]:
-    """How programs see a group: sizes, and the tile of up to `largest` elements that they keep at a time."""
+    """How programs see a group: sizes, and the tile of up to `largest` elements that they keep at a time.
+
+    A kernel is compiled for each number of channels, but not of pixels: a model has several sizes of image.
+    """
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     height = triton.next_power_of_2(channels // groups)
     width = min(triton.next_power_of_2(pixels), max(largest // height, 1))
     return {
+        "pixels": pixels,
         "groups": groups,
         "channels": channels,
-        "pixels": pixels,
         "channels_last": not x.is_contiguous(),
         "height": height,
         "width": width,
+        "even": pixels % width == 0,
+        "single": pixels <= width,
         "num_warps": min(max(height * width // 512, 1), 8),
+        # 16 warps fit a multiprocessor; without a limit ptxas sometimes spills at 64 to 80 registers
+        "maxnreg": 128,
     }
 
 
