@@ -87,10 +87,12 @@ $(VENV)/.dev: $(PACKAGING) | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[train,bench,dev]'
 	@touch $@ $(VENV)/.train
 
-# An earlier torch and the triton made for it, as GPU machines have them; all else as pinned.
+# An earlier torch and the triton made for it, as GPU machines have them; all else as pinned, but for numpy: loops over
+# arguments fail in triton 3.6's interpreter with numpy 2.4.
 $(OLDER)/.dev: $(PACKAGING)
 	$(PYTHON) -m venv $(OLDER)
-	sed 's/^torch==.*/torch==2.11.0/; s/^triton==.*/triton==3.6.0/' constraints.txt > $(OLDER)/constraints.txt
+	sed 's/^torch==.*/torch==2.11.0/; s/^triton==.*/triton==3.6.0/; s/^numpy==.*/numpy==2.3.5/' constraints.txt \
+	  > $(OLDER)/constraints.txt
 	$(OLDER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDER)/constraints.txt \
 	  --editable '.[train,bench,dev]'
 	@touch $@

@@ -28,14 +28,14 @@ def of(model: str, *overrides: str, gpus: int = 1, stage: int | None = None) -> 
 def test_the_replay_holds_the_tensors_that_are_planned(
     structured_folder: Path, tmp_path: Path, overrides: list[str]
 ) -> None:
-    text = RUN.replace("MODEL", str(structured_folder))
+    text = RUN.replace("MODEL", str(structured_folder)).replace("DEVICE", "cpu")
     settings = [*overrides, f"run.directory={tmp_path}", "rollout.steps=2", "train.microbatch=2"]
     settings += ["rollout.microbatch=2", "train.on_policy_check=off"]
     assert planned(text, settings)["tensors"] == pytest.approx(run(text, settings, tensors=True), rel=0.03)
 
 
 def test_a_process_holds_what_is_planned(structured_folder: Path, tmp_path: Path) -> None:
-    text = RUN.replace("MODEL", str(structured_folder))
+    text = RUN.replace("MODEL", str(structured_folder)).replace("DEVICE", "cpu")
     settings = [f"run.directory={tmp_path}", "rollout.steps=2"]
     assert planned(text, settings)["process"] == pytest.approx(
         measure(text, settings, tensors=False), rel=0.15
