@@ -59,7 +59,7 @@ def step_of(policy: Policy, folder: Path, guidance: float) -> DenoisingStep:
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @torch.no_grad()
 def test_the_loop_reads_no_number_on_the_host(policy: Policy, pipeline_folder: Path, guidance: float) -> None:
-    step = CapturedStep(step_of(policy, pipeline_folder, guidance), capture=False)
+    step = CapturedStep(step_of(policy, pipeline_folder, guidance))
     with HostReads() as host:
         step.run(toy.STEPS)
     assert host.calls > 100
