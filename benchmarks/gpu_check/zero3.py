@@ -55,6 +55,6 @@ def _train(overrides: Sequence[str], *, small: bool) -> Measurement:
 
 MEASUREMENTS = {
     "model": Measurement(_write_model, needed=True),
-    # tiny, what matters is whether DeepSpeed runs here; the local engine has stages of its own
+    # The small check only asks whether DeepSpeed runs here: other stages try the local engine.
     **{name: _train(overrides, small=bool(overrides)) for name, overrides in sharding.ENGINES.items()},
 }

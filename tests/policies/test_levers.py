@@ -242,7 +242,7 @@ def test_the_command_line_sets_the_workspace_before_processes_join(monkeypatch: 
     assert os.environ[levers.CUBLAS_WORKSPACE] in levers.CUBLAS_WORKSPACES
 
 
-# in a process of its own: once CUDA has multiplied, it is too late for the environment variable
+# Runs in a process of its own: the environment variable has no effect after the first product on CUDA.
 TWICE = """
 import sys
 import torch
