@@ -128,8 +128,10 @@ Record.from_environment("x").write("figure", value=1)
 pathlib.Path(sys.argv[2]).write_text(str(os.getpid()))
 time.sleep(600)
 """
+    # a shell that starts the tests in the background lets them ignore Ctrl-C
     runner = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from benchmarks.gpu_check.record import Record
 from benchmarks.gpu_check.runner import Task, run_all
