@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+EVERYTHING := --editable '.[train,bench,dev]'
 NATIVE := CMakeLists.txt $(wildcard kernels/native/*/*)
 PACKAGING := pyproject.toml constraints.txt $(NATIVE)
 TRL := .venv-trl
@@ -12,23 +12,31 @@ WHEEL := build/wheel
 
 # Two busy processes with two threads each slow each other down more than the second thread gains.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# A line for each tenth of a run; pytest alone gives a letter for each test, and the reason of each skip.
+BRIEF := -p tests.progress -q -r NfE
+
+# $(call install,environment,arguments of pip): in the log is what pip says, such as warnings about its settings.
+define install
+@echo "Installing into $(1) (some minutes) ..."
+@start=$$(date +%s); $(1)/bin/python -m pip install -qq --disable-pip-version-check --log $(1)/install.log $(2) \
+  && echo "Installed in $$(( $$(date +%s) - start )) s, the log is $(1)/install.log"
+endef
 
 .DEFAULT_GOAL := help
 .PHONY: demo test coverage test-wheel test-trl test-older sanitize lint bench race race-sweep race-reward gpu-check ptx-report study clean help
 
 demo: $(VENV)/.train ## train the embedded model with LOOP and write a report (ARGS="--set run.seed=1" adds options)
-	$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
+	@$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
 
 test: lint ## lint, then every test (ARGS="-k philox" selects)
-	$(PYTEST) -n 2 $(ARGS)
+	@$(PYTEST) -n 2 $(BRIEF) $(ARGS)
 
 coverage: $(VENV)/.dev ## every test, with coverage of the lines, at least 90 %
 	$(PYTEST) -n 2 --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev ## style and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && echo "Style: no faults"
+	@$(BIN)/mypy
 
 test-wheel: $(TRL)/.wheel ## the built wheel, installed elsewhere: the tests of the ops
 	cd $(WHEEL) && OMP_NUM_THREADS=1 $(CURDIR)/$(TRL)/bin/python -m pytest -c $(CURDIR)/pyproject.toml \
@@ -76,45 +84,43 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 
 # Each stamp is an installed set of extras; it is older than what it was made from when that changes.
 $(VENV)/.train: $(PACKAGING) | $(BIN)/python
-	$(PIP_INSTALL) --editable '.[train]'
+	$(call install,$(VENV),-c constraints.txt --editable '.[train]')
 	@touch $@
 
 $(VENV)/.dev: $(PACKAGING) | $(BIN)/python
-	$(PIP_INSTALL) --editable '.[train,bench,dev]'
+	$(call install,$(VENV),-c constraints.txt $(EVERYTHING))
 	@touch $@ $(VENV)/.train
 
 # An earlier torch and the triton made for it, as GPU machines have them; all else as pinned, but for numpy: loops over
 # arguments fail in triton 3.6's interpreter with numpy 2.4.
 $(OLDER)/.dev: $(PACKAGING)
-	$(PYTHON) -m venv $(OLDER)
-	sed 's/^torch==.*/torch==2.11.0/; s/^triton==.*/triton==3.6.0/; s/^numpy==.*/numpy==2.3.5/' constraints.txt \
+	@$(PYTHON) -m venv $(OLDER)
+	@sed 's/^torch==.*/torch==2.11.0/; s/^triton==.*/triton==3.6.0/; s/^numpy==.*/numpy==2.3.5/' constraints.txt \
 	  > $(OLDER)/constraints.txt
-	$(OLDER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDER)/constraints.txt \
-	  --editable '.[train,bench,dev]'
+	$(call install,$(OLDER),-c $(OLDER)/constraints.txt $(EVERYTHING))
 	@touch $@
 
 # TRL's last release with a trainer for diffusion, on the libraries of its time, and loopfast as a wheel.
 $(TRL)/.libraries: tests/integrations/trl-constraints.txt
-	$(PYTHON) -m venv $(TRL)
-	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check -c $< \
-	  trl diffusers transformers peft tensorboard pydantic pytest hypothesis
+	@$(PYTHON) -m venv $(TRL)
+	$(call install,$(TRL),torch==2.13.0)
+	$(call install,$(TRL),-c $< trl diffusers transformers peft tensorboard pydantic pytest hypothesis)
 	@touch $@
 
 $(TRL)/.wheel: $(TRL)/.libraries $(VENV)/.dev $(shell git ls-files loopfast kernels tests/kernels 2>/dev/null)
-	rm -rf $(WHEEL) && mkdir -p $(WHEEL)/tree/tests
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEEL) .
-	cp -r tests/kernels tests/conftest.py $(WHEEL)/tree/tests
-	mkdir -p $(WHEEL)/tree/kernels && cp -r kernels/native kernels/README.md $(WHEEL)/tree/kernels
-	$(TRL)/bin/python -m pip install --quiet --no-deps --force-reinstall $(WHEEL)/*.whl
+	@rm -rf $(WHEEL) && mkdir -p $(WHEEL)/tree/tests
+	$(BIN)/python -m pip wheel -qq --no-deps --no-build-isolation --wheel-dir $(WHEEL) .
+	@cp -r tests/kernels tests/conftest.py $(WHEEL)/tree/tests
+	@mkdir -p $(WHEEL)/tree/kernels && cp -r kernels/native kernels/README.md $(WHEEL)/tree/kernels
+	$(TRL)/bin/python -m pip install -qq --no-deps --force-reinstall $(WHEEL)/*.whl
 	@touch $@
 
 # Ours as a user has it, without the tools of development.
 $(RACE)/.train: $(PACKAGING)
-	$(PYTHON) -m venv $(RACE)
-	$(RACE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[train]'
+	@$(PYTHON) -m venv $(RACE)
+	$(call install,$(RACE),-c constraints.txt --editable '.[train]')
 	@touch $@

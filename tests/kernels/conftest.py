@@ -3,12 +3,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
 from loopfast_kernels import BACKENDS, backend
+from loopfast_kernels.backends import triton_interprets
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,28 @@ class Backend:
 def each_backend(request: pytest.FixtureRequest) -> Backend:
     on_gpu = request.param == "triton" and torch.cuda.is_available()
     return Backend(request.param, "cuda" if on_gpu else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _language_is_patched_once() -> None:
+    """Triton's interpreter searches its whole language at every call of a function: a third of these tests' time."""
+    if not triton_interprets() or find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    class Kept(interpreter._LangPatchScope):
+        def restore(self) -> None:
+            pass
+
+    patch, kept = interpreter._patch_lang, {}
+
+    def patch_once(function: Callable[..., object]) -> Kept:
+        names = id(function.__globals__)
+        if names not in kept:
+            kept[names] = patch(function)
+        return Kept()
+
+    interpreter._patch_lang = patch_once
 
 
 @pytest.fixture
