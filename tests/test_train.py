@@ -71,6 +71,11 @@ def same(found: Weights, expected: Weights) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
 
 
+# A run of which only the training is looked at.
+BARE = ("evaluation.every=0", "checkpoint.every=2", "reward=[{name: jpeg_compressibility}]")
+# The size of a JPEG changes by a whole byte with a pixel's last bit; this does not.
+SMOOTH = "def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+
 GUIDED_AND_PADDED = ("rollout.guidance_scale=3.0", "rollout.microbatch=5", "train.microbatch=5")
 
 
@@ -169,8 +174,7 @@ def test_metrics_have_a_line_per_iteration_and_one_before_training(finished: Pat
     assert seconds[0] > 0
     for line in lines[1:]:
         parts = sum(line[f"seconds_{name}"] for name in ("rollout", "reward", "replay", "optimizer"))
-        assert 0.9 * line["seconds_iteration"] < parts <= line["seconds_iteration"] * (1 + 1e-9)
-        assert 0.3 * parts < line["seconds_model"] < parts
+        assert 0 < line["seconds_model"] < parts <= line["seconds_iteration"] * (1 + 1e-9)
         share = line["outside_model_share"]
         assert share == pytest.approx(1 - line["seconds_model"] / line["seconds_iteration"])
         assert line["images_per_second"] == pytest.approx(8 / line["seconds_iteration"])
@@ -272,7 +276,7 @@ def test_the_ratio_is_one_for_every_pair_before_the_first_update(
     monkeypatch.setattr(training, "Surrogate", Recorded)
     monkeypatch.setattr(training, "update", update)
     # a screening's ratios would be counted, too
-    config = small_config("train.iterations=2", "train.screening=off", *overrides)
+    config = small_config("train.iterations=2", "train.screening=off", *BARE, *overrides)
     folder = run(config)
     first, second, third, fourth = (torch.cat(ratios) for ratios in updates)
     pairs = 8 * (2 if config.train.steps == "1:3" else 4) // 2
@@ -285,7 +289,7 @@ def test_the_ratio_is_one_for_every_pair_before_the_first_update(
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_trains(name: str, small_config: MakeConfig) -> None:
-    config = small_config("train.iterations=2", f"algorithm.name={name}")
+    config = small_config("train.iterations=2", f"algorithm.name={name}", *BARE)
     before = initial_weights(config)
     folder = run(config)
     after = weights(folder, 2)
@@ -309,7 +313,7 @@ def test_samples_are_used_for_several_epochs(small_config: MakeConfig) -> None:
 def test_the_divergence_from_the_model_before_training_is_penalized(
     tune: str, small_config: MakeConfig
 ) -> None:
-    options = ("train.iterations=2", "train.updates_per_iteration=1", f"model.tune={tune}")
+    options = ("train.iterations=2", "train.updates_per_iteration=1", f"model.tune={tune}", "rollout.steps=2")
     free = run(small_config(*options, "run.name=free"))
     held = run(small_config(*options, "run.name=held", "algorithm.kl_weight=0.5"))
     first, second = read_metrics(held / "metrics.jsonl")[1:]
@@ -444,9 +448,8 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
 def test_the_microbatch_changes_no_result(
     small_config: MakeConfig, user_module: Callable[[str], str]
 ) -> None:
-    # smooth, unlike the size of a file, which a rounding in a pixel changes by a whole byte
-    module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
-    options = (f"reward=[{{name: '{module}:reward'}}]", "train.iterations=1", "rollout.guidance_scale=2.0")
+    options = (f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]", "train.iterations=1", "rollout.steps=2")
+    options = (*options, "rollout.guidance_scale=2.0", "evaluation.every=0")
     whole = weights(run(small_config(*options)), 1)
     for rollout, replay in ((3, 3), (8, 2), (1, 5)):
         sizes = (f"rollout.microbatch={rollout}", f"train.microbatch={replay}")
@@ -454,42 +457,54 @@ def test_the_microbatch_changes_no_result(
         assert relative_distance(parts, whole) < 1e-5, (rollout, replay)
 
 
-def test_the_microbatch_changes_no_loss(
-    small_config: MakeConfig, user_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+def losses_of(config: Config) -> list[float]:
+    """Trains, and gives the loss of each update."""
+    update, losses = training.update, []
+
+    def recorded(*arguments: Any, **options: Any) -> UpdateStatistics:
+        done = update(*arguments, **options)
+        losses.append(done.loss)
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "update", recorded)
+        run(config)
+    return losses
+
+
+def test_the_microbatch_changes_no_loss(small_config: MakeConfig, user_module: Callable[[str], str]) -> None:
     options = (
-        f"reward=[{{name: '{module}:reward'}}]",
-        "train.iterations=5",
+        f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]",
         "train.learning_rate=1e-5",
         "algorithm.logprob=mean",
+        "evaluation.every=0",
+        "rollout.steps=2",
     )
-    options = (*options, "evaluation.every=0")
-    update, losses = training.update, {}
-    for size in (3, 64, "auto"):  # auto: 8
-        record = losses[size] = []
 
-        def recorded(*arguments: Any, record: list[float] = record, **options: Any) -> UpdateStatistics:
-            done = update(*arguments, **options)
-            record.append(done.loss)
-            return done
-
-        monkeypatch.setattr(training, "update", recorded)
+    def losses(size: int | str) -> list[float]:
         sizes = (f"rollout.microbatch={size}", f"train.microbatch={size}")
-        run(small_config(*options, *sizes, f"run.name=size-{size}"))
-    assert len(losses["auto"]) == 10
-    for found in losses.values():
+        return losses_of(small_config(*options, *sizes, f"run.name=size-{size}"))
+
+    expected = losses("auto")  # 8
+    assert len(expected) == 6
+    assert max(map(abs, expected)) > 1e-2
+    for size in (3, 64):
         # The losses are small differences of terms whose size is the advantages': their standard deviation, 1.
-        assert found == pytest.approx(losses["auto"], rel=0, abs=1e-5)
-    assert max(map(abs, losses["auto"])) > 1e-2
+        assert losses(size) == pytest.approx(expected, rel=0, abs=1e-5)
 
 
-@pytest.mark.parametrize("of_training_calls", [True, False])
-@pytest.mark.parametrize("options", [(), ("model.tune=lora", "model.lora.rank=2", "model.dtype=float16")])
+@pytest.mark.parametrize(
+    ("of_training_calls", "options"),
+    [
+        (False, ()),
+        (True, ()),
+        (True, ("model.tune=lora", "model.lora.rank=2", "model.dtype=float16")),
+    ],
+)
 def test_auto_halves_until_a_model_call_fits_and_then_trains_as_with_that_size(
     of_training_calls: bool, options: tuple[str, ...], small_config: MakeConfig
 ) -> None:
-    options = ("train.iterations=2", "rollout.guidance_scale=3.0", "evaluation.every=0", *options)
+    options = ("train.iterations=2", "rollout.guidance_scale=3.0", "rollout.steps=2", *BARE, *options)
     with memory_for(3, of_training_calls=of_training_calls) as calls:
         folder, warnings = run_told(small_config(*options))
     key = "train" if of_training_calls else "rollout"
@@ -513,8 +528,11 @@ def test_auto_halves_until_a_model_call_fits_and_then_trains_as_with_that_size(
 def test_an_update_that_runs_out_of_memory_halfway_is_done_again_with_smaller_calls(
     small_config: MakeConfig, user_module: Callable[[str], str]
 ) -> None:
-    module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
-    options = (f"reward=[{{name: '{module}:reward'}}]", "train.iterations=1", "evaluation.every=0")
+    options = (
+        f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]",
+        "train.iterations=1",
+        "evaluation.every=0",
+    )
     whole = run(small_config(*options))
     # two calls for the first update, and one of the second's
     with memory_for(4, of_training_calls=True, skip=3) as calls:
@@ -528,14 +546,14 @@ def test_an_update_that_runs_out_of_memory_halfway_is_done_again_with_smaller_ca
 
 
 def test_a_resumed_run_goes_on_with_the_size_that_fitted(small_config: MakeConfig) -> None:
+    options = ("rollout.steps=2", "evaluation.every=0")
     with memory_for(2, of_training_calls=True):
-        straight, _ = run_told(small_config("run.name=straight"))
-        folder, warnings = run_told(small_config("train.iterations=1"))
-        assert len(warnings) == 2
-        run_told(small_config(), "auto")
-    assert same(weights(folder, 3), weights(straight, 3))
+        straight, _ = run_told(small_config(*options, "train.iterations=2", "run.name=straight"))
+        folder, warnings = run_told(small_config(*options, "train.iterations=1"))
+    assert len(warnings) == 2
     with memory_for(2, of_training_calls=True) as calls:
-        _, warnings = run_told(small_config("train.iterations=4"), "auto")
+        _, warnings = run_told(small_config(*options, "train.iterations=2"), "auto")
+    assert same(weights(folder, 2), weights(straight, 2))
     assert warnings == []
     assert set(calls) == {2}
 
@@ -647,8 +665,7 @@ def test_screening_leaves_out_the_backward_pass_of_pairs_without_a_gradient_and_
     small_config: MakeConfig,
     user_module: Callable[[str], str],
 ) -> None:
-    module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
-    options = (*MUCH_CLIPPED, *options, f"reward=[{{name: '{module}:reward'}}]")
+    options = (*MUCH_CLIPPED, *options, f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]")
     options = (*options, "rollout.microbatch=8", "train.microbatch=2")
     whole = run(small_config(*options, "train.screening=off", "run.name=whole"))
     with replayed() as updates:
@@ -762,35 +779,23 @@ def test_trajectories_on_the_host_and_a_released_text_encoder_change_no_bit(
 
 
 def test_the_native_kernels_train_as_the_reference_does(
-    small_config: MakeConfig, user_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+    small_config: MakeConfig, user_module: Callable[[str], str]
 ) -> None:
-    module = user_module("def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
     options = (
-        "model.pretrained=embedded",
         # the layers' ops have backends, too, which round differently; here the loss's are compared
         "model.fast_layers=off",
-        f"reward=[{{name: '{module}:reward'}}]",
-        "train.iterations=10",
-        "train.learning_rate=7e-5",
+        f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]",
+        "train.iterations=5",
+        "algorithm.logprob=mean",
         "evaluation.every=0",
     )
-    losses: dict[str, list[float]] = {"native": [], "reference": []}
-    update = training.update
-    for name, record in losses.items():
-
-        def recorded(*arguments: Any, record: list[float] = record, **options: Any) -> UpdateStatistics:
-            done = update(*arguments, **options)
-            record.append(done.loss)
-            return done
-
-        monkeypatch.setattr(training, "update", recorded)
+    losses = {}
+    for name in ("native", "reference"):
         with backend(name):
-            run(small_config(*options, f"run.name={name}"))
-    assert len(losses["native"]) == 20
-    # The losses are small differences of terms whose size is the advantages': their standard deviation, 1. What
-    # processors round in their own way (the same bits on AMD's, not on Intel's) grows over 20 updates.
-    assert losses["native"][:10] == pytest.approx(losses["reference"][:10], rel=0, abs=1e-5)
-    assert losses["native"] == pytest.approx(losses["reference"], rel=0, abs=1e-4)
+            losses[name] = losses_of(small_config(*options, f"run.name={name}"))
+    assert len(losses["native"]) == 10
+    # The losses are small differences of terms whose size is the advantages': their standard deviation, 1.
+    assert losses["native"] == pytest.approx(losses["reference"], rel=0, abs=1e-5)
     assert max(map(abs, losses["native"])) > 1e-2
 
 
@@ -811,22 +816,22 @@ def reward(images, prompts, metadata):
     assert (Path(config.run.directory, "small") / "checkpoints" / "iteration-000000").is_dir()
 
 
-@pytest.mark.parametrize("fail_at", [1, 3])
 @pytest.mark.parametrize(
-    ("how", "said", "images"),
+    ("fail_at", "how", "said", "images"),
     [
-        ("raises", "raised ZeroDivisionError: no luck", None),
-        ("length", "value(s) for ", None),
-        ("type", "returned str 'good'", None),
-        ("nan", "is not finite for 1 of ", 1),
-        ("-inf", "is not finite for 1 of ", 1),
+        (1, "raises", "raised ZeroDivisionError: no luck", None),
+        (3, "raises", "raised ZeroDivisionError: no luck", None),
+        (1, "length", "value(s) for ", None),
+        (1, "type", "returned str 'good'", None),
+        (1, "nan", "is not finite for 1 of ", 1),
+        (3, "-inf", "is not finite for 1 of ", 1),
     ],
 )
 def test_a_reward_that_fails_is_reported(
+    fail_at: int,
     how: str,
     said: str,
     images: int | None,
-    fail_at: int,
     small_config: MakeConfig,
     user_module: Callable[[str], str],
 ) -> None:
@@ -980,24 +985,21 @@ def test_auto_without_a_checkpoint_starts_a_run(small_config: MakeConfig) -> Non
     assert read_metrics(folder / "metrics.jsonl")[-1]["iteration"] == 1
 
 
-@pytest.mark.parametrize(
-    ("override", "reason"),
-    [
+def test_a_configuration_that_cannot_run_leaves_nothing_behind(
+    small_config: MakeConfig, pipeline_folder: Path
+) -> None:
+    lora = f"model={{pretrained: {pipeline_folder}, tune: lora, lora: {{targets: [nothing]}}}}"
+    for override, reason in (
         ("model.pretrained=./nowhere/at/all", "cannot find a diffusers pipeline"),
         ("model.device=cuda:77", "cuda:77 is not there"),
-        ("model={pretrained: MODEL, tune: lora, lora: {targets: [nothing]}}", "model.lora.targets"),
+        (lora, "model.lora.targets"),
         ("rollout.noise_level=0.5", "rollout.noise_level belongs to flow-matching models"),
         ("prompts.source=embedded:cats", "no category 'cats'"),
         ("evaluation.prompts=nowhere.txt", "no such file"),
         ("reward.0.name=beauty", "no reward 'beauty'"),
-    ],
-)
-def test_a_configuration_that_cannot_run_leaves_nothing_behind(
-    override: str, reason: str, small_config: MakeConfig, pipeline_folder: Path
-) -> None:
-    config = small_config(override.replace("MODEL", str(pipeline_folder)))
-    with pytest.raises(ConfigError, match=reason):
-        run(config)
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            run(small_config(override))
     # so the next try, with the same name, is a new run
     run(small_config("train.iterations=1"))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -85,7 +85,8 @@ def _without_paths(config: Config) -> Config:
     return config.model_copy(update={"model": model, "run": run})
 
 
-def _template() -> Any:
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

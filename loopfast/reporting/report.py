@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,15 +88,7 @@ def write_report(run_directory: Path) -> Path:
         LoopfastError: the folder is not a run's, a file in it is damaged, or the report cannot be written.
     """
     run = _Run.read(Path(run_directory))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(score=_score, signed=_signed, duration=_duration)
-    html = environment.get_template("report.html").render(
+    html = _template().render(
         run=run,
         stats=_stats(run),
         facts=_facts(run),
@@ -113,6 +105,19 @@ def write_report(run_directory: Path) -> Path:
     with writing(path):
         write_file(path, html.encode())
     return path
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(score=_score, signed=_signed, duration=_duration)
+    return environment.get_template("report.html")
 
 
 @dataclass(frozen=True)
