@@ -6,8 +6,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -97,6 +98,18 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline") / "model"
     save(pipeline, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
+    """``family_folder(family)``: where the tiny pipeline of a family, by name or by what builds it, is saved."""
+    from tests.families import save_tiny
+
+    @cache
+    def saved(family: Any) -> Path:
+        return save_tiny(family, tmp_path_factory.mktemp("family") / "model")
+
+    return saved
 
 
 @pytest.fixture(scope="session")

@@ -113,19 +113,31 @@ _BLOCKS: dict[str, Any] = {
 }
 
 
-def stable_diffusion(prediction_type: str = "epsilon", **scheduler: Any) -> StableDiffusionPipeline:
+def stable_diffusion(
+    prediction_type: str = "epsilon", unet: UNet2DConditionModel | None = None, **scheduler: Any
+) -> StableDiffusionPipeline:
     """Stable Diffusion 1.x, or 2.x with ``v_prediction``."""
     tokenizer = _clip_tokenizer()
     return StableDiffusionPipeline(
         vae=_autoencoder(4),
         text_encoder=_clip(tokenizer, 16),
         tokenizer=tokenizer,
-        unet=_unet(cross_attention_dim=16, attention_head_dim=2, **_BLOCKS),
+        unet=unet or _unet(cross_attention_dim=16, attention_head_dim=2, **_BLOCKS),
         scheduler=DDIMScheduler(**PROCESS, prediction_type=prediction_type, **scheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def shallow_stable_diffusion() -> StableDiffusionPipeline:
+    """One resolution and no middle: all there is to compile, and little of it."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    shape = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
+    unet = UNet2DConditionModel(
+        **blocks, **shape, mid_block_type=None, cross_attention_dim=16, attention_head_dim=2
+    )
+    return stable_diffusion(unet=unet)
 
 
 def stable_diffusion_xl(*, force_zeros_for_empty_prompt: bool = True) -> StableDiffusionXLPipeline:

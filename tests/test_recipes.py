@@ -23,7 +23,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from loopfast.config import Config, load_config, parse_config, recipes
+from loopfast.config import Config, ModelConfig, load_config, parse_config, recipes
 from loopfast.console import Display
 from loopfast.embedded.tokenizer import MAX_LENGTH, write_tokenizer
 from loopfast.planning import load_architecture, plan
@@ -33,7 +33,7 @@ from loopfast.planning.memory import Resources, footprint
 from loopfast.prompts import load_prompts
 from loopfast.rewards.aesthetic import ScoreHead
 from loopfast.train import train
-from tests.families import save_tiny, settings_of
+from tests.families import settings_of
 from tests.tiny_models import write_blip
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,12 @@ WIDTH = 16  # of the small CLIP's embeddings
 
 def architecture_of(config: Config) -> Architecture:
     """Of a recipe's model, without its weights."""
-    return load_architecture(config.model)
+    return _loaded(config.model.model_dump_json())
+
+
+@cache
+def _loaded(model: str) -> Architecture:
+    return load_architecture(ModelConfig.model_validate_json(model))
 
 
 def reward_models() -> dict[str, int]:
@@ -173,15 +178,6 @@ def test_prompts_that_need_no_file() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    @cache
-    def saved(family: str) -> Path:
-        return save_tiny(family, tmp_path_factory.mktemp(family) / "model")
-
-    return saved
-
-
-@pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP with its preprocessing, and the aesthetic predictor's head for its embeddings."""
     folder = tmp_path_factory.mktemp("clip")
@@ -224,7 +220,7 @@ def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", recipes())
 def test_trains_a_tiny_model_of_its_family(
-    name: str, folder: Any, clip_folder: Path, blip_folder: Path, prompts: None
+    name: str, family_folder: Any, clip_folder: Path, blip_folder: Path, prompts: None
 ) -> None:
     recipe = load_config(name)
     assert recipe.run.name == name
@@ -232,7 +228,7 @@ def test_trains_a_tiny_model_of_its_family(
     family = TINY[architecture_of(recipe).name]
     if family is not None:
         data["model"] |= {"height": None, "width": None, "max_sequence_length": None, **settings_of(family)}
-        data["model"]["pretrained"] = str(folder(family))
+        data["model"]["pretrained"] = str(family_folder(family))
     data["model"] |= {"device": "cpu", "dtype": "float32"}
     weights = {
         "aesthetic": {"weights": str(clip_folder), "head": str(clip_folder / "head.safetensors")},
@@ -241,7 +237,7 @@ def test_trains_a_tiny_model_of_its_family(
     }
     for term in data["reward"]:
         term["options"] |= weights.get(term["name"], {})
-    data["rollout"] |= {"prompts_per_iteration": 2, "steps": 3, "microbatch": 4}
+    data["rollout"] |= {"prompts_per_iteration": 2, "steps": 2, "microbatch": 4}
     data["algorithm"]["samples_per_prompt"] = min(2, data["algorithm"]["samples_per_prompt"])
     data["train"] |= {"iterations": 1, "updates_per_iteration": 2, "microbatch": 4, "steps": "all"}
     data["evaluation"] |= {"images_per_prompt": 1, "limit_prompts": 1, "preview_images": 0}

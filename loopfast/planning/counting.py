@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from typing_extensions import override
 
@@ -71,9 +70,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         output = _results.of(func, args, kwargs)
         grown = False
-        for leaf in tree_iter(output):
-            if isinstance(leaf, Tensor):
-                grown = self._add(leaf) or grown
+        for result in output if isinstance(output, list | tuple) else (output,):
+            if isinstance(result, Tensor):
+                grown = self._add(result) or grown
         if grown:
             self._moments.add((self._constant, self._per_row))
         packet = func._overloadpacket
@@ -127,7 +126,7 @@ class _Results:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[list[Any], Any]] = {}
+        self._known: dict[Any, Any] = {}
         self._pure: dict[Any, bool] = {}
 
     def of(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -139,21 +138,20 @@ class _Results:
             self._pure[func] = all(part.alias_info is None for part in parts)
         if not self._pure[func]:
             return func(*args, **kwargs)
-        leaves, structure = tree_flatten((args, kwargs))
-        key = func, structure, tuple(_signature(leaf) for leaf in leaves)
+        key = func, _signature(args), tuple(kwargs), _signature(tuple(kwargs.values()))
         if key not in self._known:
             output = func(*args, **kwargs)
-            values, shape = tree_flatten(output)
-            self._known[key] = [_signature(value) for value in values], shape
+            self._known[key] = _signature(output)
             return output
-        signatures, shape = self._known[key]
-        return tree_unflatten([_made(signature) for signature in signatures], shape)
+        return _made(self._known[key])
 
 
 def _signature(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return _Shape(tuple(value.shape), value.stride(), value.dtype)
+    if isinstance(value, Tensor):
+        return _Shape(tuple(value.shape), value.stride(), value.dtype)
+    if isinstance(value, list | tuple):
+        return tuple(map(_signature, value))
+    return value
 
 
 class _Shape(NamedTuple):
@@ -163,9 +161,9 @@ class _Shape(NamedTuple):
 
 
 def _made(signature: Any) -> Any:
-    if not isinstance(signature, _Shape):
-        return signature
-    return torch.empty_strided(signature.size, signature.stride, dtype=signature.dtype, device="meta")
+    if isinstance(signature, _Shape):
+        return torch.empty_strided(signature.size, signature.stride, dtype=signature.dtype, device="meta")
+    return tuple(map(_made, signature)) if isinstance(signature, tuple) else signature
 
 
 _results = _Results()

@@ -21,6 +21,7 @@ from loopfast.policies.levers import with_one_graph
 from loopfast.rollout import Sampler, initial_latents
 from loopfast.rollout.replica import Replica
 from loopfast.schedules import transition_schedule
+from tests.families import shallow_stable_diffusion
 
 PROMPTS = ["a red circle and a blue square", "three green triangles", "an outlined cyan circle"]
 TUNES = ["full", "lora"]
@@ -206,47 +207,47 @@ import sys
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-base, adapter, given, result = sys.argv[1:]
-pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
-pipeline.set_progress_bar_config(disable=True)
-if adapter:
-    pipeline.load_lora_weights(adapter)
-assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
-images = pipeline(
-    PROMPTS, latents=load_file(given)["latents"], num_inference_steps=4, guidance_scale=2.0, eta=0.0, output_type="pt"
-).images
-save_file({"images": images.contiguous()}, result)
+base, full, lora, given, result = sys.argv[1:]
+options = {"num_inference_steps": 4, "guidance_scale": 2.0, "eta": 0.0, "output_type": "pt"}
+images = {}
+for tune, place in (("full", full), ("lora", base)):
+    pipeline = StableDiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if tune == "lora":
+        pipeline.load_lora_weights(lora)
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+    images[tune] = pipeline(PROMPTS, latents=load_file(given)["latents"], **options).images.contiguous()
+save_file(images, result)
 assert not {name.split(".")[0] for name in sys.modules} & {"loopfast", "loopfast_kernels"}
 """
 
 
-@pytest.mark.parametrize("tune", TUNES)
-def test_plain_diffusers_opens_what_is_exported(pipeline_folder: Path, tmp_path: Path, tune: str) -> None:
-    policy = make(pipeline_folder, tune)
-    disturb(policy)
-    exported = tmp_path / "exported"
-    policy.export(exported, weights(policy))
-
-    schedule = transition_schedule(policy.scheduler, 4, eta=0.0)
-    sampler = Sampler(policy, schedule, guidance_scale=2.0, reduction="mean", microbatch=3)
+def test_plain_diffusers_opens_what_is_exported(pipeline_folder: Path, tmp_path: Path) -> None:
     seeds = torch.arange(3)
-    ours = sampler.decode(sampler.sample(policy.encode(PROMPTS), seeds, seeds).final)
+
+    def draw(policy: Policy) -> Tensor:
+        schedule = transition_schedule(policy.scheduler, 4, eta=0.0)
+        sampler = Sampler(policy, schedule, guidance_scale=2.0, reduction="mean", microbatch=3)
+        return sampler.decode(sampler.sample(policy.encode(PROMPTS), seeds, seeds).final)
+
+    before, ours = {}, {}
+    for tune in TUNES:
+        policy = make(pipeline_folder, tune)
+        before[tune] = draw(policy)
+        disturb(policy)
+        policy.export(tmp_path / tune, weights(policy))
+        ours[tune] = draw(policy)
 
     given, result = tmp_path / "given.safetensors", tmp_path / "result.safetensors"
     save_file({"latents": initial_latents(policy, seeds)}, given)
-    base, adapter = (exported, "") if tune == "full" else (pipeline_folder, exported)
-    script = SAMPLE.replace("PROMPTS", repr(PROMPTS))
+    folders = (pipeline_folder, tmp_path / "full", tmp_path / "lora", given, result)
     # -I: neither the current folder nor PYTHONPATH, where loopfast might be found
-    command = [sys.executable, "-I", "-c", script, str(base), str(adapter), str(given), str(result)]
+    command = [sys.executable, "-I", "-c", SAMPLE.replace("PROMPTS", repr(PROMPTS)), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    theirs = load_file(result)["images"]
-    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
-
-    untrained = make(pipeline_folder, tune)
-    base_images = Sampler(untrained, schedule, 2.0, "mean", 3)
-    before = base_images.decode(base_images.sample(untrained.encode(PROMPTS), seeds, seeds).final)
-    assert (theirs - before).abs().max() > 1e-3
+    for tune, theirs in load_file(result).items():
+        torch.testing.assert_close(theirs, ours[tune], atol=1e-4, rtol=0)
+        assert (theirs - before[tune]).abs().max() > 1e-3
 
 
 def test_an_exported_pipeline_is_read_by_transformers_4(pipeline_folder: Path, tmp_path: Path) -> None:
@@ -293,13 +294,14 @@ def test_compiling_needs_a_compiler_and_renames_nothing(pipeline_folder: Path) -
 
 @pytest.mark.parametrize(("compiled", "tune"), [("blocks", "lora"), ("whole", "full")])
 def test_calls_without_gradients_take_the_compiled_graph_of_those_with(
-    compiled: str, tune: str, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+    compiled: str, tune: str, family_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = family_folder(shallow_stable_diffusion)
     # traced and differentiated as Inductor's are, without its minutes of code generation
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
-    plain = make(pipeline_folder, tune, dtype="bfloat16")
-    policy = make(pipeline_folder, tune, dtype="bfloat16", compile=compiled)
+    plain = make(folder, tune, dtype="bfloat16")
+    policy = make(folder, tune, dtype="bfloat16", compile=compiled)
     assert policy.levers["compile"] == compiled
     assert set(policy.trainable()) == set(plain.trainable())
     disturb(plain)

@@ -13,17 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loopfast.config import ModelConfig, RolloutConfig
 from loopfast.policies import load_policy, load_schedule
 from loopfast.rollout import DenoisingStep, Sampler, StepCache
-from tests.families import FAMILIES, save_tiny, settings_of
+from tests.families import FAMILIES, settings_of
 from tests.rollout import toy
 
 LEVERS = {"text encoder": {"lora": {"text_encoder": True}}, "DoRA": {"lora": {"dora": True}}}
 CASES = [*((family, None) for family in FAMILIES), *(("sd", lever) for lever in LEVERS)]
 
 
-def configure(family: str, lever: str | None, folder: Path, device: str) -> ModelConfig:
+def configure(family: str, lever: str | None, place: Path, device: str) -> ModelConfig:
     options = {**settings_of(family), **LEVERS.get(lever or "", {})}
-    place = str(save_tiny(family, folder))
-    return ModelConfig.model_validate({"pretrained": place, "device": device, "tune": "lora", **options})
+    return ModelConfig.model_validate({"pretrained": str(place), "device": device, "tune": "lora", **options})
 
 
 class Uploads(TorchDispatchMode):
@@ -43,10 +42,10 @@ class Uploads(TorchDispatchMode):
 
 @pytest.mark.parametrize(("family", "lever"), CASES)
 @torch.no_grad()
-def test_the_loop_runs_where_no_number_exists(family: str, lever: str | None, tmp_path: Path) -> None:
+def test_the_loop_runs_where_no_number_exists(family: str, lever: str | None, family_folder: Any) -> None:
     """Tensors of the device "meta" have no values: whatever asks for one, or brings one to the host, raises."""
     meta = torch.device("meta")
-    config = configure(family, lever, tmp_path, "cpu")
+    config = configure(family, lever, family_folder(family), "cpu")
     policy = load_policy(config)
     denoiser = copy.deepcopy(policy.denoiser).to(meta)
     elsewhere = policy.with_denoiser(denoiser, meta, policy.dtype, autocast=False)
@@ -62,8 +61,8 @@ def test_the_loop_runs_where_no_number_exists(family: str, lever: str | None, tm
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "lever"), CASES)
-def test_replays_give_the_bits_of_the_eager_loop(family: str, lever: str | None, tmp_path: Path) -> None:
-    config = configure(family, lever, tmp_path, "cuda")
+def test_replays_give_the_bits_of_the_eager_loop(family: str, lever: str | None, family_folder: Any) -> None:
+    config = configure(family, lever, family_folder(family), "cuda")
     policy = load_policy(config)
     toy.move(policy)
     schedule = load_schedule(config, RolloutConfig(steps=3)).to(policy.device)
