@@ -21,7 +21,7 @@ from loopfast.algorithms import ALGORITHMS, PromptStatistics
 from loopfast.checkpoints import Checkpoint
 from loopfast.config import Config
 from loopfast.console import Display
-from loopfast.engines import build_engine, needs_deepspeed
+from loopfast.engines import build_engine, needs_deepspeed, require_type
 from loopfast.errors import (
     CheckpointError,
     ConfigError,
@@ -137,6 +137,7 @@ def processes(config: Config, stop: StopRequest) -> Iterator[Group]:
     """The processes that this one's launcher has started with it, while a run goes on.
 
     Raises:
+        ConfigError: DeepSpeed refuses the configuration.
         LoopfastError: they do not all come.
         PeerError: one of them has ended, or does not answer.
     """
@@ -144,7 +145,9 @@ def processes(config: Config, stop: StopRequest) -> Iterator[Group]:
     if not needs_deepspeed(config, place.size):
         yield ALONE
         return
-    group = joined(place, torch_device(config.model.device), config.distributed.timeout)
+    device = torch_device(config.model.device)
+    require_type(config, device.type)
+    group = joined(place, device, config.distributed.timeout)
     try:
         with group.explained(lambda: stop.requested):
             yield group

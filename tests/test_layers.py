@@ -24,6 +24,7 @@ LAYERS = [
         "join",
         "memory",
         "place",
+        "processor",
         "profiling",
         "recipes",
         "seeds",
