@@ -35,7 +35,7 @@ LAYERS = [
     {"schedules", "algorithms", "config", "plugins"},
     {"policies", "trajectories", "prompts", "embedded", "integrations"},
     {"rollout", "engines", "rewards", "checkpoints", "tracking", "console", "microbatch"},
-    {"share", "surrogate"},
+    {"rounding", "share", "surrogate"},
     {"replay"},
     {"update", "runs", "evaluation", "exporting", "planning", "reporting"},
     {"judging"},
