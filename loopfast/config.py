@@ -331,7 +331,8 @@ class TrainConfig(_Section):
     others only; gradients are the same up to the rounding of a sum. Never in an iteration's first update, where nothing
     is clipped. auto: where more than 40 % of the pairs of the update before, first ones aside, had none."""
     on_policy_check: Literal["error", "warn", "off"] = "error"
-    """What to do when the ratio before an iteration's first update is not 1."""
+    """What to do when the ratio before an iteration's first update is not 1. Where the same calls are only rounded
+    differently, error warns too, once, and the run goes on."""
 
     def steps_drawn(self, steps: int) -> int:
         """How many of a trajectory's ``steps`` trained steps ``step_fraction`` is: the nearest whole number."""

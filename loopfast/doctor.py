@@ -12,7 +12,7 @@ import torch
 
 import loopfast
 import loopfast_kernels
-from loopfast import xformers_build
+from loopfast import processor, xformers_build
 
 __all__ = ["examine"]
 
@@ -24,6 +24,7 @@ def examine() -> str:
     """
     sections = {
         "loopfast": _versions(),
+        "processor": processor.describe(),
         "devices": _devices(),
         "kernels": iter(loopfast_kernels.info().items()),
         "extras": _extras(),
@@ -46,7 +47,6 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _devices() -> Iterator[tuple[str, str]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "cpu", f"{cores} core(s) usable, {torch.get_num_threads()} thread(s) in torch"
-    yield "cpu capability", torch.backends.cpu.get_cpu_capability()
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         yield (

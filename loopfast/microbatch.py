@@ -19,8 +19,8 @@ class Microbatches:
     """Rows per model call, in the rollout and in the replay.
 
     A number in the configuration stays. ``auto`` beside a number starts from that number. Where both are ``auto``
-    they are one size and stay so, because the ratio before an update is 1 exactly when rollout and replay call the
-    model alike. Where memory does not suffice, ``auto`` halves.
+    they are one size and stay so, because libraries round equal calls alike, on most processors to the last bit: the
+    ratio before an update is then 1 exactly. Where memory does not suffice, ``auto`` halves.
 
     Args:
         rollout, train: ``rollout.microbatch`` and ``train.microbatch``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import random
 import statistics
@@ -21,7 +22,7 @@ from loopfast.algorithms import ALGORITHMS, PromptStatistics
 from loopfast.checkpoints import Checkpoint
 from loopfast.config import Config
 from loopfast.console import Display
-from loopfast.engines import build_engine, needs_deepspeed
+from loopfast.engines import build_engine, needs_deepspeed, require_type
 from loopfast.errors import (
     CheckpointError,
     ConfigError,
@@ -45,6 +46,7 @@ from loopfast.replay import Replay, rehearse
 from loopfast.reporting import write_report
 from loopfast.rewards import RewardMemoryError, Scores
 from loopfast.rollout import Sampler, StepCache, make_replica, stochastic_steps
+from loopfast.rounding import rounding_bound
 from loopfast.runs import RunFolder, describe_run, memory_used
 from loopfast.seeds import derive, row_seeds
 from loopfast.surrogate import Surrogate
@@ -52,8 +54,8 @@ from loopfast.tracking import Tracker, read_metrics
 from loopfast.trajectories import Trajectories, shuffled_pairs
 from loopfast.update import UpdateStatistics, screen, update
 
-# Rollout and replay call the model alike, so the ratio before the first update is 1 exactly; where other batch sizes
-# make the model round otherwise, it may differ by this much.
+# Where a key of the configuration makes the replay's calls others than the rollout's, the ratio before the first update
+# may be this far from 1; where the calls are the same, it is 1 wherever the libraries round equal calls alike.
 ON_POLICY_TOLERANCE = 1e-3
 
 # Screening pays from a share of 1/3 without a gradient, or a little more where a forward pass costs over half of a
@@ -137,6 +139,7 @@ def processes(config: Config, stop: StopRequest) -> Iterator[Group]:
     """The processes that this one's launcher has started with it, while a run goes on.
 
     Raises:
+        ConfigError: DeepSpeed refuses the configuration.
         LoopfastError: they do not all come.
         PeerError: one of them has ended, or does not answer.
     """
@@ -144,7 +147,9 @@ def processes(config: Config, stop: StopRequest) -> Iterator[Group]:
     if not needs_deepspeed(config, place.size):
         yield ALONE
         return
-    group = joined(place, torch_device(config.model.device), config.distributed.timeout)
+    device = torch_device(config.model.device)
+    require_type(config, device.type)
+    group = joined(place, device, config.distributed.timeout)
     try:
         with group.explained(lambda: stop.requested):
             yield group
@@ -252,6 +257,7 @@ class Trainer:
             self.sampler = replace(self.sampler, steps=StepCache(capture=False))
         self.statistics = PromptStatistics()
         self.progress = Progress()
+        self._rounding_told = False
         self.meter = Meter([policy.device, self.sampler.model.device])
         self.times = Times(0.0)
         self._encoded: tuple[int, tuple[list[Prompt], Conditioning, Tensor]] | None = None
@@ -608,7 +614,9 @@ class Trainer:
             report = self.group.on_first(write)
         if not self.group.first:
             return
-        evaluated = [line for line in read_metrics(path / "metrics.jsonl") if "eval_reward" in line]
+        lines = read_metrics(path / "metrics.jsonl")
+        evaluated = [line for line in lines if "eval_reward" in line]
+        deviation = max(line.get("ratio_max_deviation", 0.0) for line in lines)
         base, final = evaluated[0]["eval_reward"], evaluated[-1]["eval_reward"]
         self.display.finish(
             [
@@ -616,6 +624,7 @@ class Trainer:
                 ("final reward", f"{final:.3f} ({final - base:+.3f})"),
                 ("images", f"{self.progress.images}"),
                 ("time", f"{evaluated[-1]['seconds']:.0f} s"),
+                *([("ratio off by", f"{deviation:.2g} at first")] if deviation else []),
                 ("model", str(exported)),
                 ("report", str(report)),
             ]
@@ -750,29 +759,71 @@ class Trainer:
 
     def _check_ratio(self, done: UpdateStatistics) -> None:
         """Before an iteration's first update, the policy is the one that sampled."""
-        check = self.config.train.on_policy_check
-        if self.progress.updates or check == "off" or done.ratio_max_deviation <= ON_POLICY_TOLERANCE:
+        check, deviation = self.config.train.on_policy_check, done.ratio_max_deviation
+        if self.progress.updates or check == "off" or deviation == 0:
             return
+        cause = self._cause()
+        if cause is not None and deviation <= ON_POLICY_TOLERANCE:
+            return
+        rounding = cause is None and math.log1p(deviation) <= self._rounding()
+        if rounding and self._rounding_told:
+            return
+        sizes = f"rollout.microbatch and train.microbatch are both {self.microbatches.train}"
+        if rounding:
+            why = f"equal calls are rounded differently here ({sizes}). The run goes on. {self._remedy()}"
+        elif cause is None:
+            why = (
+                f"rollout and replay disagree, by more than rounding explains, though {sizes}: something in the model "
+                "draws random numbers, such as dropout, or differs between calls with and without gradients"
+            )
+        else:
+            why = f"rollout and replay disagree. {cause}"
         message = (
             f"iteration {self.progress.iteration + 1}: before the first update the ratio differs from 1 by up to "
-            f"{done.ratio_max_deviation:.2g}, and for {done.ratio_outside_clip:.1%} of the pairs by more than the "
-            f"clip range; rollout and replay disagree. {self._suspect()}"
+            f"{deviation:.2g}, and for {done.ratio_outside_clip:.1%} of the pairs by more than the clip range; {why}"
         )
-        if check == "error":
+        if check == "error" and not rounding:
             error = LoopfastError(message)
             error.shared = True
             raise error
+        self._rounding_told |= rounding
         self.display.warning(message)
 
-    def _suspect(self) -> str:
-        """What most likely makes rollout and replay disagree, and what to do about it."""
-        config, sizes = self.config, self.microbatches
+    def _rounding(self) -> float:
+        """How far rounding alone can take the logarithm of this iteration's ratios from 0."""
+        config, policy = self.config, self.sampler.policy
+        schedule, steps = self.steps.drawn(config.run.seed, self.progress.iteration)
+        return rounding_bound(
+            schedule,
+            steps,
+            dtype=policy.dtype,
+            shape=policy.latent_shape,
+            guidance_scale=config.rollout.guidance_scale,
+            mean=config.algorithm.logprob == "mean",
+        )
+
+    def _cause(self) -> str | None:
+        """The key that has the replay call the model otherwise than the rollout, and what to do about it."""
+        config, sizes, replica = self.config, self.microbatches, self.sampler.replica
         if config.rollout.merge_lora:
             return "rollout.merge_lora=true rounds otherwise than the adapter that is trained"
-        if config.rollout.dtype not in (None, config.model.dtype):
-            return f"rollout.dtype ({config.rollout.dtype}) is not model.dtype ({config.model.dtype})"
+        if replica is not None and not replica.exact:
+            key = "dtype" if config.rollout.dtype not in (None, config.model.dtype) else "device"
+            given, trained = getattr(config.rollout, key), getattr(config.model, key)
+            return f"rollout.{key} ({given}) is not model.{key} ({trained})"
+        if sizes.rollout == sizes.train:
+            return None
         sizes_given = f"rollout.microbatch ({sizes.rollout}) and train.microbatch ({sizes.train})"
         return f"Give {sizes_given} the same value"
+
+    def _remedy(self) -> str:
+        """What makes the difference of equal calls smaller."""
+        told = "ratio_max_deviation in metrics.jsonl says by how much in each iteration"
+        if self.sampler.policy.device.type == "cuda":
+            return f"{told}; model.attention: flash may make it 0"
+        if self.sampler.policy.dtype != torch.float32:
+            return f"{told}; model.dtype: float32 makes it smaller"
+        return f"{told}; it matters only where it comes near the clip range"
 
     def _check_stop(self) -> None:
         if self.group.any(self._stop.requested):

@@ -42,6 +42,7 @@ def test_versions_devices_and_backends_are_shown() -> None:
     report = examine()
     assert [line for line in report.splitlines() if line and not line.startswith(" ")] == [
         "loopfast",
+        "processor",
         "devices",
         "kernels",
         "extras",
@@ -51,6 +52,7 @@ def test_versions_devices_and_backends_are_shown() -> None:
     assert found["python"] == platform.python_version()
     assert found["torch"] == torch.__version__
     assert found["native"].startswith(loopfast.__version__)
+    assert {"model", "instructions", "used", "bfloat16", "float16"} <= found.keys()
     assert found["requested"] == "by device"
 
 

@@ -26,9 +26,12 @@ def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
     anything is sampled.
     """
     settings = load(config, overrides)
+    from loopfast.engines import require_type
     from loopfast.prompts import load_prompts
     from loopfast.rewards import build_rewards
 
+    # not for auto: another machine than this one may have GPUs
+    require_type(settings, settings.model.device)
     sources = dict.fromkeys([settings.prompts.source, settings.evaluation.prompts or settings.prompts.source])
     lines = [f"prompts {source}: {len(load_prompts(source))}" for source in sources]
     rewards = build_rewards(settings.reward, load=False)

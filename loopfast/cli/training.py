@@ -60,9 +60,12 @@ def launch(
     A configuration means the same whatever their number. On many hosts, or where a launcher is given, `loopfast train`
     joins what `torchrun -m loopfast train ...`, `deepspeed --module loopfast train ...` or `srun` has started.
     """
-    load(config, overrides)
+    settings = load(config, overrides)
+    from loopfast.engines import require_type
     from loopfast.launch import launch as run
+    from loopfast.policies import torch_device
 
+    require_type(settings, torch_device(settings.model.device).type)
     arguments = ["train", "--config", config]
     arguments += [part for override in overrides or [] for part in ("--set", override)]
     arguments += [*(["--resume", resume] if resume else []), *(["--quiet"] if quiet else [])]

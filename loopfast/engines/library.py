@@ -55,9 +55,14 @@ def initialize(
             model=module, optimizer=optimizer, model_parameters=parameters or None, config=settings
         )
     except (AssertionError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if "not supported on your device" in reason:
+            raise ConfigError(
+                f"model.dtype: found {config.model.dtype!r}, allowed: a type that DeepSpeed takes on {policy.device}, "
+                f"such as float32 ({reason})"
+            ) from error
         if config.distributed.deepspeed is None:
             raise
-        reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"distributed.deepspeed: DeepSpeed refuses {config.distributed.deepspeed}: {reason}"
         ) from error

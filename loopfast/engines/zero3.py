@@ -36,7 +36,7 @@ class ZeroEngine(Engine):
         group: the processes; joined to a group of ``torch.distributed``, one process included.
 
     Raises:
-        ConfigError: the settings of ``distributed.deepspeed`` cannot be used.
+        ConfigError: the settings of ``distributed.deepspeed`` cannot be used, or DeepSpeed refuses ``model.dtype``.
         MissingExtraError: DeepSpeed is not installed.
     """
 

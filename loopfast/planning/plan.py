@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loopfast.config import Config
+from loopfast.engines import require_type
 from loopfast.planning.architectures import Architecture, load_architecture
 from loopfast.planning.cards import Card, choose
 from loopfast.planning.levers import Advice, advise, largest_microbatch, largest_samples
@@ -76,9 +77,11 @@ def plan(
         model: an architecture of the package in place of ``model.pretrained``.
 
     Raises:
-        ConfigError: a value is not allowed, or the model's configuration cannot be read.
+        ConfigError: a value is not allowed, DeepSpeed refuses the configuration on this machine's CPU, or the model's
+            configuration cannot be read.
     """
     chosen, resources = choose(config, card, memory, gpus)
+    require_type(config, resources.device)
     architecture = load_architecture(config.model, model)
     stages = tuple(_stage(config, architecture, resources, stage) for stage in STAGES)
     here = stages[config.distributed.zero_stage].footprint

@@ -119,8 +119,8 @@ def expand(conditioning: Conditioning, rows: Tensor) -> Conditioning:
 def pad_rows(tensor: Tensor, rows: int) -> Tensor:
     """The tensor with its first row repeated at the end until there are ``rows``.
 
-    Model calls of one batch size use the same kernels for every row, so a row's output depends neither on its
-    neighbors nor on how many there are: the ratio before the first update is then exactly 1.
+    In calls of one batch size libraries use the same kernels, and on most processors a row's output depends neither on
+    its neighbors nor on how many there are: the ratio before the first update is then exactly 1.
     """
     missing = rows - tensor.shape[0]
     return tensor if missing <= 0 else torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])])

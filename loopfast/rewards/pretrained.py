@@ -102,8 +102,9 @@ def number(reward: str, key: str, value: float) -> float:
 class PretrainedReward:
     """A reward that reads its weights once, when `load` is called, at the latest when it first scores.
 
-    Every model call has `Placement.batch_size` rows, the last of a batch filled up with copies: an image's score then
-    does not depend on how many others are scored with it. After a call that ran out of memory, calls have half as many.
+    Every model call has `Placement.batch_size` rows, the last of a batch filled up with copies: how many others are
+    scored with it then changes an image's score by rounding at most. After a call that ran out of memory, calls have
+    half as many.
 
     Args:
         place: where and how it computes.

@@ -91,7 +91,11 @@ def test_sample_of_more_images_keeps_the_first_ones(finished: Path, tmp_path: Pa
         assert main(["sample", str(finished), "--prompt", "a red circle", *options]) == 0
     one, three = files(tmp_path / "1"), files(tmp_path / "3")
     assert len(three) == 3
-    assert {name: three[name] for name in one} == one
+    assert one.keys() <= three.keys()
+    for name in one:
+        first, again = (np.asarray(Image.open(tmp_path / count / name), np.int16) for count in ("1", "3"))
+        # in calls of other sizes some processors round images otherwise: a pixel may fall on the other side of a half
+        assert np.abs(first - again).max() <= 1
 
 
 def test_sample_options_change_the_images(finished: Path, tmp_path: Path) -> None:

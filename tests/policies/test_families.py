@@ -134,7 +134,7 @@ def test_prompts_encoded_beforehand_are_the_same(family: str, family_folder: Any
     torch.testing.assert_close(draw(released, config, 2.0), trained, atol=1e-5, rtol=0)
     released.export(tmp_path, weights(released))
     again = settings(tmp_path, "full", **settings_of(family))
-    assert torch.equal(draw(load_policy(again), again, 2.0), trained)
+    torch.testing.assert_close(draw(load_policy(again), again, 2.0), trained, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tune", TUNES)
@@ -146,7 +146,7 @@ def test_the_reference_is_the_model_before_training(family: str, tune: str, fami
     disturb(policy)
     trained = draw(policy, config, 2.0)
     with policy.reference():
-        assert torch.equal(draw(policy, config, 2.0), before)
+        torch.testing.assert_close(draw(policy, config, 2.0), before, atol=1e-5, rtol=0)
     assert (trained - before).abs().max() > 1e-3
 
 
@@ -280,7 +280,7 @@ def test_a_trained_text_encoder(guidance: float, shared: bool, family_folder: An
     config = settings(family_folder("sd"), lora={"text_encoder": True}, shared_trunk=shared)
     policy = load_policy(config, seed=3)
     plain = draw(load_policy(settings(family_folder("sd"))), config, guidance)
-    torch.testing.assert_close(draw(policy, config, guidance), plain, atol=1e-6, rtol=0)
+    torch.testing.assert_close(draw(policy, config, guidance), plain, atol=1e-5, rtol=0)
     names = policy.trainable()
     assert {name.split(".")[0] for name in names} == {"unet", "text_encoder"}
     policy.predict(
@@ -299,7 +299,7 @@ def test_a_trained_text_encoder(guidance: float, shared: bool, family_folder: An
     for found in (pipeline, merged):
         torch.testing.assert_close(theirs(found, policy, guidance), trained, atol=5e-5, rtol=0)
     with policy.reference():
-        torch.testing.assert_close(draw(policy, config, guidance), plain, atol=1e-6, rtol=0)
+        torch.testing.assert_close(draw(policy, config, guidance), plain, atol=1e-5, rtol=0)
 
 
 def test_dora(family_folder: Any, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_metadata_can_name_the_phrases(folder: Path, images: Tensor) -> None:
     metadata = [{"phrases": PHRASES[0]}, {"phrases": ("a red square",)}, {"phrases": []}]
     given = rewards.score(images[:3], prompts, metadata).total
     same = rewards.score(images[:3], ["a red circle and a blue star", "a red square", "a circle"]).total
-    assert torch.allclose(given, same, atol=1e-6)
+    assert torch.allclose(given, same, atol=1e-5)
 
 
 @pytest.mark.parametrize("phrases", ["a cat", [3], [""], 7])
@@ -146,7 +146,8 @@ def test_a_prompt_without_phrases_is_the_question(folder: Path, images: Tensor, 
         [RewardConfig(name="blip_vqa", options={"weights": str(folder), "device": "cpu"})]
     )
     whole = rewards.score(images[:1], ["x"], [{"phrases": ["above two"]}]).total
-    assert torch.allclose(score("blip_vqa", images[:1], ["above two"], weights=str(folder)), whole)
+    found = score("blip_vqa", images[:1], ["above two"], weights=str(folder))
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
 
 
 def test_a_long_question_is_cut_and_punctuation_left_out(folder: Path, images: Tensor) -> None:
@@ -159,8 +160,9 @@ def test_a_long_question_is_cut_and_punctuation_left_out(folder: Path, images: T
         ["x"] * 4,
         [{"phrases": [phrase]} for phrase in (long, f"{long} red", "a red star", 'A "red" star.')],
     ).total
-    assert found[0] == found[1]
-    assert found[2] == found[3]
+    # rows of a call may be rounded differently
+    torch.testing.assert_close(found[::2], found[1::2], atol=1e-5, rtol=0)
+    assert (found[0] - found[2]).abs() > 1e-4
 
 
 @pytest.mark.parametrize(

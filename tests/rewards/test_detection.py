@@ -137,10 +137,23 @@ def test_an_empty_box_has_no_overlap_with_itself() -> None:
     assert (empty.area, empty.center) == (0, (3, 3))
 
 
-def test_bfloat16_is_close(tmp_path: Path, score: Callable[..., Tensor]) -> None:
-    folder = write_detector(tmp_path)
+def test_bfloat16_is_close(folder: Path) -> None:
+    """In scores and boxes of every patch: which of them are left as detections may turn on a last bit."""
+    images, names = torch.rand(3, 3, SIZE, SIZE), [["dog"], ["cat"], ["cow"]]
+
+    def seen(dtype: str) -> Tensor:
+        made, outputs = detector(folder, dtype=dtype), []
+        made._model.register_forward_hook(lambda module, args, output: outputs.append(output))
+        made(images, names)
+        [output] = outputs
+        return torch.cat([output.logits.float().sigmoid(), output.pred_boxes.float()], -1)
+
+    exact, rounded = seen("float32"), seen("bfloat16")
+    assert 0 < (exact - rounded).abs().mean() < 0.02
+    assert exact.std() > 0.2
+
+
+def test_spatial_relations_in_bfloat16(tmp_path: Path, score: Callable[..., Tensor]) -> None:
     images, prompts = torch.rand(2, 3, SIZE, SIZE), ["a dog next to a cat"] * 2
-    options = {"weights": str(folder), "batch_size": 2}
-    exact = score("spatial", images, prompts, **options)
-    rounded = score("spatial", images, prompts, dtype="bfloat16", **options)
-    assert torch.allclose(exact, rounded, atol=0.1)
+    found = score("spatial", images, prompts, weights=str(write_detector(tmp_path)), dtype="bfloat16")
+    assert ((found >= 0) & (found <= 1)).all()

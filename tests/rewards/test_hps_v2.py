@@ -84,7 +84,7 @@ def test_is_the_converted_models_similarity(
     model.save_pretrained(tmp_path)
     # the same model in transformers' form
     expected = score("hps_v2", images, prompts, weights=str(tmp_path), processor=str(clip_folder))
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert expected.std() > 0.05
     assert not torch.allclose(
         found, score("clip_score", images, prompts, weights=str(clip_folder)), atol=0.01

@@ -141,7 +141,9 @@ def test_scores_are_those_of_the_reward_here() -> None:
     rounded = (images() * 255).round() / 255
     with served(local, max_batch=2) as url:
         remote = asking(url, batch_size=2, concurrency=2)
-        assert torch.equal(remote.score(images(), PROMPTS).total, local.score(rounded, PROMPTS).total)
+        # the detector's sums are a library's, which may round calls of two images otherwise than those of five
+        found, expected = remote.score(images(), PROMPTS).total, local.score(rounded, PROMPTS).total
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     # a reward of 8-bit images does not notice the way at all
     size = [RewardConfig(name="jpeg_compressibility", options={"quality": 80})]
     with served(build_rewards(size)) as url:

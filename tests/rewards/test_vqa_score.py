@@ -254,9 +254,10 @@ def test_question_and_answer_are_options(
     spelled = score(
         "vqa_score", images, prompts, weights=weights, question=f"Question: {QUESTION}", answer="yes"
     )
-    assert torch.equal(default, spelled)
+    torch.testing.assert_close(spelled, default, rtol=1e-4, atol=0)
     for other in ({"question": "{text} ?"}, {"answer": "no"}):
-        assert not torch.allclose(score("vqa_score", images, prompts, weights=weights, **other), default)
+        found = score("vqa_score", images, prompts, weights=weights, **other)
+        assert not torch.isclose(found, default, rtol=1e-3).any()
 
 
 def test_bfloat16_scores_are_close(

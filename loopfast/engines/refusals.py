@@ -1,0 +1,29 @@
+"""What DeepSpeed refuses, said before it is started."""
+
+from __future__ import annotations
+
+from loopfast import processor
+from loopfast.config import Config
+from loopfast.errors import ConfigError
+
+
+def require_type(config: Config, device: str) -> None:
+    """Checks that DeepSpeed, where a run shards by it, takes ``model.dtype`` on a processor.
+
+    Without sharding float16 is allowed on every processor: PyTorch emulates it where it has to.
+
+    Args:
+        config: the run.
+        device: kind of the model's device; a check of anything but ``cpu`` finds nothing.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    sharded = config.distributed.zero_stage > 0
+    if not (sharded and config.model.dtype == "float16" and device == "cpu"):
+        return
+    if not processor.has_kernels("float16"):
+        raise ConfigError(
+            "model.dtype: found 'float16', allowed: float32 or bfloat16 with distributed.zero_stage above 0 on this "
+            f"processor ({processor.model_name()}): DeepSpeed takes float16 only where oneDNN has kernels for it"
+        )

@@ -1,0 +1,102 @@
+"""What the processor can compute in. Needs no more than the base install."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+# Instruction sets, by what torch and Linux call them.
+_SETS = {
+    "AVX2": ("avx2",),
+    "FMA": ("fma3", "fma"),
+    "AVX512F": ("avx512_f", "avx512f"),
+    "AVX512_BF16": ("avx512_bf16",),
+    "AVX512_FP16": ("avx512_fp16",),
+    "AMX": ("amx_tile",),
+    "AMX_BF16": ("amx_bf16",),
+    "AMX_FP16": ("amx_fp16",),
+    "NEON": ("neon", "asimd"),
+    "SVE": ("sve",),
+    "BF16": ("bf16",),
+    "FP16": ("fp16_arith", "asimdhp"),
+}
+# Those that compute in a 16-bit type.
+_COMPUTE = {
+    "bfloat16": ("AVX512_BF16", "AMX_BF16", "BF16"),
+    "float16": ("AVX512_FP16", "AMX_FP16", "FP16"),
+}
+# Variables that keep libraries from using what is there.
+_LIMITS = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "LOOPFAST_ISA",
+)
+
+
+def describe() -> Iterator[tuple[str, str]]:
+    """The processor's name, its instruction sets, what limits their use, and how it computes in 16 bits."""
+    sets = instruction_sets()
+    yield "model", model_name()
+    yield "instructions", ", ".join(sets) or "unknown"
+    yield "used by torch", torch.backends.cpu.get_cpu_capability()
+    limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
+    if limits:
+        yield "limited by", ", ".join(limits)
+    for dtype, wanted in _COMPUTE.items():
+        found = [name for name in wanted if name in sets]
+        full = found and has_kernels(dtype)
+        how = f"at full speed ({', '.join(found)})" if full else "emulated, slower than float32"
+        if dtype == "float16" and not has_kernels(dtype):
+            how += "; DeepSpeed refuses it (distributed.zero_stage 1 to 3)"
+        yield dtype, how
+
+
+def model_name() -> str:
+    """What the processor is called, as far as the system tells."""
+    named = _cpuinfo().get("model name") or _capabilities().get("cpu_name")
+    return str(named or platform.processor() or platform.machine() or "unknown")
+
+
+def instruction_sets() -> list[str]:
+    """Those of the processor that matter here; empty where nothing tells."""
+    cpuinfo = _cpuinfo()
+    known = set(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
+    known.update(name for name, there in _capabilities().items() if there is True)
+    return [name for name, names in _SETS.items() if known.intersection(names)]
+
+
+def has_kernels(dtype: str) -> bool:
+    """Whether oneDNN has kernels of a 16-bit type for this processor; DeepSpeed refuses float16 where it has none.
+
+    Args:
+        dtype: ``bfloat16`` or ``float16``.
+    """
+    name = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
+    try:
+        return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+    except (AttributeError, RuntimeError):  # a torch without oneDNN
+        return False
+
+
+def _capabilities() -> Mapping[str, Any]:
+    """What torch says; empty in versions that do not."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def _cpuinfo() -> Mapping[str, str]:
+    """What Linux says of the first core; empty elsewhere."""
+    try:
+        first = _CPUINFO.read_text(errors="replace").split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
