@@ -51,11 +51,16 @@ class Backend:
     name: str
     device: str
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether programs run one after another in Python, so that a few have to do."""
+        return self.name == "triton" and self.device == "cpu"
+
     def active(self) -> AbstractContextManager[None]:
         return backend(self.name)
 
     def skip_unless_it_takes(self, dtype: torch.dtype) -> None:
-        if self.name == "triton" and self.device == "cpu" and dtype == torch.bfloat16:
+        if self.interpreted and dtype == torch.bfloat16:
             pytest.skip("Triton's interpreter does not round bfloat16 to nearest")
 
 
@@ -106,6 +111,22 @@ def _interpreter_is_quick() -> None:
             of.parts = value.shape, value.numel, value.dtype
 
     core.tensor.__init__ = make_quickly
+
+
+@pytest.fixture
+def tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """``tile(height, width)``: how long rows are cut where programs are interpreted, one after another.
+
+    A GPU's tiles, which `test_gpu` is about, make more programs than there is time for.
+    """
+
+    def cut(height: int, width: int) -> None:
+        if triton_interprets() and find_spec("triton") is not None:
+            from loopfast_kernels import triton_common
+
+            monkeypatch.setattr(triton_common, "_TILE", {2**63: (height, width, 8)})
+
+    return cut
 
 
 @pytest.fixture

@@ -106,9 +106,9 @@ def check_against_float64(each_backend, case: Case) -> None:
 @pytest.mark.parametrize(
     ("shape", "groups", "shifted"),
     [
-        ((2, 40, 8, 8), 8, False),
-        ((3, 15, 5, 3), 3, True),
-        ((1, 320, 4, 4), 32, True),
+        ((2, 40, 4, 8), 4, False),
+        ((2, 15, 5, 3), 3, True),
+        ((1, 80, 4, 4), 4, True),
         ((1, 4, 70, 70), 2, True),
     ],
 )
@@ -118,9 +118,9 @@ def test_every_backend_against_float64(each_backend, dtype, layout, shape, group
     check_against_float64(each_backend, make_case(shape, groups, dtype=dtype, layout=layout, shifted=shifted))
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(
-    rows=st.integers(1, 3),
+    rows=st.integers(1, 2),
     groups=st.integers(1, 3),
     per_group=st.integers(1, 7),
     height=st.integers(1, 5),
@@ -188,10 +188,10 @@ def test_what_is_not_a_number_stays_so(each_backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_row_does_not_depend_on_the_others(name, layout):
     device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
-    case = make_case((7, 12, 5, 4), 4, layout=layout).to(device)
+    case = make_case((4, 12, 5, 4), 2, layout=layout).to(device)
     with backend(name):
         y, grad_x, _, _, grad_shift = case.run()
-        for index in (slice(0, 1), slice(2, 5), slice(6, 7)):
+        for index in (slice(0, 1), slice(1, 4)):
             part = case.rows(index).run()
             assert torch.equal(part[0], y[index])
             assert torch.equal(part[1], grad_x[index])
