@@ -309,7 +309,7 @@ def test_unusable_override_is_reported(override: str, reason: str) -> None:
         ("model: !!int abc", "'abc' is not of type int"),
         ("run: {seed: " + "9" * 5000 + "}", "is not of type int"),
         ("reward: " + "[" * 17 + "]" * 17, "nested too deeply"),
-        ("reward: " + "[" * 1500, "nested too deeply"),
+        ("reward: " + "[" * 700, "nested too deeply"),
     ],
 )
 def test_unusable_yaml_is_reported(text: str, reason: str) -> None:
