@@ -11,6 +11,7 @@ stops after it was compiled. So what is compiled is what a GPU would be given.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -20,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -118,15 +119,20 @@ def compiled_launches(architecture: int, call: Callable[[], Any]) -> list[Any]:
     return launches
 
 
-@cache
 def _assembled(ptx: str, architecture: int) -> str:
+    """What ptxas says of a program; kept where triton keeps what it has compiled."""
+    ptxas = get_ptxas(architecture)
+    kept = get_cache_manager(hashlib.sha256(f"{ptxas.version} {ptx}".encode()).hexdigest())
+    if (file := kept.get_file("ptxas.log")) is not None:
+        return Path(file).read_text()
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target is not None
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [get_ptxas(architecture).path, "-v", "--fmad=false", f"--gpu-name={target[1]}", file.name]
+        command = [ptxas.path, "-v", "--fmad=false", f"--gpu-name={target[1]}", file.name]
         run = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True, check=True)
+    kept.put(run.stderr, "ptxas.log", binary=False)
     return run.stderr
 
 

@@ -97,7 +97,7 @@ def test_every_option_agrees_with_diffusers_own_step(prediction, spacing, zero_s
             **BETAS[betas],
         }
         single, double = ddim(**options), in_float64(ddim(**options))
-        for steps, eta in product([1, 5, 10, 50], [0.0, 0.5, 1.0]):
+        for steps, eta in product([1, 5, 50], [0.0, 0.5, 1.0]):
             single.set_timesteps(steps)
             double.set_timesteps(steps)
             if prediction == "epsilon" and single.alphas_cumprod[single.timesteps[0]] == 0:
@@ -106,7 +106,7 @@ def test_every_option_agrees_with_diffusers_own_step(prediction, spacing, zero_s
                 continue
             schedule = transition_schedule(single, steps, eta=eta)
             assert torch.equal(schedule.timesteps, single.timesteps)
-            for index in range(steps) if steps <= 10 else (0, 25, 49):
+            for index in range(steps) if steps <= 5 else (0, 25, 49):
                 t = schedule.timesteps[index]
                 exact = double.step(m64, t, x64, eta=eta, variance_noise=noise64).prev_sample
                 if not exact.isfinite().all():
@@ -225,7 +225,7 @@ FLOWS: dict[str, tuple[dict[str, Any], bool, float | None]] = {
 def test_flow_without_noise_is_diffusers_euler_step(case):
     options, given, mu = FLOWS[case]
     scheduler = flow(**options)
-    for steps in (1, 4, 28):
+    for steps in (1, 11):
         if steps == 1 and "shift_terminal" in options:  # divides by 1 - sigma = 0 in diffusers
             continue
         sigmas = spread(steps) if given else None
@@ -248,7 +248,7 @@ def test_flow_without_noise_is_diffusers_euler_step(case):
 def test_flow_agrees_with_flow_grpo(case, noise_level):
     options, given, mu = FLOWS[case]
     output, sample = torch.randn(2, 64, dtype=torch.float64)
-    for steps in (2, 10, 28):
+    for steps in (2, 11):
         sigmas = spread(steps) if given else None
         schedule = transition_schedule(flow(**options), steps, noise_level=noise_level, sigmas=sigmas, mu=mu)
         theirs = flow(**options)

@@ -1,10 +1,14 @@
-"""Kernels with the defects that the compile gate looks for; compiled as a program by its test."""
+"""Kernels with the defects that the compile gate looks for, and what its command says; run as a program by its test."""
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+import tempfile
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+from io import StringIO
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "profiles"))
@@ -48,9 +52,18 @@ def sound(values):
 
 
 VALUES = torch.empty(16384, device="meta")
-found = {}
+kernels = {}
 for kernel, warps in ((double, 4), (narrow, 4), (spilling, 1), (contracted, 4), (sound, 4)):
     (compiled,) = ptx_report.compiled_launches(90, lambda k=kernel, w=warps: k[(1,)](VALUES, num_warps=w))
-    inspected = ptx_report.inspect(compiled, "", 90)
-    found[inspected.name] = asdict(inspected) | {"defects": ptx_report.defects(inspected)}
-print(json.dumps(found))
+    inspected = ptx_report.inspect(compiled, "a variant", 90)
+    kernels[inspected.name] = asdict(inspected) | {"defects": ptx_report.defects(inspected)}
+
+checks = []
+ptx_report.ARCHITECTURES = (90,)
+for spilled, arguments in product((0, 12), (["--check"], [])):
+    ptx_report.compile_all = lambda architecture, s=spilled: [replace(inspected, spilled_bytes=s)]
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as said:
+        ptx_report.REPORT = Path(folder) / "ptx.md"
+        code = ptx_report.main(arguments)
+        checks.append((spilled, arguments, code, said.getvalue(), ptx_report.REPORT.exists()))
+print(json.dumps({"kernels": kernels, "checks": checks}))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -50,11 +51,16 @@ class Backend:
     name: str
     device: str
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether programs run one after another in Python, so that a few have to do."""
+        return self.name == "triton" and self.device == "cpu"
+
     def active(self) -> AbstractContextManager[None]:
         return backend(self.name)
 
     def skip_unless_it_takes(self, dtype: torch.dtype) -> None:
-        if self.name == "triton" and self.device == "cpu" and dtype == torch.bfloat16:
+        if self.interpreted and dtype == torch.bfloat16:
             pytest.skip("Triton's interpreter does not round bfloat16 to nearest")
 
 
@@ -64,26 +70,63 @@ def each_backend(request: pytest.FixtureRequest) -> Backend:
     return Backend(request.param, "cuda" if on_gpu else "cpu")
 
 
+def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is called once for each key of its arguments."""
+    kept: dict[Any, Any] = {}
+
+    def call(*arguments: Any) -> Any:
+        name = key(*arguments)
+        if name not in kept:
+            kept[name] = function(*arguments)
+        return kept[name]
+
+    return call
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _language_is_patched_once() -> None:
-    """Triton's interpreter searches its whole language at every call of a function: a third of these tests' time."""
+def _interpreter_is_quick() -> None:
+    """Triton's interpreter searches its language at every call, makes types anew at every operation, and detects
+    overflows that it reports to nobody: two thirds of these tests' time.
+    """
     if not triton_interprets() or find_spec("triton") is None:
         return
+    from triton.language import core
     from triton.runtime import interpreter
 
-    class Kept(interpreter._LangPatchScope):
-        def restore(self) -> None:
-            pass
+    interpreter._LangPatchScope.restore = lambda scope: None
+    interpreter._patch_lang = once(interpreter._patch_lang, lambda function: id(function.__globals__))
+    interpreter._get_np_dtype = once(interpreter._get_np_dtype, lambda of: of.name)
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    core.block_type.to_ir = lambda of, builder: of
+    core.block_type.with_element_ty = once(core.block_type.with_element_ty, lambda of, to: (of.name, to.name))
+    make = core.tensor.__init__
 
-    patch, kept = interpreter._patch_lang, {}
+    def make_quickly(value: Any, handle: Any, of: Any) -> None:
+        if "parts" in vars(of):
+            value.handle, value.type = handle, of
+            value.shape, value.numel, value.dtype = of.parts
+        else:
+            make(value, handle, of)
+            of.parts = value.shape, value.numel, value.dtype
 
-    def patch_once(function: Callable[..., object]) -> Kept:
-        names = id(function.__globals__)
-        if names not in kept:
-            kept[names] = patch(function)
-        return Kept()
+    core.tensor.__init__ = make_quickly
 
-    interpreter._patch_lang = patch_once
+
+@pytest.fixture
+def tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """``tile(height, width)``: how long rows are cut where programs are interpreted, one after another.
+
+    A GPU's tiles, which `test_gpu` is about, make more programs than there is time for.
+    """
+
+    def cut(height: int, width: int) -> None:
+        if triton_interprets() and find_spec("triton") is not None:
+            from loopfast_kernels import triton_common
+
+            monkeypatch.setattr(triton_common, "_TILE", {2**63: (height, width, 8)})
+
+    return cut
 
 
 @pytest.fixture

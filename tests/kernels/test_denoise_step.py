@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,19 +72,19 @@ def check_against_float64(each_backend, case, guided: bool, reduction: str) -> N
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-@pytest.mark.parametrize("shape", [(1,), (3,), (4, 3, 3), (1000,), (4, 32, 32), (4, 64, 64)])
+@pytest.mark.parametrize("shape", [(1,), (3,), (4, 3, 3), (1000,), (4, 32, 32), (2, 64, 64)])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.usefixtures("poisoned")
 def test_every_backend_against_float64(make_transition, each_backend, dtype, shape, guided):
     each_backend.skip_unless_it_takes(dtype)
-    case = make_transition(rows=3, shape=shape, dtype=dtype)
-    case.table[0, 2] = 0.0
+    case = make_transition(rows=2, shape=shape, dtype=dtype)
+    case.table[case.step[1], 2] = 0.0
     check_against_float64(each_backend, case, guided, "mean")
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
-    rows=st.integers(1, 5),
+    rows=st.integers(1, 3),
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     guided=st.booleans(),
@@ -112,9 +114,10 @@ def test_dtypes_may_be_mixed(make_transition, each_backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_conversions_are_torchs_for_every_pattern(each_backend, dtype):
+def test_conversions_are_torchs_for_every_pattern(each_backend, tile, dtype):
     """Subnormals, ties, overflow, infinities and NaN: with a = 0, b = 1 and sigma = 0 a step is a conversion."""
     each_backend.skip_unless_it_takes(dtype)
+    tile(2, 32768)
     device = each_backend.device
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     # Each with the float before it, after it, and those around the middle to its neighbor: where ties are.
@@ -131,16 +134,15 @@ def test_conversions_are_torchs_for_every_pattern(each_backend, dtype):
         with each_backend.active():
             return denoise_step(row, torch.zeros_like(row, dtype=to), table, step, step)[0].cpu().flatten()
 
-    if each_backend.name == "triton" and device == "cpu":
-        near = near[::7]  # the interpreter takes half a minute for all
     for values, to in ((halves, torch.float32), (near.flatten(), dtype)):
         torch.testing.assert_close(convert(values, to), values.to(to), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5])
-def test_bits_depend_on_the_row_alone(make_transition, each_backend, rows):
+def test_bits_depend_on_the_row_alone(make_transition, each_backend):
     """Not on its neighbors, its place, or the number of threads."""
-    case = make_transition(rows=7, shape=(4, 33, 41)).to(each_backend.device)
+    few = each_backend.interpreted
+    count = 3 if few else 7
+    case = make_transition(rows=count, shape=(4, 33, 41)).to(each_backend.device)
 
     def run(part, threads: int) -> tuple:
         before = torch.get_num_threads()
@@ -152,8 +154,8 @@ def test_bits_depend_on_the_row_alone(make_transition, each_backend, rows):
             torch.set_num_threads(before)
 
     whole = run(case, 1)
-    order = torch.randperm(7)[:rows].to(each_backend.device)
-    for threads in (1, 3):
+    for rows, threads in ((1, 1), (2, 1)) if few else product((1, 2, 5), (1, 3)):
+        order = torch.randperm(count)[:rows].to(each_backend.device)
         part = run(case.rows(order), threads)
         assert torch.equal(part[0], whole[0][order])
         assert torch.equal(part[1], whole[1][order])
@@ -229,7 +231,7 @@ def test_opcheck(transition):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("halves", "shape"), [(1, (4, 3, 3)), (2, (4, 3, 3)), (2, (4, 34, 34))])
+@pytest.mark.parametrize(("halves", "shape"), [(1, (4, 3, 3)), (2, (4, 34, 34))])
 def test_in_place_form_walks_the_same_trajectory(make_transition, each_backend, dtype, halves, shape):
     if dtype == torch.float64 and each_backend.name != "reference":
         pytest.skip("float64 is the reference's")
@@ -239,7 +241,7 @@ def test_in_place_form_walks_the_same_trajectory(make_transition, each_backend, 
 
 
 def check_in_place(make_transition, device: str, dtype, halves: int, shape: tuple[int, ...]) -> None:
-    rows, steps = 3, 4
+    rows, steps = 2, 2
     case = make_transition(rows, shape, steps=steps, dtype=dtype).to(device)
     outputs = torch.randn(steps, *case.sample.shape).to(case.sample)
 
@@ -266,7 +268,7 @@ def check_in_place(make_transition, device: str, dtype, halves: int, shape: tupl
         assert torch.equal(model_input, torch.cat([sample] * halves))
         assert trajectory[index + 2 :].isnan().all()
     if device == "cpu":
-        with pytest.raises(ValueError, match=r"step must lie in \[0, 4\)"):
+        with pytest.raises(ValueError, match=r"step must lie in \[0, 2\)"):
             denoise_step_(outputs[0], trajectory, logprob, model_input, counter, case.table, case.seed)
 
 

@@ -106,9 +106,9 @@ def check_against_float64(each_backend, case: Case) -> None:
 @pytest.mark.parametrize(
     ("shape", "groups", "shifted"),
     [
-        ((2, 40, 8, 8), 8, False),
-        ((3, 15, 5, 3), 3, True),
-        ((1, 320, 4, 4), 32, True),
+        ((2, 40, 4, 8), 4, False),
+        ((2, 15, 5, 3), 3, True),
+        ((1, 80, 4, 4), 4, True),
         ((1, 4, 70, 70), 2, True),
     ],
 )
@@ -118,9 +118,9 @@ def test_every_backend_against_float64(each_backend, dtype, layout, shape, group
     check_against_float64(each_backend, make_case(shape, groups, dtype=dtype, layout=layout, shifted=shifted))
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(
-    rows=st.integers(1, 3),
+    rows=st.integers(1, 2),
     groups=st.integers(1, 3),
     per_group=st.integers(1, 7),
     height=st.integers(1, 5),
@@ -188,10 +188,10 @@ def test_what_is_not_a_number_stays_so(each_backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_row_does_not_depend_on_the_others(name, layout):
     device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
-    case = make_case((7, 12, 5, 4), 4, layout=layout).to(device)
+    case = make_case((4, 12, 5, 4), 2, layout=layout).to(device)
     with backend(name):
         y, grad_x, _, _, grad_shift = case.run()
-        for index in (slice(0, 1), slice(2, 5), slice(6, 7)):
+        for index in (slice(0, 1), slice(1, 4)):
             part = case.rows(index).run()
             assert torch.equal(part[0], y[index])
             assert torch.equal(part[1], grad_x[index])
@@ -214,22 +214,22 @@ def test_the_number_of_threads_changes_nothing(layout, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("wanted", range(4))
-def test_only_the_gradients_that_are_needed_are_computed(each_backend, wanted):
-    case = make_case().to(each_backend.device)
-    inputs = [case.x, case.weight, case.bias, case.shift]
-    inputs[wanted] = inputs[wanted].clone().requires_grad_()
+def test_only_the_gradients_that_are_needed_are_computed(each_backend):
+    case = make_case((2, 6, 4, 3), 2).to(each_backend.device)
+    given = [case.x, case.weight, case.bias, case.shift]
     with each_backend.active():
         every = case.run()
-        y = group_norm_silu(*inputs[:3], case.groups, shift=inputs[3])
-        (gradient,) = torch.autograd.grad(y, inputs[wanted], case.grad)
-        statistics = torch.ops.loopfast.group_norm_silu(*inputs, case.groups, 1e-5)[1]
-        mask = [index == wanted for index in range(4)]
-        results = torch.ops.loopfast.group_norm_silu_backward(
-            case.grad, *(value.detach() for value in inputs), statistics, case.groups, 1e-5, mask
-        )
-    assert torch.equal(gradient, every[1 + wanted])
-    assert [result.numel() > 0 for result in results] == mask
+        statistics = torch.ops.loopfast.group_norm_silu(*given, case.groups, 1e-5)[1]
+        for wanted in range(4):
+            inputs = [value.clone().requires_grad_(i == wanted) for i, value in enumerate(given)]
+            y = group_norm_silu(*inputs[:3], case.groups, shift=inputs[3])
+            (gradient,) = torch.autograd.grad(y, inputs[wanted], case.grad)
+            assert torch.equal(gradient, every[1 + wanted])
+            mask = [index == wanted for index in range(4)]
+            results = torch.ops.loopfast.group_norm_silu_backward(
+                case.grad, *given, statistics, case.groups, 1e-5, mask
+            )
+            assert [result.numel() > 0 for result in results] == mask
 
 
 def test_kept_for_the_backward_pass_are_the_inputs_and_three_numbers_a_group():

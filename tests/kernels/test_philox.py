@@ -77,17 +77,18 @@ def seeds_and_steps(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_every_backend_gives_the_same_bits(each_backend):
-    seed, step = seeds_and_steps(16)
+    shape = (3, 4101) if each_backend.interpreted else (16, 16_385)
+    seed, step = seeds_and_steps(shape[0])
     with backend("reference"):
-        expected = philox_normal(seed, step, (16, 16_385))
+        expected = philox_normal(seed, step, shape)
     with each_backend.active():
-        noise = philox_normal(seed.to(each_backend.device), step.to(each_backend.device), (16, 16_385))
+        noise = philox_normal(seed.to(each_backend.device), step.to(each_backend.device), shape)
     assert torch.equal(noise.cpu(), expected)
 
 
 def test_normals_are_exact_to_two_ulp():
     word = 2**32 - 1
-    seed, step = seeds_and_steps(64)
+    seed, step = seeds_and_steps(16)
     block, zero = torch.arange(16_384)[None, :], torch.zeros(1, 1, dtype=torch.int64)
     key = (seed[:, None] & word, (seed[:, None] >> 32) & word)
     words = philox_4x32((block, step[:, None], zero, zero), key)
@@ -147,30 +148,20 @@ def test_seeds_steps_and_elements_are_uncorrelated():
 
 def test_noise_is_the_same_for_any_split_of_the_batch(each_backend):
     with each_backend.active():
-        check_splits(each_backend.device)
-
-
-def check_splits(device: str) -> None:
-    seed, step = torch.randint(-(2**62), 2**62, (32,)).to(device), torch.randint(50, (32,)).to(device)
-    whole = philox_normal(seed, step, (32, 4, 5, 5))
-    for size in (1, 3, 7, 16):
-        parts = [
-            philox_normal(
-                seed[start : start + size],
-                step[start : start + size],
-                (len(seed[start : start + size]), 4, 5, 5),
-            )
-            for start in range(0, 32, size)
-        ]
-        assert torch.equal(torch.cat(parts), whole)
+        seed, step = (part.to(each_backend.device) for part in seeds_and_steps(8))
+        whole = philox_normal(seed, step, (8, 4, 5, 5))
+        for size in (1, 3):
+            parts = zip(seed.split(size), step.split(size), strict=True)
+            noise = [philox_normal(some, at, (len(some), 4, 5, 5)) for some, at in parts]
+            assert torch.equal(torch.cat(noise), whole)
 
 
 def test_noise_begins_alike_for_any_length(each_backend):
-    seed = torch.arange(3, device=each_backend.device)
+    seed = torch.arange(2, device=each_backend.device)
     with each_backend.active():
-        long = philox_normal(seed, seed, (3, 4133))
+        long = philox_normal(seed, seed, (2, 4133))
         for length in (1, 4, 6, 36, 1023, 4097):
-            assert torch.equal(philox_normal(seed, seed, (3, length)), long[:, :length])
+            assert torch.equal(philox_normal(seed, seed, (2, length)), long[:, :length])
 
 
 def test_both_halves_of_the_seed_and_the_step_matter():

@@ -86,23 +86,26 @@ def check_against_float64(each_backend, case, guided: bool, reduction: str) -> N
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-@pytest.mark.parametrize("shape", [(1,), (3,), (4, 3, 3), (1000,), (4, 32, 32), (4, 64, 64)])
+@pytest.mark.parametrize("shape", [(1,), (3,), (4, 3, 3), (1000,), (4, 32, 32), (2, 64, 64)])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.usefixtures("poisoned")
 def test_every_backend_against_float64(make_transition, each_backend, dtype, shape, guided):
     each_backend.skip_unless_it_takes(dtype)
-    case = make_transition(rows=3, shape=shape, dtype=dtype)
-    case.table[0, 2] = 0.0
+    case = make_transition(rows=2, shape=shape, dtype=dtype)
+    case.table[case.step[1], 2] = 0.0
     check_against_float64(each_backend, case, guided, "mean")
 
 
-def test_every_backend_on_a_very_long_row(make_transition, each_backend):
-    check_against_float64(each_backend, make_transition(rows=1, shape=(600_000,)), False, "mean")
+def test_every_backend_on_a_very_long_row(make_transition, each_backend, tile):
+    """More partial sums than one program holds."""
+    tile(2, 16384)
+    elements = 40_000 if each_backend.interpreted else 600_000
+    check_against_float64(each_backend, make_transition(rows=1, shape=(elements,)), False, "mean")
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
-    rows=st.integers(1, 5),
+    rows=st.integers(1, 3),
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     guided=st.booleans(),
@@ -195,8 +198,9 @@ def test_deterministic_step_has_no_logprob_and_no_gradient(transition):
 
 
 @pytest.mark.parametrize("elements", [1, 17, 256, 1001, 20_000])
-def test_a_row_does_not_depend_on_its_neighbors(make_transition, each_backend, elements):
-    count = 31 if elements < 20_000 else 5
+def test_a_row_does_not_depend_on_its_neighbors(make_transition, each_backend, tile, elements):
+    tile(16, 1024)
+    count = 3 if each_backend.interpreted else 31 if elements < 20_000 else 5
     case = make_transition(rows=count, shape=(elements,)).to(each_backend.device)
 
     def run(part):
