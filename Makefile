@@ -12,8 +12,16 @@ WHEEL := build/wheel
 
 # Two busy processes with two threads each slow each other down more than the second thread gains.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# A file's tests stay in one process, which makes what they share once.
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 # A line for each tenth of a run; pytest alone gives a letter for each test, and the reason of each skip.
 BRIEF := -p tests.progress -q -r NfE
+# The tests that compute with floating-point numbers; Triton's interpreter does so in numpy on every processor.
+COMPUTING := tests/kernels tests/rollout tests/policies tests/rewards tests/evaluation tests/integrations \
+  tests/exporting tests/test_train.py tests/test_update.py tests/test_families.py tests/test_schedules.py \
+  tests/test_published_logprobs.py tests/test_average.py tests/test_resume.py -k 'not triton'
+# What the libraries below may use of a processor: torch's own kernels, oneDNN, MKL, and loopfast's.
+AS = ATEN_CPU_CAPABILITY=$(1) ONEDNN_MAX_CPU_ISA=$(2) MKL_ENABLE_INSTRUCTIONS=$(3) LOOPFAST_ISA=$(4)
 
 # $(call install,environment,arguments of pip): in the log is what pip says, such as warnings about its settings.
 define install
@@ -23,16 +31,43 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: demo test coverage test-wheel test-trl test-older sanitize lint bench race race-sweep race-reward gpu-check ptx-report study clean help
+.PHONY: demo test test-fast coverage test-processors as-sse4 as-avx2 as-avx512 as-two-threads as-busy \
+  test-wheel test-trl test-older sanitize lint bench race race-sweep race-reward gpu-check ptx-report study clean help
 
 demo: $(VENV)/.train ## train the embedded model with LOOP and write a report (ARGS="--set run.seed=1" adds options)
 	@$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
 
 test: lint ## lint, then every test (ARGS="-k philox" selects)
-	@$(PYTEST) -n 2 $(BRIEF) $(ARGS)
+	@$(PYTEST) $(SPREAD) $(BRIEF) $(ARGS)
 
-coverage: $(VENV)/.dev ## every test, with coverage of the lines, at least 90 %
-	$(PYTEST) -n 2 --cov --cov-report=term $(ARGS)
+test-fast: $(VENV)/.dev ## what one runs while coding, in a minute: no training, no processes, nothing interpreted
+	@$(PYTEST) $(SPREAD) $(BRIEF) $(FAST) $(ARGS)
+
+coverage: $(VENV)/.dev ## every test, with coverage of the lines, at least 93 %
+	@$(PYTEST) $(SPREAD) $(BRIEF) --cov --cov-report=term $(ARGS)
+
+test-processors: as-sse4 as-avx2 as-avx512 as-two-threads as-busy ## the tests that compute, as other processors run them
+
+as-sse4: $(VENV)/.dev
+	@echo "As a processor without AVX:"
+	@$(call AS,default,SSE41,SSE4_2,portable) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
+
+as-avx2: $(VENV)/.dev
+	@echo "As a processor with AVX2:"
+	@$(call AS,avx2,AVX2,AVX2,avx2) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
+
+as-avx512: $(VENV)/.dev
+	@echo "As a processor with AVX-512 (where this one has it):"
+	@$(call AS,avx512,AVX512_CORE,AVX512,avx512) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
+
+as-two-threads: $(VENV)/.dev
+	@echo "On two threads:"
+	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(BRIEF) $(COMPUTING) $(ARGS)
+
+as-busy: $(VENV)/.dev
+	@echo "Every test, with two busy loops beside them:"
+	@(while :; do :; done) & one=$$!; (while :; do :; done) & two=$$!; trap "kill $$one $$two" EXIT; \
+	  $(PYTEST) $(SPREAD) $(BRIEF) $(ARGS)
 
 lint: $(VENV)/.dev ## style and types
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && echo "Style: no faults"
