@@ -31,8 +31,7 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-fast coverage test-processors as-sse4 as-avx2 as-avx512 as-two-threads as-busy \
-  test-wheel test-trl test-older sanitize lint bench race race-sweep race-reward gpu-check ptx-report study clean help
+.PHONY: demo test test-fast coverage test-processors as-sse4 as-avx2 as-avx512 as-two-threads as-busy test-wheel test-trl test-older sanitize lint bench race race-sweep race-reward gpu-check ptx-report study clean help
 
 demo: $(VENV)/.train ## train the embedded model with LOOP and write a report (ARGS="--set run.seed=1" adds options)
 	@$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
@@ -46,26 +45,22 @@ test-fast: $(VENV)/.dev ## what one runs while coding, in a minute: no training,
 coverage: $(VENV)/.dev ## every test, with coverage of the lines, at least 93 %
 	@$(PYTEST) $(SPREAD) $(BRIEF) --cov --cov-report=term $(ARGS)
 
-test-processors: as-sse4 as-avx2 as-avx512 as-two-threads as-busy ## the tests that compute, as other processors run them
+test-processors: ## the five below, one after the other
+	@for each in as-sse4 as-avx2 as-avx512 as-two-threads as-busy; do echo "$$each:" && $(MAKE) -s $$each || exit 1; done
 
-as-sse4: $(VENV)/.dev
-	@echo "As a processor without AVX:"
+as-sse4: $(VENV)/.dev ## the tests that compute, as a processor without AVX runs them
 	@$(call AS,default,SSE41,SSE4_2,portable) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
 
-as-avx2: $(VENV)/.dev
-	@echo "As a processor with AVX2:"
+as-avx2: $(VENV)/.dev ## the same, with AVX2
 	@$(call AS,avx2,AVX2,AVX2,avx2) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
 
-as-avx512: $(VENV)/.dev
-	@echo "As a processor with AVX-512 (where this one has it):"
+as-avx512: $(VENV)/.dev ## the same, with AVX-512 if this processor has it
 	@$(call AS,avx512,AVX512_CORE,AVX512,avx512) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
 
-as-two-threads: $(VENV)/.dev
-	@echo "On two threads:"
+as-two-threads: $(VENV)/.dev ## the same, on two threads
 	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(BRIEF) $(COMPUTING) $(ARGS)
 
-as-busy: $(VENV)/.dev
-	@echo "Every test, with two busy loops beside them:"
+as-busy: $(VENV)/.dev ## every test, with two busy loops beside them
 	@(while :; do :; done) & one=$$!; (while :; do :; done) & two=$$!; trap "kill $$one $$two" EXIT; \
 	  $(PYTEST) $(SPREAD) $(BRIEF) $(ARGS)
 
@@ -116,7 +111,7 @@ clean: ## remove the environment, builds and caches (runs/ stays)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
