@@ -238,30 +238,23 @@ def test_why_a_stage_cannot_run() -> None:
     assert tool.lacks(cpu) == "no-such-program is not on the PATH; it comes with the CUDA toolkit"
 
 
-def test_the_gpu_stages_of_tests_find_their_tests() -> None:
+class Listing:
+    """A plugin of pytest that notes what is collected."""
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.found = [item.nodeid for item in session.items]
+
+
+def test_the_gpu_stages_of_tests_find_their_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting("cuda", False, "a card")
     commands = {stage.name: list(stage.command(setting)) for stage in STAGES}
     ops = commands["ops"]
     files = [word for word in ops if word.startswith("tests/")]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "--collect-only",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *files,
-            "-k",
-            "gpu or triton",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
     assert ops[ops.index("-k") + 1] == "gpu or triton"
-    found = [line for line in done.stdout.splitlines() if "::" in line]
+    monkeypatch.chdir(ROOT)
+    listing = Listing()
+    pytest.main(["--collect-only", "-qq", *files, "-k", "gpu or triton"], [listing])
+    found = listing.found
     assert len(found) > 250
     assert any("triton" in test and "test_loop_loss" in test for test in found)
     # the bits first, and the op that matters least last

@@ -10,6 +10,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -48,12 +50,9 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[
 def profiled(config_file: Path) -> tuple[Path, str]:
     """The folder of a profile, and what the command printed."""
     folder = config_file.parent / "found"
-    done = run(
-        *(sys.executable, "-m", "loopfast", "profile", "--config", config_file),
-        *("--iterations", "2", "--output", folder),
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    with redirect_stdout(StringIO()) as shown:
+        assert main(["profile", "--config", str(config_file), "-n", "2", "--output", str(folder)]) == 0
+    return folder, shown.getvalue()
 
 
 def test_a_profile_says_where_the_time_went(profiled: tuple[Path, str]) -> None:
