@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,6 +30,7 @@ from loopfast.prompts import Prompt
 from loopfast.rewards import RewardProcess, RewardThread, Scores, build_rewards
 from loopfast.runs import RunFolder
 from loopfast.tracking import describe, read_metrics
+from tests.distributed.ranks import shared_ranks
 
 MakeConfig = Callable[..., Config]
 TERMS = [RewardConfig(name="jpeg_compressibility"), RewardConfig(name="embedded", weight=0.5)]
@@ -42,6 +41,15 @@ PROMPTS = [
     "three green triangles",
     "a red cross and a green circle",
 ]
+# Parts of three images and of one.
+FEW = (
+    "rollout.prompts_per_iteration=2",
+    "rollout.steps=2",
+    "rollout.microbatch=3",
+    "train.microbatch=3",
+    "train.iterations=1",
+    "evaluation.limit_prompts=1",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +60,25 @@ def _no_thread_is_left() -> Iterator[None]:
 
 def images(count: int = 5) -> Tensor:
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+class InAThread:
+    """Takes the place of ``subprocess.Popen``: the process's side runs in this process."""
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        connection: Connection[Any, Any] = Connection(os.dup(int(command[-1])))
+        self._thread = threading.Thread(target=process_module.answer_questions, args=(connection,))
+        self._thread.start()
+
+    def wait(self) -> int:
+        self._thread.join(timeout=10)
+        return 0
+
+
+@pytest.fixture
+def in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be a process, and import everything, is a thread."""
+    monkeypatch.setattr(process_module, "subprocess", SimpleNamespace(Popen=InAThread, DEVNULL=None))
 
 
 @contextmanager
@@ -332,21 +359,8 @@ def test_a_process_scores_fails_and_ends_as_it_should(user_module: Callable[[str
     rewards.close()
 
 
-class InAThread:
-    """Takes the place of ``subprocess.Popen``: the process's side runs in this process."""
-
-    def __init__(self, command: list[str], **_: Any) -> None:
-        connection: Connection[Any, Any] = Connection(os.dup(int(command[-1])))
-        self._thread = threading.Thread(target=process_module.answer_questions, args=(connection,))
-        self._thread.start()
-
-    def wait(self) -> int:
-        self._thread.join(timeout=10)
-        return 0
-
-
+@pytest.mark.usefixtures("in_a_thread")
 def test_a_process_has_the_gpu_of_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_module.subprocess, "Popen", InAThread)
     current: list[Any] = [3]
     cuda: dict[str, Any] = {
         "is_initialized": lambda: True,
@@ -378,10 +392,15 @@ def test_a_process_scores_on_the_gpu_of_its_owner(user_module: Callable[[str], s
     assert found.tolist() == [last] * 5
 
 
+@pytest.mark.usefixtures("in_a_thread")
 @pytest.mark.parametrize("wanted", [False, True])
 def test_a_process_computes_in_the_precision_of_the_configuration(
-    wanted: bool, small_config: MakeConfig, user_module: Callable[[str], str]
+    wanted: bool,
+    small_config: MakeConfig,
+    user_module: Callable[[str], str],
+    tf32: Callable[[bool], None],
 ) -> None:
+    tf32(not wanted)
     module = user_module(
         "import torch\n"
         "def flags(images, prompts, metadata):\n"
@@ -401,30 +420,29 @@ def test_a_process_computes_in_the_precision_of_the_configuration(
     assert found.tolist() == [2.0 * wanted]
 
 
+@pytest.mark.usefixtures("in_a_thread")
 def test_a_process_that_cannot_start_says_why_and_ends() -> None:
     with pytest.raises(ConfigError, match="no reward 'beauty'; nearest:"):
         RewardProcess([RewardConfig(name="beauty")])
 
 
-def test_a_process_ends_with_its_owner(tmp_path: Path) -> None:
+def test_a_process_ends_with_its_owner() -> None:
     """Even one that is killed."""
     program = (
-        "import os, time\n"
+        "import time\n"
         "from loopfast.config import RewardConfig\n"
         "from loopfast.rewards import RewardProcess\n"
         "rewards = RewardProcess([RewardConfig(name='jpeg_compressibility')])\n"
         "print(rewards._process.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    ) as owner:
-        assert owner.stdout is not None
-        child = int(owner.stdout.readline())
-        owner.send_signal(signal.SIGKILL)
+    owner = shared_ranks()
+    owner.start([], 1, before=program)
+    owner.await_shown("\n")
+    child = int(owner.shown(0))
+    assert running(child)
+    owner.kill()
+    owner.wait()
     end = time.monotonic() + 20
     while running(child):
         assert time.monotonic() < end
@@ -439,6 +457,7 @@ def running(pid: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.usefixtures("in_a_thread")
 def test_a_run_is_the_same_wherever_its_images_are_scored(
     small_config: MakeConfig, user_module: Callable[[str], str]
 ) -> None:
@@ -446,11 +465,9 @@ def test_a_run_is_the_same_wherever_its_images_are_scored(
     outcomes = []
     for worker in ("none", "inline", "thread", "process"):
         config = small_config(
+            *FEW,
             f"rollout.reward_worker={worker}",
             f"reward=[{{name: jpeg_compressibility}}, {{name: '{module}:plain'}}]",
-            "rollout.microbatch=3",
-            "train.microbatch=3",
-            "train.iterations=1",
             f"run.name={worker}",
         )
         folder = training.train(config, display=Display(quiet=True))
@@ -473,11 +490,12 @@ def test_images_are_scored_between_the_sampling_on_a_cpu(
         raise AssertionError("a thread was started")
 
     monkeypatch.setattr(RewardThread, "add", refuse)
-    config = small_config("rollout.microbatch=3", "train.microbatch=3", "train.iterations=1")
+    config = small_config(*FEW)
     assert config.rollout.reward_worker == "auto"
     training.train(config, display=Display(quiet=True))
 
 
+@pytest.mark.usefixtures("in_a_thread")
 @pytest.mark.parametrize("worker", ["inline", "thread", "process"])
 def test_a_reward_that_fails_in_a_later_part_names_itself_and_the_sample(
     worker: str, small_config: MakeConfig, user_module: Callable[[str], str], tmp_path: Path
@@ -491,6 +509,7 @@ def test_a_reward_that_fails_in_a_later_part_names_itself_and_the_sample(
         "prompts.source=prompts.txt",
         "evaluation.prompts=easy.txt",
         "evaluation.limit_prompts=1",
+        "rollout.steps=2",
         "rollout.microbatch=2",
         "train.microbatch=2",
     )
@@ -514,10 +533,10 @@ def test_all_iterations_of_a_run_are_scored_in_one_thread(
         "    return images.mean((1, 2, 3))\n"
     )
     config = small_config(
+        *FEW,
         f"reward=[{{name: '{module}:reward'}}]",
         "rollout.reward_worker=thread",
         "evaluation.every=0",
-        "evaluation.limit_prompts=1",
         "train.iterations=2",
     )
     training.train(config, display=Display(quiet=True))
@@ -539,11 +558,10 @@ def test_a_signal_while_images_are_scored_leaves_no_thread(
         "    return images.mean((1, 2, 3))\n"
     )
     options = (
+        *FEW,
         f"reward=[{{name: '{module}:stop'}}]",
         "rollout.microbatch=2",
         "train.microbatch=2",
-        "evaluation.limit_prompts=1",
-        "train.iterations=1",
         "rollout.reward_worker=thread",
     )
     with pytest.raises(Interrupted) as caught:

@@ -1,27 +1,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
 from loopfast.config import Config, config_to_yaml, parse_config
+from loopfast.embedded.pretrain import Recipe, build, save
 from loopfast.tracking import read_metrics
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import Ranks, shared_ranks
 
 # 9 images of 3 prompts: neither 2 nor 4 processes have equally many, and a prompt's images lie with several of them.
 RUN = """\
 run: {name: run, trackers: []}
-model: {pretrained: embedded, device: cpu, lora: {rank: 4}}
+model: {device: cpu, tune: full, lora: {rank: 4, alpha: 128}}
 prompts: {source: "embedded:color"}
-reward: [{name: embedded}, {name: jpeg_compressibility, weight: 0}]
+reward: [{name: "tests.distributed.brightness:reward", label: bright}, {name: jpeg_compressibility, weight: 0}]
 algorithm: {samples_per_prompt: 3, logprob: mean}
-rollout: {prompts_per_iteration: 3, steps: 2, microbatch: 2}
+rollout: {prompts_per_iteration: 3, steps: 2, microbatch: 3}
 train: {iterations: 2, updates_per_iteration: 2, steps: all, learning_rate: 3e-5, warmup_updates: 0, microbatch: 8}
 evaluation: {every: 0, images_per_prompt: 1, limit_prompts: 3, preview_images: 1}
 checkpoint: {every: 1, keep: 9}
@@ -40,16 +41,20 @@ def recorded(*arguments, **options):
 loopfast.train.update = recorded
 """
 
+# It takes a third of a short run's time.
+NO_REPORT = "import loopfast.train; loopfast.train.write_report = lambda folder: folder\n"
+
 
 class Runs:
     """Runs of one small configuration by groups of processes."""
 
-    def __init__(self, folder: Path, ranks: Ranks) -> None:
-        self.folder, self.ranks = folder, ranks
+    def __init__(self, folder: Path, ranks: Ranks, pipeline: Path) -> None:
+        self.folder, self.ranks, self._pipeline = folder, ranks, pipeline
+        self._done: dict[tuple[object, ...], str] = {}
 
     def config(self, name: str, *overrides: str) -> Config:
-        given = (f"run.directory={self.folder}", f"run.name={name}", *overrides)
-        return parse_config(RUN, given)
+        given = (f"model.pretrained={self._pipeline}", f"run.directory={self.folder}", f"run.name={name}")
+        return parse_config(RUN, (*given, *overrides))
 
     def arguments(self, name: str, *overrides: str, resume: str | None = None) -> list[str]:
         file = self.folder / f"{name}.yaml"
@@ -57,12 +62,27 @@ class Runs:
         return ["train", "--config", str(file), *(["--resume", resume] if resume else [])]
 
     def train(
-        self, name: str, size: int, *overrides: str, resume: str | None = None, before: str = ""
+        self, name: str, size: int, *overrides: str, resume: str | None = None, before: str = NO_REPORT
     ) -> Path:
         """The folder of a run by so many processes."""
         record = RECORD.format(file=str(self.folder / f"{name}.updates"))
         self.ranks.run(self.arguments(name, *overrides, resume=resume), size, before=record + before)
         return self.folder / name
+
+    def shared(self, size: int, *overrides: str) -> str:
+        """The name of a run that is trained once for all tests that look at it."""
+        key = (size, *overrides)
+        if key not in self._done:
+            name = f"shared-{len(self._done)}"
+            self.train(name, size, *overrides, before="")
+            # the first process alone speaks
+            assert [self.ranks.errors(rank) for rank in range(size)] == [""] * size
+            assert [self.ranks.shown(rank) for rank in range(1, size)] == [""] * (size - 1)
+            assert self.ranks.shown(0).count("final reward") == 1
+            stage = self.config(name, *overrides).distributed.zero_stage
+            assert (f"processes     {size}, ZeRO stage {stage}" in self.ranks.shown(0)) == (size > 1)
+            self._done[key] = name
+        return self._done[key]
 
     def updates(self, name: str) -> list[dict[str, Any]]:
         """The statistics of every update of a run."""
@@ -71,15 +91,52 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    forge = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield forge
-    forge.close()
+def ranks() -> Ranks:
+    return shared_ranks()
 
 
 @pytest.fixture(scope="session")
 def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), ranks)
+    folder = tmp_path_factory.mktemp("runs")
+    return Runs(folder, ranks, write_pipeline(folder / "model"))
+
+
+def write_pipeline(folder: Path, widths: tuple[int, ...] = (16,)) -> Path:
+    """A pipeline for 32x32 images, with random weights and a UNet that has a level for each width.
+
+    Every layer's weights are gathered and its gradients sent by themselves, so few layers make a fast test.
+    """
+    _, text_encoder, _, scheduler, tokenizer = build(Recipe())
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8,) * 3,
+        norm_num_groups=8,
+    )
+    crossed = len(widths) - 1
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * crossed),
+        up_block_types=(*("CrossAttnUpBlock2D",) * crossed, "UpBlock2D"),
+        block_out_channels=widths,
+        layers_per_block=1,
+        cross_attention_dim=64,
+        norm_num_groups=8,
+    )
+    save(
+        StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ),
+        folder,
+    )
+    return folder
 
 
 def saved(folder: Path, group: str = "policy", name: str | None = None) -> dict[str, Tensor]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +23,7 @@ PROGRAM = """\
 import json, os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
 import loopfast.cli.options, loopfast.engines.zero3, loopfast.engines.replicated, loopfast.train
-import loopfast.evaluation, loopfast.reporting
+import loopfast.evaluation, loopfast.launch, loopfast.reporting
 from loopfast.__main__ import main
 from loopfast.config import ModelConfig
 from loopfast.engines.library import import_deepspeed
@@ -63,17 +69,22 @@ for line in sys.stdin:
 
 
 class Ranks:
-    """Groups of processes, one group at a time."""
+    """Groups of processes, one group at a time. `shared_ranks` has those of a session of tests."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.pids: list[int] = []
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "TORCH_CPP_LOG_LEVEL": "ERROR",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
         )
 
     def start(
@@ -84,7 +95,15 @@ class Ranks:
         before: str = "",
         environment: dict[str, str] | None = None,
     ) -> None:
-        """Starts ``loopfast`` in each process, after the program ``before``, which knows its ``rank``."""
+        """Starts ``loopfast`` in each process, after the program ``before``, which knows its ``rank``.
+
+        What a test that failed has left running is ended.
+        """
+        if self.pids:
+            self.kill()
+            self.wait()
+        for file in self.folder.iterdir():
+            file.unlink()
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if size > 1 else {}
         self._send(
             {
@@ -111,25 +130,34 @@ class Ranks:
 
     def shown(self, rank: int) -> str:
         """What a process has written to stdout."""
-        return (self.folder / f"stdout-{rank}").read_text("utf-8")
+        return self._written(f"stdout-{rank}")
 
     def errors(self, rank: int) -> str:
         """What a process has written to stderr."""
-        return (self.folder / f"stderr-{rank}").read_text("utf-8")
+        return self._written(f"stderr-{rank}")
 
-    def await_file(self, file: Path) -> None:
-        """Waits for a file that a process makes."""
-        end = time.monotonic() + 60
-        while not file.exists():
-            assert time.monotonic() < end, "\n".join(self.errors(rank) for rank in range(len(self.pids)))
+    def _written(self, name: str) -> str:
+        file = self.folder / name
+        return file.read_text("utf-8") if file.exists() else ""
+
+    def await_shown(self, text: str) -> None:
+        """Waits until the first process has written a text to stdout."""
+        while text not in self.shown(0):
+            assert Path(f"/proc/{self.pids[0]}").exists(), f"{text!r} was never shown: {self.errors(0)}"
             time.sleep(0.01)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Sends the processes that are still there a signal."""
+        for pid in self.pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def close(self) -> None:
         """Ends all of it."""
-        for pid in self.pids:
-            os.kill(pid, signal.SIGKILL)
+        self.kill()
         self._process.kill()
         self._process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _send(self, order: dict[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -141,6 +169,27 @@ class Ranks:
         line = self._process.stdout.readline()
         assert line, "the process that forks the others has ended"
         return json.loads(line)
+
+
+@functools.cache
+def shared_ranks() -> Ranks:
+    """One for all tests of a session: importing everything takes longer than most of what is run."""
+    made = Ranks()
+    atexit.register(made.close)
+    return made
+
+
+_lock = threading.Lock()
+
+
+def run_forked(command: Sequence[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """As ``subprocess.run`` of ``python -m loopfast``, without importing everything anew; one at a time."""
+    assert [*command[:3]] == [sys.executable, "-m", "loopfast"]
+    with _lock:
+        ranks = shared_ranks()
+        ranks.start(command[3:], 1, environment=env)
+        [code] = ranks.wait()
+        return subprocess.CompletedProcess(command, code, ranks.shown(0), ranks.errors(0))
 
 
 def free_port() -> int:

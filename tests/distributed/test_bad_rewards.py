@@ -11,7 +11,7 @@ from loopfast.prompts import load_prompts
 from loopfast.seeds import derive
 from tests.distributed.conftest import Runs, distance, metrics, saved
 
-OPTIONS = ("train.iterations=1", "rollout.on_bad_reward=drop_group", "reward=[{name: embedded}]")
+OPTIONS = ("train.iterations=1", "rollout.on_bad_reward=drop_group")
 
 # Of the second prompt's three images one is with the first of two processes, which has no fault to find.
 SPOILED = """\
@@ -19,7 +19,7 @@ import os, torch
 import loopfast.rewards.base as rewards
 finite = rewards._finite
 def spoiled(name, values, prompts, among=None):
-    if among is None and rank == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+    if "bright" in name and rank == int(os.environ.get("WORLD_SIZE", "1")) - 1:
         values = torch.where(torch.tensor([prompt == {text!r} for prompt in prompts]), torch.nan, values)
     return finite(name, values, prompts, among)
 rewards._finite = spoiled
@@ -35,7 +35,7 @@ def test_a_bad_score_in_one_process_drops_the_prompt_in_all(runs: Runs) -> None:
     together = runs.train("spoiled-2", 2, *OPTIONS, before=before)
     [warning] = runs.ranks.errors(0).splitlines()
     assert warning.startswith(
-        f"warning: iteration 1: 1 of 3 prompt(s) are left out, {text!r}: reward 'embedded' is"
+        f"warning: iteration 1: 1 of 3 prompt(s) are left out, {text!r}: reward 'bright' is"
     )
     kept = together / "bad-rewards" / "iteration-000001-rank-1"
     assert warning.endswith(f"images and prompts are in {kept}")

@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import Runs, distance, saved
+from tests.distributed.conftest import NO_REPORT, Runs, distance, saved
 
-OPTIONS = ("distributed.zero_stage=2", "train.iterations=3")
+OPTIONS = ("distributed.zero_stage=2",)
 
 # A silent process counts as dead after 30 seconds, and those who wait for it have 10 more; here sooner.
 SOON = """\
 import loopfast.watch
-loopfast.watch.BEAT, loopfast.watch.SILENCE, loopfast.watch.GRACE = 0.5, 8.0, 2.0
+loopfast.watch.BEAT, loopfast.watch.SILENCE, loopfast.watch.GRACE = 0.2, 5.0, 2.0
 """
 
 MID_UPDATE = """\
@@ -27,7 +25,7 @@ import os, signal, loopfast.engines.zero3 as engines
 backward, calls = engines.ZeroEngine.backward, []
 def killed(self, *arguments, **options):
     calls.append(1)
-    if rank == {rank} and len(calls) == 3:
+    if rank == {rank} and len(calls) == {call}:
         os.kill(os.getpid(), signal.{signal})
     return backward(self, *arguments, **options)
 engines.ZeroEngine.backward = killed
@@ -41,7 +39,7 @@ def killed(self, temporary, name):
     if name == "iteration-000001":
         if {rank} == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(6)
+        time.sleep(2)
     return put(self, temporary, name)
 if rank == 0:
     CheckpointStore._put_in_place = killed
@@ -49,7 +47,7 @@ elif {rank} == 1:
     from loopfast.group import Group
     on_first = Group.on_first
     def waited(self, function):
-        if "save" in function.__code__.co_names and self.saves.append(1) is None and len(self.saves) == 2:
+        if "save" in function.__code__.co_names and self.saves.append(1) is None:
             os.kill(os.getpid(), signal.SIGKILL)
         return on_first(self, function)
     Group.saves = []
@@ -61,25 +59,20 @@ elif {rank} == 1:
 RESUMED = ("update-1", "checkpoint-0")
 
 
-@pytest.fixture(scope="module")
-def unbroken(runs: Runs) -> Path:
-    return runs.train("whole", 2, *OPTIONS)
-
-
 @pytest.mark.parametrize(
     ("moment", "victim", "named"),
     [
-        (MID_UPDATE.format(rank=1, signal="SIGKILL"), 1, "rank 1"),
-        (MID_UPDATE.format(rank=0, signal="SIGKILL"), 0, "rank 0"),
+        (MID_UPDATE.format(rank=1, call=3, signal="SIGKILL"), 1, "rank 1"),
+        (MID_UPDATE.format(rank=0, call=1, signal="SIGKILL"), 0, "rank 0"),
         # it is there, but does not answer: nothing breaks the connection
-        (MID_UPDATE.format(rank=1, signal="SIGSTOP"), 1, "rank 1"),
+        (MID_UPDATE.format(rank=1, call=1, signal="SIGSTOP"), 1, "rank 1"),
         (MID_CHECKPOINT.format(rank=0), 0, "rank 0"),
         (MID_CHECKPOINT.format(rank=1), 1, "rank 1"),
     ],
     ids=["update-1", "update-0", "hang", "checkpoint-0", "checkpoint-1"],
 )
 def test_a_killed_process_ends_the_others(
-    moment: str, victim: int, named: str, runs: Runs, unbroken: Path, request: pytest.FixtureRequest
+    moment: str, victim: int, named: str, runs: Runs, request: pytest.FixtureRequest
 ) -> None:
     name = f"killed-{request.node.callspec.id}"
     arguments = runs.arguments(name, *OPTIONS)
@@ -101,7 +94,7 @@ def test_a_killed_process_ends_the_others(
     assert named in line
     if request.node.callspec.id in RESUMED:
         folder = runs.train(name, 2, *OPTIONS, resume="auto")
-        assert distance(saved(folder), saved(unbroken)) < 1e-6
+        assert distance(saved(folder), saved(runs.folder / runs.shared(2, *OPTIONS))) < 1e-6
         assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
@@ -132,73 +125,72 @@ def test_an_error_in_one_process_is_said_once_and_ends_all(runs: Runs) -> None:
     assert state.is_dir()
 
 
-def test_an_error_of_the_first_process_is_said_once(runs: Runs, unbroken: Path) -> None:
-    runs.ranks.start(runs.arguments("whole", *OPTIONS), 2)
+def test_an_error_of_the_first_process_is_said_once(runs: Runs) -> None:
+    runs.ranks.start(runs.arguments(runs.shared(2, *OPTIONS), *OPTIONS), 2)
     assert runs.ranks.wait() == [2, 2]
     assert "already holds a run" in runs.ranks.errors(0)
     assert runs.ranks.errors(1) == ""
 
 
 def test_more_processes_than_images_are_refused(runs: Runs) -> None:
-    runs.ranks.start(
-        runs.arguments(
-            "few",
-            *OPTIONS,
-            "rollout.prompts_per_iteration=1",
-            "algorithm.samples_per_prompt=2",
-            "train.updates_per_iteration=1",
-        ),
-        4,
-    )
-    assert runs.ranks.wait() == [2, 2, 2, 2]
-    assert "found 2 image(s), allowed: at least 4, one for each process" in runs.ranks.errors(0)
+    images = ("rollout.prompts_per_iteration=1", "algorithm.samples_per_prompt=2")
+    runs.ranks.start(runs.arguments("few", *OPTIONS, *images, "train.updates_per_iteration=1"), 3)
+    assert runs.ranks.wait() == [2, 2, 2]
+    assert "found 2 image(s), allowed: at least 3, one for each process" in runs.ranks.errors(0)
 
 
+# The launcher's processes are forked from it instead of importing everything anew, and one of them dies once.
 LAUNCHED = """\
 import os, signal, sys
-import loopfast.engines.zero3 as engines
-backward, calls = engines.ZeroEngine.backward, []
+from dataclasses import replace
+import loopfast.engines.zero3 as engines, loopfast.launch as launching
+from loopfast.__main__ import main
+
+elastic, backward, calls = launching.elastic_launch, engines.ZeroEngine.backward, []
+
+def forked(config, command):
+    def process(*arguments):
+        assert (command, *arguments[:2]) == (sys.executable, "-m", "loopfast")
+        sys.exit(main(arguments[2:]))
+    return elastic(replace(config, start_method="fork"), process)
+
 def killed(self, *arguments, **options):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return backward(self, *arguments, **options)
-engines.ZeroEngine.backward = killed
+
+launching.elastic_launch, engines.ZeroEngine.backward = forked, killed
 """
 
 
-def test_a_launch_goes_on_after_a_kill(runs: Runs, unbroken: Path, tmp_path: Path) -> None:
-    # a file of this name is imported when Python starts
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'loopfast.train':\n"
-        "            sys.meta_path.remove(self)\n"
-        "            exec(PROGRAM, {})\n"
-        f"PROGRAM = {LAUNCHED!r}\n"
-        "if 'RANK' in __import__('os').environ:\n"
-        "    sys.meta_path.insert(0, Finder())\n"
-    )
+def test_a_launch_goes_on_after_a_kill(runs: Runs) -> None:
     arguments = runs.arguments("launched", *OPTIONS)[1:]
-    command = [sys.executable, "-m", "loopfast", "launch", "--nproc", "2", "--max-restarts", "1", *arguments]
-    paths = os.pathsep.join([str(tmp_path), *sys.path])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("loopfast train\n") == 2, "it was not started again"
-    assert distance(saved(runs.folder / "launched"), saved(unbroken)) < 1e-6
+    command = ["launch", "--nproc", "2", "--max-restarts", "1", *arguments]
+    runs.ranks.run(command, 1, before=LAUNCHED + NO_REPORT)
+    assert runs.ranks.shown(0).count("loopfast train\n") == 2, "it was not started again"
+    assert distance(saved(runs.folder / "launched"), saved(runs.folder / runs.shared(2, *OPTIONS))) < 1e-6
 
 
-def test_a_launch_names_the_process_that_fails() -> None:
-    command = [sys.executable, "-m", "loopfast", "launch", "--nproc", "2", "--config", "tiny"]
-    done = subprocess.run(
-        [*command, "--resume", "nowhere"], capture_output=True, text=True, cwd="/", env={**os.environ}
-    )
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert lines[0] == "error: checkpoint /nowhere does not exist"
+@pytest.mark.parametrize(
+    ("end", "restarts", "code", "said"),
+    [
+        ("exit 3", 0, 3, r"exited with 3; --max-restarts N starts it anew"),
+        ("kill -9 $$", 1, 137, r"was ended by SIGKILL, and 1 restart\(s\) are used up"),
+    ],
+)
+def test_a_launch_names_the_process_that_fails(
+    end: str, restarts: int, code: int, said: str, runs: Runs, tmp_path: Path
+) -> None:
+    # instead of a Python that imports everything
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\necho "error: $*" >&2\n{end}\n')
+    program.chmod(0o755)
+    before = f"import loopfast.launch\nloopfast.launch.sys.executable = {str(program)!r}\n"
+    command = ["launch", "--nproc", "2", "--config", "tiny", "--resume", "nowhere"]
+    runs.ranks.start([*command, "--max-restarts", str(restarts)], 1, before=before)
+    assert runs.ranks.wait() == [code]
+    *lines, last = runs.ranks.errors(0).splitlines()
+    assert lines[0] == "error: -m loopfast train --config tiny --resume nowhere"
     # both end at once; either may be seen first
-    assert re.fullmatch(
-        r"error: rank [01] exited with 1; --max-restarts N starts it anew; --resume auto goes on from .*",
-        lines[1],
-    )
+    assert re.fullmatch(rf"error: rank [01] {said}; --resume auto goes on from .*", last)

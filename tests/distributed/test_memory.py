@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from loopfast.config import parse_config
-from loopfast.embedded.pretrain import Recipe, build, save
 from loopfast.planning.architectures import load_architecture
 from loopfast.planning.memory import Resources, footprint
+from tests.distributed.conftest import write_pipeline
 from tests.distributed.ranks import Ranks
 
 MEASURE = """\
@@ -84,57 +83,34 @@ def overrides(pipeline: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A UNet of 20 million parameters with random weights, in the embedded model's pipeline."""
-    vae, text_encoder, _, scheduler, tokenizer = build(Recipe())
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(128, 320),
-        layers_per_block=1,
-        cross_attention_dim=64,
-        attention_head_dim=8,
-    )
-    parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
-    folder = tmp_path_factory.mktemp("large") / "model"
-    save(
-        StableDiffusionPipeline(
-            **parts,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        ),
-        folder,
-    )
-    return folder
+    """With layers so large and so many that what each process needs whole is little beside its part."""
+    return write_pipeline(tmp_path_factory.mktemp("large") / "model", (256,))
 
 
 @pytest.fixture(scope="module")
 def held(
     pipeline: Path, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, list[dict[str, Any]]]:
-    """What each process of groups of one, two and four holds at most."""
+    """What each process of groups of one and two holds at most."""
     folder, found = tmp_path_factory.mktemp("memory"), {}
-    for size in (1, 2, 4):
+    for size in (1, 2):
         program = MEASURE.format(overrides=overrides(pipeline), file=str(folder / str(size)))
         ranks.run(["--version"], size, before=program)
         found[size] = [json.loads((folder / f"{size}-{rank}").read_text()) for rank in range(size)]
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_process_holds_its_part_and_a_tenth(size: int, held: dict[int, list[dict[str, Any]]]) -> None:
+def test_a_process_holds_its_part_and_little_more(held: dict[int, list[dict[str, Any]]]) -> None:
     [whole] = held[1]
     # weights, the float32 ones of the optimizer, two moments, gradients, and the reference's weights
     assert whole["peak"] >= 6 * 4 * whole["parameters"]
-    for process in held[size]:
-        assert process["peak"] <= 1.1 * whole["peak"] / size, process["parts"]
-        assert process["parts"]["reference"] <= 1.1 * 4 * whole["parameters"] / size
-        assert process["end"]["gradients"] <= 1.1 * 4 * whole["parameters"] / size
+    for process in held[2]:
+        assert process["peak"] <= 1.08 * whole["peak"] / 2, process["parts"]
+        assert process["parts"]["reference"] <= 1.08 * 4 * whole["parameters"] / 2
+        assert process["end"]["gradients"] <= 1.08 * 4 * whole["parameters"] / 2
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2])
 def test_the_plan_meets_what_is_held(
     size: int, held: dict[int, list[dict[str, Any]]], pipeline: Path
 ) -> None:
@@ -148,5 +124,5 @@ def test_the_plan_meets_what_is_held(
 
 
 def test_nothing_but_the_denoiser_is_sharded(held: dict[int, list[dict[str, Any]]]) -> None:
-    assert [process["sharded"] for processes in held.values() for process in processes] == [[]] * 7
+    assert [process["sharded"] for processes in held.values() for process in processes] == [[]] * 3
     assert torch.tensor([process["parameters"] for process in held[2]]).unique().numel() == 1

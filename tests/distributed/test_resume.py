@@ -18,38 +18,24 @@ from loopfast.rollout import initial_latents
 from loopfast.seeds import row_seeds
 from tests.distributed.conftest import Runs, distance, saved
 
-LORA = ("model.tune=lora", "distributed.zero_stage=3")
-FULL = ("model.tune=full", "distributed.zero_stage=2")
+FULL = ("distributed.zero_stage=2",)
+LORA = ("model.tune=lora", "distributed.zero_stage=3", "distributed.offload=all")
 PROMPT = "a red circle and a blue square"
 
 
-both = pytest.mark.parametrize("unbroken", [FULL, LORA], indirect=True, ids=["full", "lora"])
-
-
-@pytest.fixture(scope="module")
-def unbroken(request: pytest.FixtureRequest, runs: Runs) -> tuple[str, tuple[str, ...]]:
-    """The name and options of a run by two processes, three iterations long."""
-    name = "unbroken-" + request.param[0].removeprefix("model.tune=")
-    runs.train(name, 2, *request.param, "train.iterations=3")
-    return name, request.param
-
-
-@both
+@pytest.mark.parametrize(("options", "size", "stage"), [(FULL, 4, 3), (LORA, 1, 0)], ids=["full", "lora"])
 def test_what_two_processes_saved_another_number_goes_on_from(
-    unbroken: tuple[str, tuple[str, ...]], runs: Runs
+    options: tuple[str, ...], size: int, stage: int, runs: Runs
 ) -> None:
-    name, options = unbroken
-    size, stage = (1, 0) if options == LORA else (4, 3)
+    name = runs.shared(2, *options)
     again = f"{name}-{size}"
     shutil.copytree(runs.folder / name, runs.folder / again)
-    for later in ("iteration-000002", "iteration-000003"):
-        shutil.rmtree(runs.folder / again / "checkpoints" / later)
+    shutil.rmtree(runs.folder / again / "checkpoints" / "iteration-000002")
     (runs.folder / again / "metrics.jsonl").unlink()
-    folder = runs.train(
-        again, size, *options, "train.iterations=3", f"distributed.zero_stage={stage}", resume="auto"
-    )
+    offload = "distributed.offload=none"
+    folder = runs.train(again, size, *options, f"distributed.zero_stage={stage}", offload, resume="auto")
     later = runs.updates(name)[2:]
-    assert len(later) == 4
+    assert len(later) == 2
     for found, expected in zip(runs.updates(again), later, strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-5)
         assert found["learning_rate"] == expected["learning_rate"]
@@ -70,29 +56,25 @@ loopfast.train.Trainer._learn = stopped
 """
 
 
-@pytest.mark.parametrize("unbroken", [FULL], indirect=True, ids=["full"])
-def test_a_signal_to_one_process_saves_what_all_have_sampled(
-    unbroken: tuple[str, tuple[str, ...]], runs: Runs
-) -> None:
-    name, options = unbroken
-    options = (*options, "train.iterations=3")
+def test_a_signal_to_one_process_saves_what_all_have_sampled(runs: Runs) -> None:
+    name = runs.shared(2, *FULL)
     again = f"{name}-stopped"
-    runs.ranks.start(runs.arguments(again, *options), 2, before=STOP)
+    runs.ranks.start(runs.arguments(again, *FULL), 2, before=STOP)
     assert runs.ranks.wait() == [130, 143]
     [line] = runs.ranks.errors(0).splitlines()
     assert line.endswith("iteration-000001-update-1 is saved, --resume auto goes on from there")
     assert runs.ranks.errors(1) == ""
-    folder = runs.train(again, 1, *options, "distributed.zero_stage=0", resume="auto")
+    folder = runs.train(again, 1, "distributed.zero_stage=0", resume="auto")
     for found, expected in zip(runs.updates(again), runs.updates(name)[3:], strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-5)
     assert distance(saved(folder), saved(runs.folder / name)) < 1e-5
 
 
-@both
+@pytest.mark.parametrize("options", [FULL, LORA], ids=["full", "lora"])
 def test_plain_diffusers_draws_the_same_images_from_what_is_exported(
-    unbroken: tuple[str, tuple[str, ...]], runs: Runs
+    options: tuple[str, ...], runs: Runs
 ) -> None:
-    folder = runs.folder / unbroken[0]
+    folder = runs.folder / runs.shared(2, *options)
     config = load_config(folder / "config.yaml")
     without_noise = config.rollout.model_copy(update={"steps": 4, "eta": 0.0})
     config = config.model_copy(update={"rollout": without_noise})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def test_sixteen_bits_are_trained_on_policy_and_resumed_bitwise(
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())
     assert distance(weights, first) > 1e-6
-    runs.train(f"{name}-parts", 1, *options, "train.iterations=1")
+    shutil.copytree(whole, runs.folder / f"{name}-parts")
+    shutil.rmtree(runs.folder / f"{name}-parts" / "checkpoints" / "iteration-000002")
     parts = runs.train(f"{name}-parts", 1, *options, resume="auto")
     for group in ("policy", "optimizer"):
         found, expected = saved(parts, group), saved(whole, group)
@@ -56,7 +58,7 @@ import loopfast.engines.zero3 as engines
 backward, calls = engines.ZeroEngine.backward, []
 def infinite(self, loss, **options):
     calls.append(1)
-    return backward(self, loss * (float("nan") if len(calls) == 5 else 1.0), **options)
+    return backward(self, loss * (float("nan") if len(calls) == 2 else 1.0), **options)
 engines.ZeroEngine.backward = infinite
 """
 

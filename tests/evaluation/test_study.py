@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +20,7 @@ from loopfast.evaluation.study import (
     best_rates,
     table,
 )
+from tests.distributed.ranks import run_forked
 
 RESULT = Result("LOOP, K = 4", 1e-4, 0, HELDOUT, 512, 1.0, 0.3, 0.5, 0.2, 0.4, 0.6)
 
@@ -61,7 +63,8 @@ def test_methods_train_on_equal_numbers_of_images() -> None:
 
 
 @pytest.fixture
-def overrides(pipeline_folder: Path) -> list[str]:
+def overrides(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=run_forked))
     settings = {
         "model.pretrained": pipeline_folder,
         "model.device": "cpu",

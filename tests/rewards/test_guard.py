@@ -23,6 +23,7 @@ from loopfast.runs import RunFolder
 from loopfast.surrogate import Surrogate
 from loopfast.tracking import read_metrics
 from tests.test_resume import Signals, outcome
+from tests.test_reward_worker import in_a_thread  # noqa: F401
 
 MakeConfig = Callable[..., Config]
 
@@ -81,6 +82,7 @@ def config(small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyP
             "evaluation.prompts=easy.txt",
             "evaluation.every=0",
             "rollout.microbatch=3",
+            "rollout.steps=2",
             "train.microbatch=3",
             "train.iterations=1",
             "rollout.on_bad_reward=drop_group",
@@ -99,6 +101,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(sorted((folder / "checkpoints").iterdir())[-1] / "policy.safetensors")
 
 
+@pytest.mark.usefixtures("in_a_thread")
 @pytest.mark.parametrize("worker", ["none", "thread", "process"])
 def test_a_prompt_is_left_out_wherever_its_images_are_scored(worker: str, config: MakeConfig) -> None:
     folder, [warning] = run(config("{}", f"rollout.reward_worker={worker}"))
@@ -190,21 +193,21 @@ def test_too_few_prompts_left_end_the_run(
 
 
 def test_an_error_loses_no_iteration(config: MakeConfig, tmp_path: Path) -> None:
-    options = "{how: raises, word: '', calls: 7}"  # one of the evaluation, three an iteration
-    settings = ("train.iterations=3", "checkpoint.every=50", "rollout.on_bad_reward=error")
+    options = "{how: raises, word: '', calls: 4}"  # one of the evaluation, three an iteration
+    settings = ("train.iterations=2", "checkpoint.every=50", "rollout.on_bad_reward=error")
     (tmp_path / "mended").touch()
     unbroken, _ = run(config(options, *settings, "run.name=unbroken"))
     (tmp_path / "mended").unlink()
     with pytest.raises(RewardError) as caught:
         run(config(options, *settings))
     folder = tmp_path / "small"
-    saved = folder / "checkpoints" / "iteration-000002"
-    assert str(caught.value).startswith("iteration 3: reward 'mine' ")
+    saved = folder / "checkpoints" / "iteration-000001"
+    assert str(caught.value).startswith("iteration 2: reward 'mine' ")
     assert str(caught.value).endswith(
-        f"images and prompts are in {folder / 'failures' / 'iteration-000003'}; {saved} is saved, "
+        f"images and prompts are in {folder / 'failures' / 'iteration-000002'}; {saved} is saved, "
         "--resume auto goes on from there"
     )
-    assert [line["iteration"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
+    assert [line["iteration"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 1]
     (tmp_path / "mended").touch()
     run(config(options, *settings), resume="auto")
     assert outcome(folder) == outcome(unbroken)

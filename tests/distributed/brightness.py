@@ -1,0 +1,11 @@
+"""A reward that no rounding moves by more than itself, unlike a file's size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    return images.mean((1, 2, 3))
