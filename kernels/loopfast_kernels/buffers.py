@@ -1,0 +1,101 @@
+"""Memory for large results on the CPU, used again once a result is gone.
+
+glibc returns freed blocks of this size to the system, which zeroes their pages one by one when they are asked for
+again: for a gradient, more time than it takes to compute. So some blocks are kept. Each is lent through an object that
+the result's storage holds, and is free when a weak reference says that this object has died: when the last tensor, view
+or graph with that storage has. Nothing runs when a result is freed, in no thread and not at exit.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from ctypes import c_char
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import deterministic
+
+SMALLEST = 128 * 2**10
+"""Bytes from which a result lives in a block; smaller ones glibc's heap uses again by itself."""
+
+MOST_BYTES = 128 * 2**20
+"""Bytes of all blocks, free and lent: both gradients of 64 rows of 16×128×128 in float32."""
+
+MOST_BLOCKS = 64
+"""What a search has to look at."""
+
+
+class _Block:
+    """Memory, and the weak reference to what it was last lent through."""
+
+    __slots__ = ("loan", "memory", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self.loan: weakref.ref[Any] | None = None
+
+    def is_free(self) -> bool:
+        return self.loan is None or self.loan() is None
+
+    def lend(self, dtype: torch.dtype) -> Tensor:
+        """The block as a tensor ``[size / itemsize]``."""
+        loan: Any = (c_char * self.size).from_address(self.memory.data_ptr())
+        loan.memory = self.memory  # which outlives the result even where the block is no longer ours
+        self.loan = weakref.ref(loan)
+        return torch.frombuffer(loan, dtype=dtype)
+
+
+# In the order of their last loans. Lists change in one step each, so that threads need no lock, which a fork could
+# leave locked and a finalizer wait for.
+_blocks: list[_Block] = []
+
+
+def _take(size: int) -> _Block:
+    """A block that nobody else has: the free one lent last, or a new one."""
+    for block in reversed(_blocks):
+        if block.size == size and block.is_free():
+            try:
+                _blocks.remove(block)
+            except ValueError:
+                continue  # another thread was faster
+            if block.is_free():
+                return block
+            _blocks.append(block)  # another thread was faster, and has lent it by now
+    return _Block(size)
+
+
+def _flat(count: int, dtype: torch.dtype) -> Tensor | None:
+    """Some elements in a block; None where torch should allocate them: too small, too large, to be filled."""
+    size = count * dtype.itemsize
+    if not SMALLEST <= size <= MOST_BYTES:
+        return None
+    filling = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if filling and torch.are_deterministic_algorithms_enabled():
+        return None
+    block = _take(size)
+    result = block.lend(dtype)
+    _blocks.append(block)
+    while len(_blocks) > MOST_BLOCKS or sum(block.size for block in _blocks) > MOST_BYTES:
+        del _blocks[:1]
+    return result
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As ``torch.empty`` on the CPU. A large result's storage cannot be resized, as that of a NumPy array."""
+    flat = _flat(math.prod(shape), dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu") if flat is None else flat.view(shape)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """As ``torch.empty_like`` of a dense tensor on the CPU, with its strides; as `empty`."""
+    flat = _flat(tensor.numel(), tensor.dtype)
+    return torch.empty_like(tensor) if flat is None else flat.as_strided(tensor.shape, tensor.stride())
+
+
+def clear() -> None:
+    """Keep nothing: free blocks are released now, lent ones with their results."""
+    _blocks.clear()
