@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_char
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,22 +30,14 @@ MOST_BLOCKS = 64
 class _Block:
     """Memory, and the weak reference to what it was last lent through."""
 
-    __slots__ = ("loan", "memory", "size")
+    __slots__ = ("array", "loan", "size")
 
     def __init__(self, size: int) -> None:
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.size = size
-        self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        self.loan: weakref.ref[Any] | None = None
-
-    def is_free(self) -> bool:
-        return self.loan is None or self.loan() is None
-
-    def lend(self, dtype: torch.dtype) -> Tensor:
-        """The block as a tensor ``[size / itemsize]``."""
-        loan: Any = (c_char * self.size).from_address(self.memory.data_ptr())
-        loan.memory = self.memory  # which outlives the result even where the block is no longer ours
-        self.loan = weakref.ref(loan)
-        return torch.frombuffer(loan, dtype=dtype)
+        self.array = (c_char * size).from_address(memory.data_ptr())
+        self.array.memory = memory  # type: ignore[attr-defined] # a loan keeps the array, the array the memory
+        self.loan: Callable[[], object] = lambda: None
 
 
 # In the order of their last loans. Lists change in one step each, so that threads need no lock, which a fork could
@@ -54,18 +45,18 @@ class _Block:
 _blocks: list[_Block] = []
 
 
-def _take(size: int) -> _Block:
-    """A block that nobody else has: the free one lent last, or a new one."""
+def _take(size: int) -> _Block | None:
+    """The free block that was lent last, now nobody else's; None where there is none."""
     for block in reversed(_blocks):
-        if block.size == size and block.is_free():
+        if block.size == size and block.loan() is None:
             try:
                 _blocks.remove(block)
             except ValueError:
                 continue  # another thread was faster
-            if block.is_free():
+            if block.loan() is None:
                 return block
             _blocks.append(block)  # another thread was faster, and has lent it by now
-    return _Block(size)
+    return None
 
 
 def _flat(count: int, dtype: torch.dtype) -> Tensor | None:
@@ -73,27 +64,31 @@ def _flat(count: int, dtype: torch.dtype) -> Tensor | None:
     size = count * dtype.itemsize
     if not SMALLEST <= size <= MOST_BYTES:
         return None
-    filling = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    if filling and torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         return None
-    block = _take(size)
-    result = block.lend(dtype)
+    taken = _take(size)
+    block = _Block(size) if taken is None else taken
+    loan = memoryview(block.array)
+    block.loan = weakref.ref(loan)
     _blocks.append(block)
-    while len(_blocks) > MOST_BLOCKS or sum(block.size for block in _blocks) > MOST_BYTES:
-        del _blocks[:1]
-    return result
+    if taken is None:
+        while len(_blocks) > MOST_BLOCKS or sum(block.size for block in _blocks) > MOST_BYTES:
+            del _blocks[:1]
+    return torch.frombuffer(loan, dtype=dtype)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """As ``torch.empty`` on the CPU. A large result's storage cannot be resized, as that of a NumPy array."""
+    """As ``torch.empty`` on the CPU. A large result's storage cannot grow, like that of a NumPy array."""
     flat = _flat(math.prod(shape), dtype)
-    return torch.empty(shape, dtype=dtype, device="cpu") if flat is None else flat.view(shape)
+    return torch.empty(shape, dtype=dtype, device="cpu") if flat is None else flat.resize_(*shape)
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """As ``torch.empty_like`` of a dense tensor on the CPU, with its strides; as `empty`."""
+    """As ``torch.empty_like`` on the CPU of a tensor that is contiguous or channels last; as `empty`."""
     flat = _flat(tensor.numel(), tensor.dtype)
-    return torch.empty_like(tensor) if flat is None else flat.as_strided(tensor.shape, tensor.stride())
+    if flat is None:
+        return torch.empty_like(tensor)
+    return flat.resize_as_(tensor, memory_format=torch.preserve_format)
 
 
 def clear() -> None:
