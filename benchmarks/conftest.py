@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import loopfast_kernels
+from loopfast_kernels import native_library
 
 from .cases import OPS, Case, device
 from .competitors import MissingCompetitorError, runner
@@ -39,8 +40,11 @@ def machine() -> dict[str, Any]:
 
     where = device()
     settle_heap()
+    name = device_name(where)
+    if _backend(where) == "native":  # whose speed is that of its instruction set
+        name += f", {native_library.load().loopfast_isa().decode()}"
     return {
-        "device": device_name(where),
+        "device": name,
         "copy_gb_per_s": copy_bandwidth(where) / 1e9,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -309,5 +309,5 @@ def faults():
 faults()
 print(faults())
 """
-    # Of small pages both gradients take 512, each time.
+    # Both gradients take 512 pages; without blocks to use again there were 158 faults a call.
     assert int(run(program)) < 20 * 50
