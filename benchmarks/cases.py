@@ -30,14 +30,25 @@ class Case:
     rows: int
     dtype: torch.dtype
     competitor: str
+    plain: bool = False  # in a process where nothing told glibc to keep freed memory
 
     @property
     def setting(self) -> str:
         """Everything but op and competitor, such as ``SD-16-float32``."""
         return f"{self.shape}-{self.rows}-{str(self.dtype).removeprefix('torch.')}"
 
+    def inputs(self, seed: int = 0) -> Inputs:
+        """Its arguments for a seed, on the device that is measured."""
+        op = OPS[self.op]
+        return make_inputs(
+            *(SHAPES[self.shape], self.rows, self.dtype, device()),
+            requires_grad=op.backward,
+            guided=op.guided,
+            seed=seed,
+        )
+
     def __str__(self) -> str:
-        return f"{self.setting}-{self.competitor}"
+        return f"{self.setting}-{self.competitor}{'-plain' * self.plain}"
 
 
 def device() -> torch.device:
@@ -132,6 +143,7 @@ def make_inputs(
     device: torch.device,
     *,
     requires_grad: bool,
+    guided: bool = True,
     seed: int = 0,
 ) -> Inputs:
     """Random arguments of an update's first pass: `prev_sample` was drawn with these outputs, every ratio is 1.
@@ -142,6 +154,7 @@ def make_inputs(
         dtype: of the latents.
         device: of everything.
         requires_grad: whether the model outputs do.
+        guided: whether they are combined by guidance.
         seed: of the random numbers.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -153,8 +166,10 @@ def make_inputs(
     step = torch.randint(STEPS, (rows,), generator=generator, device=device)
     output, uncond, sample = (normal(rows, *shape).to(dtype) for _ in range(3))
     a, b, sigma = (column.reshape(-1, *(1 for _ in shape)) for column in schedule.table[step].unbind(1))
-    guided = uncond.float() + GUIDANCE_SCALE * (output.float() - uncond.float())
-    mean = a * sample + b * guided
+    combined = output.float()
+    if guided:
+        combined = uncond.float() + GUIDANCE_SCALE * (combined - uncond.float())
+    mean = a * sample + b * combined
     prev_sample = (mean + sigma * normal(rows, *shape)).to(dtype)
     logprob = -0.5 * ((prev_sample - mean) / sigma).square() - sigma.log() - 0.5 * math.log(2 * math.pi)
     return Inputs(
@@ -181,6 +196,7 @@ class Op(NamedTuple):
         latents: how many latents go in and out, each counted once.
         backward: whether the gradients of both model outputs are part of the work.
         moves_dtype: the dtype of those latents where it isn't the inputs'.
+        guided: whether there is an unconditional output.
     """
 
     function: str
@@ -188,6 +204,7 @@ class Op(NamedTuple):
     latents: int
     backward: bool = False
     moves_dtype: torch.dtype | None = None
+    guided: bool = True
 
     def bytes(self, inputs: Inputs) -> int:
         """The least that has to be moved: every latent in and out once; a row's few numbers are left out."""
@@ -196,7 +213,7 @@ class Op(NamedTuple):
         return self.latents * inputs.sample.numel() * (self.moves_dtype or inputs.sample.dtype).itemsize
 
 
-def _transition(inputs: Inputs) -> tuple[Tensor | Schedule, ...]:
+def _transition(inputs: Inputs) -> tuple[Tensor | Schedule | None, ...]:
     return (
         inputs.model_output,
         inputs.uncond_output,
@@ -226,6 +243,13 @@ OPS = {
         lambda x: (*_transition(x), x.old_logprob, x.rewards, x.trajectory),
         latents=6,
         backward=True,
+    ),
+    "loop_loss_unguided": Op(
+        "loop_loss",
+        lambda x: (x.model_output, None, *_transition(x)[2:], x.old_logprob, x.rewards, x.trajectory),
+        latents=4,
+        backward=True,
+        guided=False,
     ),
     "leave_one_out": Op("leave_one_out", lambda x: (x.rewards,), latents=0),
     "philox_normal": Op(

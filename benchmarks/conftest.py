@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 import loopfast_kernels
+from loopfast_kernels import native_library
 
-from .cases import OPS, SHAPES, Case, device, make_inputs
+from .cases import OPS, Case, device
 from .competitors import MissingCompetitorError, runner
 from .counting import kernel_launches, peak_extra_bytes
 from .machine import device_name
+from .plain_process import seconds_elsewhere
 from .timing import Playback, copy_bandwidth, durations, host_seconds, rotating, settle_heap
 
 BUDGET_SECONDS = 0.7
@@ -37,8 +40,11 @@ def machine() -> dict[str, Any]:
 
     where = device()
     settle_heap()
+    name = device_name(where)
+    if _backend(where) == "native":  # whose speed is that of its instruction set
+        name += f", {native_library.load().loopfast_isa().decode()}"
     return {
-        "device": device_name(where),
+        "device": name,
         "copy_gb_per_s": copy_bandwidth(where) / 1e9,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -61,6 +67,7 @@ def time_call(playback: Playback, benchmark: Any, request: pytest.FixtureRequest
     """``time_call(run, make, moved, op=..., setting=..., competitor=...)`` times a call, and describes it.
 
     ``make`` gives the argument of ``run`` for a seed, ``moved`` the bytes that a call with it has to move.
+    ``elsewhere`` times it in another process: it makes durations of a budget in seconds.
     """
 
     def time_call(
@@ -72,6 +79,7 @@ def time_call(playback: Playback, benchmark: Any, request: pytest.FixtureRequest
         setting: str,
         competitor: str,
         budget: float = BUDGET_SECONDS,
+        elsewhere: Callable[[float], list[float]] | None = None,
     ) -> None:
         where = device()
         if benchmark.disabled:
@@ -80,7 +88,7 @@ def time_call(playback: Playback, benchmark: Any, request: pytest.FixtureRequest
         machine = request.getfixturevalue("machine")
         inputs = rotating(make, moved, where)
         torch.manual_seed(0)
-        seconds = durations(run, inputs, where, budget)
+        seconds = elsewhere(budget) if elsewhere else durations(run, inputs, where, budget)
         playback.load(seconds)
         benchmark.group, benchmark.name = f"{op} {setting}", competitor
         benchmark.pedantic(lambda: None, rounds=len(seconds))
@@ -111,13 +119,14 @@ def measure(time_call: Callable[..., None]) -> Callable[[Case], None]:
             run = runner(case.op, case.competitor)
         except MissingCompetitorError as error:
             pytest.skip(str(error))
-        op = OPS[case.op]
-
-        def make(seed: int) -> Any:
-            return make_inputs(
-                SHAPES[case.shape], case.rows, case.dtype, device(), requires_grad=op.backward, seed=seed
-            )
-
-        time_call(run, make, op.bytes, op=case.op, setting=case.setting, competitor=case.competitor)
+        time_call(
+            run,
+            case.inputs,
+            OPS[case.op].bytes,
+            op=case.op + "_plain" * case.plain,
+            setting=case.setting,
+            competitor=case.competitor,
+            elsewhere=partial(seconds_elsewhere, case) if case.plain else None,
+        )
 
     return measure

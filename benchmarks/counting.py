@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from loopfast_kernels import buffers
+
 _MEMORY_EVENT = "[memory]"
 
 
@@ -29,7 +31,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Run a call and say how much memory was allocated at its peak beyond what was before, its results included.
 
     What goes past torch's allocators is not seen, such as a buffer of a C++ function's own. Freeing older memory
-    makes no room.
+    makes no room. Blocks that our ops keep for their results are let go before, and count when they are made anew.
 
     Args:
         call: what to run; it should have run before, so that caches of its first call do not count.
@@ -45,6 +47,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    buffers.clear()
     with _recording(ProfilerActivity.CPU, profile_memory=True) as profiler:
         call()
     events = [

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from benchmarks import compare
-from benchmarks.cases import OPS, SHAPES, Inputs, grid, make_inputs
+from benchmarks.cases import OPS, SHAPES, Case, Inputs, grid, make_inputs
 from benchmarks.competitors import MissingCompetitorError, eager, runner
 from benchmarks.counting import kernel_launches, peak_extra_bytes
 from benchmarks.keep import device_slug, load
+from benchmarks.plain_process import seconds_elsewhere
 from benchmarks.sharding import __main__ as sharding
 from benchmarks.timing import MIN_ROUNDS, Playback, durations, host_seconds, rotating
 from loopfast.config import parse_config
@@ -33,7 +34,9 @@ native = pytest.mark.skipif(info()["cpu"] != "native", reason="the native librar
 
 
 def small_inputs(op: str) -> Inputs:
-    inputs = make_inputs((4, 8, 8), 8, torch.float32, CPU, requires_grad=OPS[op].backward)
+    inputs = make_inputs(
+        (4, 8, 8), 8, torch.float32, CPU, requires_grad=OPS[op].backward, guided=OPS[op].guided
+    )
     # Ratios around 1, some of them clipped.
     return replace(inputs, old_logprob=inputs.old_logprob + torch.linspace(-0.4, 0.4, 8))
 
@@ -55,7 +58,7 @@ def test_competitors_compute_the_same(op: str, competitor: str) -> None:
         pytest.skip(str(error))
     inputs = small_inputs(op)
     results = runner(op, "ours")(inputs)
-    assert len(results) == (3 if OPS[op].backward else 1)
+    assert len(results) == (1 + 1 + OPS[op].guided if OPS[op].backward else 1)
     assert_same(results, theirs(inputs))
 
 
@@ -132,6 +135,7 @@ import torch
 
 from benchmarks.cases import SHAPES, make_inputs
 from benchmarks.competitors import runner
+from loopfast_kernels import buffers
 
 def kilobytes(name):
     status = Path("/proc/self/status").read_text()
@@ -141,6 +145,7 @@ inputs = make_inputs(SHAPES["SD"], 64, torch.float32, torch.device("cpu"), requi
 run = runner("loop_loss", sys.argv[1])
 for _ in range(3):
     run(inputs)
+buffers.clear()
 before = kilobytes("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
 gradients = run(inputs)[1:]
@@ -165,6 +170,15 @@ def test_memory_beyond_torch_as_the_system_sees_it(competitor: str, fits: bool) 
     peak, gradients = map(int, process.stdout.split())
     assert peak >= gradients - 256
     assert (peak <= gradients + 512) is fits
+
+
+def test_a_case_is_timed_in_a_plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOPFAST_BENCH_DEVICE", "cpu")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=2000000000")
+    case = Case("loop_loss_unguided", "SD", 1, torch.float32, "ours", plain=True)
+    seconds = seconds_elsewhere(case, budget=0)
+    assert len(seconds) == MIN_ROUNDS
+    assert all(second > 0 for second in seconds)
 
 
 def test_durations_are_played_back() -> None:

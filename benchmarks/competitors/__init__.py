@@ -29,7 +29,7 @@ def runner(op: str, competitor: str) -> Run:
         competitor: one of `COMPETITORS`.
 
     Returns:
-        A function of the inputs; it returns the op's results, then the gradients of both model outputs.
+        A function of the inputs; it returns the op's results, then the gradients of the model outputs.
 
     Raises:
         MissingCompetitorError: the competitor cannot take part.
@@ -51,7 +51,7 @@ def runner(op: str, competitor: str) -> Run:
                 result = function(*arguments(inputs))
             return result if isinstance(result, tuple) else (result,)
         result = function(*arguments(inputs))
-        outputs = (inputs.model_output, inputs.uncond_output)
+        outputs = (inputs.model_output, inputs.uncond_output)[: 1 + OPS[op].guided]
         return result.detach(), *torch.autograd.grad(
             result, outputs, inputs.advantage if result.dim() else None
         )

@@ -59,19 +59,19 @@ def denoise_step(
 
 def transition_logprob(
     model_output: Tensor,
-    uncond_output: Tensor,
+    uncond_output: Tensor | None,
     sample: Tensor,
     prev_sample: Tensor,
     schedule: Schedule,
     step: Tensor,
 ) -> Tensor:
-    guided = _guided(model_output, uncond_output)
+    guided = model_output if uncond_output is None else _guided(model_output, uncond_output)
     return _log_prob(prev_sample, *_mean_and_sigma(guided, sample, schedule, step))
 
 
 def clipped_loss(
     model_output: Tensor,
-    uncond_output: Tensor,
+    uncond_output: Tensor | None,
     sample: Tensor,
     prev_sample: Tensor,
     schedule: Schedule,
@@ -88,7 +88,7 @@ def clipped_loss(
 
 def loop_loss(
     model_output: Tensor,
-    uncond_output: Tensor,
+    uncond_output: Tensor | None,
     sample: Tensor,
     prev_sample: Tensor,
     schedule: Schedule,

@@ -9,6 +9,10 @@ import loopfast_kernels
 from ..cases import ADVANTAGE_CLIP, CLIP_RANGE, GUIDANCE_SCALE, Schedule
 
 
+def _scale(uncond_output: Tensor | None) -> float:
+    return 1.0 if uncond_output is None else GUIDANCE_SCALE
+
+
 def denoise_step(
     model_output: Tensor,
     uncond_output: Tensor | None,
@@ -24,13 +28,13 @@ def denoise_step(
         step,
         seed,
         uncond_output=uncond_output,
-        guidance_scale=1.0 if uncond_output is None else GUIDANCE_SCALE,
+        guidance_scale=_scale(uncond_output),
     )
 
 
 def transition_logprob(
     model_output: Tensor,
-    uncond_output: Tensor,
+    uncond_output: Tensor | None,
     sample: Tensor,
     prev_sample: Tensor,
     schedule: Schedule,
@@ -43,13 +47,13 @@ def transition_logprob(
         schedule.table,
         step,
         uncond_output=uncond_output,
-        guidance_scale=GUIDANCE_SCALE,
+        guidance_scale=_scale(uncond_output),
     )
 
 
 def clipped_loss(
     model_output: Tensor,
-    uncond_output: Tensor,
+    uncond_output: Tensor | None,
     sample: Tensor,
     prev_sample: Tensor,
     schedule: Schedule,
@@ -67,13 +71,13 @@ def clipped_loss(
         advantage,
         clip_range=CLIP_RANGE,
         uncond_output=uncond_output,
-        guidance_scale=GUIDANCE_SCALE,
+        guidance_scale=_scale(uncond_output),
     ).loss
 
 
 def loop_loss(
     model_output: Tensor,
-    uncond_output: Tensor,
+    uncond_output: Tensor | None,
     sample: Tensor,
     prev_sample: Tensor,
     schedule: Schedule,
@@ -94,7 +98,7 @@ def loop_loss(
         clip_range=CLIP_RANGE,
         advantage_clip=ADVANTAGE_CLIP,
         uncond_output=uncond_output,
-        guidance_scale=GUIDANCE_SCALE,
+        guidance_scale=_scale(uncond_output),
     ).loss
 
 

@@ -54,20 +54,20 @@ def denoise_step(
 
 def transition_logprob(
     model_output: Tensor,
-    uncond_output: Tensor,
+    uncond_output: Tensor | None,
     sample: Tensor,
     prev_sample: Tensor,
     schedule: Schedule,
     step: Tensor,
 ) -> Tensor:
-    guided = _guided(model_output, uncond_output)
+    guided = model_output if uncond_output is None else _guided(model_output, uncond_output)
     timesteps = schedule.timesteps[step]
     return scheduler_step(_scheduler(), guided, timesteps, sample, eta=1.0, prev_sample=prev_sample).log_probs
 
 
 def clipped_loss(
     model_output: Tensor,
-    uncond_output: Tensor,
+    uncond_output: Tensor | None,
     sample: Tensor,
     prev_sample: Tensor,
     schedule: Schedule,
@@ -82,7 +82,7 @@ def clipped_loss(
 
 def loop_loss(
     model_output: Tensor,
-    uncond_output: Tensor,
+    uncond_output: Tensor | None,
     sample: Tensor,
     prev_sample: Tensor,
     schedule: Schedule,

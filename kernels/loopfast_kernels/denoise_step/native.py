@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..buffers import empty_like
 from ..native_library import Latents, as_float32, call, latents, pointer, transition
 from ..validation import check_index
 
@@ -21,7 +22,7 @@ def denoise_step(
 ) -> tuple[Tensor, Tensor]:
     """``x_{t-1}`` and its log-probability; as in `reference`."""
     table = as_float32(table)
-    prev_sample = torch.empty_like(sample)
+    prev_sample = empty_like(sample)
     logprob = sample.new_empty(sample.shape[0], dtype=torch.float32)
     at = transition(model_output, sample, table, step, uncond_output, guidance_scale, reduction)
     call(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..buffers import empty_like
 from ..native_library import Norm, call, image, latents
 
 
@@ -29,7 +30,7 @@ def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Result and statistics; as in `reference`."""
-    y = torch.empty_like(x)
+    y = empty_like(x)
     statistics = x.new_empty((x.shape[0], groups, 3), dtype=torch.float32)
     call(
         "loopfast_group_norm_silu",
@@ -53,7 +54,7 @@ def group_norm_silu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by x, weight, bias and shift, empty where not wanted; as in `reference`."""
     grad_x, grad_weight, grad_bias, grad_shift = (
-        torch.empty_like(tensor) if want and tensor is not None else x.new_empty(0)
+        empty_like(tensor) if want and tensor is not None else x.new_empty(0)
         for tensor, want in zip((x, weight, bias, shift), wanted, strict=True)
     )
     call(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..buffers import empty_like
 from ..native_library import LossArguments, LossResults, as_float32, call, latents, pointer, transition
 from .reference import LossAndGradient, has_scaled_rows
 
@@ -79,6 +80,7 @@ def _loss(
     arguments.kl_weight = kl_weight
 
     rows = model_output.shape[0]
+    uncond = model_output if uncond_output is None else uncond_output
     scaled = (with_grad or with_uncond_grad) and has_scaled_rows(model_output, uncond_output)
 
     def by_row(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,10 +93,8 @@ def _loss(
         advantage=by_row(),
         clipped=by_row(torch.bool),
         kl=by_row(),
-        grad_output=torch.empty_like(model_output) if with_grad else model_output.new_empty(0),
-        grad_uncond=(model_output if uncond_output is None else uncond_output).new_empty(
-            model_output.shape if with_uncond_grad else (0,)
-        ),
+        grad_output=empty_like(model_output) if with_grad else model_output.new_empty(0),
+        grad_uncond=empty_like(uncond) if with_uncond_grad else uncond.new_empty(0),
         grad_scale=by_row() if scaled else model_output.new_empty(0, dtype=torch.float32),
     )
     call(

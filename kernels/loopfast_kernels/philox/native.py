@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..buffers import empty
 from ..native_library import call, pointer
 
 
 def philox_normal(seed: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
     """Noise float32 of `shape`; as in `reference`."""
-    noise = seed.new_empty(shape, dtype=torch.float32)
+    noise = empty(shape, torch.float32)
     rows = shape[0]
     call(
         "loopfast_philox_normal",

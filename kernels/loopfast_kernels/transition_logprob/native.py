@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..buffers import empty_like
 from ..native_library import as_float32, call, latents, pointer, transition
 
 
@@ -39,8 +40,8 @@ def transition_logprob_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients by both model outputs, the second empty where there is none; as in `reference`."""
     table, grad = as_float32(table), as_float32(grad)
-    grad_output = torch.empty_like(model_output)
-    grad_uncond = model_output.new_empty(0) if uncond_output is None else torch.empty_like(uncond_output)
+    grad_output = empty_like(model_output)
+    grad_uncond = model_output.new_empty(0) if uncond_output is None else empty_like(uncond_output)
     at = transition(model_output, sample, table, step, uncond_output, guidance_scale, reduction)
     call(
         "loopfast_transition_logprob_backward",

@@ -1,0 +1,96 @@
+"""Memory for large results on the CPU, used again once a result is gone.
+
+glibc returns freed blocks of this size to the system, which zeroes their pages one by one when they are asked for
+again: for a gradient, more time than it takes to compute. So some blocks are kept. Each is lent through an object that
+the result's storage holds, and is free when a weak reference says that this object has died: when the last tensor, view
+or graph with that storage has. Nothing runs when a result is freed, in no thread and not at exit.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from ctypes import c_char
+
+import torch
+from torch import Tensor
+from torch.utils import deterministic
+
+SMALLEST = 128 * 2**10
+"""Bytes from which a result lives in a block; smaller ones glibc's heap uses again by itself."""
+
+MOST_BYTES = 128 * 2**20
+"""Bytes of all blocks, free and lent: both gradients of 64 rows of 16×128×128 in float32."""
+
+MOST_BLOCKS = 64
+"""What a search has to look at."""
+
+
+class _Block:
+    """Memory, and the weak reference to what it was last lent through."""
+
+    __slots__ = ("array", "loan", "size")
+
+    def __init__(self, size: int) -> None:
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self.size = size
+        self.array = (c_char * size).from_address(memory.data_ptr())
+        self.array.memory = memory  # type: ignore[attr-defined] # a loan keeps the array, the array the memory
+        self.loan: Callable[[], object] = lambda: None
+
+
+# In the order of their last loans. Lists change in one step each, so that threads need no lock, which a fork could
+# leave locked and a finalizer wait for.
+_blocks: list[_Block] = []
+
+
+def _take(size: int) -> _Block | None:
+    """The free block that was lent last, now nobody else's; None where there is none."""
+    for block in reversed(_blocks):
+        if block.size == size and block.loan() is None:
+            try:
+                _blocks.remove(block)
+            except ValueError:
+                continue  # another thread was faster
+            if block.loan() is None:
+                return block
+            _blocks.append(block)  # another thread was faster, and has lent it by now
+    return None
+
+
+def _flat(count: int, dtype: torch.dtype) -> Tensor | None:
+    """Some elements in a block; None where torch should allocate them: too small, too large, to be filled."""
+    size = count * dtype.itemsize
+    if not SMALLEST <= size <= MOST_BYTES:
+        return None
+    if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+        return None
+    taken = _take(size)
+    block = _Block(size) if taken is None else taken
+    loan = memoryview(block.array)
+    block.loan = weakref.ref(loan)
+    _blocks.append(block)
+    if taken is None:
+        while len(_blocks) > MOST_BLOCKS or sum(block.size for block in _blocks) > MOST_BYTES:
+            del _blocks[:1]
+    return torch.frombuffer(loan, dtype=dtype)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As ``torch.empty`` on the CPU. A large result's storage cannot grow, like that of a NumPy array."""
+    flat = _flat(math.prod(shape), dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu") if flat is None else flat.resize_(*shape)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """As ``torch.empty_like`` on the CPU of a tensor that is contiguous or channels last; as `empty`."""
+    flat = _flat(tensor.numel(), tensor.dtype)
+    if flat is None:
+        return torch.empty_like(tensor)
+    return flat.resize_as_(tensor, memory_format=torch.preserve_format)
+
+
+def clear() -> None:
+    """Keep nothing: free blocks are released now, lent ones with their results."""
+    _blocks.clear()
