@@ -108,7 +108,7 @@ def test_replaces_the_function_where_it_is_bound_and_restores_it(codebase, origi
 def test_samples_as_the_original(codebase, original, prediction, spacing, steps, eta, to_one):
     scheduler = ddim(steps, prediction_type=prediction, timestep_spacing=spacing, set_alpha_to_one=to_one)
     with patch_ddpo_pytorch():
-        for t in scheduler.timesteps:
+        for t in scheduler.timesteps[:: 7 if steps == 50 else 1]:
             output, sample = latents(2)
             seed = int(t)
             torch.manual_seed(seed)

@@ -15,6 +15,7 @@ from loopfast.config import Config, parse_config
 from loopfast.errors import ConfigError
 from loopfast.planning import as_dict, load_architecture, plan
 from loopfast.planning.architectures import T5_TOKENS
+from loopfast.planning.memory import footprint
 from loopfast.planning.networks import adapted, form_of, sampling_call, training_call, weights_of
 from loopfast.policies import Policy, load_policy
 from loopfast.policies.families import FAMILIES
@@ -133,10 +134,11 @@ def test_what_is_not_counted_of_such_runs_is_said() -> None:
         "{model: {pretrained: black-forest-labs/FLUX.1-schnell, height: 64, width: 64, tune: lora, "
         "free_text_encoder: true}, reward: [{name: pickscore}]}"
     )
-    said = "; ".join(as_dict(plan(parse_config(text), card="a100-80"))["not_counted"])
+    found = plan(parse_config(text), card="a100-80")
+    said = "; ".join(as_dict(found)["not_counted"])
     assert "the model of a reward (pickscore)" in said
     # 512 rows of 4096 numbers of 4 bytes
     assert "the encoded prompts, 8.00 MiB each" in said
     averaged = parse_config(text, ["train.ema_decay=0.99"])
-    found = plan(averaged, card="a100-80")
-    assert found.chosen.footprint.held["average of the weights"] == 4 * found.weights.trained
+    held = footprint(averaged, found.architecture, found.resources).held
+    assert held["average of the weights"] == 4 * found.weights.trained
