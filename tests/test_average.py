@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from loopfast.tracking import read_metrics
 from loopfast.train import train
 from tests.conftest import MakeConfig
 
-EMA = ("model.tune=lora", "train.ema_decay=0.7", "train.learning_rate=1e-2")
+SHORT = ("rollout.prompts_per_iteration=2", "rollout.steps=2", "evaluation.limit_prompts=1")
+EMA = ("model.tune=lora", "train.ema_decay=0.7", "train.learning_rate=1e-2", "train.iterations=2", *SHORT)
+PLAIN = tuple(option for option in EMA if "ema" not in option)
 
 
 def test_it_follows_its_formula() -> None:
@@ -96,8 +99,12 @@ def weights(run: Path) -> dict[str, Any]:
     return checkpoint.tensors
 
 
-def test_evaluations_and_exports_are_the_averages(small_config: MakeConfig) -> None:
-    run = train(small_config(*EMA), display=Display.silent())
+@pytest.fixture(scope="module")
+def run(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(make_config(tmp_path_factory.mktemp("ema"), *EMA), display=Display.silent())
+
+
+def test_evaluations_and_exports_are_the_averages(run: Path, small_config: MakeConfig) -> None:
     kept = weights(run)
     name = next(name for name in kept["average"] if "lora_B" in name)
     assert not torch.equal(kept["average"][name], kept["policy"][name])
@@ -105,21 +112,21 @@ def test_evaluations_and_exports_are_the_averages(small_config: MakeConfig) -> N
     key = f"unet.{name.replace('.loopfast', '')}"
     torch.testing.assert_close(exported[key], kept["average"][name])
 
-    plain = train(small_config(*EMA[::2], "run.name=plain"), display=Display.silent())
+    plain = train(small_config(*PLAIN), display=Display.silent())
     ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (run, plain))
     # the same training; other images of it are measured
     assert [line.get("reward_mean") for line in ours] == [line.get("reward_mean") for line in theirs]
     assert ours[-1]["eval_reward"] != theirs[-1]["eval_reward"]
 
 
-def test_a_resumed_run_has_the_same_average(small_config: MakeConfig) -> None:
-    run = train(small_config(*EMA), display=Display.silent())
-    train(small_config(*EMA, "run.name=two", "train.iterations=2"), display=Display.silent())
-    again = train(small_config(*EMA, "run.name=two"), resume="auto", display=Display.silent())
+def test_a_resumed_run_has_the_same_average(run: Path, small_config: MakeConfig, tmp_path: Path) -> None:
+    half = Path(shutil.copytree(run, tmp_path / "small"))
+    shutil.rmtree(half / "checkpoints" / "iteration-000002")
+    again = train(small_config(*EMA), resume="auto", display=Display.silent())
     for name, value in weights(run)["average"].items():
         assert torch.equal(weights(again)["average"][name], value)
     with pytest.raises(ConfigError, match=r"cannot resume .*train\.ema_decay"):
-        train(small_config(*EMA[::2], "run.name=two"), resume="auto", display=Display.silent())
+        train(small_config(*PLAIN), resume="auto", display=Display.silent())
 
 
 def test_it_is_not_for_weights_in_parts() -> None:

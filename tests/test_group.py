@@ -125,34 +125,6 @@ def test_rows_that_are_missing_or_come_twice_are_an_error(ids: list[int]) -> Non
         ALONE.gather(torch.zeros(3), torch.tensor(ids), 3)
 
 
-class Together(Group):
-    """A process of a pair, which gets what the other sends from a list instead of a network."""
-
-    def __init__(self, rank: int, sent: dict[int, list[Tensor]]) -> None:
-        super().__init__(Place(rank, 2))
-        self.sent, self.other = sent.setdefault(rank, []), sent.get(1 - rank, [])
-
-    def _largest(self, values: Tensor) -> Tensor:
-        return values.clamp(min=3)
-
-    def _all(self, values: Tensor) -> Tensor:
-        self.sent.append(values)
-        return torch.cat([values, self.other.pop(0)] if self.other else [values])
-
-
-def test_ids_beyond_float32_stay_whole() -> None:
-    # rows of another process come with ids that float32 would round to its own
-    base = 2**24
-    sent: dict[int, list[Tensor]] = {}
-    Together(0, sent).sent.extend([torch.tensor([base + 1, -1, -1]), torch.tensor([7.0, 0.0, 0.0])])
-    group = Together(1, {0: sent[0], 1: []})
-    rest = torch.arange(base + 2)
-    ids = rest[rest != base + 1]
-    gathered = group.gather(torch.zeros(len(ids)), ids, base + 2)
-    assert gathered[base + 1] == 7.0
-    assert gathered.sum() == 7.0
-
-
 class Wires:
     """Stands for ``torch.distributed``: the other of two processes sends what this one does, and all of it is noted."""
 
@@ -191,6 +163,16 @@ def wires(monkeypatch: pytest.MonkeyPatch) -> Wires:
     wires = Wires()
     monkeypatch.setattr("loopfast.group.dist", wires)
     return wires
+
+
+def test_ids_beyond_float32_stay_whole(wires: Wires, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(Place(0, 2))
+    # the other process sends the next number, which float32 would round to this one
+    assert group._all(torch.tensor([2**24])).tolist() == [2**24, 2**24 + 1]
+    sent: list[Tensor] = []
+    monkeypatch.setattr(group, "_all", lambda values: sent.append(values) or values)
+    group.gather(torch.zeros(3), torch.arange(3), 3)
+    assert [values.dtype for values in sent] == [torch.int64, torch.float32]
 
 
 def test_what_is_on_the_host_does_not_travel_through_the_gpu(wires: Wires) -> None:
@@ -308,14 +290,19 @@ def test_who_fails_is_named_to_the_others(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_who_is_silent_is_named_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = threading.Event()
+
     def vanish(group: Group, watch: Watch) -> None:
         if group.rank == 0:
             watch._stopped.set()
             watch._thread.join()
-            threading.Event().wait(4.0)
+            assert named.wait(20)
             return
-        with group.explained():
-            group.on_first(lambda: None)
+        try:
+            with group.explained():
+                group.on_first(lambda: None)
+        finally:
+            named.set()
 
     _, second = pair(vanish, monkeypatch, silence=1.5)
     assert isinstance(second, PeerError)

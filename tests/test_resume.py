@@ -52,9 +52,13 @@ def run(config: Config, resume: str | None = None, display: Display | None = Non
 
 
 def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict[str, Any]], list[Any]]:
-    """All that should be the same, bit for bit: weights and optimizer, metrics, evaluations."""
+    """All that should be the same, bit for bit: weights and optimizer, statistics, metrics, evaluations."""
     last = sorted((folder / "checkpoints").iterdir())[-1]
     tensors = {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+    state = json.loads((last / "state.json").read_text("utf-8"))
+    kept = {
+        name: json.dumps(state[name]).encode() for name in ("engine", "prompt_statistics", "zero_gradient")
+    }
     lines = [
         {name: value for name, value in line.items() if name not in MEASURED}
         for line in read_metrics(folder / "metrics.jsonl")
@@ -63,7 +67,7 @@ def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict[str, Any]], list[
         json.loads(path.read_text("utf-8"))
         for path in sorted((folder / "evaluation").glob("iteration-*.json"))
     ]
-    return {"": last.name.encode(), **tensors}, lines, evaluations
+    return {"": last.name.encode(), **kept, **tensors}, lines, evaluations
 
 
 class Signals(Display):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from loopfast.train import train
 from tests.families import save_tiny
 
 MakeConfig = Callable[..., Config]
+SHORT = ("rollout.prompts_per_iteration=2", "rollout.steps=2", "evaluation.every=0")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, make_config: MakeConfig) -> Path:
-    config = make_config(tmp_path_factory.mktemp("runs"), "train.iterations=1")
+    config = make_config(tmp_path_factory.mktemp("runs"), *SHORT, "train.iterations=2")
     return train(config, display=Display(quiet=True))
 
 
@@ -38,7 +40,7 @@ def test_eval_repeats_the_runs_own_last_evaluation(
     assert not torch.backends.cudnn.allow_tf32
     shown = capsys.readouterr()
     result = json.loads(output.read_text("utf-8"))
-    last = json.loads((finished / "evaluation" / "iteration-000001.json").read_text("utf-8"))
+    last = json.loads((finished / "evaluation" / "iteration-000002.json").read_text("utf-8"))
     assert {name: last[name] for name in result} == result
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.out.splitlines()]
     assert ["all", *(f"{value:.3f}" for value in (result["reward"], *result["parts"].values())), "4"] in rows
@@ -100,7 +102,7 @@ def test_sample_of_more_images_keeps_the_first_ones(finished: Path, tmp_path: Pa
 
 def test_sample_options_change_the_images(finished: Path, tmp_path: Path) -> None:
     found = []
-    for number, options in enumerate(([], ["--steps", "6"], ["--eta", "0"], ["--guidance-scale", "3"])):
+    for number, options in enumerate(([], ["--steps", "3"], ["--eta", "0"], ["--guidance-scale", "3"])):
         output = tmp_path / str(number)
         arguments = ["sample", str(finished), "a red circle", "--count", "1", *options]
         assert main([*arguments, "--output", str(output), "-q", "--no-base"]) == 0
@@ -122,10 +124,11 @@ def test_sample_of_a_pipeline(pipeline_folder: Path, finished: Path, tmp_path: P
 
 
 def test_the_grid_shows_the_base_model_above_the_trained_one(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(tmp_path, "model.tune=lora", "train.learning_rate=0.1", "train.iterations=1")
+    options = ("model.tune=lora", "train.learning_rate=0.1", "train.iterations=1")
+    config = make_config(tmp_path, *SHORT, *options, "evaluation.limit_prompts=1")
     folder = train(config, display=Display(quiet=True))
-    options = ["--count", "1", "-q", "--output"]
-    assert main(["sample", str(folder), "a red circle", *options, str(tmp_path / "run")]) == 0
+    given = ["a red circle", "--count", "1", "-q", "--output", str(tmp_path / "run")]
+    assert main(["sample", str(folder), *given]) == 0
     with (
         Image.open(tmp_path / "run" / "grid.png") as grid,
         Image.open(tmp_path / "run" / "000-a-red-circle-00.png") as trained,
@@ -212,11 +215,10 @@ def test_a_checkpoint_of_another_model_is_refused(
 
 
 def test_a_damaged_checkpoint_is_passed_over_aloud(
-    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = train(make_config(tmp_path, "train.iterations=2"), display=Display(quiet=True))
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
     (folder / "checkpoints" / "iteration-000002" / "policy.safetensors").write_bytes(b"")
-    capsys.readouterr()
     assert main(["sample", str(folder), "a red circle", "--count", "1", "-q", "-o", str(tmp_path / "o")]) == 0
     warning = " ".join(capsys.readouterr().err.split())
     assert "policy.safetensors has 0 bytes" in warning

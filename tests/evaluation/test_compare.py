@@ -160,11 +160,12 @@ def test_a_run_that_has_just_begun(small_config: MakeConfig, tmp_path: Path) -> 
 
 
 def test_a_real_run(small_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = train(small_config("train.iterations=2"), display=Display(quiet=True))
+    short = ("train.iterations=1", "rollout.steps=2", "evaluation.limit_prompts=1")
+    folder = train(small_config(*short), display=Display(quiet=True))
     capsys.readouterr()
     assert main(["compare", str(folder), "-o", str(tmp_path / "out")]) == 0
     [summary] = json.loads((tmp_path / "out" / "comparison.json").read_text("utf-8"))
-    assert (summary["iterations"], summary["images"]) == (2, 16)
+    assert (summary["iterations"], summary["images"]) == (1, 8)
     assert set(summary["rewards"]) == {"reward", "jpeg_compressibility", "embedded"}
 
 

@@ -21,7 +21,8 @@ from loopfast.exporting import export_run
 from loopfast.train import train
 from tests.conftest import MakeConfig
 
-LORA = ("model.tune=lora", "model.lora.rank=4", "model.lora.alpha=8", "train.learning_rate=1e-2")
+SHORT = ("rollout.prompts_per_iteration=2", "rollout.steps=2", "evaluation.limit_prompts=1")
+LORA = (*SHORT, "model.tune=lora", "model.lora.rank=4", "model.lora.alpha=8", "train.learning_rate=1e-2")
 PROMPT = ["a red circle and a blue square"]
 
 
@@ -30,7 +31,7 @@ def runs(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> d
     directory = tmp_path_factory.mktemp("runs")
     configs = {
         "lora": make_config(directory, *LORA, "run.name=lora", "train.ema_decay=0.5"),
-        "full": make_config(directory, "run.name=full"),
+        "full": make_config(directory, *SHORT, "run.name=full", "train.iterations=1"),
     }
     return {tune: train(config, display=Display.silent()) for tune, config in configs.items()}
 
@@ -67,7 +68,7 @@ def test_an_adapter(runs: dict[str, Path], pipeline_folder: Path, tmp_path: Path
     assert "lora" in head["tags"]  # type: ignore[operator]
     assert 'load_lora_weights("PATH/TO/THIS/FOLDER")' in body
     assert "[LOOP](https://arxiv.org/abs/2503.00897),\nK = 2, for `jpeg_compressibility`:" in body
-    assert "3 iterations, 24 images sampled; the weights are a moving average." in body
+    assert "3 iterations, 12 images sampled; the weights are a moving average." in body
     assert str(pipeline_folder) not in body
     with Image.open(folder / "training.png") as picture:
         assert picture.width > 400
@@ -93,8 +94,8 @@ def test_the_best_checkpoint(runs: dict[str, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs["lora"], tmp_path / "run"))
     manifest = run / "checkpoints" / "iteration-000002" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "score": 1e9}))
-    assert "2 iterations, 16 images" in card(export(run, tmp_path / "best", best=True))[1]
-    assert "3 iterations, 24 images" in card(export(run, tmp_path / "newest"))[1]
+    assert "2 iterations, 8 images" in card(export(run, tmp_path / "best", best=True))[1]
+    assert "3 iterations, 12 images" in card(export(run, tmp_path / "newest"))[1]
 
 
 @pytest.mark.parametrize("options", [{"merge": True}, {"form": "full"}])

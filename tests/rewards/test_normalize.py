@@ -113,14 +113,14 @@ def test_training_goes_by_the_standardized_sum_and_metrics_by_the_plain_one(smal
     reward = "reward=[{name: jpeg_compressibility, normalize: std}, {name: embedded, weight: 0.1}]"
 
     def run(name: str, *options: str) -> tuple[list[dict[str, float]], Path]:
-        config = small_config(
-            reward, "train.iterations=1", "train.microbatch=3", f"run.name={name}", *options
-        )
+        short = ("train.iterations=1", "rollout.prompts_per_iteration=2", "rollout.steps=2")
+        sizes = ("rollout.microbatch=3", "train.microbatch=3", "evaluation.limit_prompts=2")
+        config = small_config(reward, *short, *sizes, f"run.name={name}", *options)
         folder = training.train(config, display=Display(quiet=True))
         return read_metrics(folder / "metrics.jsonl"), folder
 
-    first, folder = run("parts", "rollout.microbatch=3")
-    other, _ = run("whole", "rollout.microbatch=3", "rollout.reward_worker=none")
+    first, folder = run("parts")
+    other, _ = run("whole", "rollout.reward_worker=none")
     for line in (*first, *other):
         if line["iteration"]:
             assert line["reward_mean"] == pytest.approx(
@@ -128,7 +128,7 @@ def test_training_goes_by_the_standardized_sum_and_metrics_by_the_plain_one(smal
             )
     assert first[1]["loss"] == other[1]["loss"]
     assert first[1]["grad_norm"] == other[1]["grad_norm"]
-    plain, _ = run("plain", "rollout.microbatch=3", reward.replace(", normalize: std", ""))
+    plain, _ = run("plain", reward.replace(", normalize: std", ""))
     assert first[1]["reward_mean"] == plain[1]["reward_mean"]
     assert first[1]["grad_norm"] != plain[1]["grad_norm"]
     items = json.loads((folder / "evaluation" / "iteration-000001.json").read_text("utf-8"))["items"]

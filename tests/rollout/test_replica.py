@@ -49,8 +49,7 @@ def test_a_copy_of_the_same_type_samples_the_same_bits(
     assert addresses(replica.policy.denoiser) == before
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("targets", [None, ["to_q", "conv1", "proj_in"]])
+@pytest.mark.parametrize(("guidance", "targets"), [(1.0, None), (3.0, ["to_q", "conv1", "proj_in"])])
 def test_merged_weights_compute_what_the_adapter_does(
     pipeline_folder: Path, guidance: float, targets: list[str] | None
 ) -> None:
@@ -105,7 +104,9 @@ def train(config: Config) -> tuple[Path, str]:
 
 
 def test_training_from_a_merged_copy_measures_what_it_changes(small_config: MakeConfig) -> None:
-    options = ("model.tune=lora", "rollout.merge_lora=true", "rollout.dtype=bfloat16", "train.iterations=2")
+    short = ("rollout.prompts_per_iteration=2", "rollout.steps=2", "evaluation.limit_prompts=2")
+    lora = ("model.tune=lora", "evaluation.every=0", *short)
+    options = (*lora, "rollout.merge_lora=true", "rollout.dtype=bfloat16", "train.iterations=2")
     with pytest.raises(LoopfastError) as caught:
         train(small_config(*options, "run.name=strict"))
     for said in ("before the first update the ratio differs from 1 by up to", "merge_lora"):
@@ -115,7 +116,7 @@ def test_training_from_a_merged_copy_measures_what_it_changes(small_config: Make
     lines = read_metrics(folder / "metrics.jsonl")[1:]
     assert all(line["ratio_max_deviation"] > 1e-3 for line in lines)
     # what evaluation measures is the policy itself: the same before training, with or without a copy
-    plain, _ = train(small_config("model.tune=lora", "train.iterations=1", "run.name=plain"))
+    plain, _ = train(small_config(*lora, "train.iterations=1", "run.name=plain"))
     first, other = (read_metrics(path / "metrics.jsonl")[0]["eval_reward"] for path in (folder, plain))
     assert first == other
 

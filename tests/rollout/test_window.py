@@ -147,18 +147,19 @@ def test_a_window_trains_its_share_and_a_resumed_run_the_same_windows(
     def update(*arguments: object, **options: object) -> object:
         _, steps = arguments[2]  # type: ignore[misc]
         trained.append(set(steps.tolist()))
-        assert len(steps) == 8 * 2 // 2
+        assert len(steps) == 4 * 2 // 2
         return original(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(training, "update", update)
-    options = ("rollout.stochastic_steps=window:2", "train.iterations=4", "evaluation.every=0", "run.seed=2")
+    short = ("rollout.prompts_per_iteration=2", "evaluation.every=0", "evaluation.limit_prompts=1")
+    options = ("rollout.stochastic_steps=window:2", "train.iterations=3", "run.seed=2", *short)
     whole = training.train(small_config(*options, "run.name=whole"), display=Display(quiet=True))
     windows, trained = trained, []
     assert all(window in ({0, 1}, {1, 2}, {2, 3}) for window in windows)
     assert windows[::2] == windows[1::2]
     assert len({tuple(window) for window in windows}) > 1
     lines = read_metrics(whole / "metrics.jsonl")[1:]
-    assert [line["ratio_max_deviation"] for line in lines] == [0.0] * 4
+    assert [line["ratio_max_deviation"] for line in lines] == [0.0] * 3
 
     config = small_config(*options, "checkpoint.every=50")
     with pytest.raises(Interrupted):
