@@ -121,11 +121,9 @@ def test_a_library_that_cannot_be_loaded_is_reported(fresh_library):
 
 def test_importing_leaves_the_gpu_alone_and_brings_nothing_but_torch():
     program = """
-import sys, time, torch
+import sys, torch
 before = set(sys.modules)
-start = time.perf_counter()
 import loopfast_kernels, loopfast
-assert time.perf_counter() - start < 1.5
 assert not torch.cuda.is_initialized()
 brought = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(sorted(brought - {"loopfast", "loopfast_kernels", "torch"} - set(sys.stdlib_module_names)))
