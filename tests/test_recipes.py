@@ -239,7 +239,7 @@ def test_trains_a_tiny_model_of_its_family(
         term["options"] |= weights.get(term["name"], {})
     data["rollout"] |= {"prompts_per_iteration": 2, "steps": 2, "microbatch": 4}
     data["algorithm"]["samples_per_prompt"] = min(2, data["algorithm"]["samples_per_prompt"])
-    data["train"] |= {"iterations": 1, "updates_per_iteration": 2, "microbatch": 4, "steps": "all"}
+    data["train"] |= {"iterations": 1, "updates_per_iteration": 1, "microbatch": 4, "steps": "all"}
     data["evaluation"] |= {"images_per_prompt": 1, "limit_prompts": 1, "preview_images": 0}
     data["run"]["trackers"] = []
     config = parse_config(json.dumps(data))

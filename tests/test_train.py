@@ -232,13 +232,7 @@ def test_the_same_configuration_trains_the_same_run(finished: Path, small_config
     "overrides",
     [
         pytest.param((), id="plain"),
-        pytest.param(("rollout.guidance_scale=2.0",), id="guidance"),
-        pytest.param(("model.tune=lora", "model.lora.rank=2"), id="lora"),
-        pytest.param(("rollout.microbatch=3", "train.microbatch=3"), id="padding"),
-        pytest.param(
-            ("model.tune=lora", "rollout.guidance_scale=2.0", "rollout.microbatch=5", "train.microbatch=5"),
-            id="all-at-once",
-        ),
+        pytest.param(("model.tune=lora", "model.lora.rank=2", *GUIDED_AND_PADDED), id="lora"),
         pytest.param(("algorithm.name=grpo", "algorithm.logprob=mean", "train.steps=1:3"), id="grpo"),
         pytest.param(("model.dtype=bfloat16", *GUIDED_AND_PADDED), id="bfloat16"),
         pytest.param(
@@ -292,10 +286,10 @@ def test_the_ratio_is_one_for_every_pair_before_the_first_update(
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_trains(name: str, small_config: MakeConfig) -> None:
-    config = small_config("train.iterations=2", f"algorithm.name={name}", *BARE)
+    config = small_config("train.iterations=1", f"algorithm.name={name}", *BARE)
     before = initial_weights(config)
     folder = run(config)
-    after = weights(folder, 2)
+    after = weights(folder, 1)
     assert not same(after, before)
     assert all(tensor.isfinite().all() for tensor in after.values())
     lines = read_metrics(folder / "metrics.jsonl")
@@ -482,6 +476,7 @@ def test_the_microbatch_changes_no_loss(small_config: MakeConfig, user_module: C
         "algorithm.logprob=mean",
         "evaluation.every=0",
         "rollout.steps=2",
+        "train.iterations=2",
     )
 
     def losses(size: int | str) -> list[float]:
@@ -489,7 +484,7 @@ def test_the_microbatch_changes_no_loss(small_config: MakeConfig, user_module: C
         return losses_of(small_config(*options, *sizes, f"run.name=size-{size}"))
 
     expected = losses("auto")  # 8
-    assert len(expected) == 6
+    assert len(expected) == 4
     assert max(map(abs, expected)) > 1e-2
     for size in (3, 64):
         # The losses are small differences of terms whose size is the advantages': their standard deviation, 1.
@@ -655,21 +650,27 @@ def replayed(zero_gradient: Sequence[float] = ()) -> Iterator[list[Replayed]]:
 
 
 @pytest.mark.parametrize(
-    ("options", "tolerance"),
+    ("options", "tolerance", "of_metrics"),
     [
-        (("model.tune=full",), 1e-6),
-        # in 16 bits each call's gradient is rounded, and screening puts other pairs into a call
-        (("model.tune=lora", "model.lora.rank=2", "model.dtype=float16", "train.learning_rate=1e-3"), 1e-2),
+        (("model.tune=full",), 1e-6, 1e-5),
+        # In 16 bits each call's gradient is rounded, and screening puts other pairs into a call. Adam makes a step of
+        # full length of a gradient that is little more than its rounding.
+        (
+            ("model.tune=lora", "model.lora.rank=2", "model.dtype=float16", "train.learning_rate=1e-3"),
+            0.05,
+            0.1,
+        ),
     ],
 )
 def test_screening_leaves_out_the_backward_pass_of_pairs_without_a_gradient_and_nothing_else(
     options: tuple[str, ...],
     tolerance: float,
+    of_metrics: float,
     small_config: MakeConfig,
     user_module: Callable[[str], str],
 ) -> None:
     options = (*MUCH_CLIPPED, *options, f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]")
-    options = (*options, "rollout.microbatch=8", "train.microbatch=2")
+    options = (*options, "rollout.microbatch=8", "train.microbatch=4")
     whole = run(small_config(*options, "train.screening=off", "run.name=whole"))
     with replayed() as updates:
         folder = run(small_config(*options, "train.screening=on"))
@@ -679,10 +680,10 @@ def test_screening_leaves_out_the_backward_pass_of_pairs_without_a_gradient_and_
         for name in ("zero_gradient", "clip_fraction", "kl", "logprob_change", "grad_norm"):
             # kl is a difference of numbers near 1, of which processors round the last bits each in their own way
             share = name in ("zero_gradient", "clip_fraction")
-            allowed = 10 * tolerance if share else 1e-8
-            assert line[name] == pytest.approx(other[name], rel=10 * tolerance, abs=allowed), name
+            allowed = of_metrics if share else 1e-8
+            assert line[name] == pytest.approx(other[name], rel=of_metrics, abs=allowed), name
         # on some processors a row is rounded by what else is in its call
-        assert line["loss"] == pytest.approx(other["loss"], abs=10 * tolerance)
+        assert line["loss"] == pytest.approx(other["loss"], abs=of_metrics)
         assert line["zero_gradient"] > 0.1
         assert line["screened_out"] == line["zero_gradient"]
         assert other["screened_out"] == 0.0
@@ -690,10 +691,10 @@ def test_screening_leaves_out_the_backward_pass_of_pairs_without_a_gradient_and_
         # 8 pairs each; the first is not screened
         assert [update.screening for update in mine] == [[], [8], [8], [8]]
         kept = [round(8 * (1 - update.done.screened_out)) for update in mine]
-        assert [update.training for update in mine] == [[2] * max(1, math.ceil(k / 2)) for k in kept]
+        assert [update.training for update in mine] == [[4] * max(1, math.ceil(k / 4)) for k in kept]
         calls = sum(len(update.screening) + len(update.training) for update in mine)
         assert line["model_calls"] == 4 + calls
-        assert other["model_calls"] == 4 + 16
+        assert other["model_calls"] == 4 + 8
 
 
 def test_auto_screens_an_update_where_the_one_before_had_few_gradients(small_config: MakeConfig) -> None:
@@ -770,11 +771,8 @@ def test_a_fraction_of_the_steps_is_a_fraction_of_the_model_calls(small_config: 
         run(small_config("train.step_fraction=0.13", "train.steps=auto", "run.name=none"))
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
-def test_trajectories_on_the_host_and_a_released_text_encoder_change_no_bit(
-    tune: str, small_config: MakeConfig
-) -> None:
-    options = ("train.iterations=1", "rollout.guidance_scale=2.0", f"model.tune={tune}", "evaluation.every=0")
+def test_trajectories_on_the_host_and_a_released_text_encoder_change_no_bit(small_config: MakeConfig) -> None:
+    options = ("train.iterations=1", "rollout.guidance_scale=2.0", "model.tune=lora", "evaluation.every=0")
     plain = run(small_config(*options))
     levers = ("trajectories.device=host", "model.free_text_encoder=true", "run.name=levers")
     folder = run(small_config(*options, *levers))

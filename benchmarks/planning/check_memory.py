@@ -79,11 +79,13 @@ def tensors_held(tree: Iterable[Any]) -> int:
 def recording_replay() -> Iterator[list[int]]:
     """Inside, each update's replay, all of its model calls, adds to the list the bytes of its tensors at their peak."""
     from loopfast.replay import Replay
+    from loopfast_kernels import buffers
 
     peaks: list[int] = []
     losses = Replay.losses
 
     def profiled(*args: Any, **kwargs: Any) -> Any:
+        buffers.clear()  # a block that is used again is not seen
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
             result = losses(*args, **kwargs)
         peaks.append(tensors_held(found.profiler.kineto_results.experimental_event_tree()))
