@@ -658,7 +658,7 @@ def replayed(zero_gradient: Sequence[float] = ()) -> Iterator[list[Replayed]]:
         (
             ("model.tune=lora", "model.lora.rank=2", "model.dtype=float16", "train.learning_rate=1e-3"),
             0.05,
-            0.1,
+            0.3,
         ),
     ],
 )
@@ -678,9 +678,9 @@ def test_screening_leaves_out_the_backward_pass_of_pairs_without_a_gradient_and_
     lines, others = (read_metrics(path / "metrics.jsonl")[1:] for path in (folder, whole))
     for index, (line, other) in enumerate(zip(lines, others, strict=True)):
         for name in ("zero_gradient", "clip_fraction", "kl", "logprob_change", "grad_norm"):
-            # kl is a difference of numbers near 1, of which processors round the last bits each in their own way
+            # kl and logprob_change are differences of numbers near 1, which are rounded to 2^-24
             share = name in ("zero_gradient", "clip_fraction")
-            allowed = of_metrics if share else 1e-8
+            allowed = of_metrics if share else 4 * 2**-24
             assert line[name] == pytest.approx(other[name], rel=of_metrics, abs=allowed), name
         # on some processors a row is rounded by what else is in its call
         assert line["loss"] == pytest.approx(other["loss"], abs=of_metrics)
