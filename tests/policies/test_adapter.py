@@ -157,8 +157,8 @@ def test_dora_in_16_bits_starts_as_the_base(pipeline_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("fast", ["on", "off"])
-def test_adapters_inside_fast_layers_act(fast: str, pipeline_folder: Path) -> None:
-    policy = make(pipeline_folder, fast_layers=fast, lora={"targets": UNUSUAL})
+def test_adapters_inside_fast_layers_act(fast: str, family_folder: Any) -> None:
+    policy = make(family_folder("sd"), fast_layers=fast, lora={"targets": UNUSUAL})
     trained, found = policy.trainable(), gradients(policy)
     assert any(".proj." in name for name in trained)
     assert any("upsamplers" in name for name in trained)
