@@ -26,8 +26,9 @@ AS = ATEN_CPU_CAPABILITY=$(1) ONEDNN_MAX_CPU_ISA=$(2) MKL_ENABLE_INSTRUCTIONS=$(
 # $(call install,environment,arguments of pip): in the log is what pip says, such as warnings about its settings.
 define install
 @echo "Installing into $(1) (some minutes) ..."
-@start=$$(date +%s); $(1)/bin/python -m pip install -qq --disable-pip-version-check --log $(1)/install.log $(2) \
-  && echo "Installed in $$(( $$(date +%s) - start )) s, the log is $(1)/install.log"
+@start=$$(date +%s); $(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off $(2) \
+  > $(1)/install.log 2>&1 || { tail -n 40 $(1)/install.log; exit 1; }; \
+  echo "Installed in $$(( $$(date +%s) - start )) s, the log is $(1)/install.log"
 endef
 
 .DEFAULT_GOAL := help
