@@ -20,6 +20,13 @@ BRIEF := -p tests.progress -q -r NfE
 COMPUTING := tests/kernels tests/rollout tests/policies tests/rewards tests/evaluation tests/integrations \
   tests/exporting tests/test_train.py tests/test_update.py tests/test_families.py tests/test_schedules.py \
   tests/test_published_logprobs.py tests/test_average.py tests/test_resume.py -k 'not triton'
+# Those of the ops, of the algorithm and of the configuration that start no process and train no model.
+FAST := $(addprefix tests/kernels/test_,$(addsuffix .py,backends denoise_step group_norm_silu leave_one_out loop_loss philox \
+  reduction transition_logprob validation)) tests/rollout/test_capture.py tests/rollout/test_recording.py \
+  tests/policies/test_guided_unet.py tests/policies/test_layers.py tests/policies/test_loading.py \
+  $(addprefix tests/test_,$(addsuffix .py,algorithms allocator config console deepspeed_settings doctor documentation engine \
+  interrupts layers memory microbatch plugins processor prompts published_logprobs rewards rounding runs tracking \
+  trajectories update)) -k 'not triton'
 # What the libraries below may use of a processor: torch's own kernels, oneDNN, MKL, and loopfast's.
 AS = ATEN_CPU_CAPABILITY=$(1) ONEDNN_MAX_CPU_ISA=$(2) MKL_ENABLE_INSTRUCTIONS=$(3) LOOPFAST_ISA=$(4)
 
