@@ -442,18 +442,6 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
     return write
 
 
-def test_the_microbatch_changes_no_result(
-    small_config: MakeConfig, user_module: Callable[[str], str]
-) -> None:
-    options = (f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]", "train.iterations=1", "rollout.steps=2")
-    options = (*options, "rollout.guidance_scale=2.0", "evaluation.every=0")
-    whole = weights(run(small_config(*options)), 1)
-    for rollout, replay in ((3, 3), (8, 2), (1, 5)):
-        sizes = (f"rollout.microbatch={rollout}", f"train.microbatch={replay}")
-        parts = weights(run(small_config(*options, *sizes, f"run.name=parts-{rollout}-{replay}")), 1)
-        assert relative_distance(parts, whole) < 1e-5, (rollout, replay)
-
-
 def losses_of(config: Config) -> list[float]:
     """Trains, and gives the loss of each update."""
     update, losses = training.update, []
@@ -469,26 +457,33 @@ def losses_of(config: Config) -> list[float]:
     return losses
 
 
-def test_the_microbatch_changes_no_loss(small_config: MakeConfig, user_module: Callable[[str], str]) -> None:
+def test_the_microbatch_changes_no_result(
+    small_config: MakeConfig, user_module: Callable[[str], str]
+) -> None:
     options = (
         f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]",
         "train.learning_rate=1e-5",
         "algorithm.logprob=mean",
         "evaluation.every=0",
         "rollout.steps=2",
-        "train.iterations=2",
+        "rollout.guidance_scale=2.0",
+        "train.iterations=1",
     )
 
-    def losses(size: int | str) -> list[float]:
-        sizes = (f"rollout.microbatch={size}", f"train.microbatch={size}")
-        return losses_of(small_config(*options, *sizes, f"run.name=size-{size}"))
+    def trained(*sizes: int) -> tuple[list[float], Weights]:
+        given = (f"{key}.microbatch={size}" for key, size in zip(("rollout", "train"), sizes, strict=False))
+        config = small_config(*options, *given, f"run.name=sizes-{'-'.join(map(str, sizes))}")
+        return losses_of(config), weights(Path(config.run.directory, config.run.name), 1)
 
-    expected = losses("auto")  # 8
-    assert len(expected) == 4
+    expected, whole = trained()  # 8
+    assert len(expected) == 2
     assert max(map(abs, expected)) > 1e-2
-    for size in (3, 64):
+    for sizes in ((1, 5), (8, 2), (64, 64)):
+        losses, parts = trained(*sizes)
         # The losses are small differences of terms whose size is the advantages': their standard deviation, 1.
-        assert losses(size) == pytest.approx(expected, rel=0, abs=1e-5)
+        assert losses == pytest.approx(expected, rel=0, abs=1e-4), sizes
+        # Adam makes a step of full length, 1e-5, of a gradient that is little more than its rounding.
+        assert relative_distance(parts, whole) < 1e-5, sizes
 
 
 @pytest.mark.parametrize(
@@ -650,51 +645,49 @@ def replayed(zero_gradient: Sequence[float] = ()) -> Iterator[list[Replayed]]:
 
 
 @pytest.mark.parametrize(
-    ("options", "tolerance", "of_metrics"),
+    ("options", "tolerance"),
     [
-        (("model.tune=full",), 1e-6, 1e-5),
+        (("model.tune=full",), 1e-6),
         # In 16 bits each call's gradient is rounded, and screening puts other pairs into a call. Adam makes a step of
         # full length of a gradient that is little more than its rounding.
-        (
-            ("model.tune=lora", "model.lora.rank=2", "model.dtype=float16", "train.learning_rate=1e-3"),
-            0.05,
-            0.3,
-        ),
+        (("model.tune=lora", "model.lora.rank=2", "model.dtype=float16", "train.learning_rate=1e-3"), 0.05),
     ],
+    ids=["float32", "float16-lora"],
 )
 def test_screening_leaves_out_the_backward_pass_of_pairs_without_a_gradient_and_nothing_else(
     options: tuple[str, ...],
     tolerance: float,
-    of_metrics: float,
     small_config: MakeConfig,
     user_module: Callable[[str], str],
 ) -> None:
-    options = (*MUCH_CLIPPED, *options, f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]")
+    options = (
+        *MUCH_CLIPPED,
+        *options,
+        f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]",
+        "train.iterations=1",
+    )
     options = (*options, "rollout.microbatch=8", "train.microbatch=4")
     whole = run(small_config(*options, "train.screening=off", "run.name=whole"))
     with replayed() as updates:
         folder = run(small_config(*options, "train.screening=on"))
-    assert relative_distance(weights(folder, 2), weights(whole, 2)) < tolerance
-    lines, others = (read_metrics(path / "metrics.jsonl")[1:] for path in (folder, whole))
-    for index, (line, other) in enumerate(zip(lines, others, strict=True)):
+    assert relative_distance(weights(folder, 1), weights(whole, 1)) < tolerance
+    line, other = (read_metrics(path / "metrics.jsonl")[1] for path in (folder, whole))
+    if tolerance < 1e-3:
         for name in ("zero_gradient", "clip_fraction", "kl", "logprob_change", "grad_norm"):
             # kl and logprob_change are differences of numbers near 1, which are rounded to 2^-24
-            share = name in ("zero_gradient", "clip_fraction")
-            allowed = of_metrics if share else 4 * 2**-24
-            assert line[name] == pytest.approx(other[name], rel=of_metrics, abs=allowed), name
+            assert line[name] == pytest.approx(other[name], rel=1e-5, abs=4 * 2**-24), name
         # on some processors a row is rounded by what else is in its call
-        assert line["loss"] == pytest.approx(other["loss"], abs=of_metrics)
-        assert line["zero_gradient"] > 0.1
-        assert line["screened_out"] == line["zero_gradient"]
-        assert other["screened_out"] == 0.0
-        mine = updates[4 * index : 4 * index + 4]
-        # 8 pairs each; the first is not screened
-        assert [update.screening for update in mine] == [[], [8], [8], [8]]
-        kept = [round(8 * (1 - update.done.screened_out)) for update in mine]
-        assert [update.training for update in mine] == [[4] * max(1, math.ceil(k / 4)) for k in kept]
-        calls = sum(len(update.screening) + len(update.training) for update in mine)
-        assert line["model_calls"] == 4 + calls
-        assert other["model_calls"] == 4 + 8
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    assert line["zero_gradient"] > 0.1
+    assert line["screened_out"] == line["zero_gradient"]
+    assert other["screened_out"] == 0.0
+    # 8 pairs each; the first is not screened
+    assert [update.screening for update in updates] == [[], [8], [8], [8]]
+    kept = [round(8 * (1 - update.done.screened_out)) for update in updates]
+    assert [update.training for update in updates] == [[4] * max(1, math.ceil(k / 4)) for k in kept]
+    calls = sum(len(update.screening) + len(update.training) for update in updates)
+    assert line["model_calls"] == 4 + calls
+    assert other["model_calls"] == 4 + 8
 
 
 def test_auto_screens_an_update_where_the_one_before_had_few_gradients(small_config: MakeConfig) -> None:

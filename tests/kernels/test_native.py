@@ -18,6 +18,9 @@ NATIVE = Path(__file__).parents[2] / "kernels" / "native"
 # Every op on inputs that fill no vector evenly, and the bytes of all results, for each instruction set that is named.
 DIGESTS = """
 import hashlib, os, sys, torch
+from loopfast_kernels import denoise_step, group_norm_silu, loop_loss, native_library, philox_normal
+import torch.fx.experimental.symbolic_shapes  # a backward pass needs it, and it takes a second to import
+# The library reads LOOPFAST_ISA at the first call.
 for name in sys.argv[1:]:
     sys.stdout.flush()
     if (child := os.fork()) == 0:
@@ -25,9 +28,9 @@ for name in sys.argv[1:]:
     assert os.waitpid(child, 0)[1] == 0
 else:
     sys.exit()
+os.environ.pop("LOOPFAST_ISA", None)
 if name != "best":
     os.environ["LOOPFAST_ISA"] = name
-from loopfast_kernels import denoise_step, group_norm_silu, loop_loss, native_library, philox_normal
 torch.manual_seed(0)
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
