@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import machine, ncu, sanitizer
+from benchmarks.gpu_check import machine, measure, ncu, runner, sanitizer
 from benchmarks.gpu_check.record import Record, latest, read_lines
 from benchmarks.gpu_check.runner import SKIPPED, Result, Task, run_all
 from benchmarks.gpu_check.stages import NAMES, STAGES, Setting
 from benchmarks.gpu_check.table import as_text
+from tests.rounding import no_deviation
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,12 +98,13 @@ def test_no_stage_ends_another(tmp_path: Path) -> None:
     assert [(line["stage"], line["outcome"]) for line in lines] == [(r.name, r.outcome) for r in results]
 
 
-def test_time_is_dealt_out_and_used_up(tmp_path: Path) -> None:
+def test_time_is_dealt_out_and_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "LEAST_SECONDS", 1.0)
     sleeps = python("import time; time.sleep(600)")
-    results = run(tmp_path, Task("first", 60, sleeps), Task("second", 60, sleeps), limit=6)
+    results = run(tmp_path, Task("first", 60, sleeps), Task("second", 60, sleeps), limit=2)
     assert [result.outcome for result in results] == ["cut short", "no time left"]
-    assert results[0].reason == "only 6 s were left of 60"
-    assert results[1].reason == "the limit of 6 s is used up"
+    assert results[0].reason == "only 2 s were left of 60"
+    assert results[1].reason == "the limit of 2 s is used up"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="orphans are found by /proc")
@@ -129,7 +131,7 @@ pathlib.Path(sys.argv[2]).write_text(str(os.getpid()))
 time.sleep(600)
 """
     # a shell that starts the tests in the background lets them ignore Ctrl-C
-    runner = f"""
+    program = f"""
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
@@ -143,7 +145,7 @@ print([result.outcome for result in results])
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        python(runner), env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        python(program), env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     wait_for((tmp_path / "stage").exists)
     wait_for(lambda: (tmp_path / "stage").read_text())
@@ -342,9 +344,9 @@ def test_the_figures_of_ncu() -> None:
 
 
 def test_real_stages_from_the_command_line(tmp_path: Path) -> None:
-    """The check itself, here: a stage that trains and one that cannot run, in the order of their worth."""
+    """The check itself, here: a stage of tests and one that cannot run, in the order of their worth."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--small", "ncu", "sd35"],
+        [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--small", "ncu", "ops"],
         cwd=ROOT,
         env=os.environ | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -353,15 +355,16 @@ def test_real_stages_from_the_command_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-5000:]
     assert {file.name for file in tmp_path.iterdir()} == {
-        *("results.jsonl", "log.txt", "table.txt", "README.md", "memory.png")
+        "results.jsonl",
+        "log.txt",
+        "table.txt",
+        "README.md",
     }
     stages = latest(read_lines(tmp_path / "results.jsonl"))
-    assert list(stages) == ["check", "sd35", "ncu"]
+    assert list(stages) == ["check", "ops", "ncu"]
     assert {"device", "torch", "date"} <= stages["check"][0].keys()
-    iterations = [line for line in stages["sd35"] if "iteration" in line]
-    assert [line["iteration"] for line in iterations] == [1, 2]
-    assert all(line["ratio_max_deviation"] == 0 and line["taken"] > 0 for line in iterations)
-    assert sum("planned_bytes" in line for line in stages["sd35"]) == 1
+    assert stages["ops"][-1]["outcome"] == "ok"
+    assert {line["outcome"] for line in stages["ops"][:-1]} == {"passed"}
     assert stages["ncu"][-1] | {"run": ""} == {
         "run": "",
         "stage": "ncu",
@@ -371,6 +374,27 @@ def test_real_stages_from_the_command_line(tmp_path: Path) -> None:
         "reason": "it needs a GPU",
     }
     assert "skipped: it needs a GPU" in (tmp_path / "table.txt").read_text()
+
+
+@pytest.mark.parametrize("stage", ["sd15", "sd35"])
+def test_a_stage_that_trains(tmp_path: Path, stage: str) -> None:
+    """What the workers of a stage do, in this process, which has imported the libraries; one lever of each."""
+    record = Record(tmp_path / "results.jsonl", "a run", stage)
+    measurements = {name: one for name, one in measure._measurements(stage).items() if one.small}
+    chosen = [name for name, one in measurements.items() if one.needed]
+    chosen += [name for name, one in measurements.items() if one.config is not None][:1]
+    assert len(chosen) == 2
+    for name in chosen:
+        work = measure.Work(name, "cpu", True, tmp_path, record)
+        assert measure._work(measurements[name], work) == 0
+        if (config := measurements[name].config) is not None:
+            measure._plan(config, work)
+    lines = read_lines(tmp_path / "results.jsonl")
+    iterations = [line for line in lines if "iteration" in line]
+    assert [line["iteration"] for line in iterations] == list(range(1, len(iterations) + 1))
+    assert all(line["ratio_max_deviation"] == no_deviation() and line["taken"] > 0 for line in iterations)
+    assert sum("planned_bytes" in line for line in lines) == 1
+    assert not any("error" in line for line in lines)
 
 
 @pytest.mark.parametrize("company", [False, True], ids=["in a folder of its own", "among others"])
