@@ -21,7 +21,6 @@ from loopfast.policies.levers import with_one_graph
 from loopfast.rollout import Sampler, initial_latents
 from loopfast.rollout.replica import Replica
 from loopfast.schedules import transition_schedule
-from tests.families import shallow_stable_diffusion
 
 PROMPTS = ["a red circle and a blue square", "three green triangles", "an outlined cyan circle"]
 TUNES = ["full", "lora"]
@@ -295,14 +294,13 @@ def test_compiling_needs_a_compiler_and_renames_nothing(pipeline_folder: Path) -
 
 @pytest.mark.parametrize(("compiled", "tune"), [("blocks", "lora"), ("whole", "full")])
 def test_calls_without_gradients_take_the_compiled_graph_of_those_with(
-    compiled: str, tune: str, family_folder: Any, monkeypatch: pytest.MonkeyPatch
+    compiled: str, tune: str, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = family_folder(shallow_stable_diffusion)
     # traced and differentiated as Inductor's are, without its minutes of code generation
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
-    plain = make(folder, tune, dtype="bfloat16")
-    policy = make(folder, tune, dtype="bfloat16", compile=compiled)
+    plain = make(pipeline_folder, tune, dtype="bfloat16")
+    policy = make(pipeline_folder, tune, dtype="bfloat16", compile=compiled)
     assert policy.levers["compile"] == compiled
     assert set(policy.trainable()) == set(plain.trainable())
     disturb(plain)
