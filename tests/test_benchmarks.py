@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import compare
+from benchmarks import compare, keep
 from benchmarks.cases import OPS, SHAPES, Case, Inputs, grid, make_inputs
 from benchmarks.competitors import MissingCompetitorError, eager, runner
 from benchmarks.counting import kernel_launches, peak_extra_bytes
@@ -340,28 +340,27 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load(path)
 
 
-def test_from_a_benchmark_to_the_table(tmp_path: Path) -> None:
+def test_from_a_benchmark_to_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The commands of the README, on the smallest case."""
-
-    # A worker of pytest-xdist would refuse to take times.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-
-    def run(*command: str) -> str:
-        process = subprocess.run(
-            [sys.executable, "-m", *command],
-            cwd=ROOT,
-            env=environment | {"LOOPFAST_BENCH_DEVICE": "cpu"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return process.stdout
-
     raw = tmp_path / "raw.json"
     case = "benchmarks/kernels/test_leave_one_out.py::test_leave_one_out[rewards-64-float32-ours]"
-    shown = run("pytest", case, "--benchmark-only", f"--benchmark-json={raw}", "-p", "no:cacheprovider")
-    assert "benchmark 'leave_one_out rewards-64-float32': 1 tests" in shown
-    path = Path(run("benchmarks.keep", str(raw), str(tmp_path)).strip())
+    # A worker of pytest-xdist would refuse to take times.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    options = ("--benchmark-only", f"--benchmark-json={raw}", "-p", "no:cacheprovider")
+    measuring = subprocess.run(
+        [sys.executable, "-m", "pytest", case, *options],
+        cwd=ROOT,
+        env=environment | {"LOOPFAST_BENCH_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "benchmark 'leave_one_out rewards-64-float32': 1 tests" in measuring.stdout
+    monkeypatch.setattr(sys, "argv", ["keep", str(raw), str(tmp_path)])
+    keep.main()
+    path = Path(capsys.readouterr().out.strip())
     kept = load(path)
     assert path.stem == device_slug(kept["machine"]["device"])
     measured = kept["results"]["leave_one_out"]["rewards-64-float32"]["ours"]
@@ -371,7 +370,11 @@ def test_from_a_benchmark_to_the_table(tmp_path: Path) -> None:
     assert measured["gb_per_s"] == pytest.approx(rate, rel=1e-2)
     assert measured["copy_share"] == pytest.approx(rate / kept["machine"]["copy_gb_per_s"], rel=1e-2)
     assert path.stat().st_size < raw.stat().st_size
-    assert run("benchmarks.compare", str(path)) == run("benchmarks.compare", str(raw))
+    shown = []
+    for results in (path, raw):
+        assert compare.main([str(results)]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != ""
 
 
 def test_the_roofline_plot(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from loopfast.embedded.world import BACKGROUND, CATEGORIES, COLORS, RELATIONS, S
 
 @cache
 def captions(category: str) -> tuple[Caption, ...]:
-    """Every caption of a category, whatever its split."""
-    return tuple(caption for split in world.SPLITS for caption in world.prompts(category, split))
+    """Every third caption of a category, whatever its split."""
+    return tuple(caption for split in world.SPLITS for caption in world.prompts(category, split))[::3]
 
 
 def scenes(asked: tuple[Caption, ...], seed: int) -> list[list[Placed]]:
