@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from types import ModuleType
 
 import pytest
@@ -103,26 +104,25 @@ def test_replaces_the_function_where_it_is_bound_and_restores_it(codebase, origi
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize(("steps", "eta"), [(4, 1.0), (10, 0.7), (50, 1.0)])
-@pytest.mark.parametrize("to_one", [False, True])
-def test_samples_as_the_original(codebase, original, prediction, spacing, steps, eta, to_one):
-    scheduler = ddim(steps, prediction_type=prediction, timestep_spacing=spacing, set_alpha_to_one=to_one)
+def test_samples_as_the_original(codebase, original, prediction, spacing):
+    options = {"prediction_type": prediction, "timestep_spacing": spacing}
     with patch_ddpo_pytorch():
-        for t in scheduler.timesteps[:: 7 if steps == 50 else 1]:
-            output, sample = latents(2)
-            seed = int(t)
-            torch.manual_seed(seed)
-            expected, expected_logprob = original[0](scheduler, output, t, sample, eta=eta)
-            stream = torch.get_rng_state()
-            torch.manual_seed(seed)
-            found, logprob = codebase.ddim_step_with_logprob(scheduler, output, t, sample, eta=eta)
-            assert torch.equal(torch.get_rng_state(), stream)
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
-            # The last sigma may be 0.02: rounding x_{t-1} to float32 then moves z by up to 1e-5. With linspace the last
-            # step goes from timestep 0 to itself: NaN.
-            torch.testing.assert_close(
-                logprob.double(), expected_logprob, rtol=0, atol=1e-5, equal_nan=spacing == "linspace"
-            )
+        for (steps, eta), to_one in product([(4, 1.0), (10, 0.7), (50, 1.0)], [False, True]):
+            scheduler = ddim(steps, set_alpha_to_one=to_one, **options)
+            for t in scheduler.timesteps[:: 7 if steps == 50 else 1]:
+                output, sample = latents(2)
+                torch.manual_seed(int(t))
+                expected, expected_logprob = original[0](scheduler, output, t, sample, eta=eta)
+                stream = torch.get_rng_state()
+                torch.manual_seed(int(t))
+                found, logprob = codebase.ddim_step_with_logprob(scheduler, output, t, sample, eta=eta)
+                assert torch.equal(torch.get_rng_state(), stream)
+                torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+                # The last sigma may be 0.02: rounding x_{t-1} to float32 then moves z by up to 1e-5. With linspace the
+                # last step goes from timestep 0 to itself: NaN.
+                torch.testing.assert_close(
+                    logprob.double(), expected_logprob, rtol=0, atol=1e-5, equal_nan=spacing == "linspace"
+                )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
