@@ -244,55 +244,10 @@ def test_torch_can_do_with_a_result_what_it_does_with_others() -> None:
     assert new().data_ptr() != result.data_ptr()
 
 
-def run(program: str) -> str:
-    """What a plain process prints, errors included."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    process = subprocess.run(
-        [sys.executable, "-c", program],
-        env=clean | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=True,
-    )
-    return process.stdout
-
-
-def test_a_process_ends_with_results_alive() -> None:
-    program = """
-import torch
-from loopfast_kernels import buffers
-kept = [buffers.empty((2**18,), torch.float32).zero_() for _ in range(3)]
-kept.append(kept)
-output = torch.ones(2**18, requires_grad=True)
-graph = (output * kept[0]).sum()
-"""
-    assert run(program) == ""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_has_blocks_of_its_own() -> None:
-    program = """
-import os, torch
-from loopfast_kernels import buffers
-held = buffers.empty((2**18,), torch.float32).fill_(1)
-buffers.empty((2**18,), torch.float32)
-child = os.fork()
-for _ in range(3):
-    buffers.empty((2**18,), torch.float32).fill_(2 if child else 3)
-if child == 0:
-    held.fill_(3)
-    os._exit(len(buffers._blocks))
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(buffers._blocks), float(held.max()))
-"""
-    assert run(program).split() == ["2", "2", "1.0"]
-
-
-@native
-def test_a_plain_process_has_no_page_faults_once_it_is_warm() -> None:
-    program = """
-import resource, torch
-from loopfast_kernels import loop_loss
+# A plain process: page faults of a warm one, blocks after a fork, and an end with results alive.
+PROGRAM = """
+import os, resource, torch
+from loopfast_kernels import buffers, loop_loss
 N, L = 16, (4, 64, 64)
 output, uncond, sample, prev_sample = torch.randn(4, N, *L)
 outputs = output.requires_grad_(), uncond.requires_grad_()
@@ -308,6 +263,37 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
 print(faults())
+buffers.clear()
+held = buffers.empty((2**18,), torch.float32).fill_(1)
+buffers.empty((2**18,), torch.float32)
+child = os.fork()
+for _ in range(3):
+    buffers.empty((2**18,), torch.float32).fill_(2 if child else 3)
+if child == 0:
+    held.fill_(3)
+    os._exit(len(buffers._blocks))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(buffers._blocks), float(held.max()))
+kept = [buffers.empty((2**18,), torch.float32).zero_() for _ in range(3)]
+kept.append(kept)
+weight = torch.ones(2**18, requires_grad=True)
+graph = (weight * kept[0]).sum()
 """
+
+
+@native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_in_a_plain_process() -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=clean | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+    )
+    faults, fork = process.stdout.splitlines()
     # Both gradients take 512 pages; without blocks to use again there were 158 faults a call.
-    assert int(run(program)) < 20 * 50
+    assert int(faults) < 20 * 50
+    # a child's blocks are its own
+    assert fork.split() == ["2", "2", "1.0"]
