@@ -342,12 +342,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     only.add_argument("--check", action="store_true", help="name the defects; write no report")
     options = parser.parse_args(arguments)
     if options.json:
-        kernels = list(compile_all(90, (16384,), (torch.float32, torch.bfloat16)))
-        kernels += compile_all(90, (65536,), (torch.float32, torch.bfloat16), (True,), images=False)
-        kernels += compile_all(90, (16384,), (torch.float16,), (True,), images=False)
-        kernels += compile_all(90, (1001,), (torch.float32,), (True,), images=False)
+        guided = (True,)
+        kernels = list(compile_all(90, (16384,), (torch.bfloat16,)))
+        kernels += compile_all(90, (16384,), (torch.float32, torch.float16), guided, images=False)
+        kernels += compile_all(90, (65536,), (torch.bfloat16,), guided, images=False)
+        kernels += compile_all(90, (1001,), (torch.float32,), guided, images=False)
         for architecture in (80, 100):
-            kernels += compile_all(architecture, (16384,), (torch.bfloat16,), (True,))
+            kernels += compile_all(architecture, (16384,), (torch.bfloat16,), guided, images=False)
         print(json.dumps([{**asdict(kernel), "defects": defects(kernel)} for kernel in kernels]))
         return 0
     began = time.monotonic()
