@@ -31,9 +31,10 @@ FAST := $(addprefix tests/kernels/test_,$(addsuffix .py,backends denoise_step gr
 AS = ATEN_CPU_CAPABILITY=$(1) ONEDNN_MAX_CPU_ISA=$(2) MKL_ENABLE_INSTRUCTIONS=$(3) LOOPFAST_ISA=$(4)
 
 # $(call install,environment,arguments of pip): in the log is what pip says, such as warnings about its settings.
+# Modules are compiled when they are first imported: most of a large library never is.
 define install
 @echo "Installing into $(1) (some minutes) ..."
-@start=$$(date +%s); $(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off $(2) \
+@start=$$(date +%s); $(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-compile $(2) \
   > $(1)/install.log 2>&1 || { tail -n 40 $(1)/install.log; exit 1; }; \
   echo "Installed in $$(( $$(date +%s) - start )) s, the log is $(1)/install.log"
 endef
@@ -142,10 +143,11 @@ $(OLDER)/.dev: $(PACKAGING)
 	$(call install,$(OLDER),-c $(OLDER)/constraints.txt $(EVERYTHING))
 	@touch $@
 
-# TRL's last release with a trainer for diffusion, on the libraries of its time, and loopfast as a wheel.
-$(TRL)/.libraries: tests/integrations/trl-constraints.txt
+# TRL's last release with a trainer for diffusion, on the libraries of its time, and loopfast as a wheel. torch, which is
+# half of both environments, is the other's: what is not installed here is looked for there.
+$(TRL)/.libraries: tests/integrations/trl-constraints.txt | $(VENV)/.dev
 	@$(PYTHON) -m venv $(TRL)
-	$(call install,$(TRL),torch==2.13.0)
+	@echo $(CURDIR)/$(VENV)/lib/python*/site-packages > $$(echo $(TRL)/lib/python*/site-packages)/of-$(VENV).pth
 	$(call install,$(TRL),-c $< trl diffusers transformers peft tensorboard pydantic pytest hypothesis)
 	@touch $@
 
