@@ -26,9 +26,9 @@ def of(model: str | None, *overrides: str, gpus: int = 1, stage: int | None = No
 
 @pytest.mark.parametrize("overrides", [[], ["model.tune=lora"]])
 def test_the_replay_holds_the_tensors_that_are_planned(
-    structured_folder: Path, tmp_path: Path, overrides: list[str]
+    shallow_folder: Path, tmp_path: Path, overrides: list[str]
 ) -> None:
-    text = RUN.replace("MODEL", str(structured_folder)).replace("DEVICE", "cpu")
+    text = RUN.replace("MODEL", str(shallow_folder)).replace("DEVICE", "cpu")
     settings = [*overrides, f"run.directory={tmp_path}", "rollout.steps=2", "train.microbatch=2"]
     settings += ["rollout.microbatch=2", "train.on_policy_check=off", "evaluation.limit_prompts=1"]
     # two calls, the second of which adds to gradients
