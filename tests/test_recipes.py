@@ -48,8 +48,8 @@ TINY = {
     "flux-dev": "flux",
 }
 WIDTH = 16  # of the small CLIP's embeddings
-# Each is trained by the same lines as another: with K at most 2 and the same prompts in every file, -k2, -k3, -shape and
-# -texture are sd21-color; -rloo is -reinforce, with the baseline that loop has; -compressibility is sd15-jpeg.
+# Each is trained by the same lines as another, since K is at most 2 and all files hold the same prompts: sd21-color is
+# -k2, -k3, -shape and -texture, -rloo is -reinforce with the baseline of loop, and sd15-jpeg is -compressibility.
 LIKE_ANOTHER = {
     "sd15-compressibility",
     "sd21-color-k2",

@@ -143,7 +143,7 @@ def planned(text: str, overrides: list[str]) -> dict[str, int]:
 
 
 def write_pipeline(folder: Path, latents: int = 32, layers: int = 2) -> Path:
-    """A pipeline of Stable Diffusion 1.5's structure, with 34 M random weights in its denoiser if a block has 2 layers."""
+    """A pipeline of Stable Diffusion 1.5's structure; with 2 layers a block its denoiser has 34 M random weights."""
     from benchmarks.race.models import sd_small
     from loopfast.policies.portable import save_portable
 
