@@ -130,14 +130,14 @@ def stable_diffusion(
     )
 
 
-def shallow_stable_diffusion() -> StableDiffusionPipeline:
+def shallow_stable_diffusion(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
     """One resolution and no middle: all there is to compile, and little of it."""
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
     shape = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
     unet = UNet2DConditionModel(
         **blocks, **shape, mid_block_type=None, cross_attention_dim=16, attention_head_dim=2
     )
-    return stable_diffusion(unet=unet)
+    return stable_diffusion(prediction_type, unet)
 
 
 def stable_diffusion_xl(*, force_zeros_for_empty_prompt: bool = True) -> StableDiffusionXLPipeline:
@@ -146,7 +146,7 @@ def stable_diffusion_xl(*, force_zeros_for_empty_prompt: bool = True) -> StableD
     unet = _unet(
         cross_attention_dim=32,
         attention_head_dim=(2, 2),
-        transformer_layers_per_block=(1, 2),
+        mid_block_type=None,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
@@ -266,7 +266,7 @@ def pixart(*, alpha: bool = False) -> PixArtSigmaPipeline | PixArtAlphaPipeline:
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "sd": stable_diffusion,
-    "sd-v": lambda: stable_diffusion("v_prediction"),
+    "sd-v": lambda: shallow_stable_diffusion("v_prediction"),
     "sdxl": stable_diffusion_xl,
     "sd3": stable_diffusion_3,
     "sd35": stable_diffusion_35,

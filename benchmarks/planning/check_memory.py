@@ -142,12 +142,12 @@ def planned(text: str, overrides: list[str]) -> dict[str, int]:
     return {"tensors": replay, "process": found.total}
 
 
-def write_pipeline(folder: Path, latents: int = 32) -> Path:
-    """A pipeline of Stable Diffusion 1.5's structure with 34 M random weights in its denoiser."""
+def write_pipeline(folder: Path, latents: int = 32, layers: int = 2) -> Path:
+    """A pipeline of Stable Diffusion 1.5's structure; with 2 layers a block its denoiser has 34 M random weights."""
     from benchmarks.race.models import sd_small
     from loopfast.policies.portable import save_portable
 
-    pipeline = sd_small()
+    pipeline = sd_small(layers)
     pipeline.unet.register_to_config(sample_size=latents)
     save_portable(pipeline, folder)
     return folder

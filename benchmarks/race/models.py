@@ -18,8 +18,12 @@ TOKENS = 77
 TEXT_WIDTH = 128
 
 
-def sd_small() -> StableDiffusionPipeline:
-    """SD 1.5's blocks and depths at a fifth of its width, on latents of 4×32×32 and images of 256×256."""
+def sd_small(layers: int = 2) -> StableDiffusionPipeline:
+    """SD 1.5's blocks and depths at a fifth of its width, on latents of 4×32×32 and images of 256×256.
+
+    Args:
+        layers: of each block; SD 1.5 has 2.
+    """
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = write_tokenizer(Path(folder))
@@ -45,7 +49,7 @@ def sd_small() -> StableDiffusionPipeline:
         down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
         up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
         block_out_channels=(64, 128, 256, 256),
-        layers_per_block=2,
+        layers_per_block=layers,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=8,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
@@ -40,6 +43,36 @@ T5_TOKENS = {
 }
 
 
+class _Uninitialized(TorchFunctionMode):
+    """Leaves new weights as they are: on ``meta`` their first values would be worked out in vain, in Python."""
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _INITIALIZERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+_INITIALIZERS = {
+    torch.nn.init.constant_,
+    torch.nn.init.kaiming_uniform_,
+    torch.nn.init.normal_,
+    torch.nn.init.uniform_,
+    torch.Tensor.fill_,
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
+    torch.Tensor.zero_,
+}
+
+
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """Inside, networks are made on the device ``meta``, and their weights get no first values."""
+    with torch.device("meta"), _Uninitialized():
+        yield
+
+
 @dataclass(frozen=True)
 class Component:
     """A network by the name of its class in diffusers or transformers, and the configuration it is made from."""
@@ -54,7 +87,7 @@ class Component:
             ConfigError: its class or its configuration is unknown to the libraries.
         """
         try:
-            with torch.device("meta"):
+            with without_numbers():
                 module = self._make()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(

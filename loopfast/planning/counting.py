@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,22 +67,21 @@ class Recorder(TorchDispatchMode):
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = _results.of(func, args, kwargs)
+        output, flops = _results.of(func, args, kwargs or {})
+        self.flops += flops
         grown = False
         for result in output if isinstance(output, list | tuple) else (output,):
             if isinstance(result, Tensor):
                 grown = self._add(result) or grown
         if grown:
             self._moments.add((self._constant, self._per_row))
-        packet = func._overloadpacket
-        if packet is _ATTENTION:
-            self.flops += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
-        elif packet is _ATTENTION_BACKWARD:
-            self.flops += sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
-        elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=output)
         return output
+
+    @classmethod
+    @override
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; torch's guard against it would double the time of a dispatch."""
+        return False
 
     def _add(self, tensor: Tensor) -> bool:
         storage = tensor.untyped_storage()
@@ -119,43 +118,69 @@ class Recorder(TorchDispatchMode):
 
 
 class _Results:
-    """What operators return on ``meta``, by what they are given.
+    """What operators return on ``meta`` and how much they compute, by what they are given.
 
     Torch works it out in Python, for a large model some 50,000 times; a model's blocks repeat the same operators on the
     same shapes.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, Any] = {}
-        self._pure: dict[Any, bool] = {}
+        self._known: dict[Any, tuple[Any, int]] = {}
+        self._kinds: dict[Any, _Kind] = {}
 
-    def of(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The operator's result: tensors of the shape, strides and type that it would return."""
-        if func not in self._pure:
-            schema = func._schema
-            parts = (*schema.arguments, *schema.returns)
-            # what is a view of an input, or changes one, is not made anew
-            self._pure[func] = all(part.alias_info is None for part in parts)
-        if not self._pure[func]:
-            return func(*args, **kwargs)
-        key = func, _signature(args), tuple(kwargs), _signature(tuple(kwargs.values()))
-        if key not in self._known:
+    def of(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
+        """The operator's result, tensors of the shape, strides and type that it would return, and its operations."""
+        kind = self._kinds.get(func)
+        if kind is None:
+            kind = self._kinds[func] = _kind(func)
+        if kind == "in place":
+            return args[0], 0
+        if kind == "view":
+            return func(*args, **kwargs), 0
+        key = func, _signature(args), *((name, _signature(value)) for name, value in kwargs.items())
+        known = self._known.get(key)
+        if known is None:
             output = func(*args, **kwargs)
-            self._known[key] = _signature(output)
-            return output
-        return _made(self._known[key])
+            flops = _flops(func, args, kwargs, output)
+            self._known[key] = _signature(output), flops
+            return output, flops
+        return _made(known[0]), known[1]
+
+
+_Kind = Literal["pure", "in place", "view"]
+
+
+def _kind(func: Any) -> _Kind:
+    """What an operator returns: new tensors, its first argument with other numbers, or something else of its inputs."""
+    arguments, returns = func._schema.arguments, func._schema.returns
+    if all(part.alias_info is None for part in (*arguments, *returns)):
+        return "pure"
+    first, result = (parts[0].alias_info if len(parts) else None for parts in (arguments, returns))
+    if first is None or result is None or len(returns) > 1 or torch.Tag.inplace_view in func.tags:
+        return "view"
+    return "in place" if first.is_write and first.before_set == result.before_set else "view"
+
+
+def _flops(func: Any, args: Any, kwargs: Any, output: Any) -> int:
+    """Operations of products, convolutions and attention; of others 0."""
+    packet = func._overloadpacket
+    if packet is _ATTENTION:
+        return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
+    if packet is _ATTENTION_BACKWARD:
+        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+    return int(flop_registry[packet](*args, **kwargs, out_val=output)) if packet in flop_registry else 0
 
 
 def _signature(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return _Shape(tuple(value.shape), value.stride(), value.dtype)
+        return _Shape(value.shape, value.stride(), value.dtype)
     if isinstance(value, list | tuple):
-        return tuple(map(_signature, value))
+        return tuple([_signature(part) for part in value])
     return value
 
 
 class _Shape(NamedTuple):
-    size: tuple[int, ...]
+    size: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from loopfast.config import Config, LoraConfig, ModelConfig
-from loopfast.planning.architectures import Architecture
+from loopfast.planning.architectures import Architecture, without_numbers
 from loopfast.planning.counting import Precision, Recorder, Trace, rows_to_trace
 from loopfast.policies.adapter import add_adapter
 from loopfast.policies.guided_unet import guided_forward, plain_forward, shares_trunk
@@ -261,7 +261,7 @@ def _made(architecture: Architecture, form: Form) -> Any:
     if form.adapter is None:
         return module.requires_grad_(True)
     targets = form.adapter.targets or adapted(architecture.pipeline)
-    with torch.device("meta"):
+    with without_numbers():
         add_adapter(module, form.adapter, targets, seed=0, dtype=getattr(torch, form.adapter_weights))
     return module
 
