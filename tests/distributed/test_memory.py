@@ -84,7 +84,7 @@ def overrides(pipeline: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With layers so large and so many that what each process needs whole is little beside its part."""
-    return write_pipeline(tmp_path_factory.mktemp("large") / "model", (256,))
+    return write_pipeline(tmp_path_factory.mktemp("large") / "model", 320)
 
 
 @pytest.fixture(scope="module")
