@@ -74,7 +74,7 @@ class Runs:
         key = (size, *overrides)
         if key not in self._done:
             name = f"shared-{len(self._done)}"
-            self.train(name, size, *overrides, before="")
+            self.train(name, size, *overrides)
             # the first process alone speaks
             assert [self.ranks.errors(rank) for rank in range(size)] == [""] * size
             assert [self.ranks.shown(rank) for rank in range(1, size)] == [""] * (size - 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loopfast.processor import has_kernels
-from tests.distributed.conftest import Runs, distance, saved
+from tests.distributed.conftest import NO_REPORT, Runs, distance, saved
 from tests.rounding import no_deviation
 
 
@@ -105,5 +105,5 @@ def test_settings_of_ones_own_are_used(runs: Runs) -> None:
         "train.iterations=1",
         "model.tune=lora",
     )
-    runs.ranks.run(runs.arguments("buckets", *options), 1, before=program)
+    runs.ranks.run(runs.arguments("buckets", *options), 1, before=NO_REPORT + program)
     assert "bucket 12345" in runs.ranks.shown(0)
