@@ -47,7 +47,7 @@ def joined(place: Place, device: torch.device, timeout: float) -> Group:
             timeout=wait,
         )
         host = dist.new_group(backend="gloo", timeout=wait) if backend == "nccl" else None
-        watch = Watch(_store(place, wait), place.rank, place.size)
+        watch = Watch(_store(place, wait), place.rank, place.size, _keeps_store(place))
     except (RuntimeError, ValueError) as error:
         raise LoopfastError(
             f"rank {place.rank} cannot join {place.size - 1} other process(es) at {place.host}:{place.port}: "
@@ -76,10 +76,18 @@ def note_opened(place: Place) -> None:
         _base(place, timedelta(seconds=60)).set(_OPENED, "1")
 
 
+def _keeps_store(place: Place) -> bool:
+    return place.rank == 0 and not place.hosted
+
+
 def _base(place: Place, wait: timedelta) -> Any:
-    mine = place.rank == 0 and not place.hosted
     return dist.TCPStore(
-        place.host, place.port, is_master=mine, timeout=wait, wait_for_workers=False, multi_tenant=True
+        place.host,
+        place.port,
+        is_master=_keeps_store(place),
+        timeout=wait,
+        wait_for_workers=False,
+        multi_tenant=True,
     )
 
 

@@ -27,16 +27,18 @@ class Watch:
     Args:
         store: of the group; a connection of the watch's own.
         rank, size: this process's number, and how many there are.
+        keeps_store: whether the store ends with this process.
 
     Attributes:
         reason: what has ended the group, in words that name the rank; None while all is well.
         speaker: the process that says so.
     """
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
+    def __init__(self, store: Any, rank: int, size: int, keeps_store: bool = False) -> None:
         self.reason: str | None = None
         self.speaker = 0
         self._store, self._rank, self._size = store, rank, size
+        self._keeps_store = keeps_store
         self._seen = dict.fromkeys(range(size) if rank == 0 else (0,), (b"", time.monotonic()))
         self._seen.pop(rank, None)
         self._lock = threading.Lock()
@@ -54,8 +56,7 @@ class Watch:
     def done(self) -> None:
         """Ends the watch: this process needs nobody any more.
 
-        The first process may keep the store; it stays until the others are done, too, or have had time to read why
-        the group ends.
+        Who keeps the store stays until the others are done, too, or have had time to read why the group ends.
         """
         self._stopped.set()
         self._thread.join(BEAT)
@@ -64,7 +65,7 @@ class Watch:
                 self._store.set(f"beat/{self._rank}", "done")
                 keys = [f"beat/{rank}" for rank in range(self._size)]
                 end = time.monotonic() + (GRACE if self.reason is None else 2 * BEAT)
-                while self._rank == 0 and time.monotonic() < end and self._store.check(keys):
+                while self._keeps_store and time.monotonic() < end and self._store.check(keys):
                     if set(self._store.multi_get(keys)) == {b"done"}:
                         break
                     time.sleep(0.02)

@@ -40,10 +40,10 @@ FEW = (
 LONG = (
     *FEW,
     "algorithm.name=ppo",
-    "train.iterations=12",
+    "train.iterations=7",
     "train.lr_schedule=cosine",
     "train.warmup_updates=4",
-    "evaluation.every=4",
+    "evaluation.every=3",
 )
 
 
@@ -113,14 +113,14 @@ def test_kills_at_random_moments_change_nothing(
     began = time.monotonic()
     expected = outcome(run(make_config(tmp_path, "run.name=unbroken", *LONG)))
     longest = (time.monotonic() - began) / 3
-    delays = [random.uniform(0.0, longest) for _ in range(4)]
+    delays = [random.uniform(0.0, longest) for _ in range(3)]
     command = [*written(make_config(tmp_path, "run.name=killed", *LONG)), "--resume", "auto"]
     for delay in delays:
         ranks.start(command, 1)
         ranks.await_shown("loopfast train\n")
         end = time.monotonic() + delay
-        # of 12 iterations at most three a time, however much faster the machine has become
-        while time.monotonic() < end and ranks.shown(0).count("\niteration ") < 3:
+        # of 7 iterations at most two a time, however much faster the machine has become
+        while time.monotonic() < end and ranks.shown(0).count("\niteration ") < 2:
             time.sleep(0.005)
         ranks.kill()
         assert (ranks.wait(), ranks.errors(0)) == ([-signal.SIGKILL], ""), (delays, ranks.shown(0))
@@ -162,8 +162,7 @@ def test_signals_save_and_the_run_goes_on(small_config: MakeConfig) -> None:
         ("evaluation", 1, "iteration-000000"),
         ("rollout", 1, "iteration-000000"),
         ("reward", 1, "iteration-000000-update-1"),
-        ("replay", 1, "iteration-000000-update-2"),
-        ("replay", 2, "iteration-000000-update-4"),
+        ("replay", 3, "iteration-000000-update-4"),
         ("evaluation", 1, "iteration-000001"),
         ("replay", 1, "iteration-000001-update-1"),
         ("evaluation", 1, "iteration-000002"),
@@ -181,13 +180,20 @@ def test_a_run_that_screens_its_pairs_can_be_stopped_between_updates(small_confi
         "train.iterations=2",
         "evaluation.every=0",
         "evaluation.limit_prompts=1",
+        "evaluation.preview_images=1",
+        "reward=[{name: jpeg_compressibility}]",
     )
     with pytest.MonkeyPatch.context() as patch:
         # half of the updates that may be screened are
         patch.setattr(training, "SCREENING_SHARE", 0.3)
         expected = outcome(run(small_config("run.name=unbroken", *options)))
         screened = [line["screened_out"] for line in expected[1][1:]]
-        stops = [("replay", 1, f"iteration-00000{n // 4}-update-{n % 4 + 1}") for n in range(8)]
+        # after the first update, where screening begins, and after an iteration's end
+        stops = [
+            ("replay", 1, "iteration-000000-update-1"),
+            ("replay", 2, "iteration-000000-update-3"),
+            ("replay", 3, "iteration-000001-update-2"),
+        ]
         assert outcome(stopped(small_config("run.name=stopped", *options), stops)) == expected
     assert min(screened) > 0
     assert screened != [line["zero_gradient"] for line in expected[1][1:]]

@@ -314,12 +314,15 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
 
 
 USER = """\
-import os
+import os, threading
+
+threads = []
 
 def pid(images, prompts, metadata):
     return [os.getpid()] * len(prompts)
 
 def plain(images, prompts, metadata, fail=""):
+    threads.append(threading.current_thread())
     values = images.mean((1, 2, 3))
     for index, prompt in enumerate(prompts):
         if metadata[index].get("die"):
@@ -462,10 +465,13 @@ def test_a_run_is_the_same_wherever_its_images_are_scored(
     small_config: MakeConfig, user_module: Callable[[str], str]
 ) -> None:
     module = user_module(USER)
-    outcomes = []
-    for worker in ("none", "inline", "thread", "process"):
+    outcomes, threads = [], {}
+    # on a CPU auto scores between the sampling
+    for worker in ("none", "auto", "thread", "process"):
         config = small_config(
             *FEW,
+            "train.iterations=2",
+            "evaluation.every=0",
             f"rollout.reward_worker={worker}",
             f"reward=[{{name: jpeg_compressibility}}, {{name: '{module}:plain'}}]",
             f"run.name={worker}",
@@ -478,21 +484,15 @@ def test_a_run_is_the_same_wherever_its_images_are_scored(
         for line in lines:
             del line["peak_memory_bytes"]
         outcomes.append(lines)
-        [_, timed] = read_metrics(folder / "metrics.jsonl")
-        assert 0 < timed["seconds_reward"] < timed["seconds_iteration"]
+        [_, *timed] = read_metrics(folder / "metrics.jsonl")
+        assert all(0 < line["seconds_reward"] < line["seconds_iteration"] for line in timed)
+        calls = sys.modules[module].threads
+        threads[worker] = set(calls) - {threading.main_thread()}
+        calls.clear()
     assert outcomes[0] == outcomes[1] == outcomes[2] == outcomes[3]
-
-
-def test_images_are_scored_between_the_sampling_on_a_cpu(
-    small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: Any) -> None:
-        raise AssertionError("a thread was started")
-
-    monkeypatch.setattr(RewardThread, "add", refuse)
-    config = small_config(*FEW)
-    assert config.rollout.reward_worker == "auto"
-    training.train(config, display=Display(quiet=True))
+    assert threads["none"] == threads["auto"] == set()
+    # one for all iterations
+    assert [thread.name for thread in threads["thread"]] == ["loopfast-reward"]
 
 
 @pytest.mark.usefixtures("in_a_thread")
@@ -520,28 +520,6 @@ def test_a_reward_that_fails_in_a_later_part_names_itself_and_the_sample(
     assert message.startswith(f"iteration 1: reward '{module}:plain' is not finite for 2 of 2 image(s)")
     assert f"'a white star'; images and prompts are in {failures}; " in message
     assert list(json.loads((failures / "prompts.json").read_text()).values()) == ["a white star"] * 2
-
-
-def test_all_iterations_of_a_run_are_scored_in_one_thread(
-    small_config: MakeConfig, user_module: Callable[[str], str]
-) -> None:
-    module = user_module(
-        "import threading\n"
-        "threads = []\n"
-        "def reward(images, prompts, metadata):\n"
-        "    threads.append(threading.current_thread())\n"
-        "    return images.mean((1, 2, 3))\n"
-    )
-    config = small_config(
-        *FEW,
-        f"reward=[{{name: '{module}:reward'}}]",
-        "rollout.reward_worker=thread",
-        "evaluation.every=0",
-        "train.iterations=2",
-    )
-    training.train(config, display=Display(quiet=True))
-    threads = {thread for thread in sys.modules[module].threads if thread is not threading.main_thread()}
-    assert [thread.name for thread in threads] == ["loopfast-reward"]
 
 
 def test_a_signal_while_images_are_scored_leaves_no_thread(

@@ -137,8 +137,6 @@ class ZeroEngine(Engine):
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         require_same_everywhere(self._group, tensors, self._shapes)
         optimizer = tensors.get("optimizer", {}) if self._group.first else {}
         steps = self._group.on_first(
@@ -150,7 +148,7 @@ class ZeroEngine(Engine):
             value = self._received(tensors["policy"][name] if self._group.first else None, self._shapes[name])
             with self._written(parameter):
                 parameter.data.copy_(value)
-            safe_set_full_fp32_param(parameter, value)
+            self._set(parameter, value)
         self._optimizer.state.clear()
         for flat in self._flat() if steps else ():
             self._optimizer.state[flat] = {
@@ -163,7 +161,7 @@ class ZeroEngine(Engine):
             for name, parameter in self._named.items():
                 for key in _MOMENTS:
                     value = self._received(optimizer.get(f"{name}.{key}"), self._shapes[name])
-                    safe_set_full_optimizer_state(parameter, value, key)
+                    self._set(parameter, value, key)
         self._updates = state["updates"]
         if self._scaled and state["scaler"]:
             scaler = self._engine.optimizer.loss_scaler
@@ -206,6 +204,18 @@ class ZeroEngine(Engine):
             if self._group.first:
                 found[name] = value.detach().float().cpu().clone()
         return found
+
+    def _set(self, parameter: Any, value: Tensor, *key: str) -> None:
+        """Writes a whole float32 weight, or a moment of it, where the optimizer has this process's part."""
+        from deepspeed import utils
+
+        kind = "optimizer_state" if key else "fp32_param"
+        if self.sharded:
+            # DeepSpeed's own cut fails where the last parts are shorter than the others, or empty
+            length = parameter.ds_tensor.numel()
+            missing = length * self._group.size - value.numel()
+            value = torch.nn.functional.pad(value.flatten(), (0, missing)).split(length)[self._group.rank]
+        getattr(utils, f"safe_set_{'local' if self.sharded else 'full'}_{kind}")(parameter, value, *key)
 
     def _received(self, value: Tensor | None, shape: torch.Size) -> Tensor:
         home = self._policy.device

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = """\
-import json, os, sys
+import gc, json, os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
 import loopfast.cli.options, loopfast.engines.zero3, loopfast.engines.replicated, loopfast.train
 import loopfast.evaluation, loopfast.launch, loopfast.reporting
@@ -35,6 +35,8 @@ import_deepspeed(torch.device("cpu"))
 # DeepSpeed imports these, and torch's compiler with them, when it starts
 import deepspeed.runtime.zero.muon.muon_optimizer, deepspeed.runtime.zero.stage3, torch._inductor.compile_fx
 load_policy(ModelConfig(pretrained="embedded", tune="lora"))
+# else each process looks through all of this for garbage, and copies its memory to do so
+gc.freeze()
 for line in sys.stdin:
     order = json.loads(line)
     pids = []

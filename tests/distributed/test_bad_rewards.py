@@ -9,7 +9,7 @@ import pytest
 
 from loopfast.prompts import load_prompts
 from loopfast.seeds import derive
-from tests.distributed.conftest import Runs, distance, metrics, saved
+from tests.distributed.conftest import NO_REPORT, Runs, distance, metrics, saved
 
 OPTIONS = ("train.iterations=1", "rollout.on_bad_reward=drop_group")
 
@@ -31,7 +31,7 @@ def test_a_bad_score_in_one_process_drops_the_prompt_in_all(runs: Runs) -> None:
     text = random.Random(derive(0, "prompts", 0)).sample(prompts, 3)[1]
     assert text not in prompts[:3], "the evaluation has it, too"
     before = SPOILED.format(text=text)
-    alone = runs.train("spoiled-1", 1, *OPTIONS, before=before)
+    alone = runs.train("spoiled-1", 1, *OPTIONS, before=before + NO_REPORT)
     together = runs.train("spoiled-2", 2, *OPTIONS, before=before)
     [warning] = runs.ranks.errors(0).splitlines()
     assert warning.startswith(
@@ -45,3 +45,4 @@ def test_a_bad_score_in_one_process_drops_the_prompt_in_all(runs: Runs) -> None:
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert metrics(alone)[1]["dropped_groups"] == 1
     assert distance(saved(together), saved(alone)) < 1e-5
+    assert (together / "report.html").exists()

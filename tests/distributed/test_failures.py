@@ -17,55 +17,35 @@ OPTIONS = ("distributed.zero_stage=2",)
 # A silent process counts as dead after 30 seconds, and those who wait for it have 10 more; here sooner.
 SOON = """\
 import loopfast.watch
-loopfast.watch.BEAT, loopfast.watch.SILENCE, loopfast.watch.GRACE = 0.2, 5.0, 2.0
+loopfast.watch.BEAT, loopfast.watch.SILENCE, loopfast.watch.GRACE = 0.2, 3.0, 2.0
 """
 
 MID_UPDATE = """\
 import os, signal, loopfast.engines.zero3 as engines
-backward, calls = engines.ZeroEngine.backward, []
+backward = engines.ZeroEngine.backward
 def killed(self, *arguments, **options):
-    calls.append(1)
-    if rank == {rank} and len(calls) == {call}:
+    if rank == 1:
         os.kill(os.getpid(), signal.{signal})
     return backward(self, *arguments, **options)
 engines.ZeroEngine.backward = killed
 """
 
 MID_CHECKPOINT = """\
-import os, signal, time
+import os, signal
 from loopfast.checkpoints import CheckpointStore
-put = CheckpointStore._put_in_place
 def killed(self, temporary, name):
-    if name == "iteration-000001":
-        if {rank} == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(2)
-    return put(self, temporary, name)
-if rank == 0:
-    CheckpointStore._put_in_place = killed
-elif {rank} == 1:
-    from loopfast.group import Group
-    on_first = Group.on_first
-    def waited(self, function):
-        if "save" in function.__code__.co_names and self.saves.append(1) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return on_first(self, function)
-    Group.saves = []
-    Group.on_first = waited
+    os.kill(os.getpid(), signal.SIGKILL)
+CheckpointStore._put_in_place = killed
 """
-
-
-# After these kills the run is gone on with, too.
-RESUMED = ("update-1", "checkpoint-0")
 
 
 @pytest.mark.parametrize(
     ("moment", "victim", "named"),
     [
-        (MID_UPDATE.format(rank=1, call=3, signal="SIGKILL"), 1, "rank 1"),
+        (MID_UPDATE.format(signal="SIGKILL"), 1, "rank 1"),
         # it is there, but does not answer: nothing breaks the connection
-        (MID_UPDATE.format(rank=1, call=1, signal="SIGSTOP"), 1, "rank 1"),
-        (MID_CHECKPOINT.format(rank=0), 0, "rank 0"),
+        (MID_UPDATE.format(signal="SIGSTOP"), 1, "rank 1"),
+        (MID_CHECKPOINT, 0, "rank 0"),
     ],
     ids=["update-1", "hang", "checkpoint-0"],
 )
@@ -90,9 +70,10 @@ def test_a_killed_process_ends_the_others(
     [line] = runs.ranks.errors(survivor).splitlines()
     assert line.startswith("error: ")
     assert named in line
-    if request.node.callspec.id in RESUMED:
-        folder = runs.train(name, 2, *OPTIONS, resume="auto")
-        assert distance(saved(folder), saved(runs.folder / runs.shared(2, *OPTIONS))) < 1e-6
+    if victim == 0:
+        # what the run was about to save is gone; how many go on does not matter
+        folder = runs.train(name, 1, "distributed.zero_stage=0", resume="auto")
+        assert distance(saved(folder), saved(runs.folder / runs.shared(1))) < 1e-6
         assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
 
 

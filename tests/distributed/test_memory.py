@@ -84,7 +84,7 @@ def overrides(pipeline: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With layers so large and so many that what each process needs whole is little beside its part."""
-    return write_pipeline(tmp_path_factory.mktemp("large") / "model", (256,))
+    return write_pipeline(tmp_path_factory.mktemp("large") / "model", 256)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,8 @@ def test_a_process_holds_its_part_and_little_more(held: dict[int, list[dict[str,
     # weights, the float32 ones of the optimizer, two moments, gradients, and the reference's weights
     assert whole["peak"] >= 6 * 4 * whole["parameters"]
     for process in held[2]:
-        assert process["peak"] <= 1.08 * whole["peak"] / 2, process["parts"]
+        # with what is gathered; any of the six, held whole, would make it 1.17
+        assert process["peak"] <= 1.1 * whole["peak"] / 2, process["parts"]
         assert process["parts"]["reference"] <= 1.08 * 4 * whole["parameters"] / 2
         assert process["end"]["gradients"] <= 1.08 * 4 * whole["parameters"] / 2
 

@@ -83,7 +83,7 @@ def config(small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyP
             "evaluation.every=0",
             "rollout.microbatch=3",
             "rollout.steps=2",
-            "train.microbatch=3",
+            "train.microbatch=8",
             "train.iterations=1",
             "rollout.on_bad_reward=drop_group",
             *overrides,
@@ -101,32 +101,40 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(sorted((folder / "checkpoints").iterdir())[-1] / "policy.safetensors")
 
 
-@pytest.mark.usefixtures("in_a_thread")
-@pytest.mark.parametrize("worker", ["none", "thread", "process"])
-def test_a_prompt_is_left_out_wherever_its_images_are_scored(worker: str, config: MakeConfig) -> None:
-    folder, [warning] = run(config("{}", f"rollout.reward_worker={worker}"))
+def left_out(folder: Path, warnings: list[str], prompt: str) -> dict[str, float]:
+    """The metrics of an iteration that has left a prompt out, and has said so."""
+    [warning] = warnings
     kept = folder / "bad-rewards" / "iteration-000001"
     assert warning.startswith(
-        "iteration 1: 1 of 4 prompt(s) are left out, 'a white star': reward 'mine' is not finite"
+        f"iteration 1: 1 of 4 prompt(s) are left out, '{prompt}': reward 'mine' is not finite"
     )
     assert warning.endswith(f"; images and prompts are in {kept}")
     # of the two images the one at fault
-    assert list(json.loads((kept / "prompts.json").read_text("utf-8")).values()) == ["a white star"]
+    assert list(json.loads((kept / "prompts.json").read_text("utf-8")).values()) == [prompt]
     assert (kept / "000.png").is_file()
     [before, after] = read_metrics(folder / "metrics.jsonl")
     assert after["dropped_groups"] == 1
     assert before["eval_dropped_images"] == after["eval_dropped_images"] == 0
     assert all(math.isfinite(value) for value in after.values())
+    return after
+
+
+@pytest.mark.usefixtures("in_a_thread")
+@pytest.mark.parametrize("worker", ["thread", "process"])
+def test_a_prompt_is_left_out_wherever_its_images_are_scored(worker: str, config: MakeConfig) -> None:
+    left_out(*run(config("{}", f"rollout.reward_worker={worker}")), "a white star")
 
 
 def test_the_others_are_trained_on_as_if_it_had_not_been_there(config: MakeConfig, tmp_path: Path) -> None:
     # the seed draws the ring last: of three prompts the same, with the same noise, without it
-    dropped, [warning] = run(config("{word: ring}", "run.name=dropped"))
-    assert "'a green ring'" in warning
+    settings = ("rollout.reward_worker=none", "train.microbatch=3")
+    dropped, said = run(config("{word: ring}", *settings, "run.name=dropped"))
+    found = left_out(dropped, said, "a green ring")
     (tmp_path / "mended").touch()
-    three, warnings = run(config("{}", "rollout.prompts_per_iteration=3", "run.name=three"))
+    fewer = "rollout.prompts_per_iteration=3"
+    three, warnings = run(config("{}", *settings, fewer, "run.name=three"))
     assert warnings == []
-    found, expected = (read_metrics(folder / "metrics.jsonl")[1] for folder in (dropped, three))
+    expected = read_metrics(three / "metrics.jsonl")[1]
     for name in ("reward_mean", "reward_std", "group_spread", "reward_mine", "loss", "grad_norm", "kl"):
         assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
     for name, value in weights(three).items():

@@ -26,6 +26,12 @@ CPU = torch.device("cpu")
 LORA: dict[str, Any] = {"tune": "lora", "lora": {"rank": 2, "alpha": 8.0}}
 
 
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy does in two steps all that it does in more."""
+    monkeypatch.setattr(toy, "STEPS", 2)
+
+
 def test_there_is_no_copy_where_nothing_asks_for_one(pipeline_folder: Path) -> None:
     policy = toy.load(pipeline_folder, dtype="bfloat16")
     for config in (RolloutConfig(), RolloutConfig(dtype="bfloat16"), RolloutConfig(device="cpu")):
