@@ -4,6 +4,8 @@ import os
 
 # Before torch is imported: two busy processes with two threads each slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As the command line does: else transformers names, whenever it is imported, what it does without torchvision.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from collections.abc import Callable, Iterator
 from functools import cache
