@@ -41,20 +41,39 @@ checkpoint: {every: 1}
 """
 
 
-# Files of half a minute and more: they start first, so that no process has one to do when the other has ended.
+# Files whose runs are forked from a process that has imported everything: of two of pytest's processes one starts it.
+FORKED = ("distributed", "test_resume", "test_profile_run", "test_reward_worker", "test_http")
+# Files of 20 seconds and more: they start first, so that no process has one to do when the other has ended.
 LONG = (
     "test_train",
-    "test_failures",
+    "test_memory",
     "test_recipes",
-    "test_gpu_check",
-    "test_resume",
     "test_sd",
-    "test_equivalence",
+    "test_families",
+    "test_gpu_check",
+    "test_benchmarks",
 )
 
 
+def is_forked(path: Path) -> bool:
+    return path.parent.name in FORKED or path.stem in FORKED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay in one process, and those of all files that are forked."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Spread(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "forked" if is_forked(Path(file)) else file
+
+    return Spread(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    items.sort(key=lambda item: (not is_forked(item.path), item.path.stem not in LONG))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

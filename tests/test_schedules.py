@@ -79,10 +79,20 @@ BETAS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("betas", BETAS)
+# The betas reach a table only as the product of what is left of the signal: two kinds meet every other option.
+@pytest.mark.parametrize(
+    ("prediction", "spacing", "betas"),
+    [
+        *product(
+            ["epsilon", "v_prediction", "sample"],
+            ["leading", "trailing", "linspace"],
+            ["scaled_linear", "squaredcos_cap_v2"],
+        ),
+        ("v_prediction", "leading", "linear"),
+        ("sample", "trailing", "trained_betas"),
+    ],
+)
 @pytest.mark.parametrize("zero_snr", [False, True])
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_every_option_agrees_with_diffusers_own_step(prediction, spacing, zero_snr, betas):
     """To 1e-5 of the result's root mean square; far closer to diffusers' own step computed in float64."""
     x, m, noise = torch.randn(3, 64)

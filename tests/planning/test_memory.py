@@ -38,7 +38,7 @@ def test_the_replay_holds_the_tensors_that_are_planned(
 
 def test_a_process_holds_what_is_planned(structured_folder: Path, tmp_path: Path) -> None:
     text = RUN.replace("MODEL", str(structured_folder)).replace("DEVICE", "cpu")
-    settings = [f"run.directory={tmp_path}", "rollout.steps=2", "evaluation.limit_prompts=1"]
+    settings = [f"run.directory={tmp_path}", "rollout.steps=1", "evaluation.limit_prompts=1"]
     settings += ["rollout.prompts_per_iteration=1", "train.updates_per_iteration=1", "train.microbatch=2"]
     assert planned(text, settings)["process"] == pytest.approx(
         measure(text, settings, tensors=False), rel=0.15
