@@ -40,12 +40,14 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-fast coverage test-processors as-sse4 as-avx2 as-avx512 as-two-threads as-busy test-wheel test-trl test-older sanitize lint bench race race-sweep race-reward gpu-check ptx-report study clean help
+.PHONY: demo test suite test-fast coverage test-processors as-sse4 as-avx2 as-avx512 as-two-threads as-busy test-wheel test-trl test-older sanitize lint bench race race-sweep race-reward gpu-check ptx-report study clean help
 
 demo: $(VENV)/.train ## train the embedded model with LOOP and write a report (ARGS="--set run.seed=1" adds options)
 	@$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
 
-test: lint ## lint, then every test (ARGS="-k philox" selects)
+test: lint suite ## lint, then every test (ARGS="-k philox" selects)
+
+suite: $(VENV)/.dev ## every test
 	@$(PYTEST) $(SPREAD) $(BRIEF) $(ARGS)
 
 test-fast: $(VENV)/.dev ## what one runs while coding, in a minute: no training, no processes, nothing interpreted
@@ -77,9 +79,10 @@ lint: $(VENV)/.dev ## style and types
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && echo "Style: no faults"
 	@$(BIN)/mypy
 
-test-wheel: $(TRL)/.wheel ## the built wheel, installed elsewhere: the tests of the ops
+test-wheel: $(TRL)/.wheel ## the built wheel, installed elsewhere: the tests of the ops, and what it holds
 	cd $(WHEEL) && OMP_NUM_THREADS=1 $(CURDIR)/$(TRL)/bin/python -m pytest -c $(CURDIR)/pyproject.toml \
-	  -o pythonpath=$(CURDIR)/$(WHEEL)/tree -p no:cacheprovider -k 'not triton' tree/tests/kernels $(ARGS)
+	  -o pythonpath=$(CURDIR)/$(WHEEL)/tree -p no:cacheprovider -q -k 'not triton' tree/tests/kernels $(ARGS)
+	LOOPFAST_WHEEL=$$(echo $(CURDIR)/$(WHEEL)/*.whl) $(PYTEST) -q tests/test_packaging.py -k the_wheel
 
 test-trl: $(TRL)/.wheel $(VENV)/.dev ## TRL's trainer on the ops of the built wheel, and exports in earlier libraries
 	LOOPFAST_TRL_PYTHON=$(CURDIR)/$(TRL)/bin/python $(PYTEST) tests/integrations/test_trl.py \

@@ -121,12 +121,11 @@ def packaged_files(sources: Path) -> set[str]:
     return {str(path.relative_to(base)) for path, base in files}
 
 
+@pytest.mark.skipif(
+    "LOOPFAST_WHEEL" not in os.environ, reason="LOOPFAST_WHEEL names no wheel; make test-wheel does"
+)
 def test_the_wheel_holds_both_packages_their_data_and_the_library(sources, tmp_path):
-    compile_quickly = tmp_path / "compile"
-    compile_quickly.write_text('#!/bin/sh\nexec "$@" -O0\n')
-    compile_quickly.chmod(0o755)
-    options = f"-DCMAKE_CXX_COMPILER_LAUNCHER={compile_quickly}"
-    wheel, _ = build("wheel", sources, tmp_path / "built", CMAKE_ARGS=options)
+    wheel = Path(os.environ["LOOPFAST_WHEEL"])
     # Any Python 3, any torch: nothing of theirs is compiled in.
     assert wheel.name.startswith(f"loopfast-{loopfast.__version__}-py3-none-linux_")
     with zipfile.ZipFile(wheel) as archive:

@@ -44,13 +44,13 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What three tiny runs wrote: two of the same seed, one of another."""
+    """What two tiny runs of the same seed wrote."""
     found = {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         shrink(monkeypatch)
-        for name, seed in (("first", 3), ("again", 3), ("other", 4)):
+        for name in ("first", "again"):
             found[name] = tmp_path_factory.mktemp("pretrain") / name
-            pretrain.pretrain(replace(TINY, seed=seed), found[name], lambda line: None)
+            pretrain.pretrain(TINY, found[name], lambda line: None)
     return found
 
 
@@ -59,14 +59,16 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_seed_decides_every_bit(folders: dict[str, Path]) -> None:
-    first, again, other = (files(folders[name]) for name in ("first", "again", "other"))
-    assert first.keys() == again.keys() == other.keys()
+    first, again = (files(folders[name]) for name in ("first", "again"))
+    assert first.keys() == again.keys()
     for name in first.keys() - {"README.md"}:  # which says how long it took
         assert first[name] == again[name], name
-    for part in ("unet", "vae"):
-        name = f"{part}/diffusion_pytorch_model.safetensors"
-        assert first[name] != other[name]
-    assert first["text_encoder/model.safetensors"] != other["text_encoder/model.safetensors"]
+    for ours, others in zip(pretrain.build(TINY)[:3], pretrain.build(replace(TINY, seed=4))[:3], strict=True):
+        drawn = [
+            pair for pair in zip(ours.parameters(), others.parameters(), strict=True) if pair[0].std() > 0
+        ]
+        assert drawn
+        assert not any(torch.equal(*pair) for pair in drawn)
 
 
 def test_the_folder_is_small_and_portable(folders: dict[str, Path]) -> None:
