@@ -198,7 +198,7 @@ def test_memory_of_a_gpu_is_also_what_tensors_do_not_hold(monkeypatch: pytest.Mo
 def test_the_header_says_what_is_trained(
     overrides: tuple[str, ...], trained: tuple[int, ...], said: str, small_config: MakeConfig
 ) -> None:
-    config = small_config("train.inner_epochs=3", *overrides)
+    config = small_config("train.inner_epochs=3", "rollout.steps=4", *overrides)
     policy = SimpleNamespace(
         describe=lambda: "the model", device=torch.device("cpu"), levers={"attention": "sdpa", "tf32": False}
     )

@@ -179,10 +179,9 @@ def test_metrics_have_a_line_per_iteration_and_one_before_training(finished: Pat
         share = line["outside_model_share"]
         assert share == pytest.approx(1 - line["seconds_model"] / line["seconds_iteration"])
         assert line["images_per_second"] == pytest.approx(8 / line["seconds_iteration"])
-        # 8 images in 4 steps; 2 updates of 16 pairs, 8 of them a call, of which the second may be screened
-        kept = round(16 * (1 - 2 * line["screened_out"]))
-        screened = 2 + math.ceil(kept / 8) if kept < 16 else 2
-        assert line["model_calls"] == 4 + 2 + screened
+        # 8 images in 2 steps; 2 updates of 8 pairs, all of them in a call, of which the second may be screened
+        kept = round(8 * (1 - 2 * line["screened_out"]))
+        assert line["model_calls"] == 2 + 1 + (1 if kept == 8 else 2)
     assert lines[1]["reward_mean"] == pytest.approx(lines[1]["reward_jpeg_compressibility"], rel=1e-6)
     assert lines[1]["peak_memory_bytes"] > 1e8
 
@@ -233,14 +232,15 @@ def test_the_same_configuration_trains_the_same_run(finished: Path, small_config
     [
         pytest.param((), id="plain"),
         pytest.param(("model.tune=lora", "model.lora.rank=2", *GUIDED_AND_PADDED), id="lora"),
-        pytest.param(("algorithm.name=grpo", "algorithm.logprob=mean", "train.steps=1:3"), id="grpo"),
-        pytest.param(("model.dtype=bfloat16", "rollout.steps=2", *GUIDED_AND_PADDED), id="bfloat16"),
+        pytest.param(
+            ("algorithm.name=grpo", "algorithm.logprob=mean", "rollout.steps=4", "train.steps=1:3"), id="grpo"
+        ),
+        pytest.param(("model.dtype=bfloat16", *GUIDED_AND_PADDED), id="bfloat16"),
         pytest.param(
             (
                 "model.dtype=bfloat16",
                 "model.tune=lora",
                 "model.lora.rank=2",
-                "rollout.steps=2",
                 *GUIDED_AND_PADDED,
             ),
             id="bfloat16-lora",
@@ -316,7 +316,7 @@ def test_samples_are_used_for_several_epochs(small_config: MakeConfig) -> None:
 def test_the_divergence_from_the_model_before_training_is_penalized(
     tune: str, small_config: MakeConfig
 ) -> None:
-    options = ("train.iterations=2", "train.updates_per_iteration=1", f"model.tune={tune}", "rollout.steps=2")
+    options = ("train.iterations=2", "train.updates_per_iteration=1", f"model.tune={tune}")
     free = run(small_config(*options, "run.name=free"))
     held = run(small_config(*options, "run.name=held", "algorithm.kl_weight=0.5"))
     first, second = read_metrics(held / "metrics.jsonl")[1:]
@@ -471,7 +471,6 @@ def test_the_microbatch_changes_no_result(
         "train.learning_rate=1e-5",
         "algorithm.logprob=mean",
         "evaluation.every=0",
-        "rollout.steps=2",
         "rollout.guidance_scale=2.0",
         "train.iterations=1",
     )
@@ -503,7 +502,7 @@ def test_the_microbatch_changes_no_result(
 def test_auto_halves_until_a_model_call_fits_and_then_trains_as_with_that_size(
     of_training_calls: bool, options: tuple[str, ...], small_config: MakeConfig
 ) -> None:
-    options = ("train.iterations=2", "rollout.guidance_scale=3.0", "rollout.steps=2", *BARE, *options)
+    options = ("train.iterations=2", "rollout.guidance_scale=3.0", *BARE, *options)
     with memory_for(3, of_training_calls=of_training_calls) as calls:
         folder, warnings = run_told(small_config(*options))
     key = "train" if of_training_calls else "rollout"
@@ -533,6 +532,7 @@ def test_an_update_that_runs_out_of_memory_halfway_is_done_again_with_smaller_ca
         f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]",
         "train.iterations=1",
         "evaluation.every=0",
+        "rollout.steps=4",
     )
     whole = run(small_config(*options))
     # two calls for the first update, and one of the second's
@@ -547,7 +547,7 @@ def test_an_update_that_runs_out_of_memory_halfway_is_done_again_with_smaller_ca
 
 
 def test_a_resumed_run_goes_on_with_the_size_that_fitted(small_config: MakeConfig) -> None:
-    options = ("rollout.steps=2", "evaluation.every=0")
+    options = "evaluation.every=0"
     with memory_for(2, of_training_calls=True):
         straight, _ = run_told(small_config(*options, "train.iterations=2", "run.name=straight"))
         folder, warnings = run_told(small_config(*options, "train.iterations=1"))
@@ -674,7 +674,7 @@ def test_screening_leaves_out_the_backward_pass_of_pairs_without_a_gradient_and_
         f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]",
         "train.iterations=1",
     )
-    options = (*options, "rollout.microbatch=8", "train.microbatch=4")
+    options = (*options, "rollout.microbatch=8", "train.microbatch=4", "rollout.steps=4")
     whole = run(small_config(*options, "train.screening=off", "run.name=whole"))
     with replayed() as updates:
         folder = run(small_config(*options, "train.screening=on"))
@@ -726,7 +726,12 @@ def test_what_is_not_to_be_screened_is_not(option: str, small_config: MakeConfig
 def test_only_an_iterations_first_update_is_filled_up_to_calls_of_the_rollouts_size(
     small_config: MakeConfig,
 ) -> None:
-    options = ("rollout.prompts_per_iteration=5", "train.updates_per_iteration=2", "train.screening=off")
+    options = (
+        "rollout.prompts_per_iteration=5",
+        "train.updates_per_iteration=2",
+        "train.screening=off",
+        "rollout.steps=4",
+    )
     sizes = ("rollout.microbatch=18", "train.microbatch=18", "train.iterations=1", "train.steps=all")
     with replayed() as updates:
         run(small_config(*options, *sizes))
@@ -762,14 +767,20 @@ def test_a_screening_call_that_does_not_fit_halves_its_rows(
 
 
 def test_a_fraction_of_the_steps_is_a_fraction_of_the_model_calls(small_config: MakeConfig) -> None:
-    options = ("train.iterations=1", "evaluation.every=0", "train.microbatch=4", "train.inner_epochs=2")
+    options = (
+        "train.iterations=1",
+        "evaluation.every=0",
+        "train.microbatch=4",
+        "train.inner_epochs=2",
+        "rollout.steps=4",
+    )
     with memory_for(4, of_training_calls=True) as calls:
         folder = run(small_config(*options, "train.step_fraction=0.5"))
     assert len(calls) == 2 * 8 * 4 * 0.5 / 4
     assert read_metrics(folder / "metrics.jsonl")[1]["ratio_max_deviation"] < 1e-3
     with pytest.raises(ConfigError, match=r"train\.step_fraction: found 0\.13, allowed: at least 0\.167"):
         # auto leaves the last of the four steps out
-        run(small_config("train.step_fraction=0.13", "train.steps=auto", "run.name=none"))
+        run(small_config("train.step_fraction=0.13", "train.steps=auto", "rollout.steps=4", "run.name=none"))
 
 
 def test_trajectories_on_the_host_and_a_released_text_encoder_change_no_bit(small_config: MakeConfig) -> None:
@@ -1017,7 +1028,9 @@ def test_a_tracker_that_is_not_installed_names_its_extra(
 def test_the_display_tells_the_whole_story(small_config: MakeConfig) -> None:
     shown = io.StringIO()
     with Display(console=Console(file=shown, width=200)) as display:
-        folder = training.train(small_config("train.iterations=2", "train.steps=0:2"), display=display)
+        folder = training.train(
+            small_config("train.iterations=2", "rollout.steps=4", "train.steps=0:2"), display=display
+        )
     text = shown.getvalue()
     for expected in (
         "loopfast train",

@@ -152,7 +152,13 @@ def test_a_window_trains_its_share_and_a_resumed_run_the_same_windows(
 
     monkeypatch.setattr(training, "update", update)
     short = ("rollout.prompts_per_iteration=2", "evaluation.every=0", "evaluation.limit_prompts=1")
-    options = ("rollout.stochastic_steps=window:2", "train.iterations=3", "run.seed=2", *short)
+    options = (
+        "rollout.steps=4",
+        "rollout.stochastic_steps=window:2",
+        "train.iterations=3",
+        "run.seed=2",
+        *short,
+    )
     whole = training.train(small_config(*options, "run.name=whole"), display=Display(quiet=True))
     windows, trained = trained, []
     assert all(window in ({0, 1}, {1, 2}, {2, 3}) for window in windows)
