@@ -547,7 +547,7 @@ def test_an_update_that_runs_out_of_memory_halfway_is_done_again_with_smaller_ca
 
 
 def test_a_resumed_run_goes_on_with_the_size_that_fitted(small_config: MakeConfig) -> None:
-    options = "evaluation.every=0"
+    options = ("evaluation.every=0",)
     with memory_for(2, of_training_calls=True):
         straight, _ = run_told(small_config(*options, "train.iterations=2", "run.name=straight"))
         folder, warnings = run_told(small_config(*options, "train.iterations=1"))
