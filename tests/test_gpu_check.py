@@ -343,28 +343,21 @@ def test_the_figures_of_ncu() -> None:
     assert "loss_kernel" in ncu.kernels()
 
 
-def test_real_stages_from_the_command_line(tmp_path: Path) -> None:
-    """The check itself, here: a stage of tests and one that cannot run, in the order of their worth."""
+def test_the_check_from_the_command_line(tmp_path: Path) -> None:
+    """Two stages that cannot run here, in the order of their worth; others are looked at by themselves."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--small", "ncu", "ops"],
+        [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--small", "ncu", "broken"],
         cwd=ROOT,
         env=os.environ | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=500,
     )
-    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-5000:]
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "results.jsonl",
-        "log.txt",
-        "table.txt",
-        "README.md",
-    }
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {file.name for file in tmp_path.iterdir()} == {"results.jsonl", "log.txt", "table.txt", "README.md"}
     stages = latest(read_lines(tmp_path / "results.jsonl"))
-    assert list(stages) == ["check", "ops", "ncu"]
+    assert list(stages) == ["check", "broken", "ncu"]
     assert {"device", "torch", "date"} <= stages["check"][0].keys()
-    assert stages["ops"][-1]["outcome"] == "ok"
-    assert {line["outcome"] for line in stages["ops"][:-1]} == {"passed"}
     assert stages["ncu"][-1] | {"run": ""} == {
         "run": "",
         "stage": "ncu",
