@@ -354,7 +354,12 @@ def test_the_check_from_the_command_line(tmp_path: Path) -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {file.name for file in tmp_path.iterdir()} == {"results.jsonl", "log.txt", "table.txt", "README.md"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "results.jsonl",
+        "log.txt",
+        "table.txt",
+        "README.md",
+    }
     stages = latest(read_lines(tmp_path / "results.jsonl"))
     assert list(stages) == ["check", "broken", "ncu"]
     assert {"device", "torch", "date"} <= stages["check"][0].keys()
