@@ -43,7 +43,7 @@ checkpoint: {every: 1}
 
 
 # Files whose runs are forked from a process that has imported everything: of two of pytest's processes one starts it.
-FORKED = ("distributed", "test_resume", "test_profile_run", "test_reward_worker", "test_http")
+FORKED = ("distributed", "test_resume", "test_profile_run", "test_reward_worker", "test_http", "test_study")
 # Files of 20 seconds and more: they start first, so that no process has one to do when the other has ended.
 LONG = (
     "test_train",
