@@ -44,7 +44,7 @@ def lora_config(settings: LoraSettings, targets: Sequence[str]) -> LoraConfig:
     return LoraConfig(
         r=settings.rank,
         # peft annotates it as an int and divides it by the rank
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=settings.alpha,
         target_modules=list(targets),
         init_lora_weights="gaussian" if settings.init == "gaussian" else True,
         use_dora=settings.dora,
