@@ -111,44 +111,9 @@ def tf32() -> Iterator[Callable[[bool], None]]:
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion pipeline with random weights: 32x32 images, 8x8x4 latents, the embedded vocabulary."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from tests.pipelines import write_pipeline
 
-    from loopfast.embedded.pretrain import Recipe, build, save
-
-    _, text_encoder, _, scheduler, tokenizer = build(Recipe())
-    # one resolution and no middle: the time of a run is that of its modules, however small they are
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8,) * 3,
-        mid_block_add_attention=False,
-        norm_num_groups=8,
-        sample_size=32,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        mid_block_type=None,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        block_out_channels=(16,),
-        layers_per_block=1,
-        cross_attention_dim=64,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    folder = tmp_path_factory.mktemp("pipeline") / "model"
-    save(pipeline, folder)
-    return folder
+    return write_pipeline(tmp_path_factory.mktemp("pipeline") / "model")
 
 
 @pytest.fixture(scope="session")

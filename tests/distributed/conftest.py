@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
 from loopfast.config import Config, config_to_yaml, parse_config
-from loopfast.embedded.pretrain import Recipe, build, save
 from loopfast.tracking import read_metrics
 from tests.distributed.ranks import Ranks, shared_ranks
 
@@ -96,47 +94,8 @@ def ranks() -> Ranks:
 
 
 @pytest.fixture(scope="session")
-def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("runs")
-    return Runs(folder, ranks, write_pipeline(folder / "model"))
-
-
-def write_pipeline(folder: Path, width: int = 16) -> Path:
-    """A pipeline for 32x32 images, with random weights and a UNet of one level, that wide.
-
-    Every layer's weights are gathered and its gradients sent by themselves, so few layers make a fast test.
-    """
-    _, text_encoder, _, scheduler, tokenizer = build(Recipe())
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8,) * 3,
-        norm_num_groups=8,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        mid_block_type=None,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        block_out_channels=(width,),
-        layers_per_block=1,
-        cross_attention_dim=64,
-        norm_num_groups=8,
-    )
-    save(
-        StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        ),
-        folder,
-    )
-    return folder
+def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), ranks, pipeline_folder)
 
 
 def saved(folder: Path, group: str = "policy", name: str | None = None) -> dict[str, Tensor]:

@@ -42,7 +42,8 @@ def test_a_bad_score_in_one_process_drops_the_prompt_in_all(runs: Runs) -> None:
     assert list(json.loads((kept / "prompts.json").read_text("utf-8")).values()) == [text] * 2
     assert runs.ranks.errors(1) == ""
     for found, expected in zip(metrics(together), metrics(alone), strict=True):
-        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        # gradients are summed in another order, some of numbers that nearly cancel
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert metrics(alone)[1]["dropped_groups"] == 1
     assert distance(saved(together), saved(alone)) < 1e-5
     assert (together / "report.html").exists()

@@ -12,8 +12,8 @@ import torch
 from loopfast.config import parse_config
 from loopfast.planning.architectures import load_architecture
 from loopfast.planning.memory import Resources, footprint
-from tests.distributed.conftest import write_pipeline
 from tests.distributed.ranks import Ranks
+from tests.pipelines import write_pipeline
 
 MEASURE = """\
 import json, os, torch
