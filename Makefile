@@ -158,7 +158,7 @@ $(TRL)/.libraries: tests/integrations/trl-constraints.txt | $(VENV)/.dev
 $(TRL)/.wheel: $(TRL)/.libraries $(VENV)/.dev $(shell git ls-files loopfast kernels tests/kernels 2>/dev/null)
 	@rm -rf $(WHEEL) && mkdir -p $(WHEEL)/tree/tests
 	$(BIN)/python -m pip wheel -qq --no-deps --no-build-isolation --wheel-dir $(WHEEL) .
-	@cp -r tests/kernels tests/conftest.py $(WHEEL)/tree/tests
+	@cp -r tests/kernels tests/conftest.py tests/forks.py $(WHEEL)/tree/tests
 	@mkdir -p $(WHEEL)/tree/kernels && cp -r kernels/native kernels/README.md $(WHEEL)/tree/kernels
 	$(TRL)/bin/python -m pip install -qq --no-deps --force-reinstall $(WHEEL)/*.whl
 	@touch $@

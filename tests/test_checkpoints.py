@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from loopfast import checkpoints
 from loopfast.checkpoints import CheckpointStore
 from loopfast.errors import CheckpointError
+from tests.forks import run_python
 
 
 def groups(value: float = 0.0) -> dict[str, dict[str, torch.Tensor]]:
@@ -310,8 +310,7 @@ def in_a_process(store: CheckpointStore, code: str) -> subprocess.CompletedProce
         store = checkpoints.CheckpointStore(Path({str(store.directory)!r}), keep=2, keep_best=True)
         {textwrap.indent(textwrap.dedent(code), " " * 8).strip()}
     """
-    arguments = [sys.executable, "-c", textwrap.dedent(program)]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    return run_python(textwrap.dedent(program))
 
 
 def test_a_write_past_the_limit_of_the_file_system_is_reported(store: CheckpointStore) -> None:

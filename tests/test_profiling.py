@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -14,6 +12,7 @@ import torch
 
 import loopfast.profiling
 from loopfast.profiling import Meter, model_call, nsys_command, phase, range_
+from tests.forks import printed
 
 ROOT = Path(__file__).parents[1]
 
@@ -308,8 +307,7 @@ with range_("loss", "replay", 5):
     pass
 assert meter.stop().calls == {"denoiser": 2}
 """
-    environment = {**os.environ, "NVTX_INJECTION64_PATH": str(library), "NVTX_TOOL_LOG": str(log)}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=ROOT)
+    printed(program, NVTX_INJECTION64_PATH=str(library), NVTX_TOOL_LOG=str(log))
     lines = [line.split() for line in log.read_text().splitlines()]
     assert [name for what, name, *_ in lines if what == "domain"] == ["loopfast"]
     categories = {number: name for what, name, number, _ in lines if what == "category"}

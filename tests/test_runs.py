@@ -220,7 +220,7 @@ def test_the_header_says_what_is_trained(
     assert facts["algorithm"] == "loop, K = 2, learning rate 0.0001"
     assert facts["prompts"] == "9 from embedded:color"
     assert facts["an iteration"] == f"8 images, 6 updates of {8 * len(trained) // 2} pairs"
-    assert facts["reward"] == "1 x jpeg_compressibility, 0 x embedded"
+    assert facts["reward"] == "1 x jpeg_compressibility, 0 x jpeg_incompressibility"
     assert facts["device"].startswith(f"cpu, {torch.get_num_threads()} thread(s)")
     assert facts["speed"] == "attention sdpa, tf32 off, screening auto"
     assert facts["rollout"].endswith("CUDA graph off, replica off, reward worker none")

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from itertools import pairwise, product
 from typing import Any
 
@@ -24,6 +22,7 @@ from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 
 from loopfast.schedules import TransitionSchedule, refuse_unmapped, resolution_shift, transition_schedule
 from loopfast_kernels import denoise_step, philox_normal, transition_logprob
+from tests.forks import printed
 
 SHAPE = (3, 4, 5, 5)
 
@@ -571,5 +570,4 @@ import loopfast.schedules
 brought = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(sorted(brought - {"loopfast", "torch"} - set(sys.stdlib_module_names)))
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert printed(program).strip() == "[]"

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loopfast.seeds import derive, generator, row_seeds
+from tests.forks import printed
 
 part = st.integers(0, 2**63 - 1) | st.text(st.characters(codec="ascii", exclude_characters="/"), max_size=8)
 
@@ -21,8 +19,7 @@ def test_a_seed_is_a_function_of_its_path(seed: int, path: list[str | int]) -> N
 
 def test_a_seed_is_the_same_in_every_process() -> None:
     program = "from loopfast.seeds import derive; print(derive(3, 'prompts', 7))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == derive(3, "prompts", 7)
+    assert int(printed(program)) == derive(3, "prompts", 7)
 
 
 def test_purposes_do_not_share_random_numbers() -> None:

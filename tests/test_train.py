@@ -139,7 +139,7 @@ def test_metrics_have_a_line_per_iteration_and_one_before_training(finished: Pat
         "reward_std",
         "group_spread",
         "reward_jpeg_compressibility",
-        "reward_embedded",
+        "reward_jpeg_incompressibility",
         "loss",
         "kl",
         "clip_fraction",
@@ -162,7 +162,7 @@ def test_metrics_have_a_line_per_iteration_and_one_before_training(finished: Pat
         "model_calls_per_second",
         "outside_model_share",
     }
-    evaluated = {"eval_reward", "eval_jpeg_compressibility", "eval_embedded", "seconds_eval"}
+    evaluated = {"eval_reward", "eval_jpeg_compressibility", "eval_jpeg_incompressibility", "seconds_eval"}
     for line in lines:
         expected = always | (trained if line["iteration"] else set())
         # a checkpoint's time is known when its iteration is recorded: it is in the next line
@@ -1038,7 +1038,7 @@ def test_the_display_tells_the_whole_story(small_config: MakeConfig) -> None:
         "loop, K = 2",
         "8 images, 2 updates of 8 pairs",
         "2 of 4 trained, not 2, 3",
-        "1 x jpeg_compressibility, 0 x embedded",
+        "1 x jpeg_compressibility, 0 x jpeg_incompressibility",
         "iteration 1/2  reward ",
         "base reward",
         "final reward",

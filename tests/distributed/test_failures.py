@@ -17,7 +17,7 @@ OPTIONS = ("distributed.zero_stage=2",)
 # A silent process counts as dead after 30 seconds, and those who wait for it have 10 more; here sooner.
 SOON = """\
 import loopfast.watch
-loopfast.watch.BEAT, loopfast.watch.SILENCE, loopfast.watch.GRACE = 0.2, 3.0, 2.0
+loopfast.watch.BEAT, loopfast.watch.SILENCE, loopfast.watch.GRACE = 0.2, 2.0, 1.0
 """
 
 MID_UPDATE = """\

@@ -49,6 +49,9 @@ def benchmark(folder: Path, name: str, categories: dict[str, dict[str, float]]) 
     (place / "results.json").write_text(json.dumps({"models": models, "categories": intervals}))
 
 
+REWARDS = "reward=[{name: jpeg_compressibility}, {name: embedded, weight: 0}]"
+
+
 @pytest.fixture
 def loop(small_config: MakeConfig) -> Path:
     lines = [
@@ -57,7 +60,7 @@ def loop(small_config: MakeConfig) -> Path:
         line(2, eval_reward=-4.0, eval_jpeg_compressibility=-4.0, eval_embedded=0.3),
         line(3, eval_reward=-5.0, eval_jpeg_compressibility=-5.0, eval_embedded=None),
     ]
-    folder = a_run(small_config("run.name=loop"), lines)
+    folder = a_run(small_config("run.name=loop", REWARDS), lines)
     benchmark(
         folder, "embedded", {"color": {"base": 0.25, "trained": 0.5}, "shape": {"base": 0.1, "trained": 0.2}}
     )
@@ -152,7 +155,7 @@ def test_runs_of_one_name_are_told_apart(make_config: MakeConfig, tmp_path: Path
 
 
 def test_a_run_that_has_just_begun(small_config: MakeConfig, tmp_path: Path) -> None:
-    folder = a_run(small_config(), [])
+    folder = a_run(small_config(REWARDS), [])
     [summary], files = compare_runs([folder], tmp_path / "out")
     assert (summary.iterations, summary.images, summary.seconds, summary.rewards) == (0, 0, 0.0, {})
     assert [file.name for file in files] == ["comparison.json", "comparison.md"]
@@ -161,7 +164,7 @@ def test_a_run_that_has_just_begun(small_config: MakeConfig, tmp_path: Path) -> 
 
 def test_a_real_run(small_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ("train.iterations=1", "rollout.steps=2", "evaluation.limit_prompts=1")
-    folder = train(small_config(*short), display=Display(quiet=True))
+    folder = train(small_config(REWARDS, *short), display=Display(quiet=True))
     capsys.readouterr()
     assert main(["compare", str(folder), "-o", str(tmp_path / "out")]) == 0
     [summary] = json.loads((tmp_path / "out" / "comparison.json").read_text("utf-8"))

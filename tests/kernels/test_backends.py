@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 
 import loopfast_kernels
 from loopfast_kernels import BackendUnavailableError, backend, backends, info, leave_one_out, native_library
+from tests.forks import printed
 
 REWARDS = torch.tensor([1.0, 2.0])
 
@@ -128,8 +127,7 @@ assert not torch.cuda.is_initialized()
 brought = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(sorted(brought - {"loopfast", "loopfast_kernels", "torch"} - set(sys.stdlib_module_names)))
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert printed(program).strip() == "[]"
 
 
 def test_all_is_the_interface():

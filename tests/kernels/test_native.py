@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from loopfast_kernels import denoise_step, leave_one_out, loop_loss, native_library, philox_normal
+from tests.forks import printed
 
 NATIVE = Path(__file__).parents[2] / "kernels" / "native"
 
@@ -57,21 +56,10 @@ print(native_library.load().loopfast_isa().decode(), digest.hexdigest())
 """
 
 
-def run_python(program: str, *arguments: str, **environment: str) -> list[str]:
-    run = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return run.stdout.split()
-
-
 def test_every_instruction_set_gives_the_same_bits():
     features = native_library.load().loopfast_cpu_features().decode().split()
     known = [("avx512", "avx512dq"), ("avx2", "avx2"), ("portable", None)]
-    best, expected, *found = run_python(DIGESTS, "best", *(name for name, _ in known))
+    best, expected, *found = printed(DIGESTS, "best", *(name for name, _ in known)).split()
     assert best == next(name for name, feature in known if feature is None or feature in features)
     for (name, feature), isa, digest in zip(known, found[::2], found[1::2], strict=True):
         # One that the processor lacks is replaced by the next lesser one.
@@ -105,7 +93,7 @@ if child == 0:
     os._exit(0 if torch.equal(philox_normal(seed, seed, (8, 65536)), expected) else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), started)
 """
-    assert run_python(program, OMP_NUM_THREADS="3") == ["0", "0"]
+    assert printed(program).split() == ["0", "0"]
 
 
 def test_the_c_library_needs_no_more_than_the_c_library():

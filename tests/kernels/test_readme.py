@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.forks import printed
 
 README = Path(__file__).parents[2] / "kernels" / "README.md"
 
@@ -22,9 +22,7 @@ def test_the_examples_run_and_the_training_step_learns():
     alone = (
         f"for program in {programs!r}: exec(program, {{}})\nimport sys\nassert 'loopfast' not in sys.modules"
     )
-    shown = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True, check=False)
-    assert shown.returncode == 0, shown.stderr
-    trained = shown.stdout.partition("# training\n")[2]
+    trained = printed(alone).partition("# training\n")[2]
     rewards = [float(line.split()[-1]) for line in trained.splitlines()]
     assert len(rewards) == 20
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forks import printed
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels" / "loopfast_kernels"
 
 
-def run(*command: str | Path) -> Any:
+def run(file: Path, *arguments: str) -> Any:
     """A program's output; in a process of its own, as here triton may interpret."""
-    completed = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    assert completed.returncode == 0, completed.stderr
-    return json.loads(completed.stdout)
+    program = f"import runpy; runpy.run_path({str(file)!r}, run_name='__main__')"
+    return json.loads(printed(program, *arguments))
 
 
 @pytest.fixture(scope="module")

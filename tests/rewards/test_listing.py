@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from loopfast.config import RewardConfig
 from loopfast.errors import ConfigError
 from loopfast.rewards import REWARDS, build_rewards
 from loopfast.rewards.listing import all_rewards, one_reward, options_of
+from tests.forks import printed
 
 
 def shown(what: object, width: int = 200) -> str:
@@ -82,8 +82,7 @@ all_rewards()
 build_rewards([RewardConfig(name=name) for name in ("aesthetic", "image_reward")], load=False)
 print([name for name in ("transformers", "diffusers", "safetensors") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed(program).strip() == "[]"
 
 
 def test_weights_are_missed_before_anything_is_scored() -> None:
