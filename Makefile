@@ -46,7 +46,8 @@ endef
 demo: $(VENV)/.train ## train the embedded model with LOOP and write a report (ARGS="--set run.seed=1" adds options)
 	@$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
 
-test: lint suite ## lint, then every test (ARGS="-k philox" selects)
+test: $(VENV)/.dev ## lint and every test (ARGS="-k philox" selects)
+	@$(MAKE) --no-print-directory --jobs 2 lint suite
 
 suite: $(VENV)/.dev ## every test
 	@$(PYTEST) $(SPREAD) $(BRIEF) $(ARGS)

@@ -2,32 +2,20 @@ from __future__ import annotations
 
 import gc
 import os
-
-# A search for garbage finds none while modules are imported, and takes a fifth of that time.
-gc.disable()
-# Before torch is imported: two busy processes with two threads each slow each other down.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-# As the command line does: else transformers names, whenever it is imported, what it does without torchvision.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from hypothesis import settings
 
 if TYPE_CHECKING:
     from loopfast.config import Config
 
-# Before triton is imported: without a GPU its kernels run in its interpreter.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-settings.register_profile("loopfast", deadline=None, derandomize=True, max_examples=40)
-settings.load_profile("loopfast")
+# Before torch is imported: two busy processes with two threads each slow each other down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As the command line does: else transformers names, whenever it is imported, what it does without torchvision.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 MakeConfig = Callable[..., "Config"]
 
@@ -58,6 +46,21 @@ LONG = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # this process hands out the tests and imports none
+    # A search for garbage finds none while modules are imported, and takes a fifth of that time.
+    gc.disable()
+    import torch
+    from hypothesis import settings
+
+    # Before triton is imported: without a GPU its kernels run in its interpreter.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    settings.register_profile("loopfast", deadline=None, derandomize=True, max_examples=25)
+    settings.load_profile("loopfast")
+
+
 def is_forked(path: Path) -> bool:
     return path.parent.name in FORKED or path.stem in FORKED
 
@@ -76,6 +79,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     items.sort(key=lambda item: (not is_forked(item.path), item.path.stem not in LONG))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -93,12 +98,16 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def tf32() -> Iterator[Callable[[bool], None]]:
     """Sets whether GPUs compute float32 in TF32; what was set before comes back after the test."""
+    import torch
+
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
 

@@ -26,6 +26,7 @@ from benchmarks.timing import MIN_ROUNDS, Playback, durations, host_seconds, rot
 from loopfast.config import parse_config
 from loopfast.policies import load_policy
 from loopfast_kernels import backend, info, philox_normal
+from tests.forks import printed
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -340,24 +341,32 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load(path)
 
 
+BENCHMARK = """\
+import os, sys, pytest
+# a worker of pytest-xdist would refuse to take times
+for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+    del os.environ[name]
+os.chdir(sys.argv[1])
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
 def test_from_a_benchmark_to_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The commands of the README, on the smallest case."""
     raw = tmp_path / "raw.json"
     case = "benchmarks/kernels/test_leave_one_out.py::test_leave_one_out[rewards-64-float32-ours]"
-    # A worker of pytest-xdist would refuse to take times.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    options = ("--benchmark-only", f"--benchmark-json={raw}", "-p", "no:cacheprovider")
-    measuring = subprocess.run(
-        [sys.executable, "-m", "pytest", case, *options],
-        cwd=ROOT,
-        env=environment | {"LOOPFAST_BENCH_DEVICE": "cpu"},
-        capture_output=True,
-        text=True,
-        check=True,
+    options = (
+        "--benchmark-only",
+        f"--benchmark-json={raw}",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:hypothesispytest",
     )
-    assert "benchmark 'leave_one_out rewards-64-float32': 1 tests" in measuring.stdout
+    shown = printed(BENCHMARK, str(ROOT), case, *options, LOOPFAST_BENCH_DEVICE="cpu")
+    assert "benchmark 'leave_one_out rewards-64-float32': 1 tests" in shown
     monkeypatch.setattr(sys, "argv", ["keep", str(raw), str(tmp_path)])
     keep.main()
     path = Path(capsys.readouterr().out.strip())
@@ -370,11 +379,11 @@ def test_from_a_benchmark_to_the_table(
     assert measured["gb_per_s"] == pytest.approx(rate, rel=1e-2)
     assert measured["copy_share"] == pytest.approx(rate / kept["machine"]["copy_gb_per_s"], rel=1e-2)
     assert path.stat().st_size < raw.stat().st_size
-    shown = []
+    tables = []
     for results in (path, raw):
         assert compare.main([str(results)]) == 0
-        shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1] != ""
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] != ""
 
 
 def test_the_roofline_plot(tmp_path: Path) -> None:
