@@ -33,7 +33,15 @@ checkpoint: {every: 1}
 
 
 # Files whose runs are forked from a process that has imported everything: of two of pytest's processes one starts it.
-FORKED = ("distributed", "test_resume", "test_profile_run", "test_reward_worker", "test_http", "test_study")
+FORKED = (
+    "distributed",
+    "test_resume",
+    "test_profile_run",
+    "test_process",
+    "test_reward_worker",
+    "test_http",
+    "test_study",
+)
 # Files of 20 seconds and more: they start first, so that no process has one to do when the other has ended.
 LONG = (
     "test_train",
@@ -123,9 +131,9 @@ def tf32() -> Iterator[Callable[[bool], None]]:
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion pipeline with random weights: 32x32 images, 8x8x4 latents, the embedded vocabulary."""
-    from tests.pipelines import write_pipeline
+    from tests.families import save_tiny, smallest_stable_diffusion
 
-    return write_pipeline(tmp_path_factory.mktemp("pipeline") / "model")
+    return save_tiny(smallest_stable_diffusion, tmp_path_factory.mktemp("pipeline") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def _autoencoder(channels: int, **options: Any) -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 8, 8),
-        layers_per_block=1,
+        layers_per_block=0,
         latent_channels=channels,
         norm_num_groups=4,
         sample_size=32,
@@ -61,13 +61,13 @@ def _clip_tokenizer() -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder)
 
 
-def _clip(tokenizer: CLIPTokenizer, width: int, kind: type = CLIPTextModel) -> Any:
+def _clip(tokenizer: CLIPTokenizer, width: int, kind: type = CLIPTextModel, layers: int = 2) -> Any:
     return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=2 * width,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=MAX_LENGTH,
             projection_dim=width,
@@ -124,6 +124,36 @@ def stable_diffusion(
         tokenizer=tokenizer,
         unet=unet or _unet(cross_attention_dim=16, attention_head_dim=2, **_BLOCKS),
         scheduler=DDIMScheduler(**PROCESS, prediction_type=prediction_type, **scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def smallest_stable_diffusion(width: int = 16) -> StableDiffusionPipeline:
+    """What still trains as Stable Diffusion does, with so many channels.
+
+    The time of a run is that of its modules, however small they are, and in a group of processes every module's weights
+    are gathered by themselves. So there is one block with attention and no middle.
+    """
+    tokenizer = _clip_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        mid_block_type=None,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        block_out_channels=(width,),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    return StableDiffusionPipeline(
+        vae=_autoencoder(4, mid_block_add_attention=False),
+        text_encoder=_clip(tokenizer, 16, layers=1),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**PROCESS, steps_offset=1, set_alpha_to_one=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

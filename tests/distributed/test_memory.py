@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from loopfast.config import parse_config
 from loopfast.planning.architectures import load_architecture
 from loopfast.planning.memory import Resources, footprint
 from tests.distributed.ranks import Ranks
-from tests.pipelines import write_pipeline
+from tests.families import save_tiny, smallest_stable_diffusion
 
 MEASURE = """\
 import json, os, torch
@@ -84,7 +85,7 @@ def overrides(pipeline: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With layers so large and so many that what each process needs whole is little beside its part."""
-    return write_pipeline(tmp_path_factory.mktemp("large") / "model", 256)
+    return save_tiny(partial(smallest_stable_diffusion, 256), tmp_path_factory.mktemp("large") / "model")
 
 
 @pytest.fixture(scope="module")

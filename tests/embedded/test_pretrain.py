@@ -29,8 +29,14 @@ TINY = Recipe(
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer pictures where the module asks for a number of its own, and scores measured once."""
+    """Fewer pictures and steps where the module asks for a number of its own, and scores measured once."""
     captions, scores = pretrain.training_captions, pretrain.base_scores
+    sample = StableDiffusionPipeline.__call__
+
+    def in_two_steps(self: StableDiffusionPipeline, *args: Any, **options: Any) -> Any:
+        return sample(self, *args, **{**options, "num_inference_steps": 2})
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", in_two_steps)
     monkeypatch.setattr(pretrain, "training_captions", lambda count, rng: captions(min(count, 32), rng))
     measured: list[dict[str, dict[str, float]]] = []
 

@@ -195,7 +195,7 @@ def test_images_are_in_range(pipeline_folder: Path) -> None:
 def test_long_prompts_are_cut(pipeline_folder: Path) -> None:
     policy = make(pipeline_folder, "full")
     long = policy.encode(["a red circle and " * 20, "a"])["encoder_hidden_states"]
-    assert long.shape == (2, 16, 64)
+    assert long.shape == (2, 16, 16)
 
 
 # ---- what is exported
