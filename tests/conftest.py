@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -129,7 +130,30 @@ def tf32() -> Iterator[Callable[[bool], None]]:
 
 
 @pytest.fixture(scope="session")
-def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _read_once() -> Iterator[None]:
+    """A pipeline is read from its files once; a copy of what was read takes a third of the time."""
+    from diffusers import DiffusionPipeline
+
+    read = DiffusionPipeline.from_pretrained.__func__  # type: ignore[attr-defined]
+    known: dict[str, Any] = {}
+
+    def from_pretrained(cls: Any, folder: Any, **options: Any) -> Any:
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        if sum(size for _, size, _ in states) > 2**22:
+            return read(cls, folder, **options)
+        key = repr((cls, str(folder), options, states))
+        if key not in known:
+            known[key] = read(cls, folder, **options)
+        return copy.deepcopy(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
+        yield
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory, _read_once: None) -> Path:
     """A Stable Diffusion pipeline with random weights: 32x32 images, 8x8x4 latents, the embedded vocabulary."""
     from tests.families import save_tiny, smallest_stable_diffusion
 
@@ -137,7 +161,7 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
+def family_folder(tmp_path_factory: pytest.TempPathFactory, _read_once: None) -> Callable[[Any], Path]:
     """``family_folder(family)``: where the tiny pipeline of a family, by name or by what builds it, is saved."""
     from tests.families import save_tiny
 
