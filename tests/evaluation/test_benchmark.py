@@ -179,6 +179,17 @@ def test_the_base_is_the_model_before_training(
     assert trained != pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def test_a_model_that_was_sampled_makes_room_for_the_next(full: Path) -> None:
+    from loopfast.evaluation.trained import RunModels, newest_checkpoint, run_config
+
+    models = RunModels(run_config(full), newest_checkpoint(full, Display(quiet=True)))
+    for opened in (models.base, models.trained):
+        with opened() as sampler:
+            sampler.sample(sampler.policy.encode(COLORS), torch.arange(4), torch.arange(4))
+            assert len(sampler.steps) > 0
+        assert len(sampler.steps) == 0
+
+
 def test_the_embedded_benchmark(
     full: Path, capsys: pytest.CaptureFixture[str], tf32: Callable[[bool], None]
 ) -> None:
