@@ -34,11 +34,12 @@ FAST := $(addprefix tests/kernels/test_,$(addsuffix .py,backends denoise_step gr
 AS = ATEN_CPU_CAPABILITY=$(1) ONEDNN_MAX_CPU_ISA=$(2) MKL_ENABLE_INSTRUCTIONS=$(3) LOOPFAST_ISA=$(4)
 
 # $(call install,environment,arguments of pip): in the log is what pip says, such as warnings about its settings.
-# Python compiles a module where it is first imported, which is few of them.
+# pip compiles on one processor, the line after it on all.
 define install
 @echo "Installing into $(1) (some minutes) ..."
 @start=$$(date +%s); $(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-compile $(2) \
   > $(1)/install.log 2>&1 || { tail -n 40 $(1)/install.log; exit 1; }; \
+  $(1)/bin/python -m compileall -q -j 0 $(1)/lib >> $(1)/install.log 2>&1; \
   echo "Installed in $$(( $$(date +%s) - start )) s, the log is $(1)/install.log"
 endef
 
