@@ -34,13 +34,13 @@ FAST := $(addprefix tests/kernels/test_,$(addsuffix .py,backends denoise_step gr
 # What the libraries below may use of a processor: torch's own kernels, oneDNN, MKL, and loopfast's.
 AS = ATEN_CPU_CAPABILITY=$(1) ONEDNN_MAX_CPU_ISA=$(2) MKL_ENABLE_INSTRUCTIONS=$(3) LOOPFAST_ISA=$(4)
 
-# $(call install,environment,arguments of pip): in the log is what pip says, such as warnings about its settings.
-# pip compiles on one processor, the line after it on all.
+# $(call install,environment,arguments of pip,folders to compile): in the log is what pip says, such as warnings about its
+# settings. pip compiles on one processor, the line after it on all.
 define install
 @echo "Installing into $(1) (some minutes) ..."
 @start=$$(date +%s); $(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-compile $(2) \
   > $(1)/install.log 2>&1 || { tail -n 40 $(1)/install.log; exit 1; }; \
-  $(1)/bin/python -m compileall -q -j 0 $(1)/lib loopfast kernels benchmarks >> $(1)/install.log 2>&1; \
+  $(if $(3),$(1)/bin/python -m compileall -q -j 0 $(3) >> $(1)/install.log 2>&1;) \
   echo "Installed in $$(( $$(date +%s) - start )) s, the log is $(1)/install.log"
 endef
 
@@ -89,7 +89,7 @@ lint: $(VENV)/.dev ## style and types
 	@$(BIN)/mypy
 
 test-wheel: $(TRL)/.wheel ## the built wheel, installed elsewhere: the tests of the ops, and what it holds
-	cd $(WHEEL) && OMP_NUM_THREADS=1 $(CURDIR)/$(TRL)/bin/python -m pytest -c $(CURDIR)/pyproject.toml \
+	cd $(WHEEL) && env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(CURDIR)/$(TRL)/bin/python -m pytest -c $(CURDIR)/pyproject.toml \
 	  -o pythonpath=$(CURDIR)/$(WHEEL)/tree -p no:cacheprovider -q -k 'not triton' tree/tests/kernels $(ARGS)
 	LOOPFAST_WHEEL=$$(echo $(CURDIR)/$(WHEEL)/*.whl) $(PYTEST) -q tests/test_packaging.py -k the_wheel
 
@@ -139,11 +139,11 @@ $(BIN)/python:
 
 # Each stamp is an installed set of extras; it is older than what it was made from when that changes.
 $(VENV)/.train: $(PACKAGING) | $(BIN)/python
-	$(call install,$(VENV),-c constraints.txt --editable '.[train]')
+	$(call install,$(VENV),-c constraints.txt --editable '.[train]',$(VENV)/lib loopfast)
 	@touch $@
 
 $(VENV)/.dev: $(PACKAGING) | $(BIN)/python
-	$(call install,$(VENV),-c constraints.txt $(EVERYTHING))
+	$(call install,$(VENV),-c constraints.txt $(EVERYTHING),$(VENV)/lib loopfast kernels benchmarks)
 	@touch $@ $(VENV)/.train
 
 # An earlier torch and the triton made for it, as GPU machines have them; all else as pinned, but for numpy: loops over
@@ -152,7 +152,7 @@ $(OLDER)/.dev: $(PACKAGING)
 	@$(PYTHON) -m venv $(OLDER)
 	@sed 's/^torch==.*/torch==2.11.0/; s/^triton==.*/triton==3.6.0/; s/^numpy==.*/numpy==2.3.5/' constraints.txt \
 	  > $(OLDER)/constraints.txt
-	$(call install,$(OLDER),-c $(OLDER)/constraints.txt $(EVERYTHING))
+	$(call install,$(OLDER),-c $(OLDER)/constraints.txt $(EVERYTHING),$(OLDER)/lib)
 	@touch $@
 
 # TRL's last release with a trainer for diffusion, on the libraries of its time, and loopfast as a wheel. torch, which is
@@ -174,5 +174,5 @@ $(TRL)/.wheel: $(TRL)/.libraries $(VENV)/.dev $(shell git ls-files loopfast kern
 # Ours as a user has it, without the tools of development.
 $(RACE)/.train: $(PACKAGING)
 	@$(PYTHON) -m venv $(RACE)
-	$(call install,$(RACE),-c constraints.txt --editable '.[train]')
+	$(call install,$(RACE),-c constraints.txt --editable '.[train]',$(RACE)/lib)
 	@touch $@
