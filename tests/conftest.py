@@ -131,7 +131,7 @@ def tf32() -> Iterator[Callable[[bool], None]]:
 
 @pytest.fixture(scope="session")
 def _read_once() -> Iterator[None]:
-    """A pipeline is read from its files once; a copy of what was read takes a third of the time."""
+    """A pipeline is read from its files once; a copy of what was read takes less than half of the time."""
     from diffusers import DiffusionPipeline
 
     read = DiffusionPipeline.from_pretrained.__func__  # type: ignore[attr-defined]
