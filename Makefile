@@ -32,6 +32,8 @@ FAST := $(addprefix tests/kernels/test_,$(addsuffix .py,backends denoise_step gr
   interrupts layers memory microbatch plugins processor prompts published_logprobs rewards rounding runs tracking \
   trajectories update)) -k 'not triton'
 # What the libraries below may use of a processor: torch's own kernels, oneDNN, MKL, and loopfast's.
+# Limited to what the processor lacks, torch ends with an illegal instruction.
+HAS = grep -qw $(1) /proc/cpuinfo || { echo "Left out: this processor has no $(1)"; exit 0; };
 AS = ATEN_CPU_CAPABILITY=$(1) ONEDNN_MAX_CPU_ISA=$(2) MKL_ENABLE_INSTRUCTIONS=$(3) LOOPFAST_ISA=$(4)
 
 # $(call install,environment,arguments of pip,folders to compile): in the log is what pip says, such as warnings about its
@@ -71,11 +73,11 @@ as-sse4: $(VENV)/.dev ## the tests that compute, as a processor without AVX runs
 as-sse4-short: $(VENV)/.dev ## those of them in which processors have differed, as CI does
 	@$(call AS,default,SSE41,SSE4_2,portable) $(PYTEST) $(BRIEF) $(DIFFERING) $(ARGS)
 
-as-avx2: $(VENV)/.dev ## the same, with AVX2
-	@$(call AS,avx2,AVX2,AVX2,avx2) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
+as-avx2: $(VENV)/.dev ## the same, with AVX2 if this processor has it
+	@$(call HAS,avx2) $(call AS,avx2,AVX2,AVX2,avx2) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
 
 as-avx512: $(VENV)/.dev ## the same, with AVX-512 if this processor has it
-	@$(call AS,avx512,AVX512_CORE,AVX512,avx512) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
+	@$(call HAS,avx512vl) $(call AS,avx512,AVX512_CORE,AVX512,avx512) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
 
 as-two-threads: $(VENV)/.dev ## the same, on two threads
 	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(BRIEF) $(COMPUTING) $(ARGS)
