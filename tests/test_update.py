@@ -283,8 +283,9 @@ def test_a_loss_that_is_not_finite_names_its_trajectories() -> None:
     case.trajectories.latents[2, 4] = math.nan
     case.rows, case.steps = torch.tensor([0, 4, 3, 4]), torch.tensor([0, 1, 2, 0])
     with pytest.raises(NonFiniteError, match="the loss is not finite") as caught:
-        case.update(config("loop"), microbatch=3)
+        case.update(config("loop"), microbatch=3, engine=(engine := Gradients()))
     assert caught.value.rows == (4,)
+    assert (engine.updates, engine.discarded) == (0, 1)
 
 
 def test_a_gradient_that_is_not_finite_names_all_trajectories(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,8 +297,9 @@ def test_a_gradient_that_is_not_finite_names_all_trajectories(monkeypatch: pytes
 
     monkeypatch.setattr(Gradients, "update", fail)
     with pytest.raises(NonFiniteError, match="norm is nan") as caught:
-        case.update(config("loop"))
+        case.update(config("loop"), engine=(engine := Gradients()))
     assert caught.value.rows == (2, 5)
+    assert engine.discarded == 1
 
 
 def test_an_update_that_runs_out_of_memory_leaves_nothing_behind() -> None:
