@@ -27,6 +27,8 @@ def run(order, rank):
         path = os.path.join(order["folder"], f"{{name}}-{{rank}}")
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(order["environment"])
+    # as here; before a fork there must be one alone, as the others do not come along
+    sys.modules["torch"].set_num_threads(order["threads"])
     if order["size"] > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(order["size"]), LOCAL_RANK=str(rank))
     sys.argv[1:] = order["arguments"]
@@ -101,6 +103,7 @@ class Forks:
             "size": size,
             "folder": str(self.folder),
             "environment": environment or {},
+            "threads": int(os.environ["OMP_NUM_THREADS"]),
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
