@@ -36,7 +36,9 @@ def run(order, rank):
         exec(order["program"], {{"__name__": "__main__", "rank": rank}})
         return 0
     except SystemExit as end:
-        return end.code or 0
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         import traceback
 
