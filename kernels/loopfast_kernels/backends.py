@@ -1,7 +1,8 @@
 """Which implementation of an op runs.
 
 An op has an implementation in each backend. The one that runs is, in this order: the one named by the innermost
-`backend` context, the one named by the environment variable ``LOOPFAST_BACKEND``, the best for the device.
+`backend` context, the one named by the environment variable ``LOOPFAST_BACKEND`` when this package is imported, the
+best for the device.
 A backend asked for by name is never replaced by another: if it cannot serve the call, the call fails.
 """
 
@@ -14,7 +15,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "reference", "native": "native", "triton": "triton_kernels"}
 _PREFERRED = {"cpu": "native", "cuda": "triton"}
 
-# Process-wide rather than a context variable: autograd runs backward passes on threads of its own.
-_override: str | None = None
+# Process-wide rather than a context variable: autograd runs backward passes on threads of its own. The environment is
+# read once: to look a variable up takes as long as to allocate a result.
+_requested: str | None = os.environ.get(VARIABLE) or None
 
 
 class BackendUnavailableError(RuntimeError):
@@ -87,25 +89,30 @@ def backend(name: str) -> Iterator[None]:
         BackendUnavailableError: the backend is missing here. Inside the block an op raises it too when it is
             called with tensors that the backend cannot serve.
     """
-    global _override
-    previous, _override = _override, _checked(name, "backend()")
+    global _requested
+    previous, _requested = _requested, _checked(name, "backend()")
     try:
         yield
     finally:
-        _override = previous
+        _requested = previous
 
 
-def requested() -> str | None:
-    """The backend asked for by the innermost `backend` context or the environment; None where none is.
-
-    Raises:
-        ValueError: ``LOOPFAST_BACKEND`` holds an unknown name.
-        BackendUnavailableError: the backend asked for is missing.
-    """
-    if _override is not None:
-        return _override
-    name = os.environ.get(VARIABLE)
-    return _checked(name, VARIABLE) if name else None
+@cache
+def _implementation(
+    package: str, function: str, name: str | None, device: str, double: bool
+) -> Callable[..., Any]:
+    if name is None:
+        name = _PREFERRED.get(device, "reference")
+        if _obstacle(name, device, double) is not None:
+            name = "reference"
+    else:
+        # What a context asks for was checked there.
+        obstacle = _obstacle(_checked(name, VARIABLE), device, double)
+        if obstacle is not None:
+            raise BackendUnavailableError(f"{function} cannot run on the backend {name!r}: {obstacle}")
+    # Triton is imported by the first op that runs on it.
+    module = import_module(f".{_MODULES[name]}", package)
+    return cast(Callable[..., Any], getattr(module, function))
 
 
 class Implementations:
@@ -119,7 +126,6 @@ class Implementations:
     def __init__(self, package: str, function: str) -> None:
         self._package = package
         self._function = function
-        self._loaded: dict[str, Callable[..., Any]] = {}
 
     def choose(self, *latents: Tensor | None) -> Callable[..., Any]:
         """The implementation that serves some tensors.
@@ -128,29 +134,13 @@ class Implementations:
             latents: the tensors whose dtype and device matter; the first is not None.
 
         Raises:
-            ValueError: ``LOOPFAST_BACKEND`` holds an unknown name.
+            ValueError: ``LOOPFAST_BACKEND`` held an unknown name.
             BackendUnavailableError: the backend asked for cannot serve them.
         """
         first = latents[0]
         assert first is not None
-        device = first.device.type
         double = torch.float64 in [latent.dtype for latent in latents if latent is not None]
-        name = requested()
-        if name is None:
-            name = _PREFERRED.get(device, "reference")
-            if _obstacle(name, device, double) is not None:
-                name = "reference"
-        else:
-            obstacle = _obstacle(name, device, double)
-            if obstacle is not None:
-                raise BackendUnavailableError(
-                    f"{self._function} cannot run on the backend {name!r}: {obstacle}"
-                )
-        if name not in self._loaded:
-            # Triton is imported by the first op that runs on it.
-            module = import_module(f".{_MODULES[name]}", self._package)
-            self._loaded[name] = getattr(module, self._function)
-        return self._loaded[name]
+        return _implementation(self._package, self._function, _requested, first.device.type, double)
 
 
 def info() -> dict[str, str]:
@@ -174,5 +164,5 @@ def info() -> dict[str, str]:
         **serving,
         "native": _missing("native") or native_library.describe(),
         "triton": triton,
-        "requested": _override or os.environ.get(VARIABLE) or "by device",
+        "requested": _requested or "by device",
     }

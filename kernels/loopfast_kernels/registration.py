@@ -73,6 +73,12 @@ class Operator:
 
     def below_autograd(self, *arguments: Any) -> Any:
         """Compute it past its gradient."""
-        compute = self._operator if dispatched(arguments[0]) else self._kernel
+        if not dispatched(arguments[0]):
+            return self.directly(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            return compute(*arguments)
+            return self._operator(*arguments)
+
+    def directly(self, *arguments: Any) -> Any:
+        """Compute it past its gradient, of tensors that are not `dispatched`."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._kernel(*arguments)

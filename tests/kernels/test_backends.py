@@ -14,13 +14,13 @@ REWARDS = torch.tensor([1.0, 2.0])
 
 
 def test_the_device_chooses_unless_somebody_asks(monkeypatch):
-    monkeypatch.delenv("LOOPFAST_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_requested", None)
     choose = backends.Implementations("loopfast_kernels.leave_one_out", "leave_one_out").choose
     assert choose(REWARDS).__module__ == "loopfast_kernels.leave_one_out.native"
     assert choose(REWARDS.double()).__module__ == "loopfast_kernels.leave_one_out.reference"
     assert choose(REWARDS, None, REWARDS.double()).__module__ == "loopfast_kernels.leave_one_out.reference"
     assert choose(REWARDS.to("meta")).__module__ == "loopfast_kernels.leave_one_out.reference"
-    monkeypatch.setenv("LOOPFAST_BACKEND", "reference")
+    monkeypatch.setattr(backends, "_requested", "reference")
     assert choose(REWARDS).__module__ == "loopfast_kernels.leave_one_out.reference"
     # The innermost request wins.
     with backend("native"):
@@ -28,11 +28,19 @@ def test_the_device_chooses_unless_somebody_asks(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["reference", "native"])
-def test_info_says_who_was_asked_for(monkeypatch, name):
+def test_info_says_who_was_asked_for(name):
     with backend(name):
         assert info()["requested"] == name
-    monkeypatch.setenv("LOOPFAST_BACKEND", name)
-    assert info()["requested"] == name
+
+
+@pytest.mark.parametrize(("value", "requested"), [("reference", "reference"), ("", "by device")])
+def test_the_environment_is_read_when_the_package_is_imported(value, requested):
+    program = """
+import os, torch, loopfast_kernels
+os.environ["LOOPFAST_BACKEND"] = "cudnn"
+print(loopfast_kernels.leave_one_out(torch.tensor([1.0, 2.0])).tolist(), loopfast_kernels.info()["requested"])
+"""
+    assert printed(program, LOOPFAST_BACKEND=value).strip() == f"[-1.0, 1.0] {requested}"
 
 
 def test_a_backend_asked_for_is_never_replaced(monkeypatch):
@@ -50,6 +58,7 @@ def test_a_backend_asked_for_is_never_replaced(monkeypatch):
         backends.Implementations("loopfast_kernels.leave_one_out", "leave_one_out").choose(REWARDS.to("meta"))
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backends._implementation.cache_clear()
     with (
         pytest.raises(BackendUnavailableError, match="'triton': it serves CUDA devices, not cpu"),
         backend("triton"),
@@ -63,7 +72,7 @@ def test_an_unknown_name_is_an_error(monkeypatch):
         backend("cudnn"),
     ):
         pass
-    monkeypatch.setenv("LOOPFAST_BACKEND", "cudnn")
+    monkeypatch.setattr(backends, "_requested", "cudnn")
     with pytest.raises(ValueError, match="LOOPFAST_BACKEND names an unknown backend"):
         leave_one_out(REWARDS)
 
@@ -78,7 +87,7 @@ def test_the_request_reaches_other_threads():
 
 
 def test_the_request_ends_with_the_block(monkeypatch):
-    monkeypatch.delenv("LOOPFAST_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_requested", None)
     with contextlib.suppress(KeyError), backend("reference"):
         raise KeyError
     assert info()["requested"] == "by device"
@@ -87,13 +96,15 @@ def test_the_request_ends_with_the_block(monkeypatch):
 @pytest.fixture
 def fresh_library(monkeypatch, tmp_path):
     """An installation whose folder is empty."""
-    monkeypatch.delenv("LOOPFAST_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_requested", None)
     native_library.load.cache_clear()
     backends._missing.cache_clear()
+    backends._implementation.cache_clear()
     monkeypatch.setattr(loopfast_kernels, "__path__", [str(tmp_path)])
     yield tmp_path
     native_library.load.cache_clear()
     backends._missing.cache_clear()
+    backends._implementation.cache_clear()
 
 
 def test_without_the_library_the_reference_serves_the_cpu(fresh_library, monkeypatch):
@@ -107,7 +118,7 @@ def test_without_the_library_the_reference_serves_the_cpu(fresh_library, monkeyp
         backend("native"),
     ):
         pass
-    monkeypatch.setenv("LOOPFAST_BACKEND", "native")
+    monkeypatch.setattr(backends, "_requested", "native")
     with pytest.raises(BackendUnavailableError, match="LOOPFAST_BACKEND asks for the backend 'native'"):
         leave_one_out(REWARDS)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from loopfast_kernels import (
     LoopLoss,
     backend,
+    backends,
     denoise_step,
     denoise_step_,
     loop_loss,
@@ -29,7 +30,7 @@ SHAPES = [(4, 8, 8), (4, 64, 64), (4, 128, 128), (16, 128, 128), (4, 96, 95)]
 
 @pytest.fixture(autouse=True)
 def _by_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOOPFAST_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_requested", None)
 
 
 def train(

@@ -79,41 +79,31 @@ def _loss(
     arguments.reference_output = latents("reference_output", reference_output)
     arguments.kl_weight = kl_weight
 
-    rows = model_output.shape[0]
     uncond = model_output if uncond_output is None else uncond_output
     scaled = (with_grad or with_uncond_grad) and has_scaled_rows(model_output, uncond_output)
-
-    def by_row(dtype: torch.dtype = torch.float32) -> Tensor:
-        return model_output.new_empty(rows, dtype=dtype)
-
-    results = LossAndGradient(
-        loss=model_output.new_empty((), dtype=torch.float32),
-        logprob=by_row(),
-        ratio=by_row(),
-        advantage=by_row(),
-        clipped=by_row(torch.bool),
-        kl=by_row(),
-        grad_output=empty_like(model_output) if with_grad else model_output.new_empty(0),
-        grad_uncond=empty_like(uncond) if with_uncond_grad else uncond.new_empty(0),
-        grad_scale=by_row() if scaled else model_output.new_empty(0, dtype=torch.float32),
-    )
+    loss = old_logprob.new_empty(())
+    logprob, ratio, advantage, kl = [torch.empty_like(old_logprob) for _ in range(4)]
+    clipped = torch.empty_like(old_logprob, dtype=torch.bool)
+    grad_output = empty_like(model_output) if with_grad else model_output.new_empty(0)
+    grad_uncond = empty_like(uncond) if with_uncond_grad else uncond.new_empty(0)
+    grad_scale = old_logprob.new_empty(old_logprob.shape if scaled else 0)
     call(
         "loopfast_loss",
         transition(model_output, sample, table, step, uncond_output, guidance_scale, reduction),
         arguments,
         LossResults(
-            loss=results.loss.data_ptr(),
-            logprob=results.logprob.data_ptr(),
-            ratio=results.ratio.data_ptr(),
-            advantage=results.advantage.data_ptr(),
-            clipped=results.clipped.data_ptr(),
-            kl=results.kl.data_ptr(),
-            grad_output=latents("grad_output", results.grad_output),
-            grad_uncond=latents("grad_uncond", results.grad_uncond),
-            grad_scale=results.grad_scale.data_ptr() if results.grad_scale.numel() else None,
+            loss.data_ptr(),
+            logprob.data_ptr(),
+            ratio.data_ptr(),
+            advantage.data_ptr(),
+            clipped.data_ptr(),
+            kl.data_ptr(),
+            latents("grad_output", grad_output),
+            latents("grad_uncond", grad_uncond),
+            grad_scale.data_ptr() if scaled else None,
         ),
     )
-    return results
+    return LossAndGradient(loss, logprob, ratio, advantage, clipped, kl, grad_output, grad_uncond, grad_scale)
 
 
 def scale_gradients_(grad_output: Tensor, grad_uncond: Tensor, grad_scale: Tensor, grad_loss: Tensor) -> None:

@@ -47,9 +47,8 @@ def has_scaled_rows(model_output: Tensor, uncond_output: Tensor | None) -> bool:
 
     In float16 they would underflow before the backward pass multiplies them by the loss scale.
     """
-    return any(
-        output is not None and output.dtype == torch.float16 for output in (model_output, uncond_output)
-    )
+    half = torch.float16
+    return model_output.dtype == half or (uncond_output is not None and uncond_output.dtype == half)
 
 
 def clipped_loss(

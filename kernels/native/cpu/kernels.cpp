@@ -13,7 +13,6 @@ using namespace loopfast;
 // Rows are worked on in tiles that stay in the first-level cache, as float32. A tile is filled up with zeros to whole
 // lanes; they add 0 to every sum.
 constexpr int kTile = 1024;
-constexpr int kLanes = 64;
 
 struct Tile {
   alignas(64) float values[kTile];
@@ -117,12 +116,11 @@ float fold(float *lanes) {
 }
 
 // z and, with a reference, (b / sigma) (m - m_ref).
-void residual_and_shift(const Row &row, int64_t at, int count, Buffers &buffers, Tile &residual, Tile &shift) {
+void residual_and_shift(const Row &row, int64_t at, int count, Buffers &buffers, float *z, float *s) {
   const Inputs inputs = load_inputs(row, at, count, buffers);
   const float *x = inputs.x, *prev = load(row.prev_sample, at, count, buffers.prev);
   const float a = row.a, b = row.b, inverse_sigma = row.inverse_sigma, slope = row.slope;
   const int whole = filled(count);
-  float *z = residual.values, *s = shift.values;
   if (row.reference_output.data == nullptr) {
     for_elements(row, inputs, whole, [=](int i, float m) { z[i] = (prev[i] - (a * x[i] + b * m)) * inverse_sigma; });
   } else {
@@ -134,40 +132,40 @@ void residual_and_shift(const Row &row, int64_t at, int count, Buffers &buffers,
   }
 }
 
-Squares squares(const Row &row, int64_t begin, int64_t end) {
+Squares squares(const Row &row, int64_t begin, int64_t end, float *residual) {
   alignas(64) float residual_lanes[kLanes] = {}, shift_lanes[kLanes] = {};
   Buffers buffers;
-  Tile residual, shift;
+  Tile tile, shift;
   const bool with_reference = row.reference_output.data != nullptr;
   for (int64_t at = begin; at < end; at += kTile) {
     const int count = tile_size(at, end);
-    residual_and_shift(row, at, count, buffers, residual, shift);
-    add_squares(residual_lanes, residual.values, filled(count));
+    float *z = residual == nullptr ? tile.values : residual + at;
+    residual_and_shift(row, at, count, buffers, z, shift.values);
+    add_squares(residual_lanes, z, filled(count));
     if (with_reference) add_squares(shift_lanes, shift.values, filled(count));
   }
   return {fold(residual_lanes), fold(shift_lanes)};
 }
 
-void gradients(const Row &row, const GradientTargets &to, int64_t begin, int64_t end) {
+void gradients(const Row &row, const GradientTargets &to, int64_t begin, int64_t end, const float *residual) {
   Buffers buffers;
-  Tile residual, shift, grad;
+  Tile tile, shift, grad;
   const bool with_reference = row.reference_output.data != nullptr;
   const bool guided = row.uncond_output.data != nullptr;
   for (int64_t at = begin; at < end; at += kTile) {
     const int count = tile_size(at, end);
-    const int whole = filled(count);
-    residual_and_shift(row, at, count, buffers, residual, shift);
+    if (residual == nullptr) residual_and_shift(row, at, count, buffers, tile.values, shift.values);
+    const float *z = residual == nullptr ? tile.values : residual + at;
+    float weight = to.residual_weight;
     if (with_reference) {
-      for (int i = 0; i < whole; ++i) {
-        residual.values[i] = to.residual_weight * residual.values[i] + to.shift_weight * shift.values[i];
-      }
-    } else {
-      for (int i = 0; i < whole; ++i) residual.values[i] *= to.residual_weight;
+      for (int i = 0; i < count; ++i) tile.values[i] = weight * z[i] + to.shift_weight * shift.values[i];
+      z = tile.values;
+      weight = 1.0f;
     }
     const auto write = [&](loopfast_output target, float factor) {
       if (target.data == nullptr) return;
       float *values = place(target, at, to.streamed, grad);
-      for (int i = 0; i < count; ++i) values[i] = residual.values[i] * factor;
+      for (int i = 0; i < count; ++i) values[i] = weight * z[i] * factor;
       if (values == grad.values) store(target, at, count, values, to.streamed);
     };
     write(to.output, guided ? row.guidance_scale : 1.0f);

@@ -39,11 +39,15 @@ struct GradientTargets {
   bool streamed;
 };
 
-// All ranges [begin, end) begin at a multiple of kBlock. `sample` and `squares` take one block.
+// `squares` keeps z in whole multiples of this.
+constexpr int kLanes = 64;
+
+// All ranges [begin, end) begin at a multiple of kBlock. `sample` and `squares` take one block. `squares` keeps the row's
+// z in `residual` for `gradients`. Where that is NULL, as with a reference, `gradients` computes z again.
 struct Kernels {
-  Squares (*squares)(const Row &row, int64_t begin, int64_t end);
+  Squares (*squares)(const Row &row, int64_t begin, int64_t end, float *residual);
   float (*sample)(const Row &row, uint64_t seed, int64_t step, const SampleTargets &to, int64_t begin, int64_t end);
-  void (*gradients)(const Row &row, const GradientTargets &to, int64_t begin, int64_t end);
+  void (*gradients)(const Row &row, const GradientTargets &to, int64_t begin, int64_t end, const float *residual);
   void (*normal)(uint64_t seed, int64_t step, float *noise, int64_t begin, int64_t end);
   void (*scale)(loopfast_output values, float factor, int64_t begin, int64_t end);
 };

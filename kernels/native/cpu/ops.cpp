@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "checks.h"
@@ -162,6 +164,17 @@ float power_of_two(float magnitude) {
   return std::ldexp(1.0f, std::clamp(std::ilogb(magnitude), -126, 126));
 }
 
+// Memory of this thread, which it keeps: fresh memory costs page faults. NULL where there is none left.
+float *scratch(int64_t count) {
+  thread_local std::unique_ptr<float[]> memory;
+  thread_local int64_t size = 0;
+  if (size < count) {
+    memory.reset(new (std::nothrow) float[static_cast<size_t>(count)]);
+    size = memory == nullptr ? 0 : count;
+  }
+  return memory.get();
+}
+
 class Loss {
  public:
   Loss(const loopfast_transition &transition, const loopfast_loss_arguments &arguments,
@@ -189,15 +202,18 @@ class Loss {
   }
 
  private:
-  // The gradient follows the sums while the row is still in the cache.
+  // The gradient follows the sums, of the residual that they were of.
   void rows_whole(int64_t count, int64_t blocks) {
+    const bool kept = wants_gradients_ && arguments_.reference_output.data == nullptr;
+    const int64_t room = (t_.elements + kLanes - 1) / kLanes * kLanes;
     parallel(count, t_.rows, [&](int64_t begin, int64_t end) {
+      float *residual = kept ? scratch(room) : nullptr;
       for (int64_t row = begin; row < end; ++row) {
         const Row at = make_row(row);
         Sums sums;
-        for (int64_t block = 0; block < blocks; ++block) sums.add(squares(at, block));
+        for (int64_t block = 0; block < blocks; ++block) sums.add(squares(at, block, residual));
         const GradientTargets to = finish(row, at, sums);
-        if (wants_gradients_) kernels().gradients(at, to, 0, t_.elements);
+        if (wants_gradients_) kernels().gradients(at, to, 0, t_.elements, residual);
       }
     });
   }
@@ -207,7 +223,7 @@ class Loss {
     std::vector<Squares> partial(static_cast<size_t>(t_.rows * blocks));
     parallel(count, t_.rows * blocks, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
-        partial[static_cast<size_t>(unit)] = squares(make_row(unit / blocks), unit % blocks);
+        partial[static_cast<size_t>(unit)] = squares(make_row(unit / blocks), unit % blocks, nullptr);
       }
     });
     std::vector<GradientTargets> targets(static_cast<size_t>(t_.rows));
@@ -221,15 +237,15 @@ class Loss {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t row = unit / blocks, first = unit % blocks * kBlock;
         kernels().gradients(make_row(row), targets[static_cast<size_t>(row)], first,
-                            std::min(first + kBlock, t_.elements));
+                            std::min(first + kBlock, t_.elements), nullptr);
       }
     });
   }
 
   Row make_row(int64_t row) const { return row_at(t_, row, arguments_.prev_sample, arguments_.reference_output); }
 
-  Squares squares(const Row &at, int64_t block) const {
-    return kernels().squares(at, block * kBlock, std::min((block + 1) * kBlock, t_.elements));
+  Squares squares(const Row &at, int64_t block, float *residual) const {
+    return kernels().squares(at, block * kBlock, std::min((block + 1) * kBlock, t_.elements), residual);
   }
 
   // Writes a row's results and says what its gradient is made of.
@@ -382,7 +398,7 @@ int loopfast_transition_logprob(const loopfast_transition *transition, loopfast_
   if (logprob == nullptr) return invalid("logprob is missing");
   return guarded([&] {
     logprob_by_blocks(*transition, logprob, [&](int64_t row, int64_t begin, int64_t end) {
-      return kernels().squares(row_at(*transition, row, prev_sample, {}), begin, end).residual;
+      return kernels().squares(row_at(*transition, row, prev_sample, {}), begin, end, nullptr).residual;
     });
   });
 }
@@ -404,7 +420,7 @@ int loopfast_transition_logprob_backward(const loopfast_transition *transition, 
     const float share = t.reduction == LOOPFAST_MEAN ? 1.0f / static_cast<float>(t.elements) : 1.0f;
     const GradientTargets to{advance(grad_output, row * t.elements), advance(grad_uncond, row * t.elements),
                              grad[row] * at.slope * share, 0.0f, past_caches};
-    kernels().gradients(at, to, begin, end);
+    kernels().gradients(at, to, begin, end, nullptr);
   });
   return 0;
 }
