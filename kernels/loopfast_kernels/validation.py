@@ -78,15 +78,15 @@ def check_transition(
         raise ValueError(
             f"model_output must have shape [N, ...] with elements in it, got {list(model_output.shape)}"
         )
-    device = model_output.device
+    shape, device = model_output.shape, model_output.device
     for name, value in latents.items():
         if value is not None:
-            check_tensor(name, value, dtypes=LATENT_DTYPES, shape=model_output.shape, device=device)
+            check_tensor(name, value, dtypes=LATENT_DTYPES, shape=shape, device=device)
     check_tensor("table", table, dtypes=REAL_DTYPES, device=device)
     if table.dim() != 2 or table.shape[0] == 0 or table.shape[1] != 3:
         raise ValueError(f"table must have shape [T, 3], got {list(table.shape)}")
     if step is not None:
-        check_tensor("step", step, dtypes=(torch.int64,), shape=(model_output.shape[0],), device=device)
+        check_tensor("step", step, dtypes=(torch.int64,), shape=shape[:1], device=device)
     if guidance_scale != 1.0 and latents.get("uncond_output") is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs uncond_output")
     if reduction not in REDUCTIONS:

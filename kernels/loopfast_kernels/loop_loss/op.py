@@ -6,6 +6,7 @@ else is kept for it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -180,11 +181,11 @@ _scale_gradients_ = Operator(
 )
 
 
-def _run(operator: Operator, model_output: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _run(operator: Operator, plain: bool, model_output: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Every result but the gradients; the loss has them for its backward pass."""
     uncond_output = rest[-5]
     arguments = (model_output, *rest, _needs_grad(model_output), _needs_grad(uncond_output))
-    if dispatched(model_output):
+    if not plain:
         results: tuple[Tensor, ...] = operator(*arguments)
         return results[:-3]
     results = operator.directly(*arguments)
@@ -200,6 +201,12 @@ def _check_options(clip_range: float | None, reference_output: Tensor | None, kl
         raise ValueError(f"kl_weight must not be negative, got {kl_weight}")
     if kl_weight > 0.0 and reference_output is None:
         raise ValueError(f"kl_weight={kl_weight} needs reference_output")
+
+
+@lru_cache(maxsize=64)
+def _factor(value: float, dtype: torch.dtype) -> Tensor:
+    # A tensor that is at hand costs a tenth of one that is made.
+    return torch.full((), value, dtype=dtype, device="cpu")
 
 
 def _needs_grad(output: Tensor | None) -> bool:
@@ -274,15 +281,20 @@ def loop_loss(
     _check_options(clip_range, reference_output, kl_weight)
     if advantage_clip is not None and advantage_clip <= 0.0:
         raise ValueError(f"advantage_clip must be positive, or None, got {advantage_clip}")
+    plain = not dispatched(model_output)
     if isinstance(advantage_scale, Tensor):
         check_tensor("advantage_scale", advantage_scale, dtypes=REAL_DTYPES, shape=(), device=device)
         scale = advantage_scale.detach()
     else:
         # For float64 inputs a factor of their precision; elsewhere one that needs no conversion.
         dtype = arithmetic_dtype(model_output, sample)
-        scale = torch.full((), float(advantage_scale), dtype=dtype, device=device)
+        if plain and device.type == "cpu":
+            scale = _factor(float(advantage_scale), dtype)
+        else:
+            scale = torch.full((), float(advantage_scale), dtype=dtype, device=device)
     loss, logprob, ratio, advantage, clipped, kl = _run(
         _loop_loss,
+        plain,
         model_output,
         sample,
         prev_sample,
@@ -359,6 +371,7 @@ def clipped_loss(
     _check_options(clip_range, reference_output, kl_weight)
     loss, logprob, ratio, clipped, kl = _run(
         _clipped_loss,
+        not dispatched(model_output),
         model_output,
         sample,
         prev_sample,
