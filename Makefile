@@ -21,8 +21,8 @@ BRIEF := -p tests.progress -q -r NfE
 COMPUTING := tests/kernels tests/rollout tests/policies tests/rewards tests/evaluation tests/integrations \
   tests/exporting tests/test_train.py tests/test_update.py tests/test_families.py tests/test_schedules.py \
   tests/test_published_logprobs.py tests/test_average.py tests/test_resume.py -k 'not triton'
-# Those of them in which processors have differed, and that train little.
-DIFFERING := tests/kernels tests/rewards tests/test_update.py tests/test_schedules.py tests/test_published_logprobs.py \
+# Those of them in which processors have differed, and that train little; of the ops, `test-wheel` runs them so.
+DIFFERING := tests/rewards tests/test_update.py tests/test_schedules.py tests/test_published_logprobs.py \
   tests/test_rounding.py --ignore tests/rewards/test_http.py --ignore tests/rewards/test_guard.py -k 'not triton'
 # Those of the ops, of the algorithm and of the configuration that start no process and train no model.
 FAST := $(addprefix tests/kernels/test_,$(addsuffix .py,backends denoise_step group_norm_silu leave_one_out loop_loss philox \
@@ -35,6 +35,7 @@ FAST := $(addprefix tests/kernels/test_,$(addsuffix .py,backends denoise_step gr
 # Limited to what the processor lacks, torch ends with an illegal instruction.
 HAS = grep -qw $(1) /proc/cpuinfo || { echo "Left out: this processor has no $(1)"; exit 0; };
 AS = ATEN_CPU_CAPABILITY=$(1) ONEDNN_MAX_CPU_ISA=$(2) MKL_ENABLE_INSTRUCTIONS=$(3) LOOPFAST_ISA=$(4)
+WITHOUT_AVX := $(call AS,default,SSE41,SSE4_2,portable)
 
 # $(call install,environment,arguments of pip,folders to compile): in the log is what pip says, such as warnings about its
 # settings. pip compiles on one processor, the line after it on all. What is seldom imported is compiled when it is.
@@ -69,10 +70,10 @@ test-processors: ## the five below, one after the other
 	@for each in as-sse4 as-avx2 as-avx512 as-two-threads as-busy; do echo "$$each:" && $(MAKE) -s $$each || exit 1; done
 
 as-sse4: $(VENV)/.dev ## the tests that compute, as a processor without AVX runs them
-	@$(call AS,default,SSE41,SSE4_2,portable) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
+	@$(WITHOUT_AVX) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
 
 as-sse4-short: $(VENV)/.dev ## those of them in which processors have differed, as CI does
-	@$(call AS,default,SSE41,SSE4_2,portable) $(PYTEST) $(BRIEF) $(DIFFERING) $(ARGS)
+	@$(WITHOUT_AVX) $(PYTEST) $(BRIEF) $(DIFFERING) $(ARGS)
 
 as-avx2: $(VENV)/.dev ## the same, with AVX2 if this processor has it
 	@$(call HAS,avx2) $(call AS,avx2,AVX2,AVX2,avx2) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
@@ -91,9 +92,10 @@ lint: $(VENV)/.dev ## style and types
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && echo "Style: no faults"
 	@$(BIN)/mypy
 
-test-wheel: $(TRL)/.wheel ## the built wheel, installed elsewhere: the tests of the ops, and what it holds
-	cd $(WHEEL) && env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(CURDIR)/$(TRL)/bin/python -m pytest -c $(CURDIR)/pyproject.toml \
-	  -o pythonpath=$(CURDIR)/$(WHEEL)/tree -p no:cacheprovider -q -k 'not triton' tree/tests/kernels $(ARGS)
+test-wheel: $(TRL)/.wheel ## the built wheel, installed elsewhere: what it holds, and the tests of the ops, as without AVX
+	cd $(WHEEL) && $(WITHOUT_AVX) env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 \
+	  $(CURDIR)/$(TRL)/bin/python -m pytest -c $(CURDIR)/pyproject.toml -o pythonpath=$(CURDIR)/$(WHEEL)/tree \
+	  -p no:cacheprovider -q -k 'not triton' tree/tests/kernels $(ARGS)
 	LOOPFAST_WHEEL=$$(echo $(CURDIR)/$(WHEEL)/*.whl) $(PYTEST) -q tests/test_packaging.py -k the_wheel
 
 test-trl: $(TRL)/.wheel $(VENV)/.dev ## TRL's trainer on the ops of the built wheel, and exports in earlier libraries
@@ -101,7 +103,8 @@ test-trl: $(TRL)/.wheel $(VENV)/.dev ## TRL's trainer on the ops of the built wh
 	  tests/integrations/test_exports_elsewhere.py $(ARGS)
 
 sanitize: $(VENV)/.dev ## the C interface under the address and undefined-behavior sanitizers
-	$(BIN)/cmake -S . -B build/sanitize -DLOOPFAST_SANITIZE=ON -DLOOPFAST_TESTS=ON -DCMAKE_CXX_FLAGS=-Werror
+	$(BIN)/cmake -S . -B build/sanitize -DLOOPFAST_SANITIZE=ON -DLOOPFAST_TESTS=ON -DCMAKE_CXX_FLAGS=-Werror \
+	  -DCMAKE_CXX_FLAGS_RELEASE=-O1
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
