@@ -26,7 +26,7 @@ from loopfast_kernels import leave_one_out
 Baseline = Literal["leave_one_out", "group_mean", "batch_mean", "prompt_running_mean", "none"]
 Normalize = Literal["batch_std", "group_std", "prompt_running_std", "none"]
 
-# keeps a group or batch of equal rewards from dividing zero by zero
+# keeps rewards that hardly differ from getting a scale without bound
 EPSILON = 1e-6
 
 
@@ -78,17 +78,22 @@ class PromptStatistics:
         self._rewards: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=buffer_size))
 
     def update(self, prompts: list[str], rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds rewards ``[G, K]`` of G prompts; returns each prompt's mean and standard deviation, ``[G, 1]`` each."""
+        """Adds rewards ``[G, K]`` of G prompts; returns each prompt's mean and standard deviation.
+
+        Returns:
+            Float64 ``[G, 1]`` each. Where all rewards are equal the mean is exactly that reward, and the deviation 0.
+        """
         batch = rewards.double()
         for prompt, row in zip(prompts, batch.tolist(), strict=True):
             self._rewards[prompt].extend(row)
         means, stds = [], []
         for prompt in prompts:
             seen = torch.tensor(self._rewards[prompt], dtype=torch.float64)
-            source = seen if len(seen) >= self.min_count else batch
-            means.append(source.mean())
-            stds.append(source.std(correction=0))
-        return torch.stack(means).float().unsqueeze(1), torch.stack(stds).float().unsqueeze(1)
+            source = seen if len(seen) >= self.min_count else batch.flatten()
+            relative = source - source[0]
+            means.append(source[0] + relative.mean())
+            stds.append(spread(relative))
+        return torch.stack(means).unsqueeze(1), torch.cat(stds).unsqueeze(1)
 
     def state_dict(self) -> dict[str, list[float]]:
         """The buffers, as JSON can hold them."""
@@ -99,6 +104,28 @@ class PromptStatistics:
         self._rewards.clear()
         for prompt, seen in state.items():
             self._rewards[prompt].extend(seen)
+
+
+def deviations(values: Tensor) -> Tensor:
+    """Distances from the mean over the last dimension.
+
+    Rewards are measured from the first of them before the mean is taken: the sum of equal numbers is rounded, and a
+    tiny standard deviation would blow up what is left of that. The sum of zeros is exact.
+
+    Args:
+        values: ``[..., N]``.
+
+    Returns:
+        Float64 ``[..., N]``; exactly 0 where all N values are equal.
+    """
+    values = values.double()
+    relative = values - values[..., :1]
+    return relative - relative.mean(-1, keepdim=True)
+
+
+def spread(values: Tensor) -> Tensor:
+    """Standard deviation over the last dimension, float64 ``[..., 1]``; exactly 0 where all values are equal."""
+    return deviations(values).square().mean(-1, keepdim=True).sqrt()
 
 
 def advantages(
@@ -120,25 +147,26 @@ def advantages(
 
     Returns:
         ``(difference [G, K], scale [G, 1] or [])``, both float32; the advantage is their product. For leave-one-out
-        rows the difference is what the ``loop_loss`` op computes by itself from the rewards.
+        rows the difference is what the ``loop_loss`` op computes by itself from the rewards. Equal rewards have a
+        difference of exactly 0 from their mean, and a scale of 0: nothing can be learned from them.
     """
     mean = std = torch.zeros(())
     if algorithm.baseline == "prompt_running_mean":
         mean, std = statistics.update(prompts, rewards)
     if algorithm.baseline == "leave_one_out":
-        difference = leave_one_out(rewards)
+        difference = leave_one_out(rewards).double()
     elif algorithm.baseline == "group_mean":
-        difference = rewards - rewards.mean(1, keepdim=True)
+        difference = deviations(rewards)
     elif algorithm.baseline == "batch_mean":
-        difference = rewards - rewards.mean()
+        difference = deviations(rewards.flatten()).view_as(rewards)
     else:
-        difference = rewards - mean
+        difference = rewards.double() - mean
 
     kind = {"auto": algorithm.normalize, "std": "batch_std", "none": "none"}[normalize]
     if kind == "none":
-        return difference, torch.ones(())
+        return difference.float(), torch.ones(())
     if kind == "batch_std":
-        std = difference.std(correction=0)
+        std = spread(difference.flatten()).squeeze()
     elif kind == "group_std":
-        std = rewards.std(1, correction=0, keepdim=True)
-    return difference, 1.0 / (std + EPSILON)
+        std = spread(rewards)
+    return difference.float(), torch.where(std > 0, 1.0 / (std + EPSILON), 0.0).float()

@@ -36,11 +36,16 @@ SPREADS = {
 }
 
 
-def product(name: str, normalize: str = "auto", rewards: list[list[float]] = REWARDS) -> torch.Tensor:
+def product(
+    name: str,
+    normalize: str = "auto",
+    rewards: list[list[float]] = REWARDS,
+    prompts: list[str] = PROMPTS,
+) -> torch.Tensor:
     difference, scale = advantages(
         ALGORITHMS[name],
         torch.tensor(rewards),
-        PROMPTS,
+        prompts,
         PromptStatistics(),
         normalize=normalize,  # type: ignore[arg-type]
     )
@@ -66,9 +71,65 @@ def test_normalization_can_be_chosen(name: str) -> None:
     torch.testing.assert_close(product(name, "std"), difference / spread, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "reinforce_plain"])
-def test_equal_rewards_give_no_advantage(name: str) -> None:
-    assert product(name, rewards=[[0.3, 0.3, 0.3]] * 2).abs().max() < 1e-6
+COMPARING = [name for name in ALGORITHMS if name != "reinforce_plain"]
+WITHIN_A_GROUP = [name for name, row in ALGORITHMS.items() if row.needs_group]
+# Means of many of these are rounded in float32, 1.0 aside.
+VALUES = [0.1, 0.35, 1.0, 22.7, -120.35, 612.3, 100000.3, -3e-39, 1e30]
+
+
+@pytest.mark.parametrize("normalize", ["auto", "std", "none"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_equal_rewards_give_no_advantage(name: str, normalize: str) -> None:
+    if name == "reinforce_plain" and normalize != "std":
+        pytest.skip("compares rewards with nothing")
+    for value in VALUES:
+        for groups, samples in ((1, 2), (1, 21), (3, 9), (5, 18), (32, 7), (32, 22)):
+            rewards = [[value] * samples] * groups
+            found = product(name, normalize, rewards, [str(index) for index in range(groups)])
+            assert found.shape == (groups, samples)
+            assert found.count_nonzero() == 0, (value, groups, samples)
+
+
+@pytest.mark.parametrize("normalize", ["auto", "std", "none"])
+@pytest.mark.parametrize("name", WITHIN_A_GROUP)
+def test_a_group_of_equal_rewards_has_none_beside_others(name: str, normalize: str) -> None:
+    for value in VALUES:
+        rewards = [[value] * 21, torch.rand(21).tolist()]
+        found = product(name, normalize, rewards)
+        assert found[0].count_nonzero() == 0, value
+        assert found[1].count_nonzero() > 0
+
+
+@given(
+    value=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    groups=st.integers(1, 40),
+    samples=st.integers(2, 40),
+    name=st.sampled_from(COMPARING),
+    normalize=st.sampled_from(["auto", "std", "none"]),
+)
+def test_whatever_equal_rewards_are(
+    value: float, groups: int, samples: int, name: str, normalize: str
+) -> None:
+    prompts = [str(index) for index in range(groups)]
+    assert product(name, normalize, [[value] * samples] * groups, prompts).count_nonzero() == 0
+
+
+def test_a_history_of_equal_rewards_gives_none() -> None:
+    tracker = PromptStatistics()
+    for value in VALUES:
+        for _ in range(4):
+            rewards = torch.full((2, 11), value)
+            difference, scale = advantages(ALGORITHMS["ppo"], rewards, [f"{value} a", f"{value} b"], tracker)
+            assert (difference * scale).count_nonzero() == 0, value
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_a_large_offset_changes_little(name: str) -> None:
+    """Differences of 1/64, which float32 holds exactly beside 100,000."""
+    steps = torch.randint(0, 9, (2, 12)) / 64
+    steps[:, 0], steps[:, 1] = 0, 1 / 8
+    expected = product(name, rewards=steps.tolist())
+    torch.testing.assert_close(product(name, rewards=(steps + 1e5).tolist()), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loopfast.algorithms import EPSILON
+from loopfast.algorithms import EPSILON, deviations, spread
 from loopfast.config import RewardConfig
 from loopfast.errors import RewardError
 from loopfast.rewards.base import Scores, scaled
@@ -40,7 +40,7 @@ def training_total(terms: Sequence[RewardConfig], scores: Scores, samples: int) 
         for term in terms:
             values = scores.parts[term.title][counted].double()
             if term.normalize == "std":
-                values = (values - values.mean()) / (values.std(correction=0) + EPSILON)
+                values = deviations(values) / (spread(values) + EPSILON)
             total += term.weight * scaled(values, bounds(term))
         result[counted] = total.float()
         if not result[counted].isfinite().all():

@@ -273,6 +273,17 @@ def test_advantages_are_scaled_before_they_are_clipped(transition, as_tensor):
     assert result.advantage.tolist() == [2.0, -1.5, 1.5, -0.75, 2.0]
 
 
+@pytest.mark.parametrize("reward", [22.7, 100000.3])
+def test_equal_rewards_have_no_advantage_however_it_is_scaled(make_transition, each_backend, reward):
+    case = make_transition(rows=2).to(each_backend.device)
+    rewards = torch.full((2, 21), reward, device=each_backend.device)
+    with each_backend.active():
+        result = run_loop(
+            case, rewards, torch.tensor([3, 41], device=each_backend.device), advantage_scale=1e6
+        )
+    assert result.advantage.tolist() == [0.0, 0.0]
+
+
 def test_loop_loss_is_clipped_loss_with_leave_one_out_advantages(transition):
     rewards, trajectory = torch.randn(2, 3), torch.tensor([2, 0, 5, 3, 2])
     old_logprob = plain_old_logprob(transition, None, "mean") + 0.1 * torch.randn(5)
