@@ -22,7 +22,7 @@ from loopfast.algorithms import ALGORITHMS, PromptStatistics
 from loopfast.checkpoints import Checkpoint
 from loopfast.config import Config
 from loopfast.console import Display
-from loopfast.engines import build_engine, needs_deepspeed, require_type
+from loopfast.engines import build_engine, needs_deepspeed, require_settings, require_type
 from loopfast.errors import (
     CheckpointError,
     ConfigError,
@@ -149,6 +149,7 @@ def processes(config: Config, stop: StopRequest) -> Iterator[Group]:
         return
     device = torch_device(config.model.device)
     require_type(config, device.type)
+    require_settings(config, device.type)
     group = joined(place, device, config.distributed.timeout)
     try:
         with group.explained(lambda: stop.requested):

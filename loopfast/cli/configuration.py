@@ -20,18 +20,19 @@ def config_show(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @config_app.command("check", epilog="**Example:** `loopfast config check mine.yaml`")
 def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Check a configuration, its prompts and its rewards without loading any model.
+    """Check a configuration, its prompts, its rewards and its DeepSpeed file without loading any model.
 
     Names of models on the hub are not looked up; that their weights can be read shows when training starts, before
     anything is sampled.
     """
     settings = load(config, overrides)
-    from loopfast.engines import require_type
+    from loopfast.engines import require_settings, require_type
     from loopfast.prompts import load_prompts
     from loopfast.rewards import build_rewards
 
     # not for auto: another machine than this one may have GPUs
     require_type(settings, settings.model.device)
+    require_settings(settings, settings.model.device)
     sources = dict.fromkeys([settings.prompts.source, settings.evaluation.prompts or settings.prompts.source])
     lines = [f"prompts {source}: {len(load_prompts(source))}" for source in sources]
     rewards = build_rewards(settings.reward, load=False)
@@ -46,10 +47,11 @@ def config_deepspeed(config: ConfigArgument, overrides: Overrides = None) -> Non
     """Print the JSON that DeepSpeed is started with."""
     settings = load(config, overrides)
     quiet_libraries()
-    from loopfast.engines import deepspeed_settings
+    from loopfast.engines import deepspeed_settings, require_settings
     from loopfast.planning.architectures import load_architecture
     from loopfast.policies import torch_device
 
+    require_settings(settings, settings.model.device)
     parameters = load_architecture(settings.model).denoiser.parameters()
     pinned = torch_device(settings.model.device).type == "cuda"
     print(json.dumps(deepspeed_settings(settings, parameters, pinned=pinned), indent=2))

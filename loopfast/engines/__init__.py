@@ -3,12 +3,20 @@
 from loopfast.config import Config
 from loopfast.engines.base import Engine
 from loopfast.engines.local import LocalEngine
-from loopfast.engines.refusals import require_type
+from loopfast.engines.refusals import require_settings, require_type
 from loopfast.engines.settings import deepspeed_settings
 from loopfast.group import Group
 from loopfast.policies import Policy
 
-__all__ = ["Engine", "LocalEngine", "build_engine", "deepspeed_settings", "needs_deepspeed", "require_type"]
+__all__ = [
+    "Engine",
+    "LocalEngine",
+    "build_engine",
+    "deepspeed_settings",
+    "needs_deepspeed",
+    "require_settings",
+    "require_type",
+]
 
 
 def build_engine(policy: Policy, config: Config, group: Group) -> Engine:

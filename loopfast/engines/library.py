@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from loopfast.config import Config
@@ -34,6 +37,36 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def require_accepted(settings: Mapping[str, Any], file: str, device: torch.device) -> None:
+    """Has DeepSpeed check the settings that a user's file is a part of.
+
+    Raises:
+        ConfigError: it refuses them.
+        MissingExtraError: it is not installed.
+    """
+    import_deepspeed(device)
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(settings))
+    except Exception as error:  # of any kind: it takes the types of most values on trust
+        raise _refused(file, error) from error
+
+
+def _refused(file: str, error: Exception) -> ConfigError:
+    return ConfigError(f"distributed.deepspeed: DeepSpeed refuses {file}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """An error of DeepSpeed in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        return f"{key}: {first['msg']}, found {json.dumps(first['input'], default=str)[:60]}"
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, (AssertionError, ValueError)) else f"{type(error).__name__}: {text}"
+
+
 def initialize(
     module: torch.nn.Module,
     config: Config,
@@ -45,6 +78,8 @@ def initialize(
     deepspeed = import_deepspeed(policy.device)
     count = sum(parameter.numel() for parameter in policy.denoiser.parameters())
     settings = deepspeed_settings(config, count, pinned=policy.device.type == "cuda")
+    if config.distributed.deepspeed is not None:
+        require_accepted(settings, config.distributed.deepspeed, policy.device)
     if optimizer is None:
         settings["zero_optimization"].pop("offload_optimizer", None)
     try:
@@ -55,7 +90,7 @@ def initialize(
             model=module, optimizer=optimizer, model_parameters=parameters or None, config=settings
         )
     except (AssertionError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = _reason(error)
         if "not supported on your device" in reason:
             raise ConfigError(
                 f"model.dtype: found {config.model.dtype!r}, allowed: a type that DeepSpeed takes on {policy.device}, "
@@ -63,9 +98,7 @@ def initialize(
             ) from error
         if config.distributed.deepspeed is None:
             raise
-        raise ConfigError(
-            f"distributed.deepspeed: DeepSpeed refuses {config.distributed.deepspeed}: {reason}"
-        ) from error
+        raise _refused(config.distributed.deepspeed, error) from error
     return engine
 
 

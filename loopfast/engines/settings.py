@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from loopfast.config import Config
-from loopfast.errors import ConfigError
-
-# What of a configuration decides an entry: one that a user's file sets otherwise contradicts it.
-_DECIDED_BY = {
-    "train_batch_size": "train.updates_per_iteration, which cuts an iteration's pairs into updates",
-    "train_micro_batch_size_per_gpu": "train.microbatch",
-    "gradient_accumulation_steps": "train.microbatch, of which an update takes as many as it needs",
-    "gradient_clipping": "train.max_grad_norm",
-    "optimizer": "train.optimizer, learning_rate, beta1, beta2 and weight_decay",
-    "scheduler": "train.lr_schedule and warmup_updates",
-    "bf16": "model.dtype",
-    "fp16.enabled": "model.dtype",
-    "amp": "model.dtype",
-    "torch_autocast": "model.dtype",
-    "data_types": "model.dtype",
-    "zero_optimization.stage": "distributed.zero_stage",
-    "zero_optimization.offload_param": "distributed.offload",
-    "zero_optimization.offload_optimizer": "distributed.offload",
-    "zero_allow_untested_optimizer": "train.optimizer",
-    "zero_force_ds_cpu_optimizer": "train.optimizer",
-}
+from loopfast.engines import deepspeed_file
 
 
 def deepspeed_settings(config: Config, parameters: int, *, pinned: bool = False) -> dict[str, Any]:
@@ -72,7 +49,8 @@ def deepspeed_settings(config: Config, parameters: int, *, pinned: bool = False)
     if stage and config.model.dtype != "float32":
         settings |= _mixed_precision(config.model.dtype, stage)
     if distributed.deepspeed is not None:
-        settings = _merged(settings, _read(Path(distributed.deepspeed).expanduser()), distributed.deepspeed)
+        theirs = deepspeed_file.read(distributed.deepspeed)
+        settings = deepspeed_file.merged(settings, theirs, config, distributed.deepspeed)
     return settings
 
 
@@ -96,61 +74,3 @@ def _mixed_precision(dtype: str, stage: int) -> dict[str, Any]:
 
 def _within(value: int, least: float, most: float) -> int:
     return int(min(max(value, least), most))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"distributed.deepspeed: cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"distributed.deepspeed: {path} is not valid JSON: {error}") from error
-    if not isinstance(theirs, dict):
-        raise ConfigError(f"distributed.deepspeed: {path} holds no object, but {json.dumps(theirs)[:60]}")
-    return theirs
-
-
-def _merged(ours: dict[str, Any], theirs: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """Ours with what theirs adds; ``auto`` and the same value are no contradiction."""
-    result = json.loads(json.dumps(ours))
-    for path, value in _leaves(theirs):
-        if value == "auto":
-            continue
-        key, reason = _decided(path)
-        present, found = _lookup(ours, path)
-        if reason is not None and not (present and found == value):
-            mine = json.dumps(_lookup(ours, key)[1])
-            raise ConfigError(
-                f"distributed.deepspeed: {file} sets {'.'.join(path)} to {json.dumps(value)}, which {reason} decides "
-                f"({mine if _lookup(ours, key)[0] else 'not set'}); take it out of the file"
-            )
-        target = result
-        for part in path[:-1]:
-            target = target.setdefault(part, {})
-        target[path[-1]] = value
-    return result
-
-
-def _decided(path: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
-    """The part of a path that a key of ours decides, and which key."""
-    for length in range(len(path), 0, -1):
-        reason = _DECIDED_BY.get(".".join(path[:length]))
-        if reason is not None:
-            return path[:length], reason
-    return path, None
-
-
-def _leaves(settings: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
-def _lookup(settings: Any, path: tuple[str, ...]) -> tuple[bool, Any]:
-    for part in path:
-        if not isinstance(settings, dict) or part not in settings:
-            return False, None
-        settings = settings[part]
-    return True, settings

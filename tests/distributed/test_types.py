@@ -77,15 +77,60 @@ def test_a_gradient_that_is_not_finite_ends_the_run(stage: int, runs: Runs) -> N
     assert "the gradient's norm is not finite; images and prompts are in" in line
 
 
-def test_settings_that_deepspeed_refuses_name_the_file(runs: Runs) -> None:
+@pytest.mark.parametrize(
+    ("command", "content", "said"),
+    [
+        (
+            "train --config",
+            '{"zero_optimization": {"stagee": 3}}',
+            "stagee: Extra inputs are not permitted, found 3",
+        ),
+        ("config check", '{"communication_data_type": "fp99"}', "Invalid communication_data_type. Supported"),
+        ("config check", '{"timers": {"throughput": {"enabled": "x"}}}', 'found "x"'),
+        ("config check", '{"compile": {"deepcompile": []}}', "found []"),
+        ("config deepspeed", '{"nebula": {"enabled": true}}', "Nebula checkpointing has been removed"),
+    ],
+)
+def test_settings_that_deepspeed_refuses_name_the_file(
+    command: str, content: str, said: str, runs: Runs
+) -> None:
     file = runs.folder / "mine.json"
-    file.write_text('{"zero_optimization": {"stagee": 3}}')
-    arguments = runs.arguments("refused", "distributed.zero_stage=2", f"distributed.deepspeed={file}")
-    runs.ranks.start(arguments, 1)
+    file.write_text(content)
+    config = runs.arguments("refused", "distributed.zero_stage=2", f"distributed.deepspeed={file}")[-1]
+    # before anything is loaded
+    runs.ranks.start([*command.split(), config], 1)
     assert runs.ranks.wait() == [2]
     [line] = runs.ranks.errors(0).splitlines()
     assert line.startswith(f"error: distributed.deepspeed: DeepSpeed refuses {file}: ")
-    assert "stagee" in line
+    assert said in line
+
+
+def test_every_key_that_deepspeed_reads_is_known(runs: Runs) -> None:
+    program = """
+from deepspeed.runtime.config import DeepSpeedConfig
+from loopfast.engines.deepspeed_file import KNOWN
+
+read = set()
+
+class Settings(dict):
+    def get(self, key, default=None):
+        read.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key):
+        read.add(key)
+        return super().__contains__(key)
+
+    def keys(self):
+        return self
+
+DeepSpeedConfig(Settings(train_micro_batch_size_per_gpu=1))
+assert len(read) > 50
+print(*sorted(read - set(KNOWN)))
+"""
+    runs.ranks.fork(program)
+    assert runs.ranks.wait() == [0], runs.ranks.errors(0)
+    assert runs.ranks.shown(0).strip() == ""
 
 
 def test_settings_of_ones_own_are_used(runs: Runs) -> None:

@@ -1,0 +1,342 @@
+"""A user's own file of DeepSpeed settings: how it is read, and what it adds to ours."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loopfast.config import Config
+from loopfast.errors import ConfigError
+
+# Keys of the first level that DeepSpeed 0.19 reads or names as removed, by what belongs there.
+_SECTION, _NUMBER, _SWITCH, _TEXT = "a section {...}", "a number above 0", "true or false", "text"
+KNOWN: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "activation_checkpointing",
+            "aio",
+            "amp",
+            "autotuning",
+            "bf16",
+            "bfloat16",
+            "checkpoint",
+            "comet",
+            "comms_logger",
+            "compile",
+            "compression_training",
+            "csv_monitor",
+            "curriculum_learning",
+            "data_efficiency",
+            "data_types",
+            "datastates_ckpt",
+            "eigenvalue",
+            "elasticity",
+            "expert_parallel",
+            "flops_profiler",
+            "fp16",
+            "hybrid_engine",
+            "nebula",
+            "optimizer",
+            "pipeline",
+            "progressive_layer_drop",
+            "quantize_training",
+            "scheduler",
+            "sparse_attention",
+            "tensor_parallel",
+            "tensorboard",
+            "timers",
+            "torch_autocast",
+            "wandb",
+            "weight_quantization",
+            "zero_optimization",
+        ),
+        _SECTION,
+    ),
+    **dict.fromkeys(
+        (
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "gradient_predivide_factor",
+            "sequence_parallel_size",
+            "steps_per_print",
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "vocabulary_size",
+        ),
+        _NUMBER,
+    ),
+    **dict.fromkeys(
+        (
+            "dataloader_drop_last",
+            "disable_allgather",
+            "disable_python_gc",
+            "dump_state",
+            "graph_harvesting",
+            "managed_gradient_accumulation",
+            "memory_breakdown",
+            "prescale_gradients",
+            "sparse_gradients",
+            "use_data_before_expert_parallelism",
+            "wall_clock_breakdown",
+            "zero_allow_untested_optimizer",
+            "zero_force_ds_cpu_optimizer",
+        ),
+        _SWITCH,
+    ),
+    **dict.fromkeys(
+        (
+            "communication_data_type",
+            "gradient_allreduce_op",
+            "log_level",
+            "seq_parallel_communication_data_type",
+        ),
+        _TEXT,
+    ),
+}
+# Sections with names, which may look like numbers.
+_NAMES = ("comet", "csv_monitor", "tensorboard", "wandb")
+_DEEPEST = 16
+
+_Path = tuple[str, ...]
+# What of a configuration decides an entry, and the value that says the same; `_NOTHING` where none does.
+_Decision = tuple[tuple[str, ...], Any]
+_NOTHING = object()
+
+
+def read(file: str) -> dict[str, Any]:
+    """The settings in a user's file, in UTF-8 with or without a byte order mark.
+
+    Raises:
+        ConfigError: it cannot be read, is not valid JSON, or holds keys or values that DeepSpeed does not know.
+    """
+    path = Path(file).expanduser()
+    try:
+        found = json.loads(
+            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_number
+        )
+    except OSError as error:
+        raise ConfigError(f"distributed.deepspeed: cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"distributed.deepspeed: {path} is not text in UTF-8 (byte {error.start})"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"distributed.deepspeed: {path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"distributed.deepspeed: {path} is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"distributed.deepspeed: {path} holds no object, but {_shown(found)}")
+    for where, value in _leaves(found):
+        if problem := _problem(where, value):
+            raise ConfigError(f"distributed.deepspeed: {path}, {_dotted(where)}: {problem}")
+    for key, value in found.items():
+        if problem := _problem_of_first_level(key, value):
+            raise ConfigError(f"distributed.deepspeed: {path}{problem}")
+    return found
+
+
+def merged(ours: dict[str, Any], theirs: Mapping[str, Any], config: Config, file: str) -> dict[str, Any]:
+    """Our settings with what a user's file adds.
+
+    An empty section, null and ``auto`` add nothing. What the configuration decides is compared and not taken over.
+
+    Args:
+        ours: the settings that the configuration gives.
+        theirs: the content of the file.
+        config: the run.
+        file: its name, for errors.
+
+    Raises:
+        ConfigError: the file contradicts the configuration.
+    """
+    decisions = _decisions(config)
+    sections = {path[:end] for path in decisions for end in range(1, len(path))}
+    result = json.loads(json.dumps(ours))
+    for path, value in _leaves(theirs):
+        if value is None or value == "auto":
+            continue
+        if path in sections:
+            raise _refusal(file, path, value, _SECTION)
+        present, found = _lookup(ours, path)
+        decided = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in decisions), None)
+        if decided is not None:
+            keys, same = decisions[decided] if decided == path else (decisions[decided][0], _NOTHING)
+            if same is _NOTHING and present:
+                same = found
+            if not (_equal(value, same) or (present and _equal(value, found))):
+                allowed = '"auto"' if same is _NOTHING else f'{_shown(same)} or "auto"'
+                raise _refusal(file, path, value, f"{allowed} with {_in_words(config, keys)}")
+            continue
+        target = result
+        for part in path[:-1]:
+            if not isinstance(target.setdefault(part, {}), dict):
+                raise _refusal(file, path, value, f"no section at {part}")
+            target = target[part]
+        target[path[-1]] = value
+    return result
+
+
+def _decisions(config: Config) -> dict[_Path, _Decision]:
+    """The entries that a configuration decides."""
+    train, dtype, offload = config.train, config.model.dtype, config.distributed.offload
+    updates = train.iterations * train.updates_per_iteration * train.inner_epochs
+    course = {"constant": "WarmupLR", "linear": "WarmupDecayLR", "cosine": "WarmupCosineLR"}
+    # without a key of ours: the engine works in one way only
+    found: dict[str, tuple[str | Sequence[str], Any]] = {
+        "train_batch_size": ("train.updates_per_iteration", _NOTHING),
+        "train_micro_batch_size_per_gpu": ("train.microbatch", _NOTHING),
+        "gradient_accumulation_steps": ("train.microbatch", _NOTHING),
+        "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm),
+        "gradient_allreduce_op": ((), "mean"),
+        "sequence_parallel_size": ((), 1),
+        "tensor_parallel": ((), _NOTHING),
+        "expert_parallel": ((), _NOTHING),
+        "optimizer": ("train.optimizer", _NOTHING),
+        "optimizer.type": ("train.optimizer", "AdamW" if train.optimizer == "adamw" else _NOTHING),
+        "optimizer.params.lr": ("train.learning_rate", train.learning_rate),
+        "optimizer.params.betas": (("train.beta1", "train.beta2"), [train.beta1, train.beta2]),
+        "optimizer.params.eps": ("train.optimizer", 1e-8),
+        "optimizer.params.weight_decay": ("train.weight_decay", train.weight_decay),
+        "scheduler": ("train.lr_schedule", _NOTHING),
+        "scheduler.type": ("train.lr_schedule", course[train.lr_schedule]),
+        "scheduler.params.warmup_min_lr": ("train.warmup_updates", 0),
+        "scheduler.params.warmup_max_lr": ("train.learning_rate", train.learning_rate),
+        "scheduler.params.warmup_num_steps": ("train.warmup_updates", train.warmup_updates),
+        "scheduler.params.warmup_type": ("train.warmup_updates", "linear"),
+        "scheduler.params.total_num_steps": (
+            ("train.iterations", "train.updates_per_iteration", "train.inner_epochs"),
+            updates,
+        ),
+        "bf16": ("model.dtype", _NOTHING),
+        "bf16.enabled": ("model.dtype", dtype == "bfloat16"),
+        "bfloat16": ("model.dtype", _NOTHING),
+        "bfloat16.enabled": ("model.dtype", dtype == "bfloat16"),
+        "fp16.enabled": ("model.dtype", dtype == "float16"),
+        "fp16.auto_cast": ("model.dtype", False),
+        "fp16.fp16_master_weights_and_grads": ("model.dtype", False),
+        "amp": ("model.dtype", _NOTHING),
+        "amp.enabled": ("model.dtype", False),
+        "torch_autocast": ("model.dtype", _NOTHING),
+        "torch_autocast.enabled": ("model.dtype", False),
+        "data_types": ("model.dtype", _NOTHING),
+        "zero_optimization.stage": ("distributed.zero_stage", config.distributed.zero_stage),
+        "zero_optimization.offload_param.device": (
+            "distributed.offload",
+            "cpu" if offload == "all" else "none",
+        ),
+        "zero_optimization.offload_optimizer.device": (
+            "distributed.offload",
+            "none" if offload == "none" else "cpu",
+        ),
+        "zero_optimization.cpu_offload": ("distributed.offload", offload != "none"),
+        "zero_optimization.cpu_offload_param": ("distributed.offload", offload == "all"),
+        "zero_allow_untested_optimizer": ("train.optimizer", _NOTHING),
+        "zero_force_ds_cpu_optimizer": ("train.optimizer", _NOTHING),
+    }
+    return {
+        tuple(path.split(".")): ((keys,) if isinstance(keys, str) else tuple(keys), same)
+        for path, (keys, same) in found.items()
+    }
+
+
+def _refusal(file: str, path: _Path, value: Any, allowed: str) -> ConfigError:
+    return ConfigError(
+        f"distributed.deepspeed: {file}, {_dotted(path)}: found {_shown(value)}, allowed: {allowed}"
+    )
+
+
+def _problem_of_first_level(key: str, value: Any) -> str | None:
+    kind = KNOWN.get(key)
+    if kind is None:
+        nearest = max(KNOWN, key=lambda known: difflib.SequenceMatcher(None, key[:64].lower(), known).ratio())
+        return f": unknown key {_shown(key)}; nearest known key: {nearest}"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    fits = {
+        _SECTION: isinstance(value, dict),
+        _NUMBER: number,
+        _SWITCH: isinstance(value, bool),
+        _TEXT: isinstance(value, str),
+    }
+    if fits[kind] or value is None or value == "auto":
+        return None
+    return f', {key}: found {_shown(value)}, allowed: {kind}, null or "auto"'
+
+
+def _problem(path: _Path, value: Any) -> str | None:
+    """What is wrong with a value wherever it stands."""
+    if len(path) > _DEEPEST:
+        return "nested too deeply"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "found a number that is too large"
+    if isinstance(value, str) and path[0] not in _NAMES and _is_number(value):
+        return f"found {_shown(value)}, allowed: a number, without quotes"
+    return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are each given once."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {_shown(key)} is given twice")
+        found[key] = value
+    return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _leaves(settings: Mapping[str, Any], path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
+    """Every value that is no section; what is too deep comes as one."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and len(path) < _DEEPEST:
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _lookup(settings: Any, path: _Path) -> tuple[bool, Any]:
+    for part in path:
+        if not isinstance(settings, dict) or part not in settings:
+            return False, None
+        settings = settings[part]
+    return True, settings
+
+
+def _equal(value: Any, other: Any) -> bool:
+    """Whether two values say the same; true is not 1, and the names of DeepSpeed's classes have no case."""
+    if isinstance(value, str) and isinstance(other, str):
+        return value.lower() == other.lower()
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+
+
+def _in_words(config: Config, keys: Sequence[str]) -> str:
+    """The keys of a configuration and their values."""
+    words = []
+    for key in keys:
+        section, name = key.split(".")
+        words.append(f"{key}: {getattr(getattr(config, section), name)}")
+    return ", ".join(words) or "loopfast's engine"
+
+
+def _dotted(path: _Path) -> str:
+    return ".".join(json.dumps(part)[1:-1][:64] for part in path[:_DEEPEST])
+
+
+def _shown(value: Any) -> str:
+    """A value of JSON in one short line."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
