@@ -144,6 +144,9 @@ class ModelConfig(_Section):
     """Branch, tag or commit of a hub repository."""
     variant: _Text | None = None
     """Variant of the weight files, such as fp16."""
+    scheduler: _Text | dict[str, Any] | None = None
+    """Scheduler in place of the model's own: a folder with scheduler_config.json, a class such as DDIMScheduler for the
+    model's own options, or a mapping of options that differ from them. null: the model's own."""
     height: _Count | None = None
     """Of the images, in pixels; null: the model's own."""
     width: _Count | None = None

@@ -11,8 +11,9 @@ configuration.
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -30,7 +31,6 @@ _FLOW = "FlowMatchEulerDiscreteScheduler"
 
 _OFF = (None, False)
 _NONLINEAR = "makes the mean nonlinear in the model output"
-_OTHER_LEVELS = "visits noise levels between those of the training schedule, which DDIM cannot"
 _OTHER_PROCESS = "is of another process than the diffusion that DDIM samples"
 
 # Of the schedulers of the diffusion process, options that change what DDIM would sample: the values that do not, and
@@ -55,22 +55,21 @@ _DIFFUSION_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
         "is none of the spacings of DDIM: leading, trailing, linspace",
     ),
     "timestep_type": (("discrete",), "gives the model the logarithm of the noise level, not a timestep"),
-    "interpolation_type": (("linear",), _OTHER_LEVELS),
-    "final_sigmas_type": (
-        ("zero",),
-        "ends before the noise is gone; for DDIM that is final_sigmas_type=zero with set_alpha_to_one=False",
-    ),
-    "lambda_min_clipped": (
-        (float("-inf"), None),
-        "leaves out the noisiest timesteps, which DDIM starts from",
-    ),
-    "use_karras_sigmas": (_OFF, _OTHER_LEVELS),
-    "use_exponential_sigmas": (_OFF, _OTHER_LEVELS),
-    "use_beta_sigmas": (_OFF, _OTHER_LEVELS),
-    "use_lu_lambdas": (_OFF, _OTHER_LEVELS),
     "use_flow_sigmas": (_OFF, _OTHER_PROCESS),
     "use_dynamic_shifting": (_OFF, _OTHER_PROCESS),
-    "shift_terminal": (_OFF, _OTHER_LEVELS),
+    "shift_terminal": (_OFF, _OTHER_PROCESS),
+}
+
+# Of the same schedulers, options that only say at which noise levels another sampler takes its steps, and the values
+# that DDIM agrees with. DDIM takes that sampler's place, with levels of its own; `replaced_by_ddim` says so.
+_LEVELS: dict[str, tuple[object, ...]] = {
+    "interpolation_type": (None, "linear"),
+    "final_sigmas_type": (None, "zero"),
+    "lambda_min_clipped": (None, float("-inf")),
+    "use_karras_sigmas": _OFF,
+    "use_exponential_sigmas": _OFF,
+    "use_beta_sigmas": _OFF,
+    "use_lu_lambdas": _OFF,
 }
 
 # Of the same schedulers, what DDIM reads, and what only says how another sampler solves the same process.
@@ -123,8 +122,52 @@ _FLOW_HARMLESS = frozenset(
     }
 )
 
-# What these classes do where a configuration does not say it.
-_DEFAULTS = {_DDIM: {"clip_sample": True}, "DDPMScheduler": {"clip_sample": True}}
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(least: int, most: int = 100_000) -> tuple[Callable[[object], bool], str]:
+    def fits(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    return fits, f"a whole number from {least} to {most:,}"
+
+
+_SWITCH = (lambda value: value is None or isinstance(value, bool)), "true, false or null"
+_BETA = (lambda value: _number(value) and 0 <= value < 1), "a number from 0 to below 1"
+
+# Options of DDIM and of the flow that are numbers, lists of them or switches: whether a value fits, and what does.
+_DIFFUSION_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_train_timesteps": _whole(1),
+    "beta_start": _BETA,
+    "beta_end": _BETA,
+    "trained_betas": (
+        lambda value: (
+            value is None
+            or (isinstance(value, Sequence) and all(_number(beta) and 0 <= beta <= 1 for beta in value))
+        ),
+        "null or a list of numbers from 0 to 1",
+    ),
+    "steps_offset": _whole(0),
+    "set_alpha_to_one": _SWITCH,
+    "rescale_betas_zero_snr": _SWITCH,
+}
+_FLOW_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_train_timesteps": _whole(1),
+    "shift": ((lambda value: _number(value) and value > 0), "a number above 0"),
+    "base_shift": (_number, "a number"),
+    "max_shift": (_number, "a number"),
+    "base_image_seq_len": _whole(1, 10_000_000),
+    "max_image_seq_len": _whole(1, 10_000_000),
+    "shift_terminal": (
+        (lambda value: value is None or (_number(value) and 0 <= value < 1)),
+        "null or a number from 0 to below 1",
+    ),
+    "use_dynamic_shifting": _SWITCH,
+    "use_karras_sigmas": _SWITCH,
+    "use_exponential_sigmas": _SWITCH,
+}
 
 # Above this a flow's sigma counts as pure noise: shifting sigma = 1 in float32 may round to its neighbour.
 _PURE_NOISE = 1 - 1e-6
@@ -218,7 +261,7 @@ def refuse_unmapped(config: Mapping[str, Any], name: str) -> None:
     """Refuse the options of a scheduler that would be lost or mean something else in a transition table.
 
     For the configuration as the model's authors wrote it: ``DDIMScheduler.from_config`` drops what DDIM does not
-    have, silently.
+    have, silently. What it drops without changing the process, `replaced_by_ddim` reports.
 
     Args:
         config: a scheduler's configuration, such as the content of ``scheduler_config.json``.
@@ -230,15 +273,37 @@ def refuse_unmapped(config: Mapping[str, Any], name: str) -> None:
             refused unless it is null or false.
     """
     flow = name == _FLOW
-    options, harmless = (_FLOW_OPTIONS, _FLOW_HARMLESS) if flow else (_DIFFUSION_OPTIONS, _DIFFUSION_HARMLESS)
-    for option, value in {**_DEFAULTS.get(name, {}), **config}.items():
+    options, harmless = (
+        (_FLOW_OPTIONS, _FLOW_HARMLESS) if flow else (_DIFFUSION_OPTIONS, _DIFFUSION_HARMLESS | set(_LEVELS))
+    )
+    values = _FLOW_VALUES if flow else _DIFFUSION_VALUES
+    for option, value in config.items():
+        if option in values and not values[option][0](value):
+            raise ValueError(f"the scheduler's option {option}={_short(value)} is not {values[option][1]}")
         if option.startswith("_") or option in harmless:
             continue
         allowed, reason = options.get(
             option, (_OFF, "is not known here; remove it if the process is the same without it")
         )
         if value not in allowed:
-            raise ValueError(f"the scheduler's option {option}={value!r} {reason}")
+            raise ValueError(f"the scheduler's option {option}={_short(value)} {reason}")
+
+
+def replaced_by_ddim(config: Mapping[str, Any], name: str) -> dict[str, object]:
+    """The options that say at which noise levels a sampler takes its steps, and that DDIM does not have.
+
+    Args:
+        config: a scheduler's configuration.
+        name: the scheduler's class; ``DDIMScheduler`` and the flow's have none of these options.
+    """
+    if name in (_DDIM, _FLOW):
+        return {}
+    return {option: config[option] for option in _LEVELS if config.get(option) not in _LEVELS[option]}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:
@@ -250,9 +315,17 @@ def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:
     Args:
         config: of the ``FlowMatchEulerDiscreteScheduler``.
         tokens: of an image in the transformer: ``(height / p) (width / p)`` with p pixels to a patch's side.
+
+    Raises:
+        ValueError: the configuration does not determine a line.
     """
     shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    if shortest == longest:
+        raise ValueError(
+            f"the scheduler's options base_image_seq_len and max_image_seq_len are both {longest}: the shift between "
+            "them is not determined"
+        )
     return float(least + (most - least) * (tokens - shortest) / (longest - shortest))
 
 

@@ -39,7 +39,7 @@ from loopfast.join import joined, leave, note_opened, opened_before
 from loopfast.judging import Judge, Worker
 from loopfast.microbatch import Call, Microbatches, start_size
 from loopfast.place import find_place
-from loopfast.policies import Conditioning, load_policy, load_schedule, torch_device
+from loopfast.policies import Conditioning, load_policy, load_schedule, scheduler_notes, torch_device
 from loopfast.profiling import Category, Meter, Times, range_
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.replay import Replay, rehearse
@@ -213,6 +213,8 @@ class Trainer:
         self.folder = RunFolder(config)
         self.judge = Judge(config, group, self.folder, display.warning)
         self.schedule = load_schedule(config.model, config.rollout)
+        for note in scheduler_notes(config.model):
+            display.warning(note)
         self.steps = stochastic_steps(self.schedule, config.rollout.stochastic_steps, config.train.steps)
         self.drawn = self._steps_drawn()
         checkpoint = self._open(resume)

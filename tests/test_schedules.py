@@ -4,6 +4,7 @@ import math
 from itertools import pairwise, product
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -20,7 +21,13 @@ from diffusers import (
 # From its module: diffusers hides it where scipy is missing, which it needs to solve, not to be made.
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 
-from loopfast.schedules import TransitionSchedule, refuse_unmapped, resolution_shift, transition_schedule
+from loopfast.schedules import (
+    TransitionSchedule,
+    refuse_unmapped,
+    replaced_by_ddim,
+    resolution_shift,
+    transition_schedule,
+)
 from loopfast_kernels import denoise_step, philox_normal, transition_logprob
 from tests.forks import printed
 
@@ -502,7 +509,7 @@ def test_every_option_of_the_schedulers_is_accounted_for(kind):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("DDPMScheduler", {}, "clip_sample=True makes the mean nonlinear"),
+        ("DDPMScheduler", {"clip_sample": True}, "clip_sample=True makes the mean nonlinear"),
         ("DDPMScheduler", {"clip_sample": False, "thresholding": True}, "thresholding=True makes the mean"),
         (
             "DDPMScheduler",
@@ -519,15 +526,8 @@ def test_every_option_of_the_schedulers_is_accounted_for(kind):
             {"clip_sample": False, "timestep_spacing": "log"},
             "is none of the spacings of DDIM",
         ),
-        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "visits noise levels between"),
         ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "gives the model the logarithm"),
-        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "visits noise levels between"),
-        ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, "with set_alpha_to_one=False"),
-        ("LMSDiscreteScheduler", {"use_exponential_sigmas": True}, "visits noise levels between"),
-        ("UniPCMultistepScheduler", {"use_beta_sigmas": True}, "visits noise levels between"),
-        ("UniPCMultistepScheduler", {"shift_terminal": 0.1}, "visits noise levels between"),
-        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "visits noise levels between"),
-        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "leaves out the noisiest timesteps"),
+        ("UniPCMultistepScheduler", {"shift_terminal": 0.1}, "is of another process"),
         ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "is of another process"),
         ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "has no transition"),
         ("DPMSolverMultistepScheduler", {"use_dynamic_shifting": True}, "is of another process"),
@@ -538,10 +538,90 @@ def test_every_option_of_the_schedulers_is_accounted_for(kind):
     ],
 )
 def test_options_that_would_be_lost_are_refused_by_name(name, options, message):
-    *_, (option, value) = options.items() or [("clip_sample", True)]
+    *_, (option, value) = options.items()
     with pytest.raises(ValueError, match=message) as error:
         refuse_unmapped(options, name)
     assert f"the scheduler's option {option}={value!r} " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("EulerDiscreteScheduler", "use_karras_sigmas", True),
+        ("EulerDiscreteScheduler", "interpolation_type", "log_linear"),
+        ("EulerDiscreteScheduler", "final_sigmas_type", "sigma_min"),
+        ("LMSDiscreteScheduler", "use_exponential_sigmas", True),
+        ("UniPCMultistepScheduler", "use_beta_sigmas", True),
+        ("DPMSolverMultistepScheduler", "use_lu_lambdas", True),
+        ("DPMSolverMultistepScheduler", "lambda_min_clipped", -5.1),
+    ],
+)
+def test_another_samplers_noise_levels_are_replaced_and_reported(name, option, value):
+    kind = LMSDiscreteScheduler if name == "LMSDiscreteScheduler" else getattr(diffusers, name)
+    config = dict(kind().config)
+    assert replaced_by_ddim(config, name) == {}
+    config[option] = value
+    refuse_unmapped(config, name)
+    assert replaced_by_ddim(config, name) == {option: value}
+    # left over from another sampler, of which DDIM's own file has no use
+    assert replaced_by_ddim(config, "DDIMScheduler") == {}
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "value", ["1000", "", True, None, 0, -1, 1.5, 1000.0, math.nan, math.inf, 10**9, [1000], {"a": 1}]
+)
+def test_a_number_of_timesteps_that_is_none(name, value):
+    with pytest.raises(ValueError, match=r"num_train_timesteps=.* is not a whole number from 1 to 100,000"):
+        refuse_unmapped({"num_train_timesteps": value}, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "said"),
+    [
+        ("PNDMScheduler", "beta_start", "0.00085", "='0.00085' is not a number from 0 to below 1"),
+        ("DDIMScheduler", "beta_end", math.nan, "=nan is not a number from 0 to below 1"),
+        ("DDIMScheduler", "beta_end", 1.0, "=1.0 is not a number from 0 to below 1"),
+        ("DDIMScheduler", "beta_end", -1e-3, "=-0.001 is not a number"),
+        ("DDIMScheduler", "beta_end", None, "=None is not a number"),
+        ("DDIMScheduler", "trained_betas", "0.1", "='0.1' is not null or a list of numbers from 0 to 1"),
+        ("DDIMScheduler", "trained_betas", [0.1, "0.2"], "is not null or a list of numbers from 0 to 1"),
+        (
+            "DDIMScheduler",
+            "trained_betas",
+            [0.1] * 99 + [2],
+            "... is not null or a list of numbers from 0 to 1",
+        ),
+        ("DDIMScheduler", "trained_betas", {"a": 0.1}, "is not null or a list of numbers"),
+        ("DDIMScheduler", "steps_offset", "1", "='1' is not a whole number from 0"),
+        ("DDIMScheduler", "steps_offset", -1, "=-1 is not a whole number from 0"),
+        ("DDIMScheduler", "set_alpha_to_one", "false", "='false' is not true, false or null"),
+        ("DDIMScheduler", "rescale_betas_zero_snr", 1, "=1 is not true, false or null"),
+        ("DDIMScheduler", "beta_schedule", None, "=None is a noise schedule that DDIM does not know"),
+        ("DDIMScheduler", "prediction_type", ["epsilon"], "has no transition"),
+        ("FlowMatchEulerDiscreteScheduler", "shift", "3.0", "='3.0' is not a number above 0"),
+        ("FlowMatchEulerDiscreteScheduler", "shift", 0.0, "=0.0 is not a number above 0"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            "shift_terminal",
+            1,
+            "=1 is not null or a number from 0 to below 1",
+        ),
+        ("FlowMatchEulerDiscreteScheduler", "base_shift", "0.5", "='0.5' is not a number"),
+        ("FlowMatchEulerDiscreteScheduler", "max_image_seq_len", 4096.5, "is not a whole number from 1"),
+        ("FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting", "false", "is not true, false or null"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(name, option, value, said):
+    with pytest.raises(ValueError, match=f"the scheduler's option {option}=") as error:
+        refuse_unmapped({option: value}, name)
+    assert said in str(error.value)
+    assert len(str(error.value)) < 200
+
+
+def test_a_shift_by_resolution_needs_two_resolutions():
+    with pytest.raises(ValueError, match="base_image_seq_len and max_image_seq_len are both 256"):
+        resolution_shift({"base_image_seq_len": 256, "max_image_seq_len": 256}, 1024)
 
 
 def test_options_of_the_solver_alone_are_harmless():
@@ -557,7 +637,7 @@ def test_options_of_the_solver_alone_are_harmless():
         "steps_offset": 1,
         "trained_betas": None,
         "use_karras_sigmas": False,
-        "unheard_of": None,
+        "timestep_values": None,
     }
     refuse_unmapped(options, "EulerDiscreteScheduler")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from loopfast.cli.app import config_app
 from loopfast.cli.options import ConfigArgument, Overrides, load, quiet_libraries
@@ -20,19 +21,24 @@ def config_show(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @config_app.command("check", epilog="**Example:** `loopfast config check mine.yaml`")
 def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Check a configuration, its prompts, its rewards and its DeepSpeed file without loading any model.
+    """Check a configuration, its prompts, rewards, scheduler and DeepSpeed file without loading any model.
 
     Names of models on the hub are not looked up; that their weights can be read shows when training starts, before
     anything is sampled.
     """
     settings = load(config, overrides)
+    quiet_libraries()
     from loopfast.engines import require_settings, require_type
+    from loopfast.policies import load_schedule
+    from loopfast.policies.loading import locate
     from loopfast.prompts import load_prompts
     from loopfast.rewards import build_rewards
 
     # not for auto: another machine than this one may have GPUs
     require_type(settings, settings.model.device)
     require_settings(settings, settings.model.device)
+    if isinstance(locate(settings.model), Path):
+        load_schedule(settings.model, settings.rollout)
     sources = dict.fromkeys([settings.prompts.source, settings.evaluation.prompts or settings.prompts.source])
     lines = [f"prompts {source}: {len(load_prompts(source))}" for source in sources]
     rewards = build_rewards(settings.reward, load=False)

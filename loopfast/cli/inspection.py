@@ -39,7 +39,7 @@ def schedule(
     """
     settings = load(config, overrides)
     quiet_libraries()
-    from loopfast.policies import load_schedule
+    from loopfast.policies import load_schedule, scheduler_notes
     from loopfast.rollout import stochastic_steps
 
     steps = stochastic_steps(
@@ -59,6 +59,8 @@ def schedule(
         numbers = (f"{timestep:g}", f"{a:.5f}", f"{b:.5f}", f"{sigma:.5f}", f"{sensitivity:.3g}")
         table.add_row(str(step), *numbers, "yes" if step in trained else "no")
     Console().print(table)
+    for note in scheduler_notes(settings.model):
+        print(note)
     print(
         f"train.steps {settings.train.steps}: {len(trained)} of {settings.rollout.steps} steps are trained on"
         + (

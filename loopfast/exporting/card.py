@@ -80,7 +80,11 @@ def _public_name(pretrained: str) -> str:
 
 
 def _without_paths(config: Config) -> Config:
-    model = config.model.model_copy(update={"pretrained": _public_name(config.model.pretrained)})
+    scheduler = config.model.scheduler
+    if isinstance(scheduler, str):
+        scheduler = _public_name(scheduler)
+    public = {"pretrained": _public_name(config.model.pretrained), "scheduler": scheduler}
+    model = config.model.model_copy(update=public)
     run = config.run.model_copy(update={"directory": "runs"})
     return config.model_copy(update={"model": model, "run": run})
 

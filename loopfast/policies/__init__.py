@@ -6,6 +6,7 @@ from loopfast.policies.loading import (
     load_policy,
     load_schedule,
     load_scheduler,
+    scheduler_notes,
     torch_device,
     trained_steps,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "load_schedule",
     "load_scheduler",
     "pad_rows",
+    "scheduler_notes",
     "torch_device",
     "trained_steps",
 ]

@@ -14,20 +14,8 @@ from loopfast.errors import ConfigError
 from loopfast.policies.base import Policy
 from loopfast.policies.families import Family, family_of, supported
 from loopfast.policies.resolution import latent_size
-from loopfast.schedules import TransitionSchedule, refuse_unmapped, resolution_shift, transition_schedule
-
-# Samplers of the same diffusion process: their training schedule defines the DDIM transition as well.
-_DDIM_COMPATIBLE = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "PNDMScheduler",
-    "LMSDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-)
-_FLOW = ("FlowMatchEulerDiscreteScheduler",)
+from loopfast.policies.schedulers import Choice, choose_scheduler
+from loopfast.schedules import TransitionSchedule, resolution_shift, transition_schedule
 
 
 def load_policy(
@@ -87,26 +75,22 @@ def load_scheduler(config: ModelConfig) -> Any:
     Raises:
         ConfigError: the model cannot be found, or its scheduler describes another process.
     """
-    import diffusers
+    return _choice(config).scheduler
 
-    family = load_family(config)
+
+def scheduler_notes(config: ModelConfig) -> tuple[str, ...]:
+    """Lines about what training samples differently from what a model's scheduler says.
+
+    Raises:
+        ConfigError: as `load_scheduler`.
+    """
+    return _choice(config).notes
+
+
+def _choice(config: ModelConfig) -> Choice:
     entry = _index(config).get("scheduler")
     name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    usable = _FLOW if family.process == "flow" else _DDIM_COMPATIBLE
-    if name is None or name not in usable:
-        raise ConfigError(
-            f"model.pretrained: the scheduler of {config.pretrained!r} is {name}; supported: {', '.join(usable)}"
-        )
-    kind: Any = diffusers.FlowMatchEulerDiscreteScheduler if usable is _FLOW else diffusers.DDIMScheduler
-    settings = component_config(config, "scheduler")
-    try:
-        refuse_unmapped(settings, name)
-    except ValueError as error:
-        raise ConfigError(f"the scheduler of {config.pretrained!r} cannot be used: {error}") from error
-    # DDIM clips by default; samplers that have no such option never clipped
-    if usable is _DDIM_COMPATIBLE and "clip_sample" not in settings:
-        settings = {**settings, "clip_sample": False}
-    return kind.from_config(settings)
+    return choose_scheduler(config, load_family(config), name, lambda: component_config(config, "scheduler"))
 
 
 def absent_components(config: ModelConfig) -> list[str]:
@@ -128,6 +112,9 @@ def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
 
     entry = _index(config).get(component)
     kind = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) and len(entry) == 2 else None
+    if component == "scheduler":
+        # any scheduler's class reads the file; the model's own may need packages that are not here
+        kind = diffusers.DDIMScheduler
     if kind is None:
         raise ConfigError(
             f"model.pretrained: model_index.json of {config.pretrained!r} says {entry!r} of its {component}, which is "
@@ -142,6 +129,10 @@ def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
         raise ConfigError(
             f"model.pretrained: cannot load the {component} of {config.pretrained!r}: {first_line(error)}"
         ) from error
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"model.pretrained: the configuration of {config.pretrained!r}'s {component} is no object"
+        )
     return dict(settings)
 
 

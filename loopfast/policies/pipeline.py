@@ -102,7 +102,7 @@ class PipelinePolicy(Policy):
         set_arithmetic(config, self.device)
         trained = self.dtype if cast else torch.float32
         self.pipeline = self._load()
-        self.pipeline.scheduler = scheduler
+        self.pipeline.register_modules(scheduler=scheduler)
         self._denoiser = getattr(self.pipeline, family.denoiser).requires_grad_(False).eval()
         for name in self._text_encoders():
             getattr(self.pipeline, name).requires_grad_(False).eval().to(self.device)
@@ -153,7 +153,9 @@ class PipelinePolicy(Policy):
         types = {"vae": torch.float32, "default": self.dtype}
         if config.tune == "full":
             types[self._family.denoiser] = torch.float32
-        options = {**dict.fromkeys(absent_components(config)), **self.load_options}
+        # the model's own scheduler gives way to another, and its class may need packages that are not here
+        absent = [*absent_components(config), "scheduler"]
+        options = {**dict.fromkeys(absent), **self.load_options}
         try:
             return self.pipeline_class.from_pretrained(
                 locate(config),

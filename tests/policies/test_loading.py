@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from loopfast.config import ModelConfig, RolloutConfig
 from loopfast.errors import ConfigError
 from loopfast.policies import load_policy, load_schedule, load_scheduler, trained_steps
 from loopfast.policies.loading import locate
 from loopfast.schedules import transition_schedule
-
-PROCESS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -35,40 +32,6 @@ def edit(file: Path, change: Edit) -> None:
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
-
-
-def give_scheduler(folder: Path, scheduler: Any, drop: tuple[str, ...] = ()) -> None:
-    shutil.rmtree(folder / "scheduler")
-    scheduler.save_pretrained(folder / "scheduler")
-    name = type(scheduler).__name__
-    edit(folder / "model_index.json", lambda index: index.update(scheduler=["diffusers", name]))
-
-    def without(config: dict[str, Any]) -> None:
-        for key in drop:
-            config.pop(key, None)
-
-    edit(folder / "scheduler" / "scheduler_config.json", without)
-
-
-@pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler])
-def test_other_samplers_of_the_process_become_ddim(copy: Path, kind: Any) -> None:
-    given = kind(**PROCESS, steps_offset=1, prediction_type="v_prediction")
-    give_scheduler(copy, given, drop=("clip_sample",))
-    scheduler = load_scheduler(model(copy))
-    assert type(scheduler) is DDIMScheduler
-    # DDIM's own default would clip, which the model's own sampler never did
-    assert scheduler.config.clip_sample is False
-    assert scheduler.config.steps_offset == 1
-    assert scheduler.config.prediction_type == "v_prediction"
-    torch.testing.assert_close(scheduler.alphas_cumprod, given.alphas_cumprod)
-    schedule = load_schedule(model(copy), RolloutConfig(steps=10))
-    assert len(schedule) == 10
-
-
-def test_what_the_configuration_says_of_clipping_is_respected(copy: Path) -> None:
-    give_scheduler(copy, DDIMScheduler(**PROCESS, clip_sample=True))
-    with pytest.raises(ConfigError, match=r"the scheduler of '.*' cannot be used: .*clip_sample"):
-        load_schedule(model(copy), RolloutConfig(steps=10))
 
 
 def test_eta_is_one_unless_told(pipeline_folder: Path) -> None:
@@ -138,15 +101,17 @@ def test_another_process(copy: Path) -> None:
         load_policy(model(copy))
 
 
-@pytest.mark.parametrize("content", [None, "{"])
+@pytest.mark.parametrize("content", [None, "{", "[1]", "3"])
 def test_a_broken_scheduler(copy: Path, content: str | None) -> None:
     file = copy / "scheduler" / "scheduler_config.json"
     if content is None:
         file.unlink()
     else:
         file.write_text(content)
-    with pytest.raises(ConfigError, match="cannot load the scheduler of"):
+    said = r"(cannot load the scheduler of|the configuration of) .*"
+    with pytest.raises(ConfigError, match=said) as error:
         load_scheduler(model(copy))
+    assert "\n" not in str(error.value)
 
 
 def test_missing_weights(copy: Path) -> None:
