@@ -73,7 +73,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
     if _started_by(_TORCHRUN, environment) and not _alone(environment):
         restart = "TORCHELASTIC_RESTART_COUNT"
         return Place(
-            **_ranks(_TORCHRUN, environment),
+            *_ranks(_TORCHRUN, environment),
             host=_host(environment.get("MASTER_ADDR"), _TORCHRUN),
             port=_port(environment),
             hosted=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -87,9 +87,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
     if _started_by(_SLURM, environment):
         host = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""))
         job = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
-        return Place(
-            **_ranks(_SLURM, environment), host=_host(host, _SLURM), port=_port(environment, job=job)
-        )
+        return Place(*_ranks(_SLURM, environment), host=_host(host, _SLURM), port=_port(environment, job=job))
     return Place()
 
 
@@ -105,19 +103,19 @@ def _alone(environment: Mapping[str, str]) -> bool:
     return environment["WORLD_SIZE"] == "1" and (not port or port.startswith(_KUBERNETES))
 
 
-def _ranks(names: _Names, environment: Mapping[str, str]) -> dict[str, int]:
+def _ranks(names: _Names, environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """Rank, size and local rank."""
     size = _number(environment, names.size, 1, _MOST_PROCESSES)
     beside = f", as {names.size} is {size}"
-    return {
-        "rank": _number(environment, names.rank, 0, size - 1, beside),
-        "size": size,
-        "local_rank": _number(environment, names.local_rank, 0, size - 1, beside),
-    }
+    rank, local_rank = (
+        _number(environment, name, 0, size - 1, beside) for name in (names.rank, names.local_rank)
+    )
+    return rank, size, local_rank
 
 
 def _place_in_mpi(names: _Names, environment: Mapping[str, str], job: str | None) -> Place:
     ranks = _ranks(names, environment)
-    size = ranks["size"]
+    size = ranks[1]
     here = _number(environment, names.local_size, 1, size, f", as {names.size} is {size}")
     host = environment.get("MASTER_ADDR")
     if not host and here < size:
@@ -127,7 +125,7 @@ def _place_in_mpi(names: _Names, environment: Mapping[str, str], job: str | None
         )
     if job is None and here == size:
         job = _proxy()
-    return Place(**ranks, host=host or "127.0.0.1", port=_port(environment, job=job))
+    return Place(*ranks, host=host or "127.0.0.1", port=_port(environment, job=job))
 
 
 def _number(environment: Mapping[str, str], name: str, least: int, most: int, beside: str = "") -> int:
@@ -139,7 +137,7 @@ def _number(environment: Mapping[str, str], name: str, least: int, most: int, be
     value = environment.get(name)
     if value is not None and re.fullmatch("[0-9]{1,10}", value) and least <= int(value) <= most:
         return int(value)
-    found = "missing" if value is None else repr(value)
+    found = "missing" if value is None else repr(value if len(value) <= 60 else f"{value[:57]}...")
     raise LoopfastError(
         f"the launcher's variable {name} is {found}; allowed: a whole number from {least} to {most}{beside}"
     )

@@ -352,6 +352,7 @@ def test_kill_9_in_the_middle_of_a_save(store: CheckpointStore) -> None:
     )
     assert done.returncode == -signal.SIGKILL
     assert ".tmp-iteration-000020" in entries(store)
+    store.recover()
     latest = store.latest(never)
     assert latest is not None
     assert latest.state == {"good": True}
