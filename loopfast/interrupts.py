@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,9 +17,15 @@ class StopRequest:
     under ``nohup``, it stays so.
 
     Outside the main thread, where Python takes no signals, it notes nothing.
+
+    Args:
+        grace: seconds after the first signal in which others are ignored: Ctrl-C in a terminal reaches a launcher and
+            its processes, and then the launcher passes it on to them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = 0.0) -> None:
+        self._grace = grace
+        self._ignored_until = 0.0
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -42,17 +50,20 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._restore()
+        self._restore(*list(self._previous))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-        hangup = self._previous.pop(signal.SIGHUP, None)
-        self._restore()
-        if hangup is not None:
-            self._previous = {signal.SIGHUP: hangup}
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        now = time.monotonic()
+        if self._received is None:
+            self._received, self._ignored_until = number, now + self._grace
+            if self._grace == 0:
+                # not left to Python, which takes a signal only between two of its own instructions
+                self._restore(signal.SIGINT, signal.SIGTERM)
+        elif number != signal.SIGHUP and now > self._ignored_until:
+            self._restore(signal.SIGINT, signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers:
+            if number in self._previous:
+                signal.signal(number, self._previous.pop(number))

@@ -66,6 +66,9 @@ ON_POLICY_TOLERANCE = 1e-3
 SCREENING_SHARE = 0.4
 
 
+# Seconds in which a launcher passes on a signal that its processes have had already.
+PASSING_ON = 2.0
+
 # Bytes that the rehearsal of a training call leaves free: for decoded images, rewards, and the libraries under PyTorch,
 # which fail in ways of their own when a GPU is full to the last byte.
 REHEARSAL_RESERVE = 2**30
@@ -92,7 +95,8 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
         Interrupted: a signal stopped the run, which is saved.
     """
     place = find_place(os.environ)
-    with StopRequest() as stop, processes(config, stop) as group, ExitStack() as lock:
+    stopping = StopRequest(0.0 if place.size == 1 else PASSING_ON)
+    with stopping as stop, processes(config, stop) as group, ExitStack() as lock:
         display = display if group.first else Display.silent()
         folder = RunFolder(config).path
         group.on_first(lambda: lock.enter_context(locked(folder, display.warning)))

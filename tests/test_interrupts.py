@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from loopfast import interrupts
 from loopfast.interrupts import StopRequest
 
 SIGNALS = [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
@@ -62,6 +63,17 @@ def test_a_second_signal_is_not_held_back() -> None:
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:  # noqa: PT012 - the first must not raise
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: now)
+    with pytest.raises(KeyboardInterrupt), StopRequest(grace=2.0) as stop:  # noqa: PT012 - the first must not raise
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        assert stop.exit_code == 130
+        now += 2.1
         os.kill(os.getpid(), signal.SIGINT)
 
 
