@@ -114,6 +114,20 @@ def test_the_kernels_stand_alone(name):
     )
 
 
+# Another host's date, and the date on a report.
+WALL_CLOCK = {"loopfast.rewards.http", "loopfast.reporting.report"}
+
+
+@pytest.mark.parametrize("name", sorted(ENGINE.keys() - WALL_CLOCK))
+def test_durations_are_measured_by_a_clock_that_does_not_jump(name):
+    calls = [
+        ast.unparse(node)
+        for node in statements(ast.parse(ENGINE[name].read_text()))
+        if isinstance(node, ast.Call)
+    ]
+    assert not {"time.time()", "time()", "datetime.now()"} & set(calls)
+
+
 def test_importing_the_engine_imports_nothing_else():
     program = """
 import sys
