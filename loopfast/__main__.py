@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None for those the process was started with.
 
     Returns:
-        The exit code: 0 success, 1 failure, 2 wrong usage or configuration, 130 or 143 stopped by a signal.
+        The exit code: 0 success, 1 failure, 2 wrong usage or configuration, 129, 130 or 143 stopped by a signal.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     reuse_freed_memory()

@@ -126,7 +126,7 @@ class CheckpointStore:
         if score is None or not math.isfinite(score):
             score = self._score(self.directory / name)
         try:
-            self._recover()
+            self.recover()
             temporary.mkdir(parents=True)
             for group, named in tensors.items():
                 save_file(_storable(named), temporary / f"{group}.safetensors")
@@ -190,7 +190,6 @@ class CheckpointStore:
         Returns:
             The checkpoint, or None when there is none that can be used.
         """
-        self._recover()
         for path in reversed(self.paths()):
             try:
                 return self.load(path)
@@ -220,15 +219,21 @@ class CheckpointStore:
         final = self.directory / name
         replaced = self.directory / f"{_REPLACED}{name}"
         if final.exists():
-            # A folder cannot be renamed over another. `_recover` puts it back if we are killed in between.
+            # A folder cannot be renamed over another. `recover` puts it back if we are killed in between.
             final.rename(replaced)
         temporary.rename(final)
         _sync(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
         return final
 
-    def _recover(self) -> None:
-        """Clear away what a process that was killed while saving has left behind."""
+    def recover(self) -> None:
+        """Clear away what a process that was killed while saving has left behind.
+
+        Only the process that writes the checkpoints may do so: another would clear away what that one is saving.
+
+        Raises:
+            OSError: the folder cannot be read or written.
+        """
         if not self.directory.is_dir():
             return
         for path in list(self.directory.iterdir()):

@@ -17,6 +17,7 @@ __all__ = [
     "NonFiniteError",
     "PeerError",
     "RewardError",
+    "WriteError",
 ]
 
 
@@ -87,6 +88,10 @@ class MissingExtraError(LoopfastError):
         self.package = package
 
 
+class WriteError(LoopfastError):
+    """A file of the run cannot be written: the disk is full, or the folder is read-only."""
+
+
 class PeerError(LoopfastError):
     """Another process of the group has ended, or does not answer; the message names its rank."""
 
@@ -96,7 +101,7 @@ class Interrupted(LoopfastError):  # noqa: N818 - being stopped is not an error
 
     Args:
         message: what to tell the user, normally where the state was saved.
-        exit_code: 130 for SIGINT, 143 for SIGTERM.
+        exit_code: 129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM.
     """
 
     def __init__(self, message: str, exit_code: int = 130) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loopfast.errors import LoopfastError
+from loopfast.errors import WriteError
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -31,7 +31,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Makes a disk that is full or cannot be written a `LoopfastError` that names the folder or file.
+    """Makes a disk that is full or cannot be written a `WriteError` that names the folder or file.
 
     Errors of the libraries that write weights count too, whatever their class.
     """
@@ -44,4 +44,4 @@ def writing(target: Path) -> Iterator[None]:
             reason = str(error)
         else:
             raise
-        raise LoopfastError(f"cannot write in {target}: {reason}") from error
+        raise WriteError(f"cannot write in {target}: {reason}") from error

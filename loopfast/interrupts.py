@@ -1,20 +1,31 @@
-"""Turns Ctrl-C and SIGTERM into a request that the run answers between two updates."""
+"""Turns Ctrl-C, SIGTERM and SIGHUP into a request that the run answers between two updates."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 
 class StopRequest:
-    """A context in which the first SIGINT or SIGTERM is only noted, and a second one ends the process as usual.
+    """A context in which the first SIGINT, SIGTERM or SIGHUP is only noted, and a second one ends the process as usual.
+
+    A closed terminal may send SIGHUP several times, so a second SIGHUP is ignored. Where SIGHUP was ignored before, as
+    under ``nohup``, it stays so.
 
     Outside the main thread, where Python takes no signals, it notes nothing.
+
+    Args:
+        grace: seconds after the first signal in which others are ignored: Ctrl-C in a terminal reaches a launcher and
+            its processes, and then the launcher passes it on to them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = 0.0) -> None:
+        self._grace = grace
+        self._ignored_until = 0.0
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -25,25 +36,34 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number: 130 after Ctrl-C, 143 after SIGTERM."""
+        """128 + the signal's number: 129 after SIGHUP, 130 after Ctrl-C, 143 after SIGTERM."""
         return 128 + (self._received or signal.SIGINT)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._restore()
+        self._restore(*list(self._previous))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-        self._restore()
+        now = time.monotonic()
+        if self._received is None:
+            self._received, self._ignored_until = number, now + self._grace
+            if self._grace == 0:
+                # not left to Python, which takes a signal only between two of its own instructions
+                self._restore(signal.SIGINT, signal.SIGTERM)
+        elif number != signal.SIGHUP and now > self._ignored_until:
+            self._restore(signal.SIGINT, signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers:
+            if number in self._previous:
+                signal.signal(number, self._previous.pop(number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,8 @@ def joined(place: Place, device: torch.device, timeout: float) -> Group:
         LoopfastError: the others did not come, or the store cannot be reached.
     """
     wait = timedelta(seconds=timeout)
+    # DeepSpeed takes this process's device from it; MPI and SLURM have other names for it
+    os.environ["LOCAL_RANK"] = str(place.local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
@@ -81,14 +84,20 @@ def _keeps_store(place: Place) -> bool:
 
 
 def _base(place: Place, wait: timedelta) -> Any:
-    return dist.TCPStore(
-        place.host,
-        place.port,
-        is_master=_keeps_store(place),
-        timeout=wait,
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    try:
+        return dist.TCPStore(
+            place.host,
+            place.port,
+            is_master=_keeps_store(place),
+            timeout=wait,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise LoopfastError(
+            f"rank {place.rank} of {place.size} cannot reach the group's store at {place.host}:{place.port}: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def _store(place: Place, wait: timedelta) -> Any:

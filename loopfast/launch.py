@@ -8,10 +8,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from loopfast.errors import LoopfastError
+from loopfast.errors import Interrupted, LoopfastError
 
 
 def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
@@ -27,7 +28,11 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
 
     Raises:
         LoopfastError: a process has failed, and the restarts are used up; the message names its rank.
+        Interrupted: a signal has stopped the processes, which have had half a minute to save the run.
     """
+    signals = ["SIGTERM", "SIGINT", "SIGQUIT"]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        signals.append("SIGHUP")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -38,6 +43,7 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
         max_restarts=restarts,
         monitor_interval=0.1,
         start_method="spawn",
+        signals_to_handle=",".join(signals),
     )
     # which process failed is an error of its own; that the others are told to end is not worth a line
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
@@ -45,6 +51,11 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     try:
         elastic_launch(config, sys.executable)("-m", "loopfast", *arguments)
+    except SignalException as stop:
+        raise Interrupted(
+            f"{stop.sigval.name} has stopped the processes; --resume auto goes on from the last checkpoint",
+            128 + stop.sigval,
+        ) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 from loopfast.errors import ConfigError
 
-__all__ = ["import_function", "is_reference"]
+__all__ = ["import_function", "is_reference", "source_file"]
 
 _REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
@@ -33,9 +34,7 @@ def import_function(reference: str) -> Callable[..., Any]:
     if match is None:
         raise ConfigError(f"{reference!r}: allowed: module:function")
     module_name, function_name = match.groups()
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    here = _search_here()
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
@@ -49,3 +48,22 @@ def import_function(reference: str) -> Callable[..., Any]:
         origin = getattr(module, "__file__", None) or module_name
         raise ConfigError(f"{reference!r}: {function_name!r} {state} in {origin}")
     return function
+
+
+def source_file(reference: str) -> Path | None:
+    """The file of the module that ``module:function`` names; None where there is none."""
+    name = reference.partition(":")[0]
+    _search_here()
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # ValueError: of a module that was made by a program
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin and spec.has_location else None
+
+
+def _search_here() -> str:
+    """Has modules in the current directory found, and returns its path."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    return here

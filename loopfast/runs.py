@@ -74,6 +74,8 @@ class RunFolder:
         if resume is None:
             self._require_unused()
         elif resume == "auto":
+            with writing(self.checkpoints.directory):
+                self.checkpoints.recover()
             checkpoint = self.checkpoints.latest(display.warning)
             if checkpoint is None and self.checkpoints.paths():
                 raise CheckpointError(f"none of the checkpoints in {self.checkpoints.directory} can be used")

@@ -7,14 +7,17 @@ before any training. A number that is not finite is written as null, so that eve
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from loopfast.errors import LoopfastError, MissingExtraError
+from loopfast.errors import LoopfastError, MissingExtraError, WriteError
 from loopfast.files import write_file
 
 if TYPE_CHECKING:
@@ -184,32 +187,47 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Tracker:
     """Writes a run's metrics and images.
 
+    ``metrics.jsonl`` has to be written. Another tracker that fails in the middle of a run is left out from then on,
+    with a warning.
+
     Args:
         directory: the run's folder; created if need be.
         trackers: any of ``tensorboard`` and ``wandb``, besides ``metrics.jsonl``.
         resume_at: the number of complete iterations the run goes on from: what was recorded for later ones is
             removed. None begins a new record in place of any that was there.
+        warn: called with a line for each tracker that is left out.
 
     Raises:
         MissingExtraError: a tracker's package is not installed.
-        LoopfastError: the record to go on from is damaged, or the disk is full.
+        WriteError: the disk is full or cannot be written.
+        LoopfastError: the record to go on from is damaged, or a tracker of a new run cannot start.
         ValueError: a tracker's name is not known.
     """
 
-    def __init__(self, directory: Path, trackers: Sequence[str], *, resume_at: int | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        trackers: Sequence[str],
+        *,
+        resume_at: int | None,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         for name in trackers:
             if name not in _SINKS:
                 raise ValueError(f"trackers: no tracker is called {name!r}; there are {', '.join(_SINKS)}")
         self._path = directory / "metrics.jsonl"
-        kept = []
-        if resume_at is not None:
-            kept = [line for line in read_metrics(self._path) if line["iteration"] <= resume_at]
+        self._warn = warn
         with self._writing():
+            directory.mkdir(parents=True, exist_ok=True)
+            kept = []
+            if resume_at is not None:
+                kept = [line for line in read_metrics(self._path) if line["iteration"] <= resume_at]
             write_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._sinks: list[_Sink] = [_SINKS[name](directory, resume_at) for name in trackers]
             self._file = self._path.open("a", encoding="utf-8")
+        self._sinks: dict[str, _Sink] = {}
+        for name in trackers:
+            self._start(name, directory, resume_at)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Record one iteration.
@@ -220,7 +238,7 @@ class Tracker:
 
         Raises:
             KeyError: a name is not documented in `METRICS`, or ``iteration`` is missing.
-            LoopfastError: the disk is full or cannot be written.
+            WriteError: the disk is full or cannot be written.
         """
         numbers = {name: _number(value) for name, value in metrics.items() if value is not None}
         iteration = int(metrics["iteration"])
@@ -230,29 +248,47 @@ class Tracker:
         with self._writing():
             self._file.write(json.dumps(numbers) + "\n")
             self._file.flush()
-            for sink in self._sinks:
-                sink.scalars(iteration, finite)
+        self._each(lambda sink: sink.scalars(iteration, finite))
 
     def image(self, tag: str, iteration: int, image: Image.Image) -> None:
-        """Show an image in the trackers that can; ``metrics.jsonl`` holds numbers only.
-
-        Raises:
-            LoopfastError: the disk is full or cannot be written.
-        """
-        with self._writing():
-            for sink in self._sinks:
-                sink.image(tag, iteration, image)
+        """Show an image in the trackers that can; ``metrics.jsonl`` holds numbers only."""
+        self._each(lambda sink: sink.image(tag, iteration, image))
 
     def close(self) -> None:
         """Write out what is buffered. Nothing can be recorded after that.
 
         Raises:
-            LoopfastError: the disk is full or cannot be written.
+            WriteError: the disk is full or cannot be written.
         """
-        with self._writing():
-            self._file.close()
-            for sink in self._sinks:
-                sink.close()
+        try:
+            with self._writing():
+                self._file.close()
+        finally:
+            self._each(lambda sink: sink.close())
+            self._sinks = {}
+
+    def _start(self, name: str, directory: Path, resume_at: int | None) -> None:
+        """Adds a tracker. A new run needs all of them; one that goes on rather loses one than its time."""
+        try:
+            self._sinks[name] = _SINKS[name](directory, resume_at)
+        except LoopfastError:
+            raise
+        except Exception as error:
+            problem = f"the tracker {name!r} cannot start: {_described(error)}"
+            if resume_at is None:
+                raise LoopfastError(f"{problem}; without it in run.trackers the run can start") from error
+            self._warn(f"{problem}; the run goes on without it")
+
+    def _each(self, use: Callable[[_Sink], None]) -> None:
+        """Uses every tracker but those that fail, which are left out from now on."""
+        for name, sink in list(self._sinks.items()):
+            try:
+                use(sink)
+            except Exception as error:
+                del self._sinks[name]
+                self._warn(
+                    f"the tracker {name!r} has failed: {_described(error)}; the run goes on without it"
+                )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -260,7 +296,15 @@ class Tracker:
             yield
         except OSError as error:
             folder = self._path.parent
-            raise LoopfastError(f"cannot write the metrics in {folder}: {error.strerror or error}") from error
+            raise WriteError(f"cannot write the metrics in {folder}: {error.strerror or error}") from error
+
+
+def _described(error: Exception) -> str:
+    """What went wrong, in a line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class _Sink(Protocol):
@@ -276,6 +320,7 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise MissingExtraError("the tracker 'tensorboard'", "train", error.name) from error
+        _quiet_tensorboards_thread()
         purge = None if resume_at is None else resume_at + 1
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
 
@@ -291,6 +336,18 @@ class _TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+@functools.cache
+def _quiet_tensorboards_thread() -> None:
+    """Its error comes to us with the next call; the thread would print a traceback as well."""
+    show = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            show(arguments)
+
+    threading.excepthook = hook
 
 
 class _WandB:

@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,12 @@ from loopfast.errors import (
     LoopfastError,
     NonFiniteError,
     RewardError,
+    WriteError,
 )
 from loopfast.evaluation import Evaluation, evaluate
 from loopfast.files import writing
 from loopfast.group import ALONE, Group
+from loopfast.identity import changed, describe_changes, prompts_identity, reward_identity, sampled_identity
 from loopfast.interrupts import StopRequest
 from loopfast.join import joined, leave, note_opened, opened_before
 from loopfast.judging import Judge, Worker
@@ -47,6 +49,7 @@ from loopfast.reporting import write_report
 from loopfast.rewards import RewardMemoryError, Scores
 from loopfast.rollout import Sampler, StepCache, make_replica, stochastic_steps
 from loopfast.rounding import rounding_bound
+from loopfast.run_lock import locked
 from loopfast.runs import RunFolder, describe_run, memory_used
 from loopfast.seeds import derive, row_seeds
 from loopfast.surrogate import Surrogate
@@ -62,6 +65,9 @@ ON_POLICY_TOLERANCE = 1e-3
 # backward pass; what the update before had, this one may just miss.
 SCREENING_SHARE = 0.4
 
+
+# Seconds in which a launcher passes on a signal that its processes have had already.
+PASSING_ON = 2.0
 
 # Bytes that the rehearsal of a training call leaves free: for decoded images, rewards, and the libraries under PyTorch,
 # which fail in ways of their own when a GPU is full to the last byte.
@@ -89,10 +95,14 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
         Interrupted: a signal stopped the run, which is saved.
     """
     place = find_place(os.environ)
-    with StopRequest() as stop, processes(config, stop) as group:
+    stopping = StopRequest(0.0 if place.size == 1 else PASSING_ON)
+    with stopping as stop, processes(config, stop) as group, ExitStack() as lock:
+        display = display if group.first else Display.silent()
+        folder = RunFolder(config).path
+        group.on_first(lambda: lock.enter_context(locked(folder, display.warning)))
         if resume is None and opened_before(place):
             resume = "auto"
-        trainer = Trainer(config, resume, display if group.first else Display.silent(), stop, group)
+        trainer = Trainer(config, resume, display, stop, group)
         note_opened(place)
         try:
             trainer.start()
@@ -106,7 +116,7 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
             # on a full disk this fails too, and what came first says more
             with suppress(LoopfastError):
                 trainer.close_tracker()
-            if isinstance(error, RewardError | RewardMemoryError):
+            if isinstance(error, RewardError | RewardMemoryError | WriteError) and trainer.together(error):
                 raise _with_state_saved(error, trainer) from error
             if not isinstance(error, Stopped):
                 raise
@@ -120,10 +130,10 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
 
 
 def _saved(trainer: Trainer) -> str:
-    return f"{trainer.save()} is saved, --resume auto goes on from there"
+    return f"{trainer.saved()} is saved, --resume auto goes on from there"
 
 
-def _with_state_saved(error: RewardError | RewardMemoryError, trainer: Trainer) -> LoopfastError:
+def _with_state_saved(error: LoopfastError, trainer: Trainer) -> LoopfastError:
     """The error, raised by all processes of a run at once, once the run's state is saved."""
     try:
         saved = _saved(trainer)
@@ -212,6 +222,7 @@ class Trainer:
         self.evaluation_prompts = load_prompts(config.evaluation.prompts or config.prompts.source)
         self.folder = RunFolder(config)
         self.judge = Judge(config, group, self.folder, display.warning)
+        self._identity = reward_identity(config.reward)
         self.schedule = load_schedule(config.model, config.rollout)
         for note in scheduler_notes(config.model):
             display.warning(note)
@@ -260,6 +271,7 @@ class Trainer:
             self.sampler = replace(self.sampler, steps=StepCache(capture=False))
         self.statistics = PromptStatistics()
         self.progress = Progress()
+        self._last_saved: tuple[tuple[int, ...], Path] | None = None
         self._rounding_told = False
         self.meter = Meter([policy.device, self.sampler.model.device])
         self.times = Times(0.0)
@@ -272,7 +284,9 @@ class Trainer:
             resume_at = self.progress.iteration - (self.progress.pending is not None)
         self._tracker: Tracker | None = None
         if group.first:
-            self._tracker = Tracker(self.folder.path, config.run.trackers, resume_at=resume_at)
+            self._tracker = Tracker(
+                self.folder.path, config.run.trackers, resume_at=resume_at, warn=display.warning
+            )
 
     def _open(self, resume: str | None) -> Checkpoint | None:
         """The run's folder is prepared, and a checkpoint to go on from read, by the first process.
@@ -643,6 +657,21 @@ class Trainer:
         self.judge.close()
         self.sampler.release()
 
+    def together(self, error: LoopfastError) -> bool:
+        """Whether an error is raised in all processes at once, so that they can still save together."""
+        return error.shared or self.group.alone
+
+    def saved(self) -> Path:
+        """The checkpoint of the present state, which is written unless it is there."""
+        if self._last_saved is not None and self._last_saved[0] == self._position():
+            return self._last_saved[1]
+        return self.save()
+
+    def _position(self) -> tuple[int, ...]:
+        progress = self.progress
+        unlearned = progress.trajectories is not None
+        return progress.iteration, len(progress.updates), progress.pending is None, unlearned
+
     def save(self, score: float | None = None) -> Path:
         """Writes a checkpoint of the present state, which is that between two updates."""
         progress = self.progress
@@ -662,17 +691,34 @@ class Trainer:
                 "rewards": progress.rewards,
             }
         state = {
+            "data": self._data_identity(),
+            "sampled": self._sampled_identity() if trajectories is not None else {},
             "engine": engine,
             "microbatch": self.microbatches.state_dict(),
             "prompt_statistics": self.statistics.state_dict(),
             "zero_gradient": progress.zero_gradient,
             **{name: getattr(progress, name) for name in _PLAIN},
         }
-        return self.group.on_first(
+        path = self.group.on_first(
             lambda: self.folder.checkpoints.save(
                 progress.iteration, len(progress.updates), tensors, state, score
             )
         )
+        self._last_saved = self._position(), path
+        return path
+
+    def _data_identity(self) -> dict[str, str]:
+        """What the configuration's prompts and rewards stand for at present."""
+        prompts = {"prompts.source": prompts_identity(self.prompts)}
+        if self.config.evaluation.prompts is not None:
+            prompts["evaluation.prompts"] = prompts_identity(self.evaluation_prompts)
+        return prompts | self._identity
+
+    def _sampled_identity(self) -> dict[str, Any]:
+        """What the iteration's trajectories are sampled for and scored by at present."""
+        schedule, trained = self.steps.drawn(self.config.run.seed, self.progress.iteration)
+        shape = self.sampler.policy.latent_shape
+        return sampled_identity(self._drawn_prompts(), self._identity, schedule, trained, shape)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state, tensors = checkpoint.state, checkpoint.tensors
@@ -685,7 +731,31 @@ class Trainer:
             self.progress.zero_gradient = state.get("zero_gradient", 0.0)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"checkpoint {checkpoint.path} cannot be resumed: {error}") from error
-        self._restore_trajectories(tensors)
+        if self._sampled_anew(checkpoint):
+            self.progress.metrics, self.progress.updates = {}, []
+        else:
+            self._restore_trajectories(tensors)
+
+    def _sampled_anew(self, checkpoint: Checkpoint) -> bool:
+        """Whether stored trajectories belong to other prompts or rewards than there are now; says what has changed."""
+
+        def compared() -> bool:
+            data = changed(checkpoint.state.get("data", {}), self._data_identity())
+            stored = checkpoint.state.get("sampled")
+            sampled = changed(stored, self._sampled_identity()) if stored else []
+            if not (data or sampled):
+                return False
+            consequence = (
+                f"iteration {self.progress.iteration + 1} is sampled anew"
+                if sampled
+                else "the run goes on with the present ones"
+            )
+            self.display.warning(
+                f"{describe_changes([*sampled, *data])} than when {checkpoint.path.name} was saved; {consequence}"
+            )
+            return bool(sampled)
+
+        return self.group.on_first(compared)
 
     def _restore_trajectories(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Takes back what was sampled and not yet learned from, each process its rows."""
@@ -721,19 +791,22 @@ class Trainer:
             self._encoded = iteration, self._encode()
         return self._encoded[1]
 
-    def _encode(self) -> tuple[list[Prompt], Conditioning, Tensor]:
+    def _drawn_prompts(self) -> list[Prompt]:
         wanted, available = self.config.rollout.prompts_per_iteration, len(self.prompts)
         rng = random.Random(derive(self.config.run.seed, "prompts", self.progress.iteration))
         rounds = [
             rng.sample(self.prompts, min(available, wanted - done)) for done in range(0, wanted, available)
         ]
-        batch = [prompt for part in rounds for prompt in part]
+        return [prompt for part in rounds for prompt in part]
+
+    def _encode(self) -> tuple[list[Prompt], Conditioning, Tensor]:
+        batch = self._drawn_prompts()
         with self.meter.phase("rollout"), range_("encode", "rollout"):
             conditioning = self.sampler.policy.encode([prompt.text for prompt in batch])
         return (
             batch,
             conditioning,
-            torch.arange(wanted).repeat_interleave(self.config.algorithm.samples_per_prompt),
+            torch.arange(len(batch)).repeat_interleave(self.config.algorithm.samples_per_prompt),
         )
 
     @contextmanager

@@ -15,76 +15,11 @@ import loopfast.watch as watching
 from loopfast.errors import LoopfastError, PeerError
 from loopfast.group import ALONE, Group
 from loopfast.join import joined
-from loopfast.place import Place, find_place
+from loopfast.place import Place
 from loopfast.share import balanced
 from loopfast.watch import Watch
 
 dist: Any = torch.distributed
-
-
-def test_a_process_without_a_launcher_is_alone() -> None:
-    assert find_place({}) == Place()
-    assert find_place({"RANK": "0", "WORLD_SIZE": "1"}) == Place()
-    # sbatch sets these in the batch script itself, which nobody has started with srun
-    assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "3"}) == Place()
-
-
-def test_what_torchrun_says() -> None:
-    environment = {
-        "RANK": "3",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "node1",
-        "MASTER_PORT": "4000",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "2",
-        "SLURM_PROCID": "1",
-        "SLURM_STEP_NUM_TASKS": "2",
-    }
-    assert find_place(environment) == Place(3, 8, 1, "node1", 4000, hosted=True, restart=2)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [("gpu[03-05,9],login", "gpu03"), ("node7", "node7"), ("a1,b[2-3]", "a1"), ("r1n[10,12]-ib", "r1n10-ib")],
-)
-def test_what_srun_says(nodes: str, host: str) -> None:
-    environment = {
-        "SLURM_PROCID": "5",
-        "SLURM_STEP_NUM_TASKS": "16",
-        "SLURM_LOCALID": "1",
-        "SLURM_STEP_NODELIST": nodes,
-        "SLURM_JOB_ID": "123",
-        "SLURM_STEP_ID": "4",
-    }
-    place = find_place(environment)
-    assert (place.rank, place.size, place.local_rank, place.host) == (5, 16, 1, host)
-    assert 1024 < place.port < 65536
-    # the job's steps do not meet at one port, and the user may choose another
-    assert find_place({**environment, "SLURM_STEP_ID": "5"}).port != place.port
-    chosen = find_place({**environment, "MASTER_PORT": "7777", "MASTER_ADDR": "other"})
-    assert (chosen.host, chosen.port) == ("other", 7777)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"LOCAL_RANK": "one"}, "LOCAL_RANK is 'one'; it has to be a whole number beside RANK=0"),
-        ({"MASTER_PORT": ""}, "MASTER_PORT is ''"),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR is missing beside RANK"),
-        ({"RANK": "2"}, r"RANK is 2, of 2 process\(es\)"),
-    ],
-)
-def test_what_a_launcher_leaves_out_is_named(change: dict[str, str], message: str) -> None:
-    good = {
-        "RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "1234",
-    }
-    with pytest.raises(LoopfastError, match=message):
-        find_place({**good, **change})
 
 
 @given(st.integers(1, 9), st.integers(0, 100))

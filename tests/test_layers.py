@@ -27,6 +27,7 @@ LAYERS = [
         "processor",
         "profiling",
         "recipes",
+        "run_lock",
         "seeds",
         "t2i_compbench",
         "watch",
@@ -34,7 +35,7 @@ LAYERS = [
     },
     {"schedules", "algorithms", "config", "plugins"},
     {"policies", "trajectories", "prompts", "embedded", "integrations"},
-    {"rollout", "engines", "rewards", "checkpoints", "tracking", "console", "microbatch"},
+    {"identity", "rollout", "engines", "rewards", "checkpoints", "tracking", "console", "microbatch"},
     {"rounding", "share", "surrogate"},
     {"replay"},
     {"update", "runs", "evaluation", "exporting", "planning", "reporting"},
@@ -111,6 +112,20 @@ def test_the_kernels_stand_alone(name):
     assert not any((node.module or "").startswith("loopfast") for node in absolute), (
         "imports must be relative"
     )
+
+
+# Another host's date, and the date on a report.
+WALL_CLOCK = {"loopfast.rewards.http", "loopfast.reporting.report"}
+
+
+@pytest.mark.parametrize("name", sorted(ENGINE.keys() - WALL_CLOCK))
+def test_durations_are_measured_by_a_clock_that_does_not_jump(name):
+    calls = [
+        ast.unparse(node)
+        for node in statements(ast.parse(ENGINE[name].read_text()))
+        if isinstance(node, ast.Call)
+    ]
+    assert not {"time.time()", "time()", "datetime.now()"} & set(calls)
 
 
 def test_importing_the_engine_imports_nothing_else():

@@ -16,10 +16,12 @@ import pytest
 import loopfast.train as training
 from loopfast.config import Config, config_to_yaml
 from loopfast.console import Display
-from loopfast.errors import CheckpointError, Interrupted, LoopfastError
+from loopfast.errors import CheckpointError, Interrupted, LoopfastError, WriteError
 from loopfast.rollout import Sampler
-from loopfast.tracking import METRICS, read_metrics
+from loopfast.run_lock import NAME, locked
+from loopfast.tracking import METRICS, Tracker, read_metrics
 from tests.distributed.ranks import Ranks, shared_ranks
+from tests.rounding import no_deviation
 
 MakeConfig = Callable[..., Config]
 
@@ -199,7 +201,9 @@ def test_a_run_that_screens_its_pairs_can_be_stopped_between_updates(small_confi
     assert screened != [line["zero_gradient"] for line in expected[1][1:]]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
 def test_the_command_exits_with_the_signals_code(
     number: int, code: int, tmp_path: Path, make_config: MakeConfig, ranks: Ranks
 ) -> None:
@@ -312,6 +316,197 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
     assert display.lines == []
     assert [line["iteration"] for line in read_metrics(folder / "metrics.jsonl")] == [*range(iterations + 1)]
     assert (folder / "report.html").exists()
+
+
+class Faults(Display):
+    """Puts a file in the place of each of some folders when a phase is entered for the nth time, and sends a signal."""
+
+    def __init__(self, phase: str, times: int, *places: Path, number: int | None = None) -> None:
+        super().__init__(quiet=True)
+        self._awaited, self._left, self._places, self._number = phase, times, places, number
+
+    def phase(self, name: str) -> None:
+        super().phase(name)
+        self._left -= name == self._awaited
+        if name == self._awaited and self._left == 0:
+            for place in self._places:
+                place.rename(place.with_name(f"{place.name}-before"))
+                place.write_text("in the way")
+            if self._number is not None:
+                os.kill(os.getpid(), self._number)
+
+    def mend(self) -> None:
+        for place in self._places:
+            place.unlink()
+            place.with_name(f"{place.name}-before").rename(place)
+
+
+def test_metrics_that_cannot_be_written_end_a_run_with_its_state_saved(
+    small_config: MakeConfig, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Tracker.record
+
+    def full(self: Tracker, metrics: dict[str, Any]) -> None:
+        if metrics["iteration"] == 2:
+            # writes to it fail as they do on a disk without space
+            self._file = Path("/dev/full").open("w")  # noqa: SIM115 - the tracker closes it
+        record(self, metrics)
+
+    config = small_config(*FEW, "algorithm.name=ppo", "checkpoint.every=50")
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "record", full)
+        with pytest.raises(WriteError) as caught:
+            run(config)
+    folder = Path(config.run.directory, "small")
+    assert str(caught.value) == (
+        f"cannot write the metrics in {folder}: {os.strerror(errno.ENOSPC)}; "
+        f"{folder / 'checkpoints' / 'iteration-000002'} is saved, --resume auto goes on from there"
+    )
+    assert outcome(run(config, "auto")) == outcome(unbroken)
+
+
+@pytest.mark.parametrize("name", ["images", "evaluation"])
+def test_evaluations_that_cannot_be_written_end_a_run_with_its_state_saved(
+    name: str, small_config: MakeConfig, unbroken: Path
+) -> None:
+    config = small_config(*FEW, "algorithm.name=ppo", "checkpoint.every=50")
+    folder = Path(config.run.directory, "small")
+    faults = Faults("evaluation", 2, folder / name)
+    with pytest.raises(WriteError) as caught:
+        run(config, display=faults)
+    assert str(caught.value).startswith(f"cannot write in {folder}: ")
+    saved = folder / "checkpoints" / "iteration-000002"
+    assert str(caught.value).endswith(f"; {saved} is saved, --resume auto goes on from there")
+    faults.mend()
+    assert outcome(run(config, "auto")) == outcome(unbroken)
+
+
+@pytest.mark.parametrize("name", ["model", "report.html"])
+def test_results_that_cannot_be_written_name_what_is_saved(name: str, small_config: MakeConfig) -> None:
+    config = small_config(*FEW, "train.iterations=1", "evaluation.every=0")
+    folder = Path(config.run.directory, "small")
+    obstacle = folder / name / "in the way" if name == "report.html" else folder / name
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("in the way")
+    with pytest.raises(LoopfastError) as caught:
+        run(config)
+    assert str(caught.value).startswith(f"cannot write in {folder}")
+    # it was saved before, and is not again
+    saved = folder / "checkpoints" / "iteration-000001"
+    assert str(caught.value).endswith(f"; {saved} is saved, --resume auto goes on from there")
+    obstacle.unlink()
+    if name == "report.html":
+        obstacle.parent.rmdir()
+    assert (run(config, "auto") / "report.html").is_file()
+
+
+def test_a_stop_that_cannot_save_is_an_error(small_config: MakeConfig) -> None:
+    config = small_config(*FEW, "checkpoint.every=1")
+    checkpoints = Path(config.run.directory, "small", "checkpoints")
+    faults = Faults("replay", 3, checkpoints, number=signal.SIGTERM)
+    with pytest.raises(CheckpointError) as caught:
+        run(config, display=faults)
+    assert str(caught.value).startswith(
+        f"cannot save checkpoint iteration-000001-update-1 in {checkpoints}: "
+    )
+    assert caught.value.exit_code == 1
+    faults.mend()
+    assert read_metrics(run(config, "auto") / "metrics.jsonl")[-1]["iteration"] == 3
+
+
+def test_a_second_process_in_the_same_folder_is_refused(
+    tmp_path: Path, make_config: MakeConfig, ranks: Ranks
+) -> None:
+    config = make_config(tmp_path, *FEW)
+    folder = tmp_path / "small"
+    with locked(folder, print):
+        ranks.start(written(config), 1, before="import loopfast.run_lock\nloopfast.run_lock.PATIENCE = 0\n")
+        assert ranks.wait() == [1]
+        [line] = ranks.errors(0).splitlines()
+        assert line.startswith(f"error: {folder} is in use by process {os.getpid()} on host ")
+        with pytest.raises(LoopfastError, match="is in use by another run of this process"):
+            run(config, "auto")
+        assert [path.name for path in folder.iterdir()] == [NAME]
+
+
+# What a run reads beside its configuration.
+REWARD = (
+    "def reward(images, prompts, metadata):\n    return [{sign}1.0 * len(prompt) for prompt in prompts]\n"
+)
+
+
+@pytest.fixture
+def with_files(small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A run whose prompts and reward are files in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    module = f"reward_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{module}.py").write_text(REWARD.format(sign="+"), "utf-8")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\na green cross\n", "utf-8")
+    (tmp_path / "others.txt").write_text("a yellow ring\n", "utf-8")
+    sources = (
+        "prompts.source=prompts.txt",
+        "evaluation.prompts=others.txt",
+        f"reward=[{{name: '{module}:reward'}}]",
+    )
+    return small_config(*FEW, *sources, "train.iterations=2", "evaluation.every=0")
+
+
+def edit(file: Path) -> str:
+    """What the run says of the file, once it is another."""
+    if file.suffix == ".py":
+        file.write_text(REWARD.format(sign="-"), "utf-8")
+        return f"the file of reward '{file.stem}:reward' is another"
+    file.write_text("a black square and a white circle\na white triangle\n", "utf-8")
+    return {"prompts": "prompts.source", "others": "evaluation.prompts"}[file.stem] + " holds other prompts"
+
+
+@pytest.mark.parametrize("pattern", ["prompts.txt", "reward_*.py", "others.txt", "nothing"])
+def test_images_of_other_prompts_or_rewards_are_sampled_anew(
+    pattern: str, with_files: Config, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted, match="iteration-000000-update-1 is saved"):
+        run(with_files, None, Signals(signal.SIGTERM, "replay", 1))
+    said = [edit(file) for file in tmp_path.glob(pattern)]
+    folder = run(with_files, "auto", display := Warnings())
+    anew = pattern not in ("others.txt", "nothing")
+    consequence = "iteration 1 is sampled anew" if anew else "the run goes on with the present ones"
+    assert display.lines == [
+        f"{text} than when iteration-000000-update-1 was saved; {consequence}" for text in said
+    ]
+    lines = read_metrics(folder / "metrics.jsonl")
+    # four images an iteration, all that were sampled
+    assert [line["images"] for line in lines] == ([0, 8, 12] if anew else [0, 4, 8])
+    assert lines[1]["ratio_max_deviation"] == no_deviation()
+    assert lines[1]["learning_rate"] == lines[2]["learning_rate"]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())][-1] == "iteration-000002"
+
+
+def test_files_that_change_between_iterations_are_said(with_files: Config, tmp_path: Path) -> None:
+    first = with_files.model_copy(update={"train": with_files.train.model_copy(update={"iterations": 1})})
+    run(first)
+    said = [edit(tmp_path / name) for name in ("prompts.txt", "others.txt")]
+    folder = run(with_files, "auto", display := Warnings())
+    assert display.lines == [
+        f"{', '.join(said)} than when iteration-000001 was saved; the run goes on with the present ones"
+    ]
+    assert [line["images"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 4, 8]
+
+
+def test_a_checkpoint_that_does_not_say_what_it_belongs_to_is_resumed_as_before(
+    with_files: Config, tmp_path: Path
+) -> None:
+    expected = outcome(
+        run(with_files.model_copy(update={"run": with_files.run.model_copy(update={"name": "u"})}))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Trainer, "_data_identity", lambda self: {})
+        patch.setattr(training.Trainer, "_sampled_identity", lambda self: {})
+        with pytest.raises(Interrupted):
+            run(with_files, None, Signals(signal.SIGTERM, "replay", 1))
+    with (tmp_path / "others.txt").open("a", encoding="utf-8") as file:
+        file.write("\n\n")
+    folder = run(with_files, "auto", display := Warnings())
+    assert (display.lines, outcome(folder)) == ([], expected)
 
 
 def test_a_signal_during_the_last_moments_still_finishes(small_config: MakeConfig) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from loopfast.errors import LoopfastError, MissingExtraError
+from loopfast.errors import LoopfastError, MissingExtraError, WriteError
 from loopfast.tracking import METRICS, Tracker, describe, read_metrics
+from tests.forks import run_python
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
@@ -109,8 +112,8 @@ def test_a_full_disk_is_one_clear_line() -> None:
     tracker = Tracker.__new__(Tracker)
     tracker._path = Path("/dev/full")
     tracker._file = tracker._path.open("w")
-    tracker._sinks = []
-    with pytest.raises(LoopfastError, match="cannot write the metrics in /dev: No space left on device"):
+    tracker._sinks = {}
+    with pytest.raises(WriteError, match="cannot write the metrics in /dev: No space left on device"):
         tracker.record({"iteration": 1})
     with pytest.raises(LoopfastError, match="No space left on device"):
         tracker.close()
@@ -201,3 +204,77 @@ def test_a_missing_package_says_which_extra_brings_it(
         Tracker(tmp_path, [name], resume_at=None)
     assert f"the tracker '{name}'" in str(caught.value)
     assert f"loopfast[{extra}]" in str(caught.value)
+
+
+@pytest.mark.parametrize("moment", ["log", "Image", "finish"])
+def test_a_tracker_that_fails_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    fake = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    warnings: list[str] = []
+    tracker = Tracker(tmp_path, ["wandb"], resume_at=None, warn=warnings.append)
+
+    def broken(*_: object) -> None:
+        raise ConnectionError("the socket is closed\nas it happens")
+
+    monkeypatch.setattr(fake, moment, broken)
+    for iteration in (1, 2):
+        tracker.record({"iteration": iteration})
+        tracker.image("preview", iteration, Image.new("RGB", (4, 2)))
+    tracker.close()
+    assert warnings == [
+        "the tracker 'wandb' has failed: ConnectionError: the socket is closed; the run goes on without it"
+    ]
+    assert [line["iteration"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_tracker_that_cannot_start_stops_a_new_run_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+
+    def offline(**_: object) -> None:
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr(fake, "init", offline)
+    with pytest.raises(
+        LoopfastError, match="'wandb' cannot start: RuntimeError: no API key; without it in run"
+    ):
+        Tracker(tmp_path, ["wandb"], resume_at=None)
+    warnings: list[str] = []
+    Tracker(tmp_path, ["wandb"], resume_at=0, warn=warnings.append).close()
+    assert warnings == [
+        "the tracker 'wandb' cannot start: RuntimeError: no API key; the run goes on without it"
+    ]
+
+
+FULL = """\
+import resource, sys
+from pathlib import Path
+from loopfast.tracking import Tracker
+
+tracker = Tracker(Path(sys.argv[1]), ["tensorboard"], resume_at=None, warn=print)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+for iteration in range(40):
+    tracker.record({"iteration": iteration, "kl": 0.5, "loss": 1.0, "grad_norm": 2.0})
+tracker.close()
+"""
+
+
+def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    done = run_python(FULL, str(tmp_path))
+    # the thread that writes its file prints nothing
+    assert (done.returncode, done.stderr) == (0, "")
+    problem = os.strerror(errno.EFBIG)
+    assert done.stdout == f"the tracker 'tensorboard' has failed: {problem}; the run goes on without it\n"
+    assert [line["iteration"] for line in lines(tmp_path)] == [*range(40)]
+
+
+def test_metrics_that_cannot_be_written_are_an_error_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    for resume_at in (None, 1):
+        with pytest.raises(WriteError, match=f"cannot write the metrics in {tmp_path}: "):
+            Tracker(tmp_path, [], resume_at=resume_at)

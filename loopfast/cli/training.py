@@ -58,7 +58,8 @@ def launch(
     """Train a model with several processes on this host.
 
     A configuration means the same whatever their number. On many hosts, or where a launcher is given, `loopfast train`
-    joins what `torchrun -m loopfast train ...`, `deepspeed --module loopfast train ...` or `srun` has started.
+    joins what `torchrun -m loopfast train ...`, `deepspeed --module loopfast train ...`, `mpirun` or `srun` has
+    started.
     """
     settings = load(config, overrides)
     from loopfast.engines import require_type

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -109,6 +110,46 @@ def test_an_error_of_the_first_process_is_said_once(runs: Runs) -> None:
     assert runs.ranks.wait() == [2, 2]
     assert "already holds a run" in runs.ranks.errors(0)
     assert runs.ranks.errors(1) == ""
+
+
+FULL_DISK = """\
+from pathlib import Path
+from loopfast.tracking import Tracker
+record = Tracker.record
+def full(self, metrics):
+    if metrics["iteration"] == 1:
+        self._file = Path("/dev/full").open("w")
+    record(self, metrics)
+Tracker.record = full
+"""
+
+
+def test_metrics_that_cannot_be_written_end_all_with_their_state_saved(runs: Runs) -> None:
+    runs.ranks.start(runs.arguments("full-disk", *OPTIONS), 2, before=SOON + FULL_DISK)
+    assert runs.ranks.wait() == [1, 1]
+    folder = runs.folder / "full-disk"
+    assert runs.ranks.errors(0) == (
+        f"error: cannot write the metrics in {folder}: {os.strerror(errno.ENOSPC)}; "
+        f"{folder / 'checkpoints' / 'iteration-000001'} is saved, --resume auto goes on from there\n"
+    )
+    assert runs.ranks.errors(1) == ""
+
+
+# The variables of mpirun instead of those of torchrun.
+MPIRUN = """\
+import os
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+    del os.environ[name]
+for name in ("", "LOCAL_"):
+    os.environ[f"OMPI_COMM_WORLD_{name}RANK"] = str(rank)
+    os.environ[f"OMPI_COMM_WORLD_{name}SIZE"] = "2"
+"""
+
+
+def test_processes_that_mpirun_has_started_train_together(runs: Runs) -> None:
+    folder = runs.train("mpirun", 2, *OPTIONS, before=MPIRUN + NO_REPORT)
+    assert runs.ranks.errors(0) == runs.ranks.errors(1) == ""
+    assert distance(saved(folder), saved(runs.folder / runs.shared(2, *OPTIONS))) < 1e-6
 
 
 def test_more_processes_than_images_are_refused(runs: Runs) -> None:
