@@ -28,6 +28,7 @@ LAYERS = [
         "profiling",
         "recipes",
         "seeds",
+        "streams",
         "t2i_compbench",
         "watch",
         "xformers_build",
