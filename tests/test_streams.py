@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import codecs
 import io
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from loopfast import streams
 from loopfast.streams import REPLACE, open_streams
 from tests.forks import run_python
 
@@ -172,3 +174,30 @@ def test_a_command_whose_output_is_lost_says_so(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (1, "error: cannot write to stdout: No space left on device\n")
     done = run_python(COMMAND, "closed", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def text_without_encoding(path: Path) -> list[str]:
+    """The calls in a module that read or write text in the locale's encoding."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        given = {keyword.arg for keyword in node.keywords}
+        constants = [part.value for part in node.args if isinstance(part, ast.Constant)]
+        if name == "read_text" and not node.args and "encoding" not in given:
+            found.append(f"{path.name}:{node.lineno}")
+        if name == "write_text" and len(node.args) < 2 and "encoding" not in given:
+            found.append(f"{path.name}:{node.lineno}")
+        modes = [mode for mode in constants if isinstance(mode, str) and set(mode) <= set("rwxabt+")]
+        if name == "open" and modes and "b" not in modes[0] and "encoding" not in given:
+            found.append(f"{path.name}:{node.lineno}")
+    return found
+
+
+def test_files_are_utf8_in_every_locale(tmp_path: Path) -> None:
+    package = Path(streams.__file__).parent
+    assert [call for path in sorted(package.rglob("*.py")) for call in text_without_encoding(path)] == []
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text('p.read_text()\np.write_text("é")\nopen(p, "w")\np.open("r")\nopen(p, "wb")\n', "utf-8")
+    assert text_without_encoding(wrong) == [f"wrong.py:{line}" for line in (1, 2, 3, 4)]
