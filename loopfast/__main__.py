@@ -13,9 +13,13 @@ from collections.abc import Sequence
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from loopfast.allocator import reuse_freed_memory
-from loopfast.errors import LoopfastError, MissingExtraError
+from loopfast.errors import Interrupted, LoopfastError, MissingExtraError
+from loopfast.streams import lost_output, open_streams
 
 __all__ = ["main"]
+
+# Commands whose result is not what they print: they do not fail when stdout does.
+_KEEP_GOING = ("train", "launch", "serve-reward")
 
 # Modules that come with an extra and not with the base install.
 _EXTRA_OF_MODULE = {
@@ -54,7 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 success, 1 failure, 2 wrong usage or configuration, 129, 130 or 143 stopped by a signal.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    open_streams(keep_going=command in _KEEP_GOING)
     reuse_freed_memory()
+    code = _run(arguments)
+    lost = lost_output()
+    if lost is None or command in _KEEP_GOING:
+        return code
+    print(f"error: cannot write to stdout: {lost}", file=sys.stderr)
+    return code or 1
+
+
+def _run(arguments: list[str]) -> int:
     try:
         try:
             from loopfast.cli import app
@@ -70,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except LoopfastError as error:
         return _fail(error)
+    except KeyboardInterrupt:  # while the command line is imported
+        return _fail(Interrupted("interrupted"))
     except ModuleNotFoundError as error:
         module = _top_level(error)
         if module not in _EXTRA_OF_MODULE:

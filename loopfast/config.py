@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from loopfast.algorithms import ALGORITHMS
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, one_line
 
 __all__ = [
     "AdvantageConfig",
@@ -538,7 +538,7 @@ class _Document:
 
     def override(self, assignment: str) -> None:
         """Apply one ``section.key=value``."""
-        place = f"--set {assignment}"
+        place = f"--set {one_line(assignment)}"
         key, equals, value = assignment.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts) or len(parts) > _MAX_DEPTH:

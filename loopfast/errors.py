@@ -18,7 +18,14 @@ __all__ = [
     "PeerError",
     "RewardError",
     "WriteError",
+    "one_line",
 ]
+
+
+def one_line(text: object, most: int = 200) -> str:
+    """Text for a message: on one line, and cut off after ``most`` characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 class LoopfastError(Exception):

@@ -95,7 +95,7 @@ def _capabilities() -> Mapping[str, Any]:
 def _cpuinfo() -> Mapping[str, str]:
     """What Linux says of the first core; empty elsewhere."""
     try:
-        first = _CPUINFO.read_text(errors="replace").split("\n\n")[0]
+        first = _CPUINFO.read_text("utf-8", errors="replace").split("\n\n")[0]
     except OSError:
         return {}
     pairs = (line.partition(":") for line in first.splitlines())

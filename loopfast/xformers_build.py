@@ -20,7 +20,7 @@ def why_unusable() -> str | None:
     if folder is None:
         return "it is not installed; pip install 'loopfast[xformers]'"
     try:
-        built = json.loads((folder / "cpp_lib.json").read_text())["version"]
+        built = json.loads((folder / "cpp_lib.json").read_text("utf-8"))["version"]
         version, cuda = str(built["torch"]), built["cuda"]
     except (OSError, ValueError, KeyError, TypeError):
         return "it has no kernels (a readable cpp_lib.json is missing in its folder)"

@@ -29,6 +29,7 @@ LAYERS = [
         "recipes",
         "run_lock",
         "seeds",
+        "streams",
         "t2i_compbench",
         "watch",
         "xformers_build",

@@ -319,6 +319,7 @@ import os, threading
 threads = []
 
 def pid(images, prompts, metadata):
+    print("± what a reward prints fails it in no encoding")
     return [os.getpid()] * len(prompts)
 
 def plain(images, prompts, metadata, fail=""):
@@ -333,7 +334,10 @@ def plain(images, prompts, metadata, fail=""):
 """
 
 
-def test_a_process_scores_fails_and_ends_as_it_should(user_module: Callable[[str], str]) -> None:
+def test_a_process_scores_fails_and_ends_as_it_should(
+    user_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     module = user_module(USER)
     terms = [*TERMS, RewardConfig(name=f"{module}:plain", options={"fail": "cross"})]
     pid = RewardConfig(name=f"{module}:pid", weight=0.0)

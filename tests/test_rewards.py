@@ -32,6 +32,19 @@ def from_metadata(images, prompts, metadata):
 
 def images_only(images):
     return images.mean((1, 2, 3))
+
+def factory():
+    return brightness
+
+class Scorer:
+    def __call__(self, images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+async def later(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+def one_by_one(images, prompts, metadata):
+    yield from images.mean((1, 2, 3))
 """
 PROMPTS = ["a cat", "a dog", "a red circle"]
 
@@ -95,40 +108,42 @@ def test_tensor_array_or_list_of_numbers_is_accepted(value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "described"),
     [
-        (None, "NoneType None"),
-        ("abc", "str 'abc'"),
-        (["1", "2", "3"], "list ['1', '2', '3']"),
-        ([1.0, None, 3.0], "list [1.0, None, 3.0]"),
-        ([[1.0], [2.0], [3.0]], "list [[1.0], [2.0], [3.0]]"),
-        ({"a": 1}, "dict {'a': 1}"),
-        (np.array(["a", "b", "c"]), "ndarray"),
-        (np.array([1, None, 2]), "ndarray"),
-        (torch.tensor([1j, 2, 3]), "Tensor"),
+        (None, "None"),
+        ("abc", "str"),
+        (["1", "2", "3"], "list of str"),
+        ([1.0, None, 3.0], "list of float, NoneType"),
+        ([[1.0], [2.0], [3.0]], "list of list"),
+        ({"avg": [1.0], "best": [1.0]}, "dict with the keys 'avg', 'best'"),
+        ((torch.ones(3), {}), "tuple (Tensor, dict)"),
+        (np.array(["a", "b", "c"]), "ndarray of <U1"),
+        (np.array([1, None, 2]), "ndarray of object"),
+        (torch.tensor([1j, 2, 3]), "Tensor of torch.complex64"),
+        ((number for number in (1.0, 2.0, 3.0)), "generator"),
         (object(), "object"),
     ],
 )
-def test_wrong_type_is_reported_with_reward_prompts_and_what_came_back(value: Any, described: str) -> None:
+def test_wrong_type_is_reported_with_what_came_and_what_is_allowed(value: Any, described: str) -> None:
     with pytest.raises(RewardError) as caught:
         returning(value).score(images(), PROMPTS)
-    message = str(caught.value)
-    assert message.startswith(f"reward 'mine' returned {described}")
-    assert "for 3 image(s), prompts 'a cat', 'a dog', 'a red circle'" in message
+    assert str(caught.value) == (
+        f"reward 'mine' returned {described}; allowed: a tensor, array or list of 3 number(s), one for each image"
+    )
     assert caught.value.images_index == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
     ("value", "described"),
     [
-        ([1.0, 2.0], "2 value(s)"),
-        ([], "0 value(s)"),
-        (torch.ones(4), "4 value(s)"),
+        ([1.0, 2.0], "2 number(s)"),
+        ([], "0 number(s)"),
+        (torch.ones(4), "4 number(s)"),
         (torch.ones(3, 1), "values of shape [3, 1]"),
-        (torch.tensor(1.0), "values of shape []"),
-        (1.5, "values of shape []"),
+        (torch.tensor(1.0), "a single number"),
+        (1.5, "a single number"),
     ],
 )
 def test_wrong_number_of_values_is_reported(value: Any, described: str) -> None:
-    with pytest.raises(RewardError, match="allowed: 3 value") as caught:
+    with pytest.raises(RewardError, match=r"allowed: .* of 3 number") as caught:
         returning(value).score(images(), PROMPTS)
     assert str(caught.value).startswith(f"reward 'mine' returned {described}")
     assert caught.value.images_index == (0, 1, 2)
@@ -155,15 +170,68 @@ def test_reward_that_raises_is_reported_with_its_cause() -> None:
     def fails(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         raise KeyError("beauty")
 
-    with pytest.raises(RewardError, match=r"reward 'mine' raised KeyError: 'beauty' .*'a cat'") as caught:
+    line = fails.__code__.co_firstlineno + 1
+    with pytest.raises(RewardError) as caught:
         RewardSet([RewardTerm("mine", fails)]).score(images(), PROMPTS)
+    assert str(caught.value) == f"reward 'mine' raised KeyError: 'beauty' (test_rewards.py, line {line})"
     assert isinstance(caught.value.__cause__, KeyError)
     assert caught.value.images_index == (0, 1, 2)
 
 
-def test_long_list_of_prompts_is_shortened() -> None:
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (SystemExit(3), "SystemExit: 3"),
+        (
+            ValueError("no [/b] tag\n\n  in " + 99 * "a long story "),
+            "ValueError: no [/b] tag in a long story ",
+        ),
+    ],
+)
+def test_whatever_a_reward_raises_is_one_line(raised: BaseException, said: str) -> None:
+    def fails(*_: Any) -> None:
+        raise raised
+
+    with pytest.raises(RewardError) as caught:
+        RewardSet([RewardTerm("mine", fails)]).score(images(), PROMPTS)
+    message = str(caught.value)
+    assert message.startswith(f"reward 'mine' raised {said}")
+    assert len(message) < 300
+    assert "\n" not in message
+
+
+def test_prompts_in_a_message_are_few_and_short_and_named_once() -> None:
+    nan = returning([math.nan] * 8)
     with pytest.raises(RewardError, match=r"'prompt 0', 'prompt 1', 'prompt 2' and 5 more"):
-        returning(None).score(images(8), [f"prompt {index}" for index in range(8)])
+        nan.score(images(8), [f"prompt {index}" for index in range(8)])
+    with pytest.raises(RewardError, match=r"8 of 8 image\(s\): nan, nan, nan for prompts 'a cat', 'a dog'$"):
+        nan.score(images(8), ["a cat", "a dog"] * 4)
+    with pytest.raises(RewardError, match=r"prompts 'word word [word ]{,50}\.\.\.'$"):
+        nan.score(images(8), ["word " * 1000] * 8)
+
+
+def test_what_a_reward_changes_in_place_is_its_own() -> None:
+    def changes(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        images.mul_(255)
+        images.numpy()[:] += 1
+        prompts.reverse()
+        metadata[0]["category"] = "changed"
+        metadata.clear()
+        return images.mean((1, 2, 3))
+
+    seen: list[Any] = []
+
+    def looks(*arguments: Any) -> list[float]:
+        seen.extend(arguments)
+        return [0.0] * 3
+
+    batch, metadata = images(), [{"category": "color"}] * 3
+    before = batch.clone()
+    rewards = RewardSet([RewardTerm("changes", changes), RewardTerm("looks", looks)])
+    rewards.score(batch, PROMPTS, metadata)
+    assert torch.equal(batch, before)
+    assert torch.equal(seen[0], before)
+    assert seen[1:] == [PROMPTS, metadata] == [PROMPTS, [{"category": "color"}] * 3]
 
 
 def test_arguments_of_different_lengths_are_refused() -> None:
@@ -254,6 +322,14 @@ def test_user_reward_takes_images_prompts_metadata_and_options(module: str) -> N
         ("images_only", {}, "cannot be called with (images, prompts, metadata)"),
         ("brightness", {"size": 3}, "cannot be called with (images, prompts, metadata, size=...)"),
         ("brightness", {"images": 3}, "cannot be called with"),
+        ("factory", {}, "which takes (), cannot be called with (images, prompts, metadata): "),
+        (
+            "Scorer",
+            {},
+            "is a class and not an object of it; allowed: a function or object that takes images, ",
+        ),
+        ("later", {}, "is an async function; allowed: "),
+        ("one_by_one", {}, "is a generator; allowed: "),
     ],
 )
 def test_unusable_user_reward_is_reported_by_name(

@@ -48,7 +48,7 @@ def schedule(
         settings.train.steps,
     )
     transitions, trained = steps.schedule, steps.trained
-    table = Table("step", "timestep", "a", "b", "σ", "(b/σ)²", "trained")
+    table = Table("step", "timestep", "a", "b", "sigma", "(b/sigma)^2", "trained")
     columns = zip(
         transitions.timesteps.tolist(),
         transitions.table64.tolist(),

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from loopfast.cli.app import app
 from loopfast.cli.options import Quiet, Seed, quiet_libraries
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, one_line
 
 _EVAL_EXAMPLES = """
 **Examples**
@@ -81,6 +81,10 @@ def sample(
         from loopfast.prompts import load_prompts
 
         wanted += [prompt.text for prompt in load_prompts(prompts)]
+    for text in wanted:
+        # bytes of a command line that are not UTF-8 come as these
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"prompt {one_line(text)!r}: allowed: text in UTF-8")
     if not wanted:
         raise ConfigError("nothing to draw; give a prompt, or a source of prompts with --prompts")
     quiet_libraries()

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from loopfast.policies.portable import save_portable
+from loopfast.streams import open_streams
 
 from . import world
 from .detector import exact, score
@@ -349,7 +350,7 @@ def pretrain(recipe: Recipe, output: Path, report: Report) -> None:
     scores = base_scores(shipped, 200, recipe.seed)
     for name, values in scores.items():
         report(f"{name:18s} score {values['score']:.3f}  exact {values['exact']:.3f}")
-    (output / "README.md").write_text(model_card(recipe, scores, shipped, minutes))
+    (output / "README.md").write_text(model_card(recipe, scores, shipped, minutes), "utf-8")
 
 
 def model_card(
@@ -380,6 +381,7 @@ def model_card(
 
 def main() -> None:
     """The command line of this module."""
+    open_streams(keep_going=True)
     parser = argparse.ArgumentParser(
         prog="python -m loopfast.embedded.pretrain", description=__doc__.split("\n")[0]
     )

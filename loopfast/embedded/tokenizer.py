@@ -43,11 +43,11 @@ def write_tokenizer(directory: Path) -> dict[str, int]:
     """Writes the tokenizer's files into a folder and returns its vocabulary."""
     directory.mkdir(parents=True, exist_ok=True)
     vocab, merges = vocabulary()
-    (directory / "vocab.json").write_text(json.dumps(vocab, indent=0) + "\n")
+    (directory / "vocab.json").write_text(json.dumps(vocab, indent=0) + "\n", "utf-8")
     rules = "\n".join(f"{left} {right}" for left, right in merges)
-    (directory / "merges.txt").write_text(f"#version: 0.2\n{rules}\n")
+    (directory / "merges.txt").write_text(f"#version: 0.2\n{rules}\n", "utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    (directory / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    (directory / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", "utf-8")
     config = {
         **special,
         "add_prefix_space": False,
@@ -56,5 +56,5 @@ def write_tokenizer(directory: Path) -> dict[str, int]:
         "model_max_length": MAX_LENGTH,
         "tokenizer_class": "CLIPTokenizer",
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     return vocab

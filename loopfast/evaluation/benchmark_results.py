@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 import loopfast
-from loopfast.errors import LoopfastError
+from loopfast.errors import LoopfastError, one_line
 from loopfast.evaluation.benchmark import Candidate, Category, Scope
 from loopfast.evaluation.bootstrap import LEVEL, RESAMPLES, mean_interval
 from loopfast.files import write_file, writing
@@ -184,7 +184,7 @@ def read_results(file: Path) -> dict[str, Any]:
             for interval in category["intervals"].values():
                 float(interval["mean"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoopfastError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+        raise LoopfastError(f"{file} is damaged: {type(error).__name__}: {one_line(error)}") from None
     return dict(found)
 
 

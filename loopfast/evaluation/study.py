@@ -25,6 +25,7 @@ import torch
 from loopfast.config import load_config
 from loopfast.errors import LoopfastError
 from loopfast.prompts import load_prompts
+from loopfast.streams import open_streams
 from loopfast.tracking import read_metrics
 
 RECIPE = "tiny"
@@ -238,15 +239,16 @@ def study(
         "sweep": [asdict(result) for result in sweep],
         "final": [asdict(result) for result in finals],
     }
-    (output / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    (output / "results.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     text = table(finals)
-    (output / "results.md").write_text(text)
+    (output / "results.md").write_text(text, "utf-8")
     plot(runs, jobs, output / "curves.png")
     return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of this module."""
+    open_streams(keep_going=True)
     parser = argparse.ArgumentParser(
         prog="python -m loopfast.evaluation.study",
         description="Compare the algorithms on the embedded benchmark.",

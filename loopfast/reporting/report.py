@@ -25,7 +25,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from loopfast import __version__
-from loopfast.errors import LoopfastError
+from loopfast.errors import LoopfastError, one_line
 from loopfast.files import write_file, writing
 from loopfast.reporting.charts import Series, line_chart, ticks
 from loopfast.reporting.images import data_uri, tiles
@@ -188,7 +188,7 @@ class _Run:
             for file in sorted((directory / "evaluation").glob("iteration-*.json")):
                 evaluations.append(_Evaluation.read(file))
         except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
-            raise LoopfastError(f"{file} is damaged: {error}") from error
+            raise LoopfastError(f"{file} is damaged: {one_line(error)}") from error
         return cls(directory, config, text, read_metrics(metrics_file), evaluations, summary)
 
     def setting(self, section: str, key: str) -> Any:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from loopfast.errors import RewardError
+from loopfast.errors import RewardError, one_line
 from loopfast.memory import is_out_of_memory
 from loopfast.rewards.fitting import ImagesPerCall, RewardMemoryError
 
-__all__ = ["CountError", "Reward", "RewardSet", "RewardTerm", "Scores", "quoted", "scaled"]
+__all__ = ["CountError", "Reward", "RewardSet", "RewardTerm", "Scores", "quoted", "scaled", "shown"]
 
 _PROMPTS_SHOWN = 3
+_PROMPT_LENGTH = 60
 
 
 class CountError(RewardError):
@@ -27,7 +30,7 @@ class Reward(Protocol):
     """Scores a batch of images. Higher is better; the scale is free.
 
     Args:
-        images: float32 ``[N, 3, H, W]`` in [0, 1], not to be changed in place; on the sampler's device.
+        images: float32 ``[N, 3, H, W]`` in [0, 1], on the sampler's device; a copy of the reward's own.
         prompts: the N texts the images were sampled from.
         metadata: the N prompts' metadata, such as ``{"category": "color"}``.
 
@@ -169,35 +172,39 @@ def _call(
     metadata: Sequence[Mapping[str, Any]],
     rows: slice,
 ) -> tuple[Tensor, RewardError | None]:
-    """What one call gives for some rows, float32 ``[n]`` on the CPU; NaN with an error where their number is wrong."""
+    """The values that one call gives for some rows, float32 ``[n]`` on the CPU.
+
+    They are NaN, with an error, where their number is wrong.
+    """
     name = f"reward {term.name!r}"
     texts = list(prompts[rows])
     count = len(texts)
     everything = range(rows.start, rows.start + count)
-    batch = f"for {count} image(s), prompts {quoted(texts, range(count))}"
     missing = torch.full((count,), torch.nan)
     try:
-        found = term.reward(images[rows], texts, [dict(entry) for entry in metadata[rows]])
+        # copies: what a reward changes in place is shown, kept, and scored by other rewards, too
+        found = term.reward(images[rows].clone(), texts, [dict(entry) for entry in metadata[rows]])
     except CountError as error:
-        return missing, RewardError(f"{name}: {error} ({batch})", everything)
+        return missing, RewardError(f"{name}: {error}", everything)
     except RewardError as error:
-        raise RewardError(f"{name}: {error} ({batch})", everything) from error
+        raise RewardError(f"{name}: {error}", everything) from error
     except RewardMemoryError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
-        raise RewardError(f"{name} raised {type(error).__name__}: {error} ({batch})", everything) from error
+        raise RewardError(f"{name} raised {_raised(error)}", everything) from error
     values = _as_tensor(found)
+    if values is not None and values.shape == (count,):
+        return values.to("cpu", torch.float32), None
+    problem = RewardError(
+        f"{name} returned {_described(found, values)}; allowed: a tensor, array or list of {count} number(s), one for "
+        "each image",
+        everything,
+    )
     if values is None:
-        raise RewardError(
-            f"{name} returned {_described(found)} {batch}; allowed: a tensor, array or list of numbers",
-            everything,
-        )
-    if values.shape != (count,):
-        shape = f"{len(values)} value(s)" if values.ndim == 1 else f"values of shape {list(values.shape)}"
-        return missing, RewardError(f"{name} returned {shape} {batch}; allowed: {count} value(s)", everything)
-    return values.to("cpu", torch.float32), None
+        raise problem
+    return missing, problem
 
 
 def _as_tensor(found: object) -> Tensor | None:
@@ -223,21 +230,48 @@ def _finite(
     at_fault = (bad if among is None else bad & among).nonzero().flatten().tolist()
     if not at_fault:
         return values.masked_fill(bad, torch.nan), None
-    shown = ", ".join(f"{values[index]:g}" for index in at_fault[:_PROMPTS_SHOWN])
+    numbers = ", ".join(f"{values[index]:g}" for index in at_fault[:_PROMPTS_SHOWN])
     return values.masked_fill(bad, torch.nan), RewardError(
-        f"{name} is not finite for {len(at_fault)} of {len(prompts)} image(s): {shown} for "
+        f"{name} is not finite for {len(at_fault)} of {len(prompts)} image(s): {numbers} for "
         f"prompts {quoted(prompts, at_fault)}",
         at_fault,
     )
 
 
+def shown(prompt: str) -> str:
+    """A prompt for a message: quoted, on one line and in short."""
+    return repr(one_line(prompt, _PROMPT_LENGTH))
+
+
 def quoted(prompts: Sequence[str], positions: Sequence[int]) -> str:
-    """The first of the prompts at some positions, and how many more there are."""
-    shown = ", ".join(repr(prompts[position]) for position in positions[:_PROMPTS_SHOWN])
-    rest = len(positions) - _PROMPTS_SHOWN
-    return f"{shown} and {rest} more" if rest > 0 else shown
+    """The first of the prompts at some positions, each once and in short, and how many more there are."""
+    texts = list(dict.fromkeys(prompts[position] for position in positions))
+    first = ", ".join(map(shown, texts[:_PROMPTS_SHOWN]))
+    rest = len(texts) - _PROMPTS_SHOWN
+    return f"{first} and {rest} more" if rest > 0 else first
 
 
-def _described(found: object) -> str:
-    text = repr(found)
-    return f"{type(found).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+def _raised(error: BaseException) -> str:
+    """An error that came out of a reward, and the reward's line it came from, where there is one."""
+    frames = traceback.extract_tb(error.__traceback__)[1:2]
+    place = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in frames)
+    return f"{type(error).__name__}: {one_line(error)}{place}"
+
+
+def _described(found: object, values: Tensor | None) -> str:
+    """What a reward returned, in words; ``values``: as a tensor, where it is one."""
+    if values is not None:
+        if values.ndim == 0:
+            return "a single number"
+        return f"{len(values)} number(s)" if values.ndim == 1 else f"values of shape {list(values.shape)}"
+    if found is None:
+        return "None"
+    kind, dtype = type(found).__name__, getattr(found, "dtype", None)
+    if isinstance(found, Mapping):
+        return f"{kind} with the keys {one_line(', '.join(map(repr, found)), _PROMPT_LENGTH)}"
+    if isinstance(found, tuple):
+        return f"{kind} ({one_line(', '.join(type(item).__name__ for item in found), _PROMPT_LENGTH)})"
+    if isinstance(found, list):
+        kinds = dict.fromkeys(type(item).__name__ for item in found)
+        return f"{kind} of {one_line(', '.join(kinds), _PROMPT_LENGTH)}"
+    return kind if dtype is None else f"{kind} of {dtype}"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loopfast.errors import ConfigError, RewardError
 from loopfast.policies import pad_rows
-from loopfast.rewards.base import Reward
+from loopfast.rewards.base import Reward, shown
 from loopfast.rewards.noun_phrases import SPLITTERS, load_spacy
 from loopfast.rewards.preprocessing import load_preprocessing
 from loopfast.rewards.pretrained import (
@@ -96,7 +96,9 @@ def _given(prompt: str, entry: Mapping[str, Any]) -> list[str]:
     if not isinstance(found, list | tuple) or not all(
         isinstance(item, str) and item.strip() for item in found
     ):
-        raise RewardError(f"prompt {prompt!r}: metadata phrases: found {found!r}, allowed: a list of texts")
+        raise RewardError(
+            f"prompt {shown(prompt)}: metadata phrases: found {found!r}, allowed: a list of texts"
+        )
     return list(found)
 
 

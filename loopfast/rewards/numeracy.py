@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loopfast.errors import ConfigError, RewardError
-from loopfast.rewards.base import Reward
+from loopfast.rewards.base import Reward, shown
 from loopfast.rewards.detection import OWLV2, Detection, check_threshold, load_detector
 from loopfast.rewards.pretrained import PretrainedReward, ScoreBatch, placement, require_folder
 
@@ -164,15 +164,15 @@ def _required(prompt: str, entry: Mapping[str, Any], objects: Iterable[str]) -> 
             for name, number in given.items()
         ):
             raise RewardError(
-                f"prompt {prompt!r}: metadata objects: found {given!r}, allowed: whole numbers above 0 by name"
+                f"prompt {shown(prompt)}: metadata objects: found {given!r}, allowed: whole numbers above 0 by name"
             )
         found = list(given.items())
     else:
         found = counted_objects(prompt, objects)
     if not found:
         raise RewardError(
-            f"no known object is counted in the prompt {prompt!r}; known: the benchmark's {len(OBJECTS)} nouns and "
-            f"those of the option objects"
+            f"no known object is counted in the prompt {shown(prompt)}; known: the benchmark's {len(OBJECTS)} nouns "
+            f"and those of the option objects"
         )
     return found
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from loopfast.errors import ConfigError, RewardError
-from loopfast.rewards.base import Reward
+from loopfast.rewards.base import Reward, shown
 from loopfast.rewards.pretrained import PretrainedReward, ScoreBatch, placement
 
 __all__ = ["ocr", "similarity", "wanted_text"]
@@ -68,7 +68,7 @@ def wanted_text(prompt: str, metadata: Mapping[str, Any]) -> str:
         text, where = (match.group(1) if match else ""), "text between double quotes"
     if not isinstance(text, str) or not _normalized(text):
         raise RewardError(
-            f"prompt {prompt!r}: {where}: found {text!r}, expected: the text that the image should show"
+            f"prompt {shown(prompt)}: {where}: found {text!r}, expected: the text that the image should show"
         )
     return text
 

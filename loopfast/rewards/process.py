@@ -19,6 +19,7 @@ from loopfast.config import RewardConfig
 from loopfast.errors import LoopfastError, RewardError
 from loopfast.rewards.base import Scores
 from loopfast.rewards.precision import set_tf32
+from loopfast.streams import open_streams
 
 _PROGRAM = "from loopfast.rewards.process import serve; serve()"
 
@@ -111,6 +112,7 @@ class RewardProcess:
 
 def serve() -> None:
     """The process's side; see `answer_questions`."""
+    open_streams(keep_going=True)
     answer_questions(Connection(int(sys.argv[1])))
 
 

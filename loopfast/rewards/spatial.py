@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loopfast.errors import RewardError
-from loopfast.rewards.base import Reward
+from loopfast.rewards.base import Reward, shown
 from loopfast.rewards.depth import DEPTH_ANYTHING, load_depth
 from loopfast.rewards.detection import OWLV2, Box, Detection, check_threshold, load_detector
 from loopfast.rewards.noun_phrases import rule_phrases
@@ -282,7 +282,8 @@ def given_relation(prompt: str, entry: Mapping[str, Any], *, depth: bool = False
     texts = isinstance(found, list | tuple) and all(isinstance(part, str) and part.strip() for part in found)
     if not texts or len(found) != 3 or found[1] not in kinds:
         raise RewardError(
-            f"prompt {prompt!r}: metadata relation: found {found!r}, allowed: a name, one of {', '.join(kinds)}, a name"
+            f"prompt {shown(prompt)}: metadata relation: found {found!r}, allowed: a name, one of "
+            f"{', '.join(kinds)}, a name"
         )
     return Relation(*found)
 
@@ -291,7 +292,7 @@ def _required(prompt: str, entry: Mapping[str, Any], *, depth: bool) -> Relation
     relation = given_relation(prompt, entry, depth=depth)
     if relation is None:
         words = ", ".join(_IN_DEPTH if depth else _IN_THE_PLANE)
-        raise RewardError(f"no relation of two objects in the prompt {prompt!r}; known: {words}")
+        raise RewardError(f"no relation of two objects in the prompt {shown(prompt)}; known: {words}")
     return relation
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from loopfast.errors import ConfigError
@@ -12,6 +12,15 @@ from loopfast.plugins import import_function
 from loopfast.rewards.base import Reward
 
 __all__ = ["user_reward"]
+
+_ALLOWED = "a function or object that takes images, prompts and metadata and returns a number for each image"
+# What can be called like a reward, and gives no numbers.
+_OTHER_KINDS: dict[Callable[[Any], bool], str] = {
+    inspect.isclass: "a class and not an object of it",
+    inspect.iscoroutinefunction: "an async function",
+    inspect.isasyncgenfunction: "an async generator",
+    inspect.isgeneratorfunction: "a generator",
+}
 
 
 def user_reward(reference: str, options: Mapping[str, Any]) -> Reward:
@@ -27,6 +36,9 @@ def user_reward(reference: str, options: Mapping[str, Any]) -> Reward:
         function = import_function(reference)
     except ConfigError as error:
         raise ConfigError(f"reward {error}") from error.__cause__
+    for test, what in _OTHER_KINDS.items():
+        if test(function):
+            raise ConfigError(f"reward {reference!r} is {what}; allowed: {_ALLOWED}")
     try:
         signature = inspect.signature(function)
     except ValueError:
@@ -37,6 +49,7 @@ def user_reward(reference: str, options: Mapping[str, Any]) -> Reward:
         except TypeError as error:
             arguments = ", ".join(["images", "prompts", "metadata", *(f"{key}=..." for key in options)])
             raise ConfigError(
-                f"reward {reference!r}, which takes {signature}, cannot be called with ({arguments}): {error}"
+                f"reward {reference!r}, which takes {signature}, cannot be called with ({arguments}): {error}; "
+                f"allowed: {_ALLOWED}"
             ) from None
     return functools.partial(function, **options) if options else function

@@ -203,7 +203,7 @@ def test_the_waits_grow() -> None:
         with pytest.raises(RewardError) as caught:
             rewards.score(images(1), ["7"])
     assert f"reward 'http': reward server {server.url}/score: it answered 500" in str(caught.value)
-    assert "'no luck' (4 attempt(s)) (for 1 image(s), prompts '7')" in str(caught.value)
+    assert "'no luck' (4 attempt(s))" in str(caught.value)
     waits = [later - earlier for earlier, later in zip(server.times, server.times[1:], strict=False)]
     for wait, longest in zip(waits, (0.1, 0.2, 0.4), strict=True):
         assert longest / 2 <= wait < longest + 0.5
