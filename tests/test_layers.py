@@ -26,6 +26,8 @@ LAYERS = [
         "place",
         "processor",
         "profiling",
+        "prompt_datasets",
+        "prompt_files",
         "recipes",
         "seeds",
         "t2i_compbench",

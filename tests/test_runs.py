@@ -218,7 +218,7 @@ def test_the_header_says_what_is_trained(
     assert facts["steps"] == said
     assert facts["model"] == "the model"
     assert facts["algorithm"] == "loop, K = 2, learning rate 0.0001"
-    assert facts["prompts"] == "9 from embedded:color"
+    assert facts["prompts"] == "9 prompts from embedded:color"
     assert facts["an iteration"] == f"8 images, 6 updates of {8 * len(trained) // 2} pairs"
     assert facts["reward"] == "1 x jpeg_compressibility, 0 x jpeg_incompressibility"
     assert facts["device"].startswith(f"cpu, {torch.get_num_threads()} thread(s)")
