@@ -146,14 +146,21 @@ def _checked(source: str, entries: Iterable[Entry], comments: int = 0) -> Prompt
     """The prompts of a file or a dataset, without those that are invisible."""
     found, places, invisible = [], [], 0
     for entry in entries:
-        if "\0" in entry.text:
-            raise ConfigError(f"prompts {source!r}: {entry.place} holds a NUL character")
+        _refuse_characters(source, entry.place, entry.text)
         if _visible(entry.text):
             found.append(Prompt(entry.text.strip(), entry.metadata))
             places.append(entry.place)
         else:
             invisible += 1
     return PromptList(found, places, comments, invisible)
+
+
+def _refuse_characters(source: str, place: str, text: str) -> None:
+    """Raises `ConfigError` where a text holds what no tokenizer and no file takes."""
+    if "\0" in text:
+        raise ConfigError(f"prompts {source!r}: {place} holds a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(f"prompts {source!r}: {place} holds half of a surrogate pair")
 
 
 def _from_file(source: str, path: Path) -> PromptList:
@@ -222,5 +229,6 @@ def _from_function(source: str) -> list[Prompt]:
             )
         if not _visible(prompt.text):
             raise ConfigError(f"prompts {source!r}: item {index} is empty")
+        _refuse_characters(source, f"item {index}", prompt.text)
         prompts.append(prompt)
     return prompts

@@ -37,6 +37,12 @@ def mixed():
 def blank():
     return ["a cat", " \\u200b "]
 
+def nul():
+    return ["a \\0cat"]
+
+def half():
+    return ["a \\ud83dcat"]
+
 def fails():
     raise OSError("the disk is gone")
 
@@ -114,6 +120,8 @@ def test_function_in_the_current_directory(module: str) -> None:
         ("number", "returned int; allowed: a list of texts or Prompts"),
         ("mixed", "item 1 is int"),
         ("blank", "item 1 is empty"),
+        ("nul", "item 0 holds a NUL character"),
+        ("half", "item 0 holds half of a surrogate pair"),
         ("fails", "raised OSError: the disk is gone"),
         ("fails_midway", "raised OSError: the disk is gone"),
         ("absent", "'absent' does not exist in"),
