@@ -82,6 +82,10 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["train", "--config", "tiny", "--set", "train.lr=3"], "nearest known key: 'train.learning_rate'"),
         (["train", "--config", "tiny", "--set", "prompts.source=nope.txt"], "error: prompts 'nope.txt'"),
         (["config", "check", "tiny", "-s", "reward.0.name=nope"], "error: no reward 'nope'"),
+        (
+            ["config", "check", "tiny", "-s", "reward.0.name=./mine.py:fn"],
+            "written module:function: write mine:fn",
+        ),
         (["config", "check", "tiny", "-s", "evaluation.prompts=embedded:x"], "error: prompts 'embedded:x'"),
         (["report", "nowhere"], "error: 'nowhere' is not a run's folder"),
         (["schedule", "--config", "tiny", "-s", "model.pretrained=./nowhere"], "error: model.pretrained"),
