@@ -29,7 +29,7 @@ FAST := $(addprefix tests/kernels/test_,$(addsuffix .py,backends denoise_step gr
   reduction transition_logprob validation)) tests/rollout/test_capture.py tests/rollout/test_recording.py \
   tests/policies/test_guided_unet.py tests/policies/test_layers.py tests/policies/test_loading.py \
   $(addprefix tests/test_,$(addsuffix .py,algorithms allocator config console deepspeed_settings doctor documentation engine \
-  interrupts layers memory microbatch plugins processor prompts published_logprobs rewards rounding runs tracking \
+  interrupts layers memory microbatch plugins processor prompt_files prompts published_logprobs rewards rounding runs tracking \
   trajectories update)) -k 'not triton'
 # What the libraries below may use of a processor: torch's own kernels, oneDNN, MKL, and loopfast's.
 # Limited to what the processor lacks, torch ends with an illegal instruction.

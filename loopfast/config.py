@@ -190,8 +190,8 @@ class PromptsConfig(_Section):
     """The prompts to train on."""
 
     source: _Text = "embedded:color"
-    """``embedded:<category>``, ``t2i-compbench:<folder>:<category>``, a text file with one prompt a line, or
-    ``module:function``."""
+    """A file (``.txt`` with a prompt a line, ``.jsonl``, ``.json``, ``.csv``, ``.tsv``), ``datasets:<name or folder>``,
+    ``module:function``, ``embedded:<category>``, or ``t2i-compbench:<folder>:<category>``."""
 
 
 class RewardConfig(_Section):

@@ -12,14 +12,35 @@ from typing import Any
 
 from loopfast.errors import ConfigError
 
-__all__ = ["import_function", "is_reference", "source_file"]
+__all__ = ["import_function", "is_reference", "reference_of_path", "source_file"]
 
 _REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+
+_PATH = re.compile(
+    r"(?P<folder>(?:[^:]*/)?)(?P<module>[^/:]+?)(?P<ending>(?:\.py)?):(?P<function>[A-Za-z_]\w*)"
+)
 
 
 def is_reference(text: str) -> bool:
     """Whether ``text`` has the form ``module:function``; the module may have dots."""
     return _REFERENCE.fullmatch(text) is not None
+
+
+def reference_of_path(text: str) -> str | None:
+    """How to write a function in a file, such as ``./prompts.py:fn``; None where ``text`` does not name one.
+
+    A module is imported from the current directory, so the advice may be to start elsewhere.
+    """
+    match = _PATH.fullmatch(text)
+    if match is None or not (match["folder"] or match["ending"]):
+        return None
+    folder, module, function = Path(match["folder"] or "."), match["module"], match["function"]
+    advice = "a function is written module:function"
+    if not module.isidentifier():
+        return f"{advice}, and {module!r} cannot be the name of a module; rename the file to letters, digits and _"
+    if all(part.isidentifier() for part in folder.parts):
+        return f"{advice}: write {'.'.join((*folder.parts, module))}:{function}"
+    return f"{advice}: write {module}:{function}, and start loopfast in the folder {str(folder)!r}"
 
 
 def import_function(reference: str) -> Callable[..., Any]:
@@ -31,8 +52,9 @@ def import_function(reference: str) -> Callable[..., Any]:
         ConfigError: the text has another form, the module cannot be imported, or it has no such callable.
     """
     match = _REFERENCE.fullmatch(reference)
-    if match is None:
-        raise ConfigError(f"{reference!r}: allowed: module:function")
+    if match is None or match[1].endswith(".py"):
+        advice = reference_of_path(reference)
+        raise ConfigError(f"{reference!r}: {advice or 'allowed: module:function'}")
     module_name, function_name = match.groups()
     here = _search_here()
     try:

@@ -242,7 +242,7 @@ def describe_run(trainer: Trainer) -> list[tuple[str, str]]:
             "algorithm",
             f"{algorithm.name}, K = {algorithm.samples_per_prompt}, learning rate {settings.learning_rate:g}",
         ),
-        ("prompts", f"{len(trainer.prompts)} from {config.prompts.source}"),
+        ("prompts", f"{trainer.prompts.summary()} from {config.prompts.source}"),
         ("reward", ", ".join(_describe_term(term) for term in config.reward)),
         (
             "an iteration",

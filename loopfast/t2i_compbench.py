@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loopfast.errors import ConfigError
+from loopfast.prompt_files import read_lines
 
 __all__ = ["CATEGORIES", "SPLITS", "BenchmarkPrompt", "read_category"]
 
@@ -90,9 +91,8 @@ def read_category(directory: Path, category: str, split: str) -> list[BenchmarkP
 
 def _lines(file: Path) -> list[str]:
     try:
-        # not splitlines, which would split at a form feed or a line separator inside a prompt, too
-        lines = file.read_text("utf-8-sig").replace("\r", "\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"T2I-CompBench: {str(file)!r} cannot be read: {error}") from None
+        lines = read_lines(file)
+    except ConfigError as error:
+        raise ConfigError(f"T2I-CompBench: {str(file)!r} {error}") from None
     texts = (" ".join(line.split()) for line in lines)
     return [text for text in texts if text]

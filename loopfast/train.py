@@ -41,7 +41,14 @@ from loopfast.join import joined, leave, note_opened, opened_before
 from loopfast.judging import Judge, Worker
 from loopfast.microbatch import Call, Microbatches, start_size
 from loopfast.place import find_place
-from loopfast.policies import Conditioning, load_policy, load_schedule, scheduler_notes, torch_device
+from loopfast.policies import (
+    Conditioning,
+    load_policy,
+    load_schedule,
+    read_prompts,
+    scheduler_notes,
+    torch_device,
+)
 from loopfast.profiling import Category, Meter, Times, range_
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.replay import Replay, rehearse
@@ -354,6 +361,8 @@ class Trainer:
         facts = describe_run(self)
         self.display.header("loopfast train", facts)
         self.group.on_first(lambda: self.folder.write_summary(facts))
+        if self.group.first:
+            self._warn_of_cut_prompts()
         self.display.start(self.config.train.iterations, self.progress.iteration)
         # elsewhere running out of memory is not an error that can be caught
         on_gpu = self.sampler.policy.device.type == "cuda"
@@ -361,6 +370,17 @@ class Trainer:
             self._rehearse()
         if self.progress.pending is not None:
             self.record()
+
+    def _warn_of_cut_prompts(self) -> None:
+        """Says which prompts are longer than the model's text encoders read."""
+        source, evaluation = self.config.prompts.source, self.config.evaluation
+        read: dict[str, list[Prompt]] = {source: self.prompts}
+        if evaluation.prompts is not None:
+            read.setdefault(evaluation.prompts, self.evaluation_prompts[: evaluation.limit_prompts])
+        for name, prompts in read.items():
+            found = read_prompts(self.sampler.policy.text_limits, [prompt.text for prompt in prompts])
+            if found.warning:
+                self.display.warning(f"prompts {name}: {found.warning} (loopfast config check lists them)")
 
     def _resized(self, rows: int) -> Sampler:
         """The sampler, with ``rows`` per model call."""

@@ -82,6 +82,10 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["train", "--config", "tiny", "--set", "train.lr=3"], "nearest known key: 'train.learning_rate'"),
         (["train", "--config", "tiny", "--set", "prompts.source=nope.txt"], "error: prompts 'nope.txt'"),
         (["config", "check", "tiny", "-s", "reward.0.name=nope"], "error: no reward 'nope'"),
+        (
+            ["config", "check", "tiny", "-s", "reward.0.name=./mine.py:fn"],
+            "written module:function: write mine:fn",
+        ),
         (["config", "check", "tiny", "-s", "evaluation.prompts=embedded:x"], "error: prompts 'embedded:x'"),
         (["report", "nowhere"], "error: 'nowhere' is not a run's folder"),
         (["schedule", "--config", "tiny", "-s", "model.pretrained=./nowhere"], "error: model.pretrained"),
@@ -296,8 +300,9 @@ def test_config_show_prints_what_can_be_read_back(capsys: pytest.CaptureFixture[
 def test_config_check_counts_prompts_and_names_rewards(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    document = {"model": {"pretrained": "some/model"}, "prompts": {"source": str(tmp_path / "prompts.txt")}}
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n# more\na dog\na cat\n")
+    document = {"model": {"pretrained": "some/model"}, "prompts": {"source": str(file)}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(document))
     assert (
         main(["config", "check", str(tmp_path / "mine.yaml"), "-s", "reward.0.name=jpeg_compressibility"])
@@ -306,10 +311,34 @@ def test_config_check_counts_prompts_and_names_rewards(
     assert main(["config", "check", str(tmp_path / "mine.yaml")]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown == [
-        f"prompts {tmp_path / 'prompts.txt'}: 2",
+        f"prompts {file}: 3 prompts (1 of them repeated; skipped: 1 comment line), the first 'a cat'",
+        "lengths of prompts: not checked; the tokenizers of 'some/model' are not on this machine",
         "reward embedded: weight 1",
         f"{tmp_path / 'mine.yaml'}: no problem found",
     ]
+
+
+def test_config_check_lists_the_prompts_that_are_cut(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.txt"
+    # the embedded model reads 16 tokens, two of them marks of beginning and end
+    kept = "a red circle and a blue cross and a red square and a green"
+    file.write_text(f"# animals\na red circle\n{kept}\n{kept} cross\n{kept} triangle and a circle\n")
+    assert main(["config", "check", "tiny", "-s", f"prompts.source={file}"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    end = "'… red square and a green'"
+    assert shown[0] == f"prompts {file}: 4 prompts (skipped: 1 comment line), the first 'a red circle'"
+    assert shown[1].startswith(
+        "  of which 2 of 4 are longer than a text encoder reads and cut (CLIP at 16 tokens: 2)"
+    )
+    assert shown[1].endswith(f", the first after {end}; 2 then the same to the model as an earlier one")
+    assert shown[2:4] == [
+        f"  line {line}: {tokens} tokens, of which CLIP reads 16, up to {end}; the same to the model as line 3"
+        for line, tokens in ((4, 17), (5, 20))
+    ]
+    assert shown[4].startswith("prompts embedded:color-heldout: ")
+    assert shown[-1] == "tiny: no problem found"
 
 
 def test_config_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:

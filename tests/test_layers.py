@@ -26,6 +26,8 @@ LAYERS = [
         "place",
         "processor",
         "profiling",
+        "prompt_datasets",
+        "prompt_files",
         "recipes",
         "run_lock",
         "seeds",

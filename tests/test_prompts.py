@@ -35,7 +35,13 @@ def mixed():
     return ["a cat", 3]
 
 def blank():
-    return ["a cat", "  "]
+    return ["a cat", " \\u200b "]
+
+def nul():
+    return ["a \\0cat"]
+
+def half():
+    return ["a \\ud83dcat"]
 
 def fails():
     raise OSError("the disk is gone")
@@ -76,13 +82,33 @@ def test_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     assert load_prompts(str(file)) == [Prompt("a cat"), Prompt("a dog: très bon"), Prompt("a cat")]
 
 
+def test_home_folder_is_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.txt").write_text("a cat")
+    assert load_prompts("~/mine.txt") == [Prompt("a cat")]
+
+
+def test_what_is_skipped_and_repeated_is_counted(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("# animals\na cat\n\u200b\n\n#hashtag\n#\na cat\na dog\n\ufeff\u3164 \n", "utf-8")
+    found = load_prompts(str(file))
+    assert [prompt.text for prompt in found] == ["a cat", "#hashtag", "a cat", "a dog"]
+    assert [found.place(index) for index in range(4)] == ["line 2", "line 5", "line 7", "line 8"]
+    assert found.summary() == "4 prompts (1 of them repeated; skipped: 2 comment lines, 2 invisible prompts)"
+    file.write_text("# nothing\n\u200b")
+    with pytest.raises(ConfigError, match=r"no prompt in it; .*skipped: 1 comment line, 1 invisible prompt"):
+        load_prompts(str(file))
+
+
 def test_file_whose_name_looks_like_a_function_is_read_as_a_file(module: str) -> None:
     Path(f"{module}:texts").write_text("a horse")
     assert load_prompts(f"{module}:texts") == [Prompt("a horse")]
 
 
 def test_function_in_the_current_directory(module: str) -> None:
-    assert load_prompts(f"{module}:texts") == [Prompt("a cat"), Prompt("a dog")]
+    found = load_prompts(f"{module}:texts")
+    assert found == [Prompt("a cat"), Prompt("a dog")]
+    assert (found.summary(), found.place(1)) == ("2 prompts", "prompt 2")
     assert load_prompts(f"{module}:prompts") == [Prompt("a cat", {"legs": 4}), Prompt("a bird")]
 
 
@@ -94,6 +120,8 @@ def test_function_in_the_current_directory(module: str) -> None:
         ("number", "returned int; allowed: a list of texts or Prompts"),
         ("mixed", "item 1 is int"),
         ("blank", "item 1 is empty"),
+        ("nul", "item 0 holds a NUL character"),
+        ("half", "item 0 holds half of a surrogate pair"),
         ("fails", "raised OSError: the disk is gone"),
         ("fails_midway", "raised OSError: the disk is gone"),
         ("absent", "'absent' does not exist in"),
@@ -128,11 +156,13 @@ def make_broken_module(folder: Path) -> str:
         (make_empty, "there is no prompt in it"),
         (make_binary, "cannot be read"),
         (make_broken_module, "No module named 'a_module_that_is_not_there'"),
-        (lambda folder: str(folder), "no such file; allowed: embedded:<category>"),
-        (lambda folder: "prompts.txt", "no such file; allowed: embedded:<category>"),
-        (lambda folder: "a\0b", "no such file; allowed: embedded:<category>"),
-        (lambda folder: "a" * 5000, "no such file; allowed: embedded:<category>"),
-        (lambda folder: "not a module:texts", "no such file; allowed: embedded:<category>"),
+        (lambda folder: str(folder), "is a folder; expected: a file in it, or datasets:"),
+        (lambda folder: "prompts.txt", "no such file; allowed: a file (.txt"),
+        (lambda folder: "a\0b", "no such file; allowed: a file (.txt"),
+        (lambda folder: "a" * 5000, "no such file; allowed: a file (.txt"),
+        (lambda folder: "not a module:texts", "no such file; allowed: a file (.txt"),
+        (lambda folder: "~no-such-user/prompts.txt", "no such file; allowed: a file (.txt"),
+        (lambda folder: "./prompts.py:texts", "a function is written module:function: write prompts:texts"),
         (lambda folder: "no_such_module:texts", "No module named 'no_such_module'"),
         (lambda folder: "embedded:colour", "no category 'colour'; allowed: color, shape"),
         (lambda folder: "embedded:", "no category ''; allowed: color, shape"),

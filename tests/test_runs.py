@@ -18,6 +18,7 @@ from loopfast.errors import ConfigError, LoopfastError
 from loopfast.files import write_file, writing
 from loopfast.group import ALONE
 from loopfast.microbatch import Microbatches
+from loopfast.prompts import Prompt, PromptList
 from loopfast.runs import RunFolder, describe_run, memory_used, save_image
 from loopfast.tracking import METRICS
 
@@ -210,7 +211,7 @@ def test_the_header_says_what_is_trained(
         screening="auto",
         reward_worker="none",
         microbatches=Microbatches(4, "auto", 8, QUIET.warning),
-        prompts=[None] * 9,
+        prompts=PromptList(Prompt(str(number)) for number in range(9)),
         folder=RunFolder(config),
         group=ALONE,
     )
@@ -218,7 +219,7 @@ def test_the_header_says_what_is_trained(
     assert facts["steps"] == said
     assert facts["model"] == "the model"
     assert facts["algorithm"] == "loop, K = 2, learning rate 0.0001"
-    assert facts["prompts"] == "9 from embedded:color"
+    assert facts["prompts"] == "9 prompts from embedded:color"
     assert facts["an iteration"] == f"8 images, 6 updates of {8 * len(trained) // 2} pairs"
     assert facts["reward"] == "1 x jpeg_compressibility, 0 x jpeg_incompressibility"
     assert facts["device"].startswith(f"cpu, {torch.get_num_threads()} thread(s)")

@@ -931,6 +931,35 @@ def test_prompts_are_drawn_without_repeating_any_before_all_had_their_turn(
     assert len(set(batches)) > 1
 
 
+def test_prompts_that_are_cut_are_said_at_the_start(small_config: MakeConfig, tmp_path: Path) -> None:
+    long = "a red circle and a blue star and a green cross and a red square and"
+    (tmp_path / "train.txt").write_text(f"# shapes\n{long} one\n{long} two\na red circle\n")
+    (tmp_path / "other.jsonl").write_text(f'"a blue star"\n"{long} three"\n"{long} four"')
+    config = small_config(
+        f"prompts.source={tmp_path / 'train.txt'}",
+        f"evaluation.prompts={tmp_path / 'other.jsonl'}",
+        "evaluation.limit_prompts=2",
+        "evaluation.every=0",
+        "model.free_text_encoder=true",
+    )
+    warnings, shown = io.StringIO(), io.StringIO()
+    display = Display(console=Console(file=shown, width=1000), errors=Console(file=warnings, width=1000))
+    with StopRequest() as stop:
+        training.Trainer(config, None, display, stop).start()
+    limit = "longer than a text encoder reads and cut (CLIP at 16 tokens"
+    first, second = warnings.getvalue().splitlines()
+    assert first.startswith(
+        f"warning: prompts {tmp_path / 'train.txt'}: 2 of 3 are {limit}: 2), the first after '"
+    )
+    assert first.endswith(
+        "; 1 then the same to the model as an earlier one (loopfast config check lists them)"
+    )
+    assert second.startswith(
+        f"warning: prompts {tmp_path / 'other.jsonl'}: 1 of 2 is {limit}: 1), the first after"
+    )
+    assert f"3 prompts (skipped: 1 comment line) from {tmp_path / 'train.txt'}" in shown.getvalue()
+
+
 def test_starting_over_an_existing_run_is_refused(finished: Path, make_config: MakeConfig) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=r"already holds a run: go on with it \(--resume auto\)"):

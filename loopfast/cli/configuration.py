@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loopfast.cli.app import config_app
 from loopfast.cli.options import ConfigArgument, Overrides, load, quiet_libraries
+
+if TYPE_CHECKING:
+    from loopfast.policies import TextLimit
+    from loopfast.prompts import PromptList
 
 
 @config_app.command(
@@ -23,13 +29,15 @@ def config_show(config: ConfigArgument, overrides: Overrides = None) -> None:
 def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Check a configuration, its prompts, rewards, scheduler and DeepSpeed file without loading any model.
 
+    Prompts that are longer than the model's text encoders read are listed, with where they are cut.
+
     Names of models on the hub are not looked up; that their weights can be read shows when training starts, before
     anything is sampled.
     """
     settings = load(config, overrides)
     quiet_libraries()
     from loopfast.engines import require_settings, require_type
-    from loopfast.policies import load_schedule
+    from loopfast.policies import load_schedule, local_text_limits
     from loopfast.policies.loading import locate
     from loopfast.prompts import load_prompts
     from loopfast.rewards import build_rewards
@@ -40,10 +48,35 @@ def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
     if isinstance(locate(settings.model), Path):
         load_schedule(settings.model, settings.rollout)
     sources = dict.fromkeys([settings.prompts.source, settings.evaluation.prompts or settings.prompts.source])
-    lines = [f"prompts {source}: {len(load_prompts(source))}" for source in sources]
+    found = {source: load_prompts(source) for source in sources}
+    limits = local_text_limits(settings.model)
+    lines = [line for source, prompts in found.items() for line in _describe_prompts(source, prompts, limits)]
+    if limits is None:
+        lines.append(
+            f"lengths of prompts: not checked; the tokenizers of {settings.model.pretrained!r} are not on this machine"
+        )
     rewards = build_rewards(settings.reward, load=False)
     lines += [f"reward {term.name}: weight {term.weight:g}" for term in rewards.terms]
     print(*lines, f"{config}: no problem found", sep="\n")
+
+
+def _describe_prompts(source: str, prompts: PromptList, limits: Sequence[TextLimit] | None) -> Iterator[str]:
+    """What is in a source of prompts, and every prompt that the model reads in part or like another."""
+    from loopfast.policies import read_prompts
+
+    yield f"prompts {source}: {prompts.summary()}, the first {prompts[0].text!r}"
+    reading = read_prompts(limits or (), [prompt.text for prompt in prompts])
+    if reading.warning is None:
+        return
+    yield f"  of which {reading.warning}"
+    cuts: dict[int, list[str]] = {}
+    for cut in reading.cuts:
+        cuts.setdefault(cut.index, []).append(str(cut))
+    for index in sorted({*cuts, *reading.twins}):
+        notes = cuts.get(index, [])
+        if index in reading.twins:
+            notes.append(f"the same to the model as {prompts.place(reading.twins[index])}")
+        yield f"  {prompts.place(index)}: {'; '.join(notes)}"
 
 
 @config_app.command(

@@ -41,7 +41,9 @@ def sample(
     prompts: Annotated[
         str | None,
         typer.Option(
-            metavar="SOURCE", help="More prompts: embedded:CATEGORY, a text file, or module:function."
+            metavar="SOURCE",
+            help="More prompts: a file (.txt, .jsonl, .json, .csv, .tsv), datasets:NAME, module:function, or "
+            "embedded:CATEGORY.",
         ),
     ] = None,
     count: Annotated[int, typer.Option(metavar="N", min=1, help="Images for each prompt.")] = 4,

@@ -13,6 +13,7 @@ from loopfast.console import Display
 from loopfast.evaluation.evaluate import evaluate
 from loopfast.evaluation.trained import run_config, sampler_of, trained_policy
 from loopfast.files import writing
+from loopfast.policies import read_prompts
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.rewards import Scores, build_rewards
 
@@ -48,6 +49,8 @@ def evaluate_checkpoint(
     source = load_prompts(prompts or config.evaluation.prompts or config.prompts.source)
     rewards = build_rewards(config.reward)
     sampler = sampler_of(config, trained_policy(target, config, display))
+    if warning := read_prompts(sampler.policy.text_limits, [prompt.text for prompt in source]).warning:
+        display.warning(f"prompts: {warning}")
     changes = {
         "seed": seed,
         "limit_prompts": None if prompts else config.evaluation.limit_prompts,

@@ -13,7 +13,7 @@ from loopfast.config import Config, ModelConfig, RolloutConfig
 from loopfast.console import Display
 from loopfast.evaluation.trained import RunModels, newest_checkpoint, run_config, sampler_of
 from loopfast.files import writing
-from loopfast.policies import load_family, load_policy
+from loopfast.policies import load_family, load_policy, read_prompts
 from loopfast.reporting import image_grid
 from loopfast.rollout import Sampler, slices
 from loopfast.runs import save_image
@@ -67,9 +67,11 @@ def sample_images(
         output.mkdir(parents=True, exist_ok=True)
     if not is_run:
         sampler = sampler_of(config, load_policy(config.model))
+        _warn_of_cut(sampler, prompts, display)
         return _write(_draw(sampler, prompts, count, seed, display), prompts, count, output)
     models = RunModels(config, newest_checkpoint(folder, display))
     with models.trained() as sampler:
+        _warn_of_cut(sampler, prompts, display)
         trained = _draw(sampler, prompts, count, seed, display)
     paths = _write(trained, prompts, count, output)
     if base:
@@ -90,6 +92,12 @@ def _plain(target: str) -> Config:
     # deterministic sampling is not for training, so a configuration file cannot ask for it
     noise = "noise_level" if load_family(model).process == "flow" else "eta"
     return Config(model=model).model_copy(update={"rollout": rollout.model_copy(update={noise: 0.0})})
+
+
+def _warn_of_cut(sampler: Sampler, prompts: Sequence[str], display: Display) -> None:
+    """Says which prompts are longer than the model's text encoders read."""
+    if warning := read_prompts(sampler.policy.text_limits, prompts).warning:
+        display.warning(f"prompts: {warning}")
 
 
 def _draw(sampler: Sampler, prompts: Sequence[str], count: int, seed: int, display: Display) -> Tensor:

@@ -10,12 +10,15 @@ from loopfast.policies.loading import (
     torch_device,
     trained_steps,
 )
+from loopfast.policies.local_limits import local_text_limits
 from loopfast.policies.signature import adapter_signature, addresses, layers_with_adapter
+from loopfast.policies.text_limits import TextLimit, read_prompts
 
 __all__ = [
     "Caller",
     "Conditioning",
     "Policy",
+    "TextLimit",
     "adapter_signature",
     "addresses",
     "expand",
@@ -24,7 +27,9 @@ __all__ = [
     "load_policy",
     "load_schedule",
     "load_scheduler",
+    "local_text_limits",
     "pad_rows",
+    "read_prompts",
     "scheduler_notes",
     "torch_device",
     "trained_steps",

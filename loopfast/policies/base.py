@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from loopfast.policies.text_limits import TextLimit
+
 Conditioning = dict[str, Tensor]
 """What a prompt becomes: tensors by name, a row each per prompt."""
 
@@ -30,6 +32,7 @@ class Policy(Protocol):
         decoder_rows: how many latents :meth:`decode` is given at a time.
         device, dtype: where the denoiser is, and the type its latents have.
         levers: what makes its denoiser faster, by name: on or off, or which.
+        text_limits: how many tokens of a prompt its text encoders read.
     """
 
     scheduler: Any
@@ -38,6 +41,7 @@ class Policy(Protocol):
     device: torch.device
     dtype: torch.dtype
     levers: dict[str, bool | str]
+    text_limits: tuple[TextLimit, ...]
 
     def describe(self) -> str:
         """One line that names the model and what of it is trained."""

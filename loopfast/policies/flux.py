@@ -24,6 +24,7 @@ class FluxPolicy(PipelinePolicy):
     pipeline_class: ClassVar[Any] = FluxPipeline
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     sequence_length: ClassVar[int | None] = 512
+    t5_tokenizer: ClassVar[str | None] = "tokenizer_2"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -34,6 +34,7 @@ from loopfast.policies.levers import (
 from loopfast.policies.loading import absent_components, first_line, locate, torch_device
 from loopfast.policies.portable import save_portable
 from loopfast.policies.resolution import decoder_rows, latent_size
+from loopfast.policies.text_limits import TOKENIZERS, TextLimit, encoder_of
 
 # Prompts encoded in one call, and the bytes from which on what comes out is kept in the host's memory.
 ENCODED_AT_ONCE, LARGE = 64, 256 * 2**20
@@ -82,6 +83,10 @@ class PipelinePolicy(Policy):
     """Further arguments of ``from_pretrained``."""
     sequence_length: ClassVar[int | None] = None
     """Tokens that a T5 encoder reads unless told; None where there is no such encoder."""
+    t5_tokenizer: ClassVar[str | None] = None
+    """The component that tokenizes for a T5 encoder; the others do for CLIP."""
+    lowers_prompts: ClassVar[bool] = False
+    """The pipeline makes a prompt's letters small."""
 
     def __init__(
         self,
@@ -106,6 +111,12 @@ class PipelinePolicy(Policy):
         self._denoiser = getattr(self.pipeline, family.denoiser).requires_grad_(False).eval()
         for name in self._text_encoders():
             getattr(self.pipeline, name).requires_grad_(False).eval().to(self.device)
+        tokenizers = {
+            name: getattr(self.pipeline, name)
+            for name in TOKENIZERS
+            if encoder_of(name) in self._text_encoders()
+        }
+        self.text_limits = self.limits_of(config, type(self.pipeline).__name__, tokenizers)
         self._vae = self._decoder()
         size = latent_size(config, family, self._denoiser.config, self._vae.config)
         self.latent_shape: tuple[int, ...] = (self._denoiser.config.in_channels, *size)
@@ -234,7 +245,34 @@ class PipelinePolicy(Policy):
     @property
     def max_sequence_length(self) -> int | None:
         """Tokens that a T5 encoder reads."""
-        return self._config.max_sequence_length or self.sequence_length
+        return self._t5_tokens(self._config, type(self.pipeline).__name__)
+
+    @classmethod
+    def _t5_tokens(cls, config: ModelConfig, pipeline: str) -> int | None:
+        """Tokens that a T5 encoder reads in a pipeline of this class's name."""
+        return config.max_sequence_length or cls.sequence_length
+
+    @classmethod
+    def limits_of(
+        cls, config: ModelConfig, pipeline: str, tokenizers: Mapping[str, Any]
+    ) -> tuple[TextLimit, ...]:
+        """How many tokens :meth:`encode` gives to each text encoder.
+
+        Args:
+            config: the section ``model``.
+            pipeline: the name of the pipeline's class.
+            tokenizers: by the component's name, of the text encoders that are there.
+
+        Returns:
+            The limits; one for text encoders that tokenize alike.
+        """
+        limits: dict[tuple[str, int, int], TextLimit] = {}
+        for name, tokenizer in tokenizers.items():
+            t5_tokens = cls._t5_tokens(config, pipeline) if name == cls.t5_tokenizer else None
+            encoder, tokens = ("T5", t5_tokens) if t5_tokens else ("CLIP", tokenizer.model_max_length)
+            limit = TextLimit(encoder, tokens, tokenizer, cls.lowers_prompts)
+            limits.setdefault((encoder, tokens, len(tokenizer)), limit)
+        return tuple(limits.values())
 
     @override
     def describe(self) -> str:

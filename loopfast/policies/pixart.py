@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
+from loopfast.config import ModelConfig
 from loopfast.policies.adapter import exported_adapter, lora_config
 from loopfast.policies.base import Conditioning
 from loopfast.policies.pipeline import PipelinePolicy
@@ -26,12 +27,14 @@ class PixArtPolicy(PipelinePolicy):
 
     pipeline_class: ClassVar[Any] = DiffusionPipeline
     sequence_length: ClassVar[int | None] = 300
+    t5_tokenizer: ClassVar[str | None] = "tokenizer"
+    lowers_prompts: ClassVar[bool] = True
 
-    @property
+    @classmethod
     @override
-    def max_sequence_length(self) -> int | None:
-        own = 120 if type(self.pipeline).__name__ == "PixArtAlphaPipeline" else self.sequence_length
-        return self._config.max_sequence_length or own
+    def _t5_tokens(cls, config: ModelConfig, pipeline: str) -> int | None:
+        own = 120 if pipeline == "PixArtAlphaPipeline" else cls.sequence_length
+        return config.max_sequence_length or own
 
     @override
     def _encode(self, prompts: list[str]) -> Conditioning:

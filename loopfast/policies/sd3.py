@@ -19,6 +19,7 @@ class StableDiffusion3Policy(PipelinePolicy):
     pipeline_class: ClassVar[Any] = StableDiffusion3Pipeline
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     sequence_length: ClassVar[int | None] = 256
+    t5_tokenizer: ClassVar[str | None] = "tokenizer_3"
 
     @override
     def _encode(self, prompts: list[str]) -> Conditioning:

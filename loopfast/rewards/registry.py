@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from loopfast.config import RewardConfig
 from loopfast.errors import ConfigError, MissingExtraError
-from loopfast.plugins import is_reference
+from loopfast.plugins import is_reference, reference_of_path
 from loopfast.rewards.aesthetic import aesthetic
 from loopfast.rewards.base import Reward, RewardSet, RewardTerm
 from loopfast.rewards.blip_vqa import blip_vqa
@@ -156,6 +156,8 @@ def find_reward(name: str) -> RewardInfo:
         ConfigError: there is none.
     """
     if name not in REWARDS:
+        if advice := reference_of_path(name):
+            raise ConfigError(f"reward {name!r}: {advice}")
         near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
         raise ConfigError(
             f"no reward {name!r}; nearest: {near!r}; allowed: {', '.join(REWARDS)} or module:function"

@@ -26,6 +26,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, make_config: MakeConfig) 
     return train(config, display=Display(quiet=True))
 
 
+# The model reads 16 tokens, two of them marks of beginning and end.
+LONG = "a blue cross and " * 4 + "a red circle"
+LONG_IS_CUT = (
+    "1 of 1 is longer than a text encoder reads and cut (CLIP at 16 tokens: 1), the first after "
+    "'… blue cross and a blue'"
+)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -48,18 +56,21 @@ def test_eval_repeats_the_runs_own_last_evaluation(
     assert shown.err == ""
 
 
-def test_eval_of_other_prompts_and_noise(finished: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+def test_eval_of_other_prompts_and_noise(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text(f"a red circle\n{LONG}\n")
     options = ["--prompts", str(tmp_path / "prompts.txt"), "--images-per-prompt", "3", "-q"]
     found = []
     for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
         output = tmp_path / f"{name}.json"
         assert main(["eval", str(finished), *options, "--seed", seed, "--output", str(output)]) == 0
         found.append(json.loads(output.read_text("utf-8")))
-    assert [item["prompt"] for item in found[0]["items"]] == ["a red circle"] * 3 + ["a blue square"] * 3
+    assert [item["prompt"] for item in found[0]["items"]] == ["a red circle"] * 3 + [LONG] * 3
     assert set(found[0]["by_category"]) == {"all"}
     assert found[0] == found[1]
     assert found[0]["reward"] != found[2]["reward"]
+    assert capsys.readouterr().err == f"warning: prompts: {LONG_IS_CUT.replace('1 of 1', '1 of 2')}\n" * 3
 
 
 def test_sample_of_a_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,16 +121,19 @@ def test_sample_options_change_the_images(finished: Path, tmp_path: Path) -> Non
     assert len(set(found)) == 4
 
 
-def test_sample_of_a_pipeline(pipeline_folder: Path, finished: Path, tmp_path: Path) -> None:
+def test_sample_of_a_pipeline(
+    pipeline_folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a blue star\n")
+    prompts.write_text(f"{LONG}\n")
     options = ["--prompts", str(prompts), "--count", "1", "--steps", "2", "-q"]
     exported = finished / "model"
     for target, folder in ((pipeline_folder, "a"), (pipeline_folder, "b"), (exported, "c")):
         assert main(["sample", str(target), *options, "--output", str(tmp_path / folder)]) == 0
     first, again, trained = (files(tmp_path / folder) for folder in "abc")
-    assert list(first) == ["000-a-blue-star-00.png"]
+    assert [name[:15] for name in first] == ["000-a-blue-cros"]
     assert first == again
+    assert capsys.readouterr().err == f"warning: prompts: {LONG_IS_CUT}\n" * 3
     assert first != trained
 
 
