@@ -133,13 +133,22 @@ class LoraConfig(_Section):
     """Also train the norms of the weights' columns (DoRA)."""
     text_encoder: bool = False
     """Also train an adapter of the text encoder's attention; Stable Diffusion 1.x and 2.x only."""
+    from_: _Text | None = Field(default=None, alias="from")
+    """A LoRA to go on from: a folder, a file, a hub name, or a run's folder; null: training starts at the base model.
+    The base model stays the reference."""
 
 
 class ModelConfig(_Section):
     """The model to train and how its weights are held."""
 
     pretrained: _Text
-    """A diffusers pipeline: a directory, a hub name, or ``embedded`` for the model inside the package."""
+    """A diffusers pipeline: a directory, a hub name, or ``embedded`` for the model inside the package; or one file with
+    the weights of a whole model."""
+    config: _Text | None = None
+    """With one file: the pipeline that describes it, a directory or hub name; null: what diffusers takes it for, from
+    the hub."""
+    allow_pickle: bool = False
+    """Also read weights that torch's pickle wrote (.bin, .ckpt), and nothing in them but tensors."""
     revision: _Text | None = None
     """Branch, tag or commit of a hub repository."""
     variant: _Text | None = None
@@ -447,7 +456,7 @@ def config_to_yaml(config: Config, *, defaults: bool = True) -> str:
         config: the configuration.
         defaults: write keys that have their default value, too.
     """
-    values = config.model_dump(exclude_defaults=not defaults)
+    values = config.model_dump(exclude_defaults=not defaults, by_alias=True)
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -661,6 +670,11 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
     algorithm = ALGORITHMS[config.algorithm.name]
     samples = config.algorithm.samples_per_prompt
     rollout, train = config.rollout, config.train
+    if config.model.tune == "full" and config.model.lora.from_ is not None:
+        allowed = (
+            "null with model.tune: full; `loopfast export --merge` writes the base model with a LoRA in it"
+        )
+        yield _problem(("model", "lora", "from"), config.model.lora.from_, allowed)
     if algorithm.needs_group and samples < 2:
         allowed = f"2 or more with {algorithm.name}, which compares the images of a prompt with each other"
         yield _problem(("algorithm", "samples_per_prompt"), samples, allowed)

@@ -55,7 +55,7 @@ def policy_of(config: Config, checkpoint: Checkpoint) -> Policy:
         ConfigError: the model cannot be loaded.
         CheckpointError: the checkpoint is of another model.
     """
-    policy = load_policy(config.model, seed=config.run.seed)
+    policy = load_policy(config.model, seed=config.run.seed, start=False)
     parameters = policy.trainable()
     saved = trained_weights(checkpoint)
     if saved.keys() != parameters.keys():

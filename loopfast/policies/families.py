@@ -23,6 +23,7 @@ class Family:
         process: what its scheduler samples: the ``diffusion`` process of DDPM, or a ``flow``.
         patch: latent pixels on a side of what the denoiser takes as one token; 1 for a UNet.
         size: height and width of the latents, where the denoiser's configuration has none.
+        lora_of_text: the text encoder can be trained, too, by an adapter.
     """
 
     pipelines: tuple[str, ...]
@@ -32,6 +33,7 @@ class Family:
     process: Literal["diffusion", "flow"] = "diffusion"
     patch: int = 1
     size: int | None = None
+    lora_of_text: bool = False
 
     def policy_class(self) -> type[PipelinePolicy]:
         """The class of its policy."""
@@ -51,6 +53,7 @@ FAMILIES = (
         "Stable Diffusion 1.x and 2.x",
         "loopfast.policies.sd:StableDiffusionPolicy",
         "unet",
+        lora_of_text=True,
     ),
     Family(("StableDiffusionXLPipeline",), "SDXL", "loopfast.policies.sdxl:StableDiffusionXLPolicy", "unet"),
     Family(

@@ -13,7 +13,7 @@ from loopfast.config import load_config
 from loopfast.console import Display
 from loopfast.evaluation.trained import sampler_of, trained_policy
 from loopfast.policies import Policy, load_policy
-from loopfast.policies.loading import locate
+from loopfast.policies.source import locate
 from loopfast.rollout import initial_latents
 from loopfast.seeds import row_seeds
 from tests.distributed.conftest import Runs, distance, saved

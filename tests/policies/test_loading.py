@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from loopfast.config import ModelConfig, RolloutConfig
 from loopfast.errors import ConfigError
 from loopfast.policies import load_policy, load_schedule, load_scheduler, trained_steps
-from loopfast.policies.loading import locate
+from loopfast.policies.source import locate
 from loopfast.schedules import transition_schedule
 
 PROCESS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
