@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from loopfast import __version__
 from loopfast.checkpoints import Checkpoint
-from loopfast.config import Config, config_to_yaml
+from loopfast.config import Config, ModelConfig, config_to_yaml
+from loopfast.evaluation.exported import BASE, BASE_CONFIG, CARD
 from loopfast.files import write_file
 from loopfast.policies import load_family
+from loopfast.policies.source import find_source
 from loopfast.reporting import run_picture
 from loopfast.tracking import read_metrics
 
@@ -20,7 +25,7 @@ PICTURE = "training.png"
 
 
 def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, whole: bool) -> Path:
-    """Writes ``README.md``, and where the run kept images of two evaluations a picture of before, after and the reward.
+    """Writes the card, and where the run kept images of two evaluations a picture of before, after and the reward.
 
     Args:
         run: the run's folder.
@@ -43,6 +48,9 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, w
         base=_public_name(config.model.pretrained),
         is_hub=_is_hub_name(config.model.pretrained),
         is_embedded=config.model.pretrained == "embedded",
+        places={} if whole else _places(config.model, to),
+        pipeline_class="DiffusionPipeline" if whole else _pipeline_class(config.model),
+        load_base=_load_base(config.model),
         whole=whole,
         pixart=not whole and (to / "adapter_config.json").is_file(),
         config=config,
@@ -60,7 +68,7 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, w
         settings=config_to_yaml(_without_paths(config), defaults=False),
         version=__version__,
     )
-    file = to / "README.md"
+    file = to / CARD
     write_file(file, text.encode())
     return file
 
@@ -68,6 +76,38 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, w
 def _has_two_previews(run: Path) -> bool:
     files = sorted((run / "evaluation").glob("iteration-*.json"))
     return len(files) > 1 and all(file.with_suffix(".png").is_file() for file in (files[0], files[-1]))
+
+
+def _places(model: ModelConfig, to: Path) -> dict[str, str]:
+    """The places of a base model that is not on the hub, seen from the card's folder, for the card's header."""
+    keys = {BASE: model.pretrained, BASE_CONFIG: model.config}
+    found = {}
+    for key, name in keys.items():
+        place = Path(name or "").expanduser()
+        if name == "embedded":
+            found[key] = name
+        elif name is not None and place.exists():
+            found[key] = os.path.relpath(place.resolve(), to.resolve())
+    return found
+
+
+def _pipeline_class(model: ModelConfig) -> str:
+    """The class that opens a model; of a single file diffusers has to be given the family's own."""
+    return load_family(model).pipelines[0] if find_source(model).file else "DiffusionPipeline"
+
+
+def _load_base(model: ModelConfig) -> str:
+    """Python that opens the base model; of a folder only the last part of its path, which the reader has elsewhere."""
+    name = json.dumps(_public_name(model.pretrained))
+    options = f"torch_dtype=torch.{model.dtype}"
+    for key in ("revision", "variant"):
+        if getattr(model, key) is not None:
+            options = f'{key}="{getattr(model, key)}", {options}'
+    if find_source(model).file is not None:
+        described = "" if model.config is None else f'config="{_public_name(model.config)}", '
+        return f"{_pipeline_class(model)}.from_single_file({name}, {described}{options})"
+    place = 'files("loopfast.embedded") / "model"' if model.pretrained == "embedded" else name
+    return f"DiffusionPipeline.from_pretrained({place}, {options})"
 
 
 def _is_hub_name(pretrained: str) -> bool:
@@ -80,7 +120,12 @@ def _public_name(pretrained: str) -> str:
 
 
 def _without_paths(config: Config) -> Config:
-    model = config.model.model_copy(update={"pretrained": _public_name(config.model.pretrained)})
+    named = {key: getattr(config.model, key) for key in ("pretrained", "config")}
+    public: dict[str, Any] = {key: _public_name(name) for key, name in named.items() if name is not None}
+    start = config.model.lora.from_
+    if start is not None:
+        public["lora"] = config.model.lora.model_copy(update={"from_": _public_name(start)})
+    model = config.model.model_copy(update=public)
     run = config.run.model_copy(update={"directory": "runs"})
     return config.model_copy(update={"model": model, "run": run})
 

@@ -20,8 +20,8 @@ from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
 from loopfast.policies.families import Family, family_of
 from loopfast.policies.loading import first_line
-from loopfast.policies.source import locate
 from loopfast.policies.resolution import latent_size
+from loopfast.policies.source import locate
 
 _MODELS = resources.files("loopfast.planning") / "models"
 

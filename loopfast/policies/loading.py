@@ -68,6 +68,17 @@ def load_policy(
     )
 
 
+def adopted_lora(config: ModelConfig) -> ModelConfig:
+    """The section ``model`` with the rank, the layers and the kind of adapter that its ``lora.from`` has.
+
+    Raises:
+        ConfigError: the model or the LoRA cannot be found or read.
+    """
+    from loopfast.policies.lora_file import adopted
+
+    return adopted(config, load_family(config))
+
+
 def load_family(config: ModelConfig) -> Family:
     """The family of a model, without loading the model.
 

@@ -71,7 +71,7 @@ def read_lora(config: ModelConfig, family: Family) -> Lora:
     Raises:
         ConfigError: there is none, or it does not fit the model.
     """
-    file = _file(config)
+    file = lora_weights(config)
     names = read_shapes(KEY, file)
     if any("dora_scale" in name for name in names):
         raise ConfigError(
@@ -169,8 +169,12 @@ def _all_ends(name: str) -> list[str]:
     return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
 
 
-def _file(config: ModelConfig) -> Path:
-    """The file with the weights, downloaded where it is on the hub."""
+def lora_weights(config: ModelConfig) -> Path:
+    """The file that ``model.lora.from`` names, downloaded where it is on the hub.
+
+    Raises:
+        ConfigError: there is none.
+    """
     name = config.lora.from_
     assert name is not None
     place = local_path(KEY, name) or _downloaded(name)
@@ -190,8 +194,8 @@ def _in_folder(folder: Path, allow_pickle: bool) -> Path:
     if (folder / "config.yaml").is_file() and not is_lora(folder):
         if not is_lora(folder / "lora"):
             raise ConfigError(
-                f"{KEY}: {str(folder)!r} is the folder of a run that has written no LoRA: it trained all weights, or is "
-                f"not finished; `loopfast export {folder} --to FOLDER` writes what it has trained"
+                f"{KEY}: {str(folder)!r} is a run's folder without a LoRA: the run trained all weights, or is not "
+                f"finished; `loopfast export {folder} --to FOLDER` writes what it has trained"
             )
         folder = folder / "lora"
     known = (*_PEFT_FILES, *LORA_FILES) if (folder / "adapter_config.json").is_file() else LORA_FILES
@@ -207,8 +211,8 @@ def _in_folder(folder: Path, allow_pickle: bool) -> Path:
         )
     found = ", ".join(file.name for file in files[:3]) or "none"
     raise ConfigError(
-        f"{KEY}: {str(folder)!r} is no LoRA's folder: it has no {LORA_FILES[0]} or {_PEFT_FILES[0]}; other .safetensors "
-        f"files: {found}{'; name the one you mean' if files else ''}"
+        f"{KEY}: {str(folder)!r} is no LoRA's folder: it has no {LORA_FILES[0]} or {_PEFT_FILES[0]}; other "
+        f".safetensors files: {found}{'; name the one you mean' if files else ''}"
     )
 
 
@@ -224,8 +228,8 @@ def _downloaded(name: str) -> Path:
         raise ConfigError(f"{KEY}: no LoRA at {name!r}: {first_line(error)}{not_on_the_hub(name)}") from error
     if not is_lora(folder):
         raise ConfigError(
-            f"{KEY}: {name!r} on the hub has no {LORA_FILES[0]} or adapter_config.json; download the file you mean, and "
-            "name its path"
+            f"{KEY}: {name!r} on the hub has no {LORA_FILES[0]} or adapter_config.json; download the file you mean, "
+            "and name its path"
         )
     return folder
 
@@ -250,7 +254,7 @@ def _of_diffusers(config: ModelConfig, family: Family, file: Path) -> Lora:
     weights, metadata = found[0], found[-1]
     alphas = found[1] if len(found) == 3 else None
     networks = {name.split(".")[0] for name in weights}
-    layers = {}
+    layers: dict[str, dict[str, Factors]] = {}
     if family.denoiser in networks:
         layers[family.denoiser] = _loaded(
             file,
@@ -309,7 +313,8 @@ def _of_peft(config: ModelConfig, family: Family, file: Path) -> Lora:
         plain = {name.removeprefix(prefix): value for name, value in found.items()}
         set_peft_model_state_dict(skeleton, plain, _ADAPTER, low_cpu_mem_usage=True)
 
-    return Lora({family.denoiser: _loaded(file, weights, family.denoiser, skeleton, load)})
+    network: str = family.denoiser
+    return Lora({network: _loaded(file, weights, network, skeleton, load)})
 
 
 def _loaded(
@@ -324,8 +329,8 @@ def _loaded(
         known = tuple(f"{network}.{name}." for name in layers)
         strange = next((name for name in given if not name.startswith(known)), given[0])
         raise ConfigError(
-            f"{KEY}: {str(file)!r} has {len(given)} tensors for the {network}, and {used} of them fit it; one that does "
-            f"not: {strange}"
+            f"{KEY}: {str(file)!r} has {len(given)} tensors for the {network}, and {used} of them fit it; one that "
+            f"does not: {strange}"
         )
     return layers
 

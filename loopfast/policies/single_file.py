@@ -120,7 +120,8 @@ def _read(file: Path, changed: int) -> Mapping[str, Tensor]:
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
             return {
-                name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()
+                name: torch.empty(opened.get_slice(name).get_shape(), device="meta")
+                for name in opened.keys()  # noqa: SIM118 - it is no mapping
             }
     found = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     while "state_dict" in found:

@@ -16,7 +16,7 @@ from loopfast.cli import app
 from loopfast.config import load_config
 from loopfast.console import Display
 from loopfast.errors import CheckpointError, ConfigError
-from loopfast.evaluation.trained import newest_checkpoint, trained_policy
+from loopfast.evaluation.trained import newest_checkpoint, policy_of
 from loopfast.exporting import export_run
 from loopfast.train import train
 from tests.conftest import MakeConfig
@@ -44,7 +44,7 @@ def export(run: Path, to: Path, **options: object) -> Path:
 
 @torch.no_grad()
 def outputs(denoiser: torch.nn.Module, run: Path) -> torch.Tensor:
-    policy = trained_policy(run, load_config(run / "config.yaml"), Display.silent())
+    policy = policy_of(load_config(run / "config.yaml"), newest_checkpoint(run, Display.silent()))
     sample = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     timestep, text = torch.tensor([501]), policy.encode(PROMPT)
     ours = policy.predict(sample, timestep, text)[0]
