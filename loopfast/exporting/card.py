@@ -51,6 +51,7 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, w
         places={} if whole else _places(config.model, to),
         pipeline_class="DiffusionPipeline" if whole else _pipeline_class(config.model),
         load_base=_load_base(config.model),
+        sampled_with=_sampled_with(config),
         whole=whole,
         pixart=not whole and (to / "adapter_config.json").is_file(),
         config=config,
@@ -108,6 +109,19 @@ def _load_base(model: ModelConfig) -> str:
         return f"{_pipeline_class(model)}.from_single_file({name}, {described}{options})"
     place = 'files("loopfast.embedded") / "model"' if model.pretrained == "embedded" else name
     return f"DiffusionPipeline.from_pretrained({place}, {options})"
+
+
+def _sampled_with(config: Config) -> str:
+    """Arguments of the pipeline's call for images like those of the run."""
+    model = config.model
+    given: dict[str, Any] = {
+        "num_inference_steps": config.rollout.steps,
+        "guidance_scale": f"{config.rollout.guidance_scale:g}",
+        **{key: getattr(model, key) for key in ("height", "width", "max_sequence_length")},
+    }
+    if load_family(model).pipelines[0].startswith("PixArt") and (model.height or model.width):
+        given["use_resolution_binning"] = False  # it would draw them in a size of a table, and scale them
+    return ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
 
 
 def _is_hub_name(pretrained: str) -> bool:

@@ -271,4 +271,6 @@ _DESCRIBED = (
 
 def first_line(error: Exception) -> str:
     """What went wrong, without the advice that libraries append."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
     return str(error).strip().split("\n")[0]

@@ -69,10 +69,21 @@ def load_single_file(
         )
         options = {**options, **{part: getattr(donor, part) for part in lacking}}
     try:
-        return pipeline_class.from_single_file(str(file), config=str(pipeline), revision=revision, **options)
+        loaded = pipeline_class.from_single_file(
+            str(file), config=str(pipeline), revision=revision, **options
+        )
     except SingleFileComponentError as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"model.pretrained: {str(file)!r}: {reason}") from error
+    for part, network in loaded.components.items():
+        if isinstance(network, torch.nn.Module):
+            empty = [name for name, value in network.named_parameters() if value.is_meta]
+            if empty:
+                raise ConfigError(
+                    f"model.pretrained: {str(file)!r} lacks {len(empty)} tensors of the {part} that {str(pipeline)!r} "
+                    f"describes, such as {empty[0]}"
+                )
+    return loaded
 
 
 def shapes(file: Path) -> Mapping[str, Tensor]:
