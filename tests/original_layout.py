@@ -93,9 +93,7 @@ def _vae(vae: Any) -> Iterator[tuple[str, Tensor]]:
     for name, value in vae.state_dict().items():
         for ours, theirs in _VAE.items():
             name = re.sub(rf"\b{re.escape(ours)}\b", theirs, name)
-        name = re.sub(
-            r"up_blocks\.(\d+)", lambda found: f"up.{levels - 1 - int(found.group(1))}", name
-        )
+        name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{levels - 1 - int(found.group(1))}", name)
         name = name.replace("down_blocks", "down").replace("resnets", "block")
         name = name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
         square = "attn_1" in name and value.ndim == 2

@@ -20,20 +20,23 @@ def config_show(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @config_app.command("check", epilog="**Example:** `loopfast config check mine.yaml`")
 def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Check a configuration, its prompts and its rewards without loading any model.
+    """Check a configuration, its prompts, its rewards and its model's place without loading any model.
 
     Names of models on the hub are not looked up; that their weights can be read shows when training starts, before
     anything is sampled.
     """
     settings = load(config, overrides)
     from loopfast.engines import require_type
+    from loopfast.policies import check_model
     from loopfast.prompts import load_prompts
     from loopfast.rewards import build_rewards
 
     # not for auto: another machine than this one may have GPUs
     require_type(settings, settings.model.device)
+    family = check_model(settings.model)
     sources = dict.fromkeys([settings.prompts.source, settings.evaluation.prompts or settings.prompts.source])
-    lines = [f"prompts {source}: {len(load_prompts(source))}" for source in sources]
+    lines = [] if family is None else [f"model {settings.model.pretrained}: {family.title}"]
+    lines += [f"prompts {source}: {len(load_prompts(source))}" for source in sources]
     rewards = build_rewards(settings.reward, load=False)
     lines += [f"reward {term.name}: weight {term.weight:g}" for term in rewards.terms]
     print(*lines, f"{config}: no problem found", sep="\n")

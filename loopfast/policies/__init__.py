@@ -3,6 +3,7 @@
 from loopfast.policies.base import Caller, Conditioning, Policy, expand, pad_rows
 from loopfast.policies.loading import (
     adopted_lora,
+    check_model,
     load_family,
     load_policy,
     load_schedule,
@@ -21,6 +22,7 @@ __all__ = [
     "adapter_signature",
     "addresses",
     "adopted_lora",
+    "check_model",
     "expand",
     "is_lora",
     "layers_with_adapter",

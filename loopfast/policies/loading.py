@@ -68,6 +68,21 @@ def load_policy(
     )
 
 
+def check_model(config: ModelConfig) -> Family | None:
+    """The family of a model that is on this machine; None for a hub name, which is not looked up.
+
+    Raises:
+        ConfigError: ``model.pretrained`` or ``model.lora.from`` names a place here that does not hold what it should.
+    """
+    from loopfast.policies.lora_file import lora_weights
+    from loopfast.policies.source import local_path
+
+    start = config.lora.from_
+    if start is not None and local_path("model.lora.from", start) is not None:
+        lora_weights(config)
+    return load_family(config) if isinstance(locate(config), Path) else None
+
+
 def adopted_lora(config: ModelConfig) -> ModelConfig:
     """The section ``model`` with the rank, the layers and the kind of adapter that its ``lora.from`` has.
 
@@ -242,14 +257,14 @@ def torch_device(name: str, *, key: str = "model.device") -> torch.device:
 
 def _index(config: ModelConfig) -> dict[str, Any]:
     """The pipeline's ``model_index.json``."""
-    from diffusers import DiffusionPipeline
-
     source = find_source(config)
     place = source.pipeline
     try:
         if isinstance(place, Path):
-            index = json.loads((place / DiffusionPipeline.config_name).read_text("utf-8"))
+            index = json.loads((place / "model_index.json").read_text("utf-8"))
         else:
+            from diffusers import DiffusionPipeline
+
             index = DiffusionPipeline.load_config(place, revision=config.revision)
     except (OSError, ValueError) as error:
         reason = first_line(error)
