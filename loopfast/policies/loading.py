@@ -13,7 +13,7 @@ from loopfast.errors import ConfigError
 from loopfast.policies.base import Policy
 from loopfast.policies.families import Family, family_of, supported
 from loopfast.policies.resolution import latent_size
-from loopfast.policies.source import find_source, locate, not_on_the_hub, refuse_pickled_parts
+from loopfast.policies.source import check_weights, find_source, locate, not_on_the_hub
 from loopfast.schedules import TransitionSchedule, refuse_unmapped, resolution_shift, transition_schedule
 
 # Samplers of the same diffusion process: their training schedule defines the DDIM transition as well.
@@ -105,7 +105,7 @@ def load_family(config: ModelConfig) -> Family:
     family = family_of(name)
     if family is None:
         raise ConfigError(f"model.pretrained: {config.pretrained!r} is a {name}; supported: {supported()}")
-    refuse_pickled_parts(config, [part for part in (family.denoiser, "vae", *TEXT_ENCODERS) if part in index])
+    check_weights(config, [part for part in (family.denoiser, "vae", *TEXT_ENCODERS) if part in index])
     return family
 
 

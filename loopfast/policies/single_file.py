@@ -75,6 +75,10 @@ def load_single_file(
     except SingleFileComponentError as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"model.pretrained: {str(file)!r}: {reason}") from error
+    except NotImplementedError as error:  # of weights that were not in the file, on the device "meta"
+        raise ConfigError(
+            f"model.pretrained: {str(file)!r} lacks tensors of the pipeline that {str(pipeline)!r} describes"
+        ) from error
     for part, network in loaded.components.items():
         if isinstance(network, torch.nn.Module):
             empty = [name for name, value in network.named_parameters() if value.is_meta]

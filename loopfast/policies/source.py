@@ -18,6 +18,8 @@ from loopfast.policies.single_file import described_by, shapes
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 """Ends of the names of files that torch's pickle wrote."""
 _FILES = (*PICKLED, ".safetensors", ".gguf")
+_WEIGHTS = (".safetensors", ".bin")
+_VARIANT = re.compile(r"^[^.]+\.([A-Za-z][\w]*)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _SWITCH = (
     "model.allow_pickle: true reads it, and nothing in it but tensors (torch.load with weights_only=True)"
@@ -111,23 +113,32 @@ def not_on_the_hub(name: str) -> str:
     return f"; the folder {str(parent)!r} is here, without {Path(name).name!r} in it{_similar(Path(name))}"
 
 
-def refuse_pickled_parts(config: ModelConfig, parts: Sequence[str]) -> None:
-    """Raises `ConfigError` where a folder has pickled weights only, and reading them was not allowed.
+def check_weights(config: ModelConfig, parts: Sequence[str]) -> None:
+    """Looks at the names of a folder's weight files.
 
     Args:
         config: the section ``model``.
         parts: the components that are loaded with weights.
+
+    Raises:
+        ConfigError: they are pickled only, and reading those was not allowed; or of a variant only, and none is named.
     """
-    folder = locate(config)
-    if config.allow_pickle or not isinstance(folder, Path):
+    folder, file = find_source(config).pipeline, find_source(config).file
+    if file is not None or not isinstance(folder, Path):
         return
     for part in parts:
-        names = [file.name for file in (folder / part).glob("*")]
-        pickled = sorted(name for name in names if name.endswith(".bin"))
-        if pickled and not any(name.endswith(".safetensors") for name in names):
+        names = sorted(entry.name for entry in (folder / part).glob("*") if entry.suffix in _WEIGHTS)
+        allowed = [name for name in names if config.allow_pickle or name.endswith(".safetensors")]
+        if names and not allowed:
             raise ConfigError(
-                f"model.pretrained: the weights in {str(folder / part)!r} are pickled only ({pickled[0]}), and a "
-                f"pickled file can hold a program; {_SWITCH}"
+                f"model.pretrained: the weights in {str(folder / part)!r} are pickled only ({names[0]}), and a pickled "
+                f"file can hold a program; {_SWITCH}"
+            )
+        variants = [found.group(1) for name in allowed if (found := _VARIANT.search(name))]
+        if config.variant is None and variants and len(variants) == len(allowed):
+            raise ConfigError(
+                f"model.variant: found null, allowed: {variants[0]}; {str(folder / part)!r} has {allowed[0]} and no "
+                "weights without a variant"
             )
 
 
