@@ -130,7 +130,8 @@ def _is_hub_name(pretrained: str) -> bool:
 
 def _public_name(pretrained: str) -> str:
     """A hub name as it is; of a folder its last part: the rest is nobody else's business."""
-    return Path(pretrained).expanduser().name if Path(pretrained).expanduser().exists() else pretrained
+    place = Path(pretrained).expanduser()
+    return place.name if place.is_absolute() or place.exists() else pretrained
 
 
 def _without_paths(config: Config) -> Config:

@@ -23,6 +23,7 @@ KEY = "model.lora.from"
 _ADAPTER = "from"
 _PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _TEXT = "text_encoder"
+_OTHER_KINDS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "lora_mid": "LoCon in Tucker form"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ def read_lora(config: ModelConfig, family: Family) -> Lora:
         raise ConfigError(
             f"{KEY}: {str(file)!r} is a DoRA as kohya's scripts write it, which diffusers does not read"
         )
+    other = next((kind for part, kind in _OTHER_KINDS.items() if any(part in name for name in names)), None)
+    if other is not None:
+        raise ConfigError(f"{KEY}: {str(file)!r} is a {other}, an adapter of another kind than LoRA")
     try:
         if (file.parent / "adapter_config.json").is_file() and file.name in _PEFT_FILES:
             return _of_peft(config, family, file)
@@ -84,8 +88,13 @@ def read_lora(config: ModelConfig, family: Family) -> Lora:
     except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
         raise ConfigError(
             f"{KEY}: {str(file)!r} cannot be loaded into the {family.denoiser} of {config.pretrained!r}: "
-            f"{first_line(error)}"
+            f"{_short(first_line(error))}"
         ) from error
+
+
+def _short(reason: str) -> str:
+    """Peft lists the names of all layers that do not fit."""
+    return reason if len(reason) <= 200 else f"{reason[:200]} ..."
 
 
 def adopted(config: ModelConfig, family: Family) -> ModelConfig:
@@ -166,7 +175,8 @@ def _ends(names: Collection[str], wanted: Collection[str]) -> list[str]:
 
 def _all_ends(name: str) -> list[str]:
     parts = name.split(".")
-    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+    # a number alone says nothing: to_out.0, not 0
+    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1) if not parts[-count].isdigit()]
 
 
 def lora_weights(config: ModelConfig) -> Path:
@@ -327,10 +337,10 @@ def _loaded(
     used = sum(3 if factors.magnitude is not None else 2 for factors in layers.values())
     if used != len(given):
         known = tuple(f"{network}.{name}." for name in layers)
-        strange = next((name for name in given if not name.startswith(known)), given[0])
+        strange = [name for name in given if not name.startswith(known)]
+        shown = f", such as {strange[0]}" if 0 < len(strange) < len(given) else ""
         raise ConfigError(
-            f"{KEY}: {str(file)!r} has {len(given)} tensors for the {network}, and {used} of them fit it; one that "
-            f"does not: {strange}"
+            f"{KEY}: {str(file)!r} has {len(given)} tensors for the {network}, and {used} of them fit it{shown}"
         )
     return layers
 
