@@ -142,8 +142,7 @@ class ModelConfig(_Section):
     """The model to train and how its weights are held."""
 
     pretrained: _Text
-    """A diffusers pipeline: a directory, a hub name, or ``embedded`` for the model inside the package; or one file with
-    the weights of a whole model."""
+    """A diffusers pipeline (a directory, a hub name, or ``embedded``: the model in the package), or a file with its weights."""
     config: _Text | None = None
     """With one file: the pipeline that describes it, a directory or hub name; null: what diffusers takes it for, from
     the hub."""

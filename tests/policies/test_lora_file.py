@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loopfast.config import ModelConfig, config_to_yaml, parse_config
+from loopfast.config import ModelConfig, config_to_yaml, json_schema, parse_config
 from loopfast.errors import ConfigError
 from loopfast.policies import Policy, adopted_lora, check_model, load_policy
 from loopfast.policies.adapter import exported_adapter
@@ -338,6 +338,23 @@ def test_a_hub_name(
         ConfigError, match=r"^model\.lora\.from: no LoRA at 'somebody/else': .*no such folder"
     ):
         load_policy(settings(pipeline_folder, lora={"from": "somebody/else"}))
+
+
+def test_the_key_in_configurations() -> None:
+    """`from` is a word of Python's own: the field has another name, and no one sees it."""
+    config = parse_config("model: {pretrained: x, tune: lora}", ["model.lora.from=runs/a"])
+    assert config.model.lora.from_ == "runs/a"
+    shown = config_to_yaml(config)
+    assert "    from: runs/a\n" in shown
+    assert "from_" not in shown
+    assert parse_config(shown) == config
+    assert "from_" not in json.dumps(json_schema())
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'model\.lora\.form'; nearest known key: 'model\.lora\.from'"
+    ):
+        parse_config("model: {pretrained: x, lora: {form: a}}")
+    with pytest.raises(ConfigError, match=r"model\.lora\.from: found 3, allowed: "):
+        parse_config("model: {pretrained: x, lora: {from: 3}}")
 
 
 def test_all_weights_have_no_adapter_to_go_on_from() -> None:
