@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from pydantic_core import ErrorDetails
 
 from loopfast.algorithms import ALGORITHMS
@@ -137,12 +137,17 @@ class LoraConfig(_Section):
     """A LoRA to go on from: a folder, a file, a hub name, or a run's folder; null: training starts at the base model.
     The base model stays the reference."""
 
+    @model_serializer(mode="wrap")
+    def _with_the_key_of_the_file(self, handler: Callable[[LoraConfig], dict[str, Any]]) -> dict[str, Any]:
+        # `from` is a word of Python's own, so the field has another name
+        return {"from" if name == "from_" else name: value for name, value in handler(self).items()}
+
 
 class ModelConfig(_Section):
     """The model to train and how its weights are held."""
 
     pretrained: _Text
-    """A diffusers pipeline (a directory, a hub name, or ``embedded``: the model in the package), or a file with its weights."""
+    """A diffusers pipeline (a directory, a hub name, or ``embedded``, the package's own), or a file of weights."""
     config: _Text | None = None
     """With one file: the pipeline that describes it, a directory or hub name; null: what diffusers takes it for, from
     the hub."""
@@ -455,7 +460,7 @@ def config_to_yaml(config: Config, *, defaults: bool = True) -> str:
         config: the configuration.
         defaults: write keys that have their default value, too.
     """
-    values = config.model_dump(exclude_defaults=not defaults, by_alias=True)
+    values = config.model_dump(exclude_defaults=not defaults)
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 

@@ -168,7 +168,7 @@ def save_image(image: Tensor, path: Path) -> None:
 
 def _comparable(config: Config) -> dict[str, Any]:
     """Of a reward server it is where and how it is asked that is configured: it may move."""
-    sections = config.model_dump(mode="json", by_alias=True)
+    sections = config.model_dump(mode="json")
     for term in sections["reward"]:
         if term["name"] == "http":
             term["options"] = {}

@@ -163,9 +163,7 @@ def test_exports_of_every_family_are_read_back(
     policy = load_policy(config)
     disturb(policy)
     policy.export(tmp_path / "lora", weights(policy))
-    start = ModelConfig.model_validate(
-        {**config.model_dump(by_alias=True), "lora": {"from": str(tmp_path / "lora")}}
-    )
+    start = ModelConfig.model_validate({**config.model_dump(), "lora": {"from": str(tmp_path / "lora")}})
     found = weights(load_policy(adopted_lora(start)))
     assert found.keys() == weights(policy).keys()
     for name, value in weights(policy).items():
