@@ -101,7 +101,7 @@ def shapes(file: Path) -> Mapping[str, Tensor]:
     if any(word in key for key in found for word in _LORA):
         raise ConfigError(
             f"{name} is a LoRA, not a model: set model.lora.from={file} to go on from it, and model.pretrained to the "
-            "model that it was trained on"
+            "model that it was trained on; `loopfast sample` takes it with --pretrained"
         )
     if not any(key.startswith(_DENOISER) for key in found):
         whole = file.resolve().parent.parent
