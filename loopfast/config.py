@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from pydantic_core import ErrorDetails
 
 from loopfast.algorithms import ALGORITHMS
@@ -133,13 +133,26 @@ class LoraConfig(_Section):
     """Also train the norms of the weights' columns (DoRA)."""
     text_encoder: bool = False
     """Also train an adapter of the text encoder's attention; Stable Diffusion 1.x and 2.x only."""
+    from_: _Text | None = Field(default=None, alias="from")
+    """A LoRA to go on from: a folder, a file, a hub name, or a run's folder; null: training starts at the base model.
+    The base model stays the reference."""
+
+    @model_serializer(mode="wrap")
+    def _with_the_key_of_the_file(self, handler: Callable[[LoraConfig], dict[str, Any]]) -> dict[str, Any]:
+        # `from` is a word of Python's own, so the field has another name
+        return {"from" if name == "from_" else name: value for name, value in handler(self).items()}
 
 
 class ModelConfig(_Section):
     """The model to train and how its weights are held."""
 
     pretrained: _Text
-    """A diffusers pipeline: a directory, a hub name, or ``embedded`` for the model inside the package."""
+    """A diffusers pipeline (a directory, a hub name, or ``embedded``, the package's own), or a file of weights."""
+    config: _Text | None = None
+    """With one file: the pipeline that describes it, a directory or hub name; null: what diffusers takes it for, from
+    the hub."""
+    allow_pickle: bool = False
+    """Also read weights that torch's pickle wrote (.bin, .ckpt), and nothing in them but tensors."""
     revision: _Text | None = None
     """Branch, tag or commit of a hub repository."""
     variant: _Text | None = None
@@ -664,6 +677,11 @@ def _conflicts(config: Config) -> Iterator[tuple[_Path, str]]:
     algorithm = ALGORITHMS[config.algorithm.name]
     samples = config.algorithm.samples_per_prompt
     rollout, train = config.rollout, config.train
+    if config.model.tune == "full" and config.model.lora.from_ is not None:
+        allowed = (
+            "null with model.tune: full; `loopfast export --merge` writes the base model with a LoRA in it"
+        )
+        yield _problem(("model", "lora", "from"), config.model.lora.from_, allowed)
     if algorithm.needs_group and samples < 2:
         allowed = f"2 or more with {algorithm.name}, which compares the images of a prompt with each other"
         yield _problem(("algorithm", "samples_per_prompt"), samples, allowed)

@@ -244,6 +244,7 @@ class Trainer:
             keep_reference=config.algorithm.kl_weight > 0,
             cast=stage > 0,
             sharded=stage == 3,
+            start=checkpoint is None,
         )
         images = config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt
         if config.train.gradient_checkpointing:

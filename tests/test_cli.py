@@ -225,6 +225,7 @@ def test_eval_passes_options_and_shows_rewards(
     assert positional == (Path("runs/tiny"),)
     del keywords["display"]
     assert keywords == {
+        "pretrained": None,
         "prompts": "embedded:all",
         "images_per_prompt": 2,
         "seed": 7,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopfast.cli.app import config_app
@@ -37,20 +36,23 @@ def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
     settings = load(config, overrides)
     quiet_libraries()
     from loopfast.engines import require_settings, require_type
-    from loopfast.policies import load_schedule, local_text_limits
-    from loopfast.policies.loading import locate
+    from loopfast.policies import check_model, load_schedule, local_text_limits
     from loopfast.prompts import load_prompts
     from loopfast.rewards import build_rewards
 
     # not for auto: another machine than this one may have GPUs
     require_type(settings, settings.model.device)
     require_settings(settings, settings.model.device)
-    if isinstance(locate(settings.model), Path):
+    family = check_model(settings.model)
+    if family is not None:
         load_schedule(settings.model, settings.rollout)
     sources = dict.fromkeys([settings.prompts.source, settings.evaluation.prompts or settings.prompts.source])
     found = {source: load_prompts(source) for source in sources}
     limits = local_text_limits(settings.model)
-    lines = [line for source, prompts in found.items() for line in _describe_prompts(source, prompts, limits)]
+    lines = [] if family is None else [f"model {settings.model.pretrained}: {family.title}"]
+    lines += [
+        line for source, prompts in found.items() for line in _describe_prompts(source, prompts, limits)
+    ]
     if limits is None:
         lines.append(
             f"lengths of prompts: not checked; the tokenizers of {settings.model.pretrained!r} are not on this machine"

@@ -25,12 +25,22 @@ blip_vqa.weights=models/blip-vqa`
 """
 
 
+Pretrained = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The base model of a LoRA whose card does not say it: a folder, a file or a hub name.",
+    ),
+]
+
+
 @app.command(epilog='**Example:** `loopfast sample runs/tiny "a red circle and a blue square" --count 8`')
 def sample(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="RUN|MODEL", help="A run's folder, a pipeline's folder, embedded, or a hub name."
+            metavar="RUN|MODEL",
+            help="A run's folder, an exported LoRA's, a pipeline's, embedded, or a hub name.",
         ),
     ],
     texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
@@ -69,12 +79,13 @@ def sample(
         bool,
         typer.Option(
             "--base/--no-base",
-            help="With a run, also draw with the model before training, on the same noise, and show both in grid.png.",
+            help="With a run or a LoRA, also draw with the base model, on the same noise, and show both in grid.png.",
         ),
     ] = True,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the images.")
     ] = Path("samples"),
+    pretrained: Pretrained = None,
     quiet: Quiet = False,
 ) -> None:
     """Draw images with a trained model, or with any pipeline."""
@@ -97,6 +108,7 @@ def sample(
         paths = sample_images(
             target,
             wanted,
+            pretrained=pretrained,
             count=count,
             seed=seed,
             steps=steps,
@@ -112,7 +124,7 @@ def sample(
 
 @app.command(name="eval", epilog=_EVAL_EXAMPLES)
 def evaluate(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an exported LoRA's.")],
     prompts: Annotated[
         str | None,
         typer.Option(metavar="SOURCE", help="Prompts to draw; default: those the run was evaluated on."),
@@ -189,6 +201,7 @@ def evaluate(
     keep_images: Annotated[
         int, typer.Option(metavar="N", min=0, help="Keep the first N images of each prompt of a benchmark.")
     ] = 0,
+    pretrained: Pretrained = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure the reward of a run's model, or what it and the base model reach on a benchmark.
@@ -223,6 +236,7 @@ def evaluate(
             found, titles = evaluate_benchmark(
                 target,
                 benchmark,
+                pretrained=pretrained,
                 prompts_dir=prompts_dir,
                 categories=categories or [],
                 metrics=metrics or [],
@@ -247,6 +261,7 @@ def evaluate(
     with Display(quiet=quiet) as display:
         result = evaluate_checkpoint(
             target,
+            pretrained=pretrained,
             prompts=prompts,
             images_per_prompt=images_per_prompt,
             seed=seed,

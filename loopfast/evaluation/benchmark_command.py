@@ -17,7 +17,8 @@ from loopfast.evaluation.benchmark_results import summarize, write_results
 from loopfast.evaluation.embedded_benchmark import embedded_benchmark
 from loopfast.evaluation.metrics import with_metrics, with_options
 from loopfast.evaluation.t2i_compbench import IMAGES_PER_PROMPT, TITLES, t2i_compbench
-from loopfast.evaluation.trained import RunModels, newest_checkpoint, run_config
+from loopfast.evaluation.trained import RunModels, find_trained
+from loopfast.policies import lora_weights
 from loopfast.t2i_compbench import CATEGORIES as T2I_CATEGORIES
 
 BENCHMARKS: dict[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
@@ -31,6 +32,7 @@ _WITHOUT_EFFECT = {
     "model": {
         "device",
         "tune",
+        "allow_pickle",
         "lora",
         "attention",
         "fast_layers",
@@ -62,6 +64,7 @@ def evaluate_benchmark(
     target: Path,
     benchmark: str,
     *,
+    pretrained: str | None = None,
     prompts_dir: Path | None,
     categories: Sequence[str],
     metrics: Sequence[str],
@@ -78,11 +81,12 @@ def evaluate_benchmark(
     output: Path | None,
     display: Display,
 ) -> tuple[dict[str, Any], Mapping[str, str]]:
-    """Measures a run's newest good checkpoint, and the model before training, on a benchmark.
+    """Measures a run's newest good checkpoint, or an exported LoRA, and the model before training, on a benchmark.
 
     Args:
-        target: the run's folder.
+        target: the run's folder, or a LoRA's.
         benchmark: one of `BENCHMARKS`.
+        pretrained: the base model of a LoRA; None: what its card says.
         prompts_dir: the folder of T2I-CompBench's prompt files.
         categories: of the benchmark; none: all.
         metrics, metric_options: see `loopfast.evaluation.metrics`.
@@ -114,11 +118,11 @@ def evaluate_benchmark(
     chosen = [name for name in known if name in categories or not categories]
     parts = with_options(with_metrics(_categories(benchmark, prompts_dir, chosen), metrics), metric_options)
     sampler = {"steps": steps, "eta": eta, "noise_level": noise_level, "guidance_scale": guidance_scale}
-    config = _with_sampler(run_config(target), **sampler)
-    checkpoint = newest_checkpoint(target, display)
+    config, checkpoint = find_trained(target, display, pretrained=pretrained)
+    config = _with_sampler(config, **sampler)
     scope = Scope(images_per_prompt or IMAGES_PER_PROMPT, seed, limit_prompts, keep_images)
     folder = output or target / "benchmarks" / benchmark
-    candidates = _candidates(config, checkpoint, base=base)
+    candidates = _candidates(config, target, checkpoint, base=base)
     scores = run_benchmark(candidates, parts, scope, folder, display)
     result = summarize(benchmark, candidates, parts, scope, scores)
     for file in write_results(result, titles, folder):
@@ -143,7 +147,9 @@ def _with_sampler(config: Config, **changes: Any) -> Config:
     return config.model_copy(update={"rollout": config.rollout.model_copy(update=settings)})
 
 
-def _candidates(config: Config, checkpoint: Checkpoint, *, base: bool) -> list[Candidate]:
+def _candidates(
+    config: Config, target: Path, checkpoint: Checkpoint | None, *, base: bool
+) -> list[Candidate]:
     common = {
         section: {
             key: value
@@ -152,8 +158,11 @@ def _candidates(config: Config, checkpoint: Checkpoint, *, base: bool) -> list[C
         }
         for section, without in _WITHOUT_EFFECT.items()
     }
-    manifest = (checkpoint.path / "manifest.json").read_bytes()
-    weights = {"checkpoint": checkpoint.path.name, "sha256": hashlib.sha256(manifest).hexdigest()[:16]}
+    if checkpoint is None:
+        name, file = target.name, lora_weights(config.model)
+    else:
+        name, file = checkpoint.path.name, checkpoint.path / "manifest.json"
+    weights = {"checkpoint": name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
     models = RunModels(config, checkpoint)
     trained = Candidate("trained", {**common, "weights": weights}, models.trained)
     return [Candidate("base", common, models.base), trained] if base else [trained]

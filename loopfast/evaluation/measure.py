@@ -1,4 +1,4 @@
-"""What ``loopfast eval`` does without a benchmark: the run's own reward of its newest checkpoint."""
+"""What ``loopfast eval`` does without a benchmark: it measures a run's own reward of its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopfast.console import Display
 from loopfast.evaluation.evaluate import evaluate
-from loopfast.evaluation.trained import run_config, sampler_of, trained_policy
+from loopfast.evaluation.trained import find_trained, policy_of, sampler_of
 from loopfast.files import writing
 from loopfast.policies import read_prompts
 from loopfast.prompts import Prompt, load_prompts
@@ -21,16 +21,18 @@ from loopfast.rewards import Scores, build_rewards
 def evaluate_checkpoint(
     target: Path,
     *,
+    pretrained: str | None = None,
     prompts: str | None,
     images_per_prompt: int | None,
     seed: int,
     output: Path | None,
     display: Display,
 ) -> dict[str, Any]:
-    """Measures the newest good checkpoint of a run with the run's own rewards and sampler.
+    """Measures the newest good checkpoint of a run, or an exported LoRA, with the run's own rewards and sampler.
 
     Args:
-        target: the run's folder.
+        target: the run's folder, or that of a LoRA with the run's recipe on its card.
+        pretrained: the base model of a LoRA; None: what its card says.
         prompts: their source; None: those of the run's evaluations.
         images_per_prompt: None: as in the run's evaluations.
         seed: of the noise.
@@ -41,14 +43,14 @@ def evaluate_checkpoint(
         ``reward``, ``parts``, ``by_category`` and ``items``, as in a run's ``evaluation/*.json``.
 
     Raises:
-        ConfigError: the folder is not a run's.
+        ConfigError: the folder is neither.
         CheckpointError: the run has no checkpoint that can be used.
         RewardError: a reward failed.
     """
-    config = run_config(target)
+    config, checkpoint = find_trained(target, display, pretrained=pretrained, recipe=True)
     source = load_prompts(prompts or config.evaluation.prompts or config.prompts.source)
     rewards = build_rewards(config.reward)
-    sampler = sampler_of(config, trained_policy(target, config, display))
+    sampler = sampler_of(config, policy_of(config, checkpoint))
     if warning := read_prompts(sampler.policy.text_limits, [prompt.text for prompt in source]).warning:
         display.warning(f"prompts: {warning}")
     changes = {

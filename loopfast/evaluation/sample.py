@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loopfast.config import Config, ModelConfig, RolloutConfig
 from loopfast.console import Display
-from loopfast.evaluation.trained import RunModels, newest_checkpoint, run_config, sampler_of
+from loopfast.evaluation.exported import plain_config
+from loopfast.evaluation.trained import RunModels, find_trained, sampler_of
 from loopfast.files import writing
-from loopfast.policies import load_family, load_policy, read_prompts
+from loopfast.policies import is_lora, load_policy, read_prompts
 from loopfast.reporting import image_grid
 from loopfast.rollout import Sampler, slices
 from loopfast.runs import save_image
@@ -27,6 +27,7 @@ def sample_images(
     target: str,
     prompts: Sequence[str],
     *,
+    pretrained: str | None = None,
     count: int,
     seed: int,
     steps: int | None,
@@ -40,13 +41,14 @@ def sample_images(
     """Draws ``count`` images of each prompt and writes them as PNG files.
 
     Args:
-        target: a run's folder, a pipeline's folder, ``embedded``, or a hub name.
+        target: a run's folder, an exported LoRA's, a pipeline's, ``embedded``, or a hub name.
         prompts: P texts.
+        pretrained: the base model of a LoRA; None: what its card says.
         count: images of each.
         seed: of the noise; the same seed gives the same images.
         steps, eta, noise_level, guidance_scale: None: as in training; for a model that is not a run's, 50 deterministic
             steps with a scale of 7.5.
-        base: with a run, draw them with the model before training, too, on the same noise, and show both in a grid.
+        base: with a run or a LoRA, draw them with the base model, too, on the same noise, and show both in a grid.
         output: the folder to write to.
         display: where progress is shown.
 
@@ -58,18 +60,19 @@ def sample_images(
         CheckpointError: the run has no checkpoint that can be used.
     """
     folder = Path(target)
-    is_run = (folder / "config.yaml").is_file()
-    config = run_config(folder) if is_run else _plain(target)
+    whole = pretrained is None and not is_lora(folder) and not (folder / "config.yaml").is_file()
+    found = (plain_config(target), None) if whole else find_trained(folder, display, pretrained=pretrained)
+    config, checkpoint = found
     given = {"steps": steps, "eta": eta, "noise_level": noise_level, "guidance_scale": guidance_scale}
     changes = {key: value for key, value in given.items() if value is not None}
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update=changes)})
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    if not is_run:
+    if whole:
         sampler = sampler_of(config, load_policy(config.model))
         _warn_of_cut(sampler, prompts, display)
         return _write(_draw(sampler, prompts, count, seed, display), prompts, count, output)
-    models = RunModels(config, newest_checkpoint(folder, display))
+    models = RunModels(config, checkpoint)
     with models.trained() as sampler:
         _warn_of_cut(sampler, prompts, display)
         trained = _draw(sampler, prompts, count, seed, display)
@@ -83,15 +86,6 @@ def sample_images(
         with writing(output):
             _grid(before, trained[: len(before)], shown, count, paths[-1])
     return paths
-
-
-def _plain(target: str) -> Config:
-    """The configuration of a model that is not a run's: sampled without noise, as its pipeline does by default."""
-    model = ModelConfig(pretrained=target, tune="lora")
-    rollout = RolloutConfig(steps=50, guidance_scale=7.5)
-    # deterministic sampling is not for training, so a configuration file cannot ask for it
-    noise = "noise_level" if load_family(model).process == "flow" else "eta"
-    return Config(model=model).model_copy(update={"rollout": rollout.model_copy(update={noise: 0.0})})
 
 
 def _warn_of_cut(sampler: Sampler, prompts: Sequence[str], display: Display) -> None:

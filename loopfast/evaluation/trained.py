@@ -13,8 +13,9 @@ from loopfast.checkpoints import Checkpoint, CheckpointStore
 from loopfast.config import Config, load_config
 from loopfast.console import Display
 from loopfast.errors import CheckpointError, ConfigError
+from loopfast.evaluation.exported import lora_config
 from loopfast.memory import free_cached_memory
-from loopfast.policies import Policy, load_policy, load_schedule
+from loopfast.policies import Policy, is_lora, load_policy, load_schedule
 from loopfast.rollout import Sampler, StepCache, automatic_microbatch
 
 
@@ -48,14 +49,39 @@ def trained_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return checkpoint.tensors.get("average") or checkpoint.tensors["policy"]
 
 
-def policy_of(config: Config, checkpoint: Checkpoint) -> Policy:
+def find_trained(
+    target: Path, display: Display, *, pretrained: str | None = None, recipe: bool = False
+) -> tuple[Config, Checkpoint | None]:
+    """What a run or an exported LoRA has trained: the configuration, and the run's newest good checkpoint.
+
+    Args:
+        target: the run's folder, or a LoRA's.
+        display: where damaged checkpoints are named.
+        pretrained: the base model of a LoRA; None: what its card says.
+        recipe: whether a LoRA has to come with the rewards of its run.
+
+    Raises:
+        ConfigError: the folder is neither, or a LoRA's base is not known.
+        CheckpointError: the run has no checkpoint that can be used.
+    """
+    if pretrained is not None or is_lora(target):
+        return lora_config(target, pretrained, recipe=recipe), None
+    config = run_config(target)
+    return config, newest_checkpoint(target, display)
+
+
+def policy_of(config: Config, checkpoint: Checkpoint | None) -> Policy:
     """The policy of a configuration with a checkpoint's weights: their moving average where one was kept.
+
+    Without a checkpoint its weights are those that ``model.lora.from`` names.
 
     Raises:
         ConfigError: the model cannot be loaded.
         CheckpointError: the checkpoint is of another model.
     """
-    policy = load_policy(config.model, seed=config.run.seed)
+    policy = load_policy(config.model, seed=config.run.seed, start=checkpoint is None)
+    if checkpoint is None:
+        return policy
     parameters = policy.trainable()
     saved = trained_weights(checkpoint)
     if saved.keys() != parameters.keys():
@@ -66,16 +92,6 @@ def policy_of(config: Config, checkpoint: Checkpoint) -> Policy:
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     return policy
-
-
-def trained_policy(folder: Path, config: Config, display: Display) -> Policy:
-    """The policy of a run with the weights of its newest good checkpoint.
-
-    Raises:
-        ConfigError: the model cannot be loaded.
-        CheckpointError: there is no checkpoint that can be used.
-    """
-    return policy_of(config, newest_checkpoint(folder, display))
 
 
 def sampler_of(config: Config, policy: Policy) -> Sampler:
@@ -100,9 +116,9 @@ def sampler_of(config: Config, policy: Policy) -> Sampler:
 
 
 class RunModels:
-    """The samplers of a run's model before and after training; with an adapter both are the same model."""
+    """The samplers of a run's model, or of a LoRA, before and after training; with an adapter both are one model."""
 
-    def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
+    def __init__(self, config: Config, checkpoint: Checkpoint | None) -> None:
         self._config, self._checkpoint = config, checkpoint
         self._adapted: Policy | None = None
 

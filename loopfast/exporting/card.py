@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from loopfast import __version__
 from loopfast.checkpoints import Checkpoint
-from loopfast.config import Config, config_to_yaml
+from loopfast.config import Config, ModelConfig, config_to_yaml
+from loopfast.evaluation.exported import BASE, BASE_CONFIG, CARD
 from loopfast.files import write_file
 from loopfast.policies import load_family
+from loopfast.policies.source import find_source
 from loopfast.reporting import run_picture
 from loopfast.tracking import read_metrics
 
@@ -20,7 +25,7 @@ PICTURE = "training.png"
 
 
 def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, whole: bool) -> Path:
-    """Writes ``README.md``, and where the run kept images of two evaluations a picture of before, after and the reward.
+    """Writes the card, and where the run kept images of two evaluations a picture of before, after and the reward.
 
     Args:
         run: the run's folder.
@@ -43,6 +48,10 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, w
         base=_public_name(config.model.pretrained),
         is_hub=_is_hub_name(config.model.pretrained),
         is_embedded=config.model.pretrained == "embedded",
+        places={} if whole else _places(config.model, to),
+        pipeline_class="DiffusionPipeline" if whole else _pipeline_class(config.model),
+        load_base=_load_base(config.model),
+        sampled_with=_sampled_with(config),
         whole=whole,
         pixart=not whole and (to / "adapter_config.json").is_file(),
         config=config,
@@ -60,7 +69,7 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, w
         settings=config_to_yaml(_without_paths(config), defaults=False),
         version=__version__,
     )
-    file = to / "README.md"
+    file = to / CARD
     write_file(file, text.encode())
     return file
 
@@ -70,21 +79,69 @@ def _has_two_previews(run: Path) -> bool:
     return len(files) > 1 and all(file.with_suffix(".png").is_file() for file in (files[0], files[-1]))
 
 
+def _places(model: ModelConfig, to: Path) -> dict[str, str]:
+    """The places of a base model that is not on the hub, seen from the card's folder, for the card's header."""
+    keys = {BASE: model.pretrained, BASE_CONFIG: model.config}
+    found = {}
+    for key, name in keys.items():
+        place = Path(name or "").expanduser()
+        if name == "embedded":
+            found[key] = name
+        elif name is not None and place.exists():
+            found[key] = os.path.relpath(place.resolve(), to.resolve())
+    return found
+
+
+def _pipeline_class(model: ModelConfig) -> str:
+    """The class that opens a model; of a single file diffusers has to be given the family's own."""
+    return load_family(model).pipelines[0] if find_source(model).file else "DiffusionPipeline"
+
+
+def _load_base(model: ModelConfig) -> str:
+    """Python that opens the base model; of a folder only the last part of its path, which the reader has elsewhere."""
+    name = json.dumps(_public_name(model.pretrained))
+    options = f"torch_dtype=torch.{model.dtype}"
+    for key in ("revision", "variant"):
+        if getattr(model, key) is not None:
+            options = f'{key}="{getattr(model, key)}", {options}'
+    if find_source(model).file is not None:
+        described = "" if model.config is None else f'config="{_public_name(model.config)}", '
+        return f"{_pipeline_class(model)}.from_single_file({name}, {described}{options})"
+    place = 'files("loopfast.embedded") / "model"' if model.pretrained == "embedded" else name
+    return f"DiffusionPipeline.from_pretrained({place}, {options})"
+
+
+def _sampled_with(config: Config) -> str:
+    """Arguments of the pipeline's call for images like those of the run."""
+    model = config.model
+    given: dict[str, Any] = {
+        "num_inference_steps": config.rollout.steps,
+        "guidance_scale": f"{config.rollout.guidance_scale:g}",
+        **{key: getattr(model, key) for key in ("height", "width", "max_sequence_length")},
+    }
+    if load_family(model).pipelines[0].startswith("PixArt") and (model.height or model.width):
+        given["use_resolution_binning"] = False  # it would draw them in a size of a table, and scale them
+    return ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
+
+
 def _is_hub_name(pretrained: str) -> bool:
     return pretrained != "embedded" and _public_name(pretrained) == pretrained
 
 
 def _public_name(pretrained: str) -> str:
     """A hub name as it is; of a folder its last part: the rest is nobody else's business."""
-    return Path(pretrained).expanduser().name if Path(pretrained).expanduser().exists() else pretrained
+    place = Path(pretrained).expanduser()
+    return place.name if place.is_absolute() or place.exists() else pretrained
 
 
 def _without_paths(config: Config) -> Config:
-    scheduler = config.model.scheduler
-    if isinstance(scheduler, str):
-        scheduler = _public_name(scheduler)
-    public = {"pretrained": _public_name(config.model.pretrained), "scheduler": scheduler}
-    model = config.model.model_copy(update=public)
+    model = config.model
+    named = {key: getattr(model, key) for key in ("pretrained", "config", "scheduler")}
+    public: dict[str, Any] = {key: _public_name(name) for key, name in named.items() if isinstance(name, str)}
+    start = model.lora.from_
+    if start is not None:
+        public["lora"] = model.lora.model_copy(update={"from_": _public_name(start)})
+    model = model.model_copy(update=public)
     run = config.run.model_copy(update={"directory": "runs"})
     return config.model_copy(update={"model": model, "run": run})
 

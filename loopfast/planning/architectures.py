@@ -19,8 +19,9 @@ from typing_extensions import override
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
 from loopfast.policies.families import Family, family_of
-from loopfast.policies.loading import first_line, locate
+from loopfast.policies.loading import first_line
 from loopfast.policies.resolution import latent_size
+from loopfast.policies.source import locate
 
 _MODELS = resources.files("loopfast.planning") / "models"
 
@@ -214,9 +215,9 @@ def load_architecture(config: ModelConfig, name: str | None = None) -> Architect
     if name is not None and name not in packaged:
         raise ConfigError(f"--model: found {name!r}, allowed: {', '.join(packaged)}")
     if name is None:
-        name = next((key for key, hub in packaged.items() if config.pretrained in hub), None)
-        if isinstance(locate(config), Path):  # a folder may have such a name too
-            name = None
+        place = locate(config)
+        if isinstance(place, str):
+            name = next((key for key, hub in packaged.items() if place in hub), None)
     if name is None:
         return _of_pipeline(config)
     document = _packaged(f"{name}.json")

@@ -2,6 +2,8 @@
 
 from loopfast.policies.base import Caller, Conditioning, Policy, expand, pad_rows
 from loopfast.policies.loading import (
+    adopted_lora,
+    check_model,
     load_family,
     load_policy,
     load_schedule,
@@ -11,7 +13,9 @@ from loopfast.policies.loading import (
     trained_steps,
 )
 from loopfast.policies.local_limits import local_text_limits
+from loopfast.policies.lora_file import lora_weights
 from loopfast.policies.signature import adapter_signature, addresses, layers_with_adapter
+from loopfast.policies.source import is_lora
 from loopfast.policies.text_limits import TextLimit, read_prompts
 
 __all__ = [
@@ -21,13 +25,17 @@ __all__ = [
     "TextLimit",
     "adapter_signature",
     "addresses",
+    "adopted_lora",
+    "check_model",
     "expand",
+    "is_lora",
     "layers_with_adapter",
     "load_family",
     "load_policy",
     "load_schedule",
     "load_scheduler",
     "local_text_limits",
+    "lora_weights",
     "pad_rows",
     "read_prompts",
     "scheduler_notes",

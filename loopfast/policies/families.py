@@ -24,6 +24,7 @@ class Family:
         patch: latent pixels on a side of what the denoiser takes as one token; 1 for a UNet.
         size: height and width of the latents, where the denoiser's configuration has none.
         scheduler_options: options that the pipeline sets in its scheduler, whatever the scheduler's file says.
+        lora_of_text: the text encoder can be trained, too, by an adapter.
     """
 
     pipelines: tuple[str, ...]
@@ -34,6 +35,7 @@ class Family:
     patch: int = 1
     size: int | None = None
     scheduler_options: tuple[tuple[str, object], ...] = ()
+    lora_of_text: bool = False
 
     def policy_class(self) -> type[PipelinePolicy]:
         """The class of its policy."""
@@ -54,6 +56,7 @@ FAMILIES = (
         "loopfast.policies.sd:StableDiffusionPolicy",
         "unet",
         scheduler_options=(("steps_offset", 1), ("clip_sample", False)),
+        lora_of_text=True,
     ),
     Family(("StableDiffusionXLPipeline",), "SDXL", "loopfast.policies.sdxl:StableDiffusionXLPolicy", "unet"),
     Family(

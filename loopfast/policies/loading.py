@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,11 @@ from loopfast.policies.base import Policy
 from loopfast.policies.families import Family, family_of, supported
 from loopfast.policies.resolution import latent_size
 from loopfast.policies.schedulers import Choice, choose_scheduler
+from loopfast.policies.source import check_weights, find_source, locate, not_on_the_hub
 from loopfast.schedules import TransitionSchedule, resolution_shift, transition_schedule
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Names that pipelines give their text encoders."""
 
 
 def load_policy(
@@ -25,6 +28,7 @@ def load_policy(
     keep_reference: bool = False,
     cast: bool = False,
     sharded: bool = False,
+    start: bool = True,
 ) -> Policy:
     """The policy a configuration names, ready to be trained.
 
@@ -34,10 +38,13 @@ def load_policy(
         keep_reference: keep the model before training at hand where that costs memory (full fine-tuning).
         cast: give trained weights, too, the type to compute in, for an engine that keeps float32 ones itself.
         sharded: leave the denoiser in the host's memory, for an engine that takes a part of it.
+        start: read ``model.lora.from``; False where a checkpoint's weights follow.
 
     Raises:
         ConfigError: the model cannot be found or loaded, or its family is not supported.
     """
+    if not start:
+        config = config.model_copy(update={"lora": config.lora.model_copy(update={"from_": None})})
     family = load_family(config)
     return family.policy_class()(
         config,
@@ -50,16 +57,44 @@ def load_policy(
     )
 
 
+def check_model(config: ModelConfig) -> Family | None:
+    """The family of a model that is on this machine; None for a hub name, which is not looked up.
+
+    Raises:
+        ConfigError: ``model.pretrained`` or ``model.lora.from`` names a place here that does not hold what it should.
+    """
+    from loopfast.policies.lora_file import lora_weights
+    from loopfast.policies.source import local_path
+
+    start = config.lora.from_
+    if start is not None and local_path("model.lora.from", start) is not None:
+        lora_weights(config)
+    return load_family(config) if isinstance(locate(config), Path) else None
+
+
+def adopted_lora(config: ModelConfig) -> ModelConfig:
+    """The section ``model`` with the rank, the layers and the kind of adapter that its ``lora.from`` has.
+
+    Raises:
+        ConfigError: the model or the LoRA cannot be found or read.
+    """
+    from loopfast.policies.lora_file import adopted
+
+    return adopted(config, load_family(config))
+
+
 def load_family(config: ModelConfig) -> Family:
     """The family of a model, without loading the model.
 
     Raises:
         ConfigError: the model cannot be found, or no such family is supported.
     """
-    name = _index(config)["_class_name"]
+    index = _index(config)
+    name = index["_class_name"]
     family = family_of(name)
     if family is None:
         raise ConfigError(f"model.pretrained: {config.pretrained!r} is a {name}; supported: {supported()}")
+    check_weights(config, [part for part in (family.denoiser, "vae", *TEXT_ENCODERS) if part in index])
     return family
 
 
@@ -196,14 +231,6 @@ def trained_steps(schedule: TransitionSchedule, spec: str) -> tuple[int, ...]:
     return steps
 
 
-def locate(config: ModelConfig) -> Path | str:
-    """The folder of a local or embedded model, or the hub name itself."""
-    if config.pretrained == "embedded":
-        return Path(str(resources.files("loopfast.embedded") / "model"))
-    path = Path(config.pretrained).expanduser()
-    return path if path.is_dir() else config.pretrained
-
-
 def torch_device(name: str, *, key: str = "model.device") -> torch.device:
     """The device that a configuration's ``key`` names.
 
@@ -222,25 +249,35 @@ def torch_device(name: str, *, key: str = "model.device") -> torch.device:
 
 def _index(config: ModelConfig) -> dict[str, Any]:
     """The pipeline's ``model_index.json``."""
-    from diffusers import DiffusionPipeline
-
+    source = find_source(config)
+    place = source.pipeline
     try:
-        source = locate(config)
-        if isinstance(source, Path):
-            index = json.loads((source / DiffusionPipeline.config_name).read_text("utf-8"))
+        if isinstance(place, Path):
+            index = json.loads((place / "model_index.json").read_text("utf-8"))
         else:
-            index = DiffusionPipeline.load_config(source, revision=config.revision)
+            from diffusers import DiffusionPipeline
+
+            index = DiffusionPipeline.load_config(place, revision=config.revision)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.pretrained: cannot find a diffusers pipeline at {config.pretrained!r}: {first_line(error)}"
-        ) from error
+        reason = first_line(error)
+        if isinstance(place, str):
+            reason += not_on_the_hub(place) if source.file is None else _DESCRIBED
+        raise ConfigError(f"model.pretrained: no diffusers pipeline at {str(place)!r}: {reason}") from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ConfigError(
-            f"model.pretrained: {config.pretrained!r} is no diffusers pipeline: no _class_name in model_index.json"
+            f"model.pretrained: {str(place)!r} is no diffusers pipeline: no _class_name in model_index.json"
         )
     return index
 
 
+_DESCRIBED = (
+    "; it describes the single file that model.pretrained names; a folder with such a pipeline's configuration files "
+    "can be given as model.config"
+)
+
+
 def first_line(error: Exception) -> str:
     """What went wrong, without the advice that libraries append."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
     return str(error).strip().split("\n")[0]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
-from loopfast.policies.loading import first_line, load_family, locate
+from loopfast.policies.loading import first_line, load_family
+from loopfast.policies.source import locate
 from loopfast.policies.text_limits import TOKENIZERS, TextLimit, encoder_of
 
 
@@ -30,7 +31,7 @@ def local_text_limits(config: ModelConfig) -> tuple[TextLimit, ...] | None:
     folder = _folder(config)
     if folder is None:
         return None
-    policy = load_family(config.model_copy(update={"pretrained": str(folder)})).policy_class()
+    policy = load_family(config.model_copy(update={"pretrained": str(folder), "config": None})).policy_class()
     index = DiffusionPipeline.load_config(str(folder))
     tokenizers = {}
     for name in TOKENIZERS:

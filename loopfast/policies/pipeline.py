@@ -17,7 +17,13 @@ from typing_extensions import override
 
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
-from loopfast.policies.adapter import add_adapter, exported_adapter, merge_adapter, without_adapter
+from loopfast.policies.adapter import (
+    ADAPTER,
+    add_adapter,
+    exported_adapter,
+    merge_adapter,
+    without_adapter,
+)
 from loopfast.policies.base import Caller, Conditioning, Policy
 from loopfast.policies.families import Family
 from loopfast.policies.guided_unet import shares_trunk
@@ -31,9 +37,12 @@ from loopfast.policies.levers import (
     use_tf32_convolutions,
     with_one_graph,
 )
-from loopfast.policies.loading import absent_components, first_line, locate, torch_device
+from loopfast.policies.loading import TEXT_ENCODERS, absent_components, first_line, torch_device
+from loopfast.policies.lora_file import Lora, load_lora, read_lora
 from loopfast.policies.portable import save_portable
 from loopfast.policies.resolution import decoder_rows, latent_size
+from loopfast.policies.single_file import load_single_file
+from loopfast.policies.source import find_source
 from loopfast.policies.text_limits import TOKENIZERS, TextLimit, encoder_of
 
 # Prompts encoded in one call, and the bytes from which on what comes out is kept in the host's memory.
@@ -49,7 +58,6 @@ JOINT_ATTENTION = (
     "attn.add_v_proj",
     "attn.to_add_out",
 )
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class PipelinePolicy(Policy):
@@ -123,6 +131,7 @@ class PipelinePolicy(Policy):
         self.decoder_rows = decoder_rows(self._vae.config, size)
         self._accelerate()
 
+        self._start: Lora | None = None
         self._base: torch.nn.Module | None = None
         self._caller: Caller | None = None
         home = torch.device("cpu") if sharded else self.device
@@ -158,25 +167,36 @@ class PipelinePolicy(Policy):
                 f"{self._family.title}, which has no T5 encoder"
             )
 
-    def _load(self) -> Any:
+    def _load(self, *without: str) -> Any:
+        """The pipeline, without the components that are named."""
         config = self._config
         # an adapter's base is loaded in the type it is held in; the autoencoder computes in float32 anyway
         types = {"vae": torch.float32, "default": self.dtype}
         if config.tune == "full":
             types[self._family.denoiser] = torch.float32
         # the model's own scheduler gives way to another, and its class may need packages that are not here
-        absent = [*absent_components(config), "scheduler"]
+        absent = (*absent_components(config), *without, "scheduler")
         options = {**dict.fromkeys(absent), **self.load_options}
+        source = find_source(config)
         try:
+            if source.file is not None:
+                loaded = load_single_file(
+                    self.pipeline_class, source.file, source.pipeline, config.revision, options
+                )
+                for name, part in loaded.components.items():
+                    if isinstance(part, torch.nn.Module):
+                        part.to(types.get(name, self.dtype))
+                return loaded
             return self.pipeline_class.from_pretrained(
-                locate(config),
+                source.pipeline,
                 revision=config.revision,
                 variant=config.variant,
-                use_safetensors=True,
+                # None: pickled files where there are no others
+                use_safetensors=None if config.allow_pickle else True,
                 torch_dtype=types,
                 **options,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ConfigError(
                 f"model.pretrained: cannot load {config.pretrained!r}: {first_line(error)}"
             ) from error
@@ -222,6 +242,9 @@ class PipelinePolicy(Policy):
     def _add_adapter(self, seed: int, dtype: torch.dtype) -> None:
         targets = self._config.lora.targets or self.lora_targets
         add_adapter(self._denoiser, self._config.lora, targets, seed=seed, dtype=dtype)
+        if self._config.lora.from_ is not None:
+            self._start = read_lora(self._config, self._family)
+            load_lora(self._denoiser, self._start.layers[self._family.denoiser], self._config.lora, ADAPTER)
 
     def _text_encoders(self) -> list[str]:
         """The names of those that are there."""
@@ -279,8 +302,18 @@ class PipelinePolicy(Policy):
         count, total = self._parameters
         what = self._family.denoiser.replace("unet", "UNet")
         if self._config.tune == "lora":
-            what = f"{'DoRA' if self._config.lora.dora else 'LoRA'} rank {self._config.lora.rank}"
+            what = f"{'DoRA' if self._config.lora.dora else 'LoRA'} rank {self._config.lora.rank}{self._origin()}"
         return f"{self._config.pretrained} ({what}: {count / 1e6:.2f} M of {total / 1e6:.2f} M parameters trained)"
+
+    def _origin(self) -> str:
+        """Where the adapter's first weights are from, and what of them is not used."""
+        if self._start is None:
+            return ""
+        unused = [*self._start.unused]
+        if "text_encoder" in self._start.layers and not self._config.lora.text_encoder:
+            unused.append("text_encoder")
+        left_out = f", without its adapter of {' and '.join(sorted(unused))}" if unused else ""
+        return f" from {self._config.lora.from_}{left_out}"
 
     @override
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -339,22 +372,16 @@ class PipelinePolicy(Policy):
             for name in parts[0]
         }
         self._encoded = {text: row for row, text in enumerate(texts)}, encoded
-        self._released = {name: type(getattr(self.pipeline, name)) for name in self._text_encoders()}
+        self._released = self._text_encoders()
         self.pipeline.register_modules(**dict.fromkeys(self._released))
 
     @contextmanager
     def _with_text_encoders(self) -> Iterator[None]:
         """Inside, the pipeline has those that were released, too."""
-        released = self._released if self._encoded is not None else {}
-        for name, kind in released.items():
-            encoder = kind.from_pretrained(
-                locate(self._config),
-                subfolder=name,
-                revision=self._config.revision or "main",
-                variant=self._config.variant,
-                use_safetensors=True,
-            )
-            self.pipeline.register_modules(**{name: encoder.to(self.dtype)})
+        released = self._released if self._encoded is not None else []
+        if released:
+            loaded = self._load(self._family.denoiser, "vae")
+            self.pipeline.register_modules(**{name: getattr(loaded, name) for name in released})
         try:
             yield
         finally:

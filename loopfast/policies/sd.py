@@ -12,9 +12,10 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from typing_extensions import override
 
-from loopfast.policies.adapter import add_adapter, exported_adapter, merge_adapter
+from loopfast.policies.adapter import ADAPTER, add_adapter, exported_adapter, merge_adapter
 from loopfast.policies.base import Conditioning
 from loopfast.policies.guided_unet import guided_forward, plain_forward, shares_trunk
+from loopfast.policies.lora_file import load_lora
 from loopfast.policies.pipeline import PipelinePolicy
 from loopfast.policies.portable import text_model_names
 from loopfast.seeds import derive
@@ -66,6 +67,8 @@ class StableDiffusionPolicy(PipelinePolicy):
             add_adapter(
                 encoder, self._config.lora, TEXT_TARGETS, seed=derive(seed, "text encoder"), dtype=dtype
             )
+            if self._start is not None and "text_encoder" in self._start.layers:
+                load_lora(encoder, self._start.layers["text_encoder"], self._config.lora, ADAPTER)
             self._denoiser = TextConditionedUNet(self._denoiser, encoder)
 
     @property

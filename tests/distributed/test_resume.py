@@ -11,9 +11,9 @@ from torch import Tensor
 
 from loopfast.config import load_config
 from loopfast.console import Display
-from loopfast.evaluation.trained import sampler_of, trained_policy
+from loopfast.evaluation.trained import newest_checkpoint, policy_of, sampler_of
 from loopfast.policies import Policy, load_policy
-from loopfast.policies.loading import locate
+from loopfast.policies.source import locate
 from loopfast.rollout import initial_latents
 from loopfast.seeds import row_seeds
 from tests.distributed.conftest import Runs, distance, saved
@@ -81,7 +81,10 @@ def test_plain_diffusers_draws_the_same_images_from_what_is_exported(
     config = load_config(folder / "config.yaml")
     without_noise = config.rollout.model_copy(update={"steps": 4, "eta": 0.0})
     config = config.model_copy(update={"rollout": without_noise})
-    trained, base = trained_policy(folder, config, Display(quiet=True)), load_policy(config.model)
+    trained, base = (
+        policy_of(config, newest_checkpoint(folder, Display(quiet=True))),
+        load_policy(config.model),
+    )
     seeds = row_seeds(3, "sample", 0, [0], 2)
 
     def images(policy: Policy) -> Tensor:

@@ -173,7 +173,7 @@ def test_sample_of_a_flow(tmp_path: Path) -> None:
         (["eval", "RUN", "--prompts", "nowhere.txt"], 2, "prompts 'nowhere.txt': no such file"),
         (["eval", "RUN", "--output", "FILE/scores.json"], 1, "cannot write in "),
         (["eval", "RUN", "--output", "FOLDER"], 1, "cannot write in "),
-        (["sample", "./NOWHERE", "a cat"], 2, "cannot find a diffusers pipeline at"),
+        (["sample", "./NOWHERE", "a cat"], 2, "model.pretrained: no such folder or file: "),
         (["sample", "RUN", "a cat", "--output", "FILE"], 1, "cannot write in "),
         (["sample", "RUN", "a cat", "--steps", "2000"], 2, "cannot be used: "),
         (

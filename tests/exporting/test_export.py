@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,11 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from loopfast.__main__ import main
 from loopfast.cli import app
 from loopfast.config import load_config
 from loopfast.console import Display
 from loopfast.errors import CheckpointError, ConfigError
-from loopfast.evaluation.trained import newest_checkpoint, trained_policy
+from loopfast.evaluation.exported import lora_config
+from loopfast.evaluation.trained import newest_checkpoint, policy_of
 from loopfast.exporting import export_run
 from loopfast.train import train
 from tests.conftest import MakeConfig
@@ -44,7 +48,7 @@ def export(run: Path, to: Path, **options: object) -> Path:
 
 @torch.no_grad()
 def outputs(denoiser: torch.nn.Module, run: Path) -> torch.Tensor:
-    policy = trained_policy(run, load_config(run / "config.yaml"), Display.silent())
+    policy = policy_of(load_config(run / "config.yaml"), newest_checkpoint(run, Display.silent()))
     sample = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     timestep, text = torch.tensor([501]), policy.encode(PROMPT)
     ours = policy.predict(sample, timestep, text)[0]
@@ -103,7 +107,7 @@ def test_an_adapter_merged(options: dict[str, object], runs: dict[str, Path], tm
     folder = export(runs["lora"], tmp_path / "out", **options)
     pipeline = DiffusionPipeline.from_pretrained(folder)
     outputs(pipeline.unet, runs["lora"])
-    assert 'from_pretrained("PATH/TO/THIS/FOLDER")' in card(folder)[1]
+    assert 'from_pretrained("PATH/TO/THIS/FOLDER", torch_dtype=torch.float32)' in card(folder)[1]
     assert "lora" not in card(folder)[0]["tags"]  # type: ignore[operator]
 
 
@@ -148,6 +152,109 @@ def test_a_run_without_checkpoints(runs: dict[str, Path], tmp_path: Path) -> Non
     for best in (False, True):
         with pytest.raises(CheckpointError, match=r"has no checkpoint"):
             export(tmp_path / "run", tmp_path / "out", best=best)
+
+
+# ---- an exported LoRA by itself
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+SAMPLE = ("a red circle", "--count", "1", "--steps", "2", "-q", "--output")
+
+
+@pytest.fixture(scope="module")
+def alone(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The LoRA of a run in several places: beside its run, exported with a card, and moved away from all that."""
+    folder = tmp_path_factory.mktemp("exported")
+    carded = export(runs["lora"], folder / "lora")
+    bare = Path(shutil.copytree(runs["lora"] / "lora", folder / "bare"))
+    moved = Path(shutil.copytree(carded, tmp_path_factory.mktemp("elsewhere") / "a" / "b" / "c"))
+    return {"run": runs["lora"] / "lora", "card": carded, "bare": bare, "moved": moved}
+
+
+@pytest.mark.parametrize("place", ["run", "card", "bare"])
+def test_an_exported_lora_is_sampled(
+    place: str, alone: dict[str, Path], runs: dict[str, Path], pipeline_folder: Path, tmp_path: Path
+) -> None:
+    """As its run is: where the run's average was exported, the same weights up to rounding, and the same base."""
+    base = ["--pretrained", str(pipeline_folder)] if place == "bare" else []
+    noise = ["--eta", "1", "--guidance-scale", "1"]
+    assert main(["sample", str(runs["lora"]), *SAMPLE, str(tmp_path / "run"), *noise]) == 0
+    assert main(["sample", str(alone[place]), *SAMPLE, str(tmp_path / "lora"), *noise, *base]) == 0
+    ours, theirs = images(tmp_path / "lora"), images(tmp_path / "run")
+    assert ours.keys() == theirs.keys() == {"000-a-red-circle-00.png", "grid.png"}
+    pixels = [
+        np.asarray(Image.open(tmp_path / name / "000-a-red-circle-00.png"), np.int16)
+        for name in ("run", "lora")
+    ]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_an_exported_lora_is_measured(alone: dict[str, Path], runs: dict[str, Path], tmp_path: Path) -> None:
+    found = []
+    for number, place in enumerate((runs["lora"], alone["card"], alone["run"])):
+        output = tmp_path / f"{number}.json"
+        assert main(["eval", str(place), "-q", "--output", str(output)]) == 0
+        found.append(json.loads(output.read_text("utf-8")))
+    for other in found[1:]:
+        assert other["reward"] == pytest.approx(found[0]["reward"], rel=1e-2)
+        assert [item["prompt"] for item in other["items"]] == [item["prompt"] for item in found[0]["items"]]
+
+
+@pytest.mark.parametrize(
+    ("place", "command", "message"),
+    [
+        ("bare", "sample", r"does not say what model it was trained on .*; --pretrained names it"),
+        ("bare", "eval", r"whose card has no recipe of loopfast, so there is no reward to measure"),
+        (
+            "moved",
+            "sample",
+            r"whose card says that its base model is at '.*', and nothing is there; --pretrained",
+        ),
+    ],
+)
+def test_a_lora_whose_base_is_not_known(
+    place: str, command: str, message: str, alone: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = list(SAMPLE[:1]) if command == "sample" else []
+    assert main([command, str(alone[place]), *given]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize("header", ["base_model: some/model", "base_model: [some/model]"])
+def test_a_downloaded_lora_names_its_base(
+    header: str, alone: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = Path(shutil.copytree(alone["bare"], tmp_path / "style"))
+    (folder / "README.md").write_text(f"---\n{header}\n---\nA style.\n")
+    with pytest.raises(ConfigError, match=r"no diffusers pipeline at 'some/model'"):
+        lora_config(folder, None)
+
+
+def test_training_goes_on_from_another_run(
+    runs: dict[str, Path], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Its first evaluation is the last of the run that it goes on from, and its own checkpoint is enough later."""
+    before = Path(shutil.copytree(runs["lora"], tmp_path / "before"))
+    options = (*LORA, "train.iterations=1", f"model.lora.from={before}", "run.name=after")
+    after = train(make_config(tmp_path, *options), display=Display.silent())
+    lines = [json.loads(line) for line in (after / "metrics.jsonl").read_text().splitlines()]
+    last = json.loads((before / "evaluation" / "iteration-000003.json").read_text())
+    assert lines[0]["eval_reward"] == pytest.approx(last["reward"], rel=1e-3)
+    assert lines[1]["ratio_max_deviation"] < 1e-3
+    shutil.rmtree(before)
+    on = make_config(tmp_path, *options, "train.iterations=2")
+    assert train(on, resume="auto", display=Display.silent()) == after
+    assert f"from: {before}" in (after / "config.yaml").read_text()
+    other = make_config(tmp_path, *options, "train.iterations=2", "model.lora.from=other")
+    with pytest.raises(ConfigError, match=rf"model\.lora\.from \(was {before}, is other\)"):
+        train(other, resume="auto", display=Display.silent())
+    folder = export(after, tmp_path / "out")
+    assert str(tmp_path) not in card(folder)[1]
 
 
 def test_the_command(runs: dict[str, Path], tmp_path: Path) -> None:

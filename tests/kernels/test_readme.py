@@ -19,6 +19,8 @@ def example(section: str) -> str:
 
 def test_the_examples_run_and_the_training_step_learns():
     programs = [example("An example of each"), "print('# training')", example("A training step")]
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    assert all(any(block in program for program in programs) for block in blocks)
     alone = (
         f"for program in {programs!r}: exec(program, {{}})\nimport sys\nassert 'loopfast' not in sys.modules"
     )

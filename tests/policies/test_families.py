@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from torch import Tensor
 
 from loopfast.config import ModelConfig, RolloutConfig
@@ -261,16 +263,41 @@ def test_noise_belongs_to_a_process(family: str, key: str, family_folder: Any) -
 def test_variants_are_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     FAMILIES["sdxl"]().to(dtype=torch.float16).save_pretrained(tmp_path, variant="fp16")
-    with pytest.raises(ConfigError, match=r"model\.pretrained: cannot load"):
+    with pytest.raises(ConfigError, match=r"model\.variant: found null, allowed: fp16"):
         load_policy(settings(tmp_path))
     policy = load_policy(settings(tmp_path, variant="fp16"))
     assert next(policy.denoiser.parameters()).dtype == torch.float32
 
 
-def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
-    FAMILIES["sd"]().save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(ConfigError, match=r"model\.pretrained: cannot load"):
+def test_pickled_weights_are_read_where_that_is_allowed(tmp_path: Path) -> None:
+    pipeline = FAMILIES["sd"]()
+    pipeline.save_pretrained(tmp_path)
+    for file in sorted(tmp_path.glob("*/*.safetensors")):
+        name = "pytorch_model.bin" if file.name.startswith("model.") else f"{file.stem}.bin"
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+    with pytest.raises(
+        ConfigError, match=r"unet' are pickled only .*\.bin\), .*model\.allow_pickle: true reads"
+    ):
         load_policy(settings(tmp_path))
+    policy = load_policy(settings(tmp_path, "full", allow_pickle=True))
+    for name, value in pipeline.unet.state_dict().items():
+        assert torch.equal(policy.trainable()[name], value)
+
+
+def test_a_program_in_a_pickled_file_does_not_run(tmp_path: Path, family_folder: Any) -> None:
+    place = Path(shutil.copytree(family_folder("sd"), tmp_path / "model"))
+    (place / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    trap = f"import os\nos.mkdir({str(tmp_path / 'ran')!r})"
+
+    class Program:
+        def __reduce__(self) -> Any:
+            return exec, (trap,)
+
+    torch.save({"conv_in.weight": Program()}, place / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"model\.pretrained: cannot load"):
+        load_policy(settings(place, allow_pickle=True))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(("guidance", "shared"), [(1.0, True), (3.0, True), (3.0, False)])

@@ -12,7 +12,7 @@ import torch
 from loopfast.config import ModelConfig, RolloutConfig
 from loopfast.errors import ConfigError
 from loopfast.policies import load_policy, load_schedule, load_scheduler, trained_steps
-from loopfast.policies.loading import locate
+from loopfast.policies.source import locate
 from loopfast.schedules import transition_schedule
 
 Edit = Callable[[dict[str, Any]], None]
@@ -68,6 +68,7 @@ def test_the_embedded_model_is_in_the_package() -> None:
 def test_home_folders_are_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
     assert locate(ModelConfig(pretrained="~/model")) == tmp_path / "model"
 
 
@@ -76,21 +77,19 @@ def test_home_folders_are_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_no_such_folder(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
-    with pytest.raises(ConfigError, match=r"model\.pretrained: cannot find a diffusers pipeline at") as error:
+    with pytest.raises(ConfigError, match=r"model\.pretrained: no such folder or file: ") as error:
         load_policy(model(absent))
     assert str(absent) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot find a diffusers pipeline at"):
-        load_policy(model(tmp_path))
     for content in ("{}", "[]", '{"_class_name": 3}'):
         (tmp_path / "model_index.json").write_text(content)
         with pytest.raises(ConfigError, match="is no diffusers pipeline: no _class_name"):
             load_policy(model(tmp_path))
     (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot find a diffusers pipeline at"):
+    with pytest.raises(ConfigError, match="no diffusers pipeline at"):
         load_policy(model(tmp_path))
 
 

@@ -1,0 +1,386 @@
+"""Reads a LoRA that any tool wrote, by the loaders of diffusers and peft."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopfast.config import LoraConfig, ModelConfig
+from loopfast.errors import ConfigError
+from loopfast.policies.families import Family
+from loopfast.policies.loading import component_config, first_line
+from loopfast.policies.signature import layers_with_adapter
+from loopfast.policies.single_file import read_shapes
+from loopfast.policies.source import LORA_FILES, PICKLED, is_lora, local_path, locate, not_on_the_hub
+
+KEY = "model.lora.from"
+_ADAPTER = "from"
+_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_TEXT = "text_encoder"
+_OTHER_KINDS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "lora_mid": "LoCon in Tucker form"}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The adapter of one layer, which adds ``scale · up · down`` to the layer's weight.
+
+    Attributes:
+        down: ``[r, ...]``, for r the rank.
+        up: ``[out, r, ...]``.
+        scale: alpha / r, or what the file says instead.
+        magnitude: norms of the weight's columns, of a DoRA.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA as it lies in a file.
+
+    Attributes:
+        layers: of each network (the denoiser, the text encoder) the layers with an adapter, by name.
+        unused: names of the other networks that the file has adapters of.
+    """
+
+    layers: dict[str, dict[str, Factors]]
+    unused: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The largest of its layers' ranks."""
+        return max(factors.down.shape[0] for layers in self.layers.values() for factors in layers.values())
+
+    @property
+    def dora(self) -> bool:
+        """Whether it is a DoRA."""
+        return any(f.magnitude is not None for layers in self.layers.values() for f in layers.values())
+
+
+def read_lora(config: ModelConfig, family: Family) -> Lora:
+    """The LoRA that ``model.lora.from`` names.
+
+    Raises:
+        ConfigError: there is none, or it does not fit the model.
+    """
+    file = lora_weights(config)
+    names = read_shapes(KEY, file)
+    if any("dora_scale" in name for name in names):
+        raise ConfigError(
+            f"{KEY}: {str(file)!r} is a DoRA as kohya's scripts write it, which diffusers does not read"
+        )
+    other = next((kind for part, kind in _OTHER_KINDS.items() if any(part in name for name in names)), None)
+    if other is not None:
+        raise ConfigError(f"{KEY}: {str(file)!r} is a {other}, an adapter of another kind than LoRA")
+    try:
+        if (file.parent / "adapter_config.json").is_file() and file.name in _PEFT_FILES:
+            return _of_peft(config, family, file)
+        return _of_diffusers(config, family, file)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
+        raise ConfigError(
+            f"{KEY}: {str(file)!r} cannot be loaded into the {family.denoiser} of {config.pretrained!r}: "
+            f"{_short(first_line(error))}"
+        ) from error
+
+
+def _short(reason: str) -> str:
+    """Peft lists the names of all layers that do not fit."""
+    return reason if len(reason) <= 200 else f"{reason[:200]} ..."
+
+
+def adopted(config: ModelConfig, family: Family) -> ModelConfig:
+    """The section ``model`` with the rank, the layers and the kind of adapter that its ``lora.from`` has."""
+    lora = read_lora(config, family)
+    text = family.lora_of_text and _TEXT in lora.layers
+    settings = config.lora.model_copy(
+        update={
+            "rank": lora.rank,
+            "alpha": float(lora.rank),
+            "targets": tuple(lora.layers[family.denoiser]),
+            "dora": lora.dora,
+            "text_encoder": text,
+        }
+    )
+    return config.model_copy(update={"tune": "lora", "lora": settings})
+
+
+def load_lora(
+    module: torch.nn.Module, layers: Mapping[str, Factors], settings: LoraConfig, adapter: str
+) -> None:
+    """Writes a LoRA into an adapter that is there.
+
+    The adapter then computes what the file's does. Where its rank is higher, the rest stays as it was, and adds nothing
+    at first; so do layers that the file does not have.
+
+    Args:
+        module: the one with the adapter.
+        layers: of the file, by name.
+        settings: the section ``model.lora``.
+        adapter: its name.
+
+    Raises:
+        ConfigError: the adapter is too small for it, or is one of another kind.
+    """
+    own = layers_with_adapter(module)
+    _require_layers(module, own, layers)
+    rank = max(factors.down.shape[0] for factors in layers.values())
+    if rank > settings.rank:
+        raise ConfigError(
+            f"model.lora.rank: found {settings.rank}, allowed: {rank} or more with {settings.from_!r} of rank {rank} "
+            f"({KEY})"
+        )
+    dora = any(factors.magnitude is not None for factors in layers.values())
+    if dora != settings.dora:
+        raise ConfigError(
+            f"model.lora.dora: found {str(settings.dora).lower()}, allowed: {str(dora).lower()} with "
+            f"{settings.from_!r}, which is a {'DoRA' if dora else 'LoRA'} ({KEY})"
+        )
+    with torch.no_grad():
+        for name, factors in layers.items():
+            layer = own[name]
+            rank = factors.down.shape[0]
+            layer.lora_A[adapter].weight[:rank] = factors.down
+            layer.lora_B[adapter].weight[:, :rank] = factors.up.float() * (
+                factors.scale / layer.scaling[adapter]
+            )
+            if factors.magnitude is not None:
+                layer.lora_magnitude_vector[adapter].weight.copy_(factors.magnitude)
+
+
+def _require_layers(module: torch.nn.Module, own: Collection[str], wanted: Collection[str]) -> None:
+    """Raises `ConfigError` where the file has layers that the adapter has not; it says which targets would."""
+    missing = sorted(set(wanted) - set(own))
+    if missing:
+        names = [name.replace(".base_layer", "") for name, _ in module.named_modules()]
+        raise ConfigError(
+            f"model.lora.targets: no adapter for {len(missing)} of the {len(wanted)} layers that {KEY} has, such as "
+            f"{missing[0]}; all of them: --set 'model.lora.targets=[{', '.join(_ends(names, wanted))}]'"
+        )
+
+
+def _ends(names: Collection[str], wanted: Collection[str]) -> list[str]:
+    """The shortest ends of names that all ``wanted`` names have, and no others of ``names``."""
+    others = Counter(end for name in set(names) - set(wanted) for end in _all_ends(name))
+    return sorted({next((end for end in _all_ends(name) if not others[end]), name) for name in wanted})
+
+
+def _all_ends(name: str) -> list[str]:
+    parts = name.split(".")
+    # a number alone says nothing: to_out.0, not 0
+    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1) if not parts[-count].isdigit()]
+
+
+def lora_weights(config: ModelConfig) -> Path:
+    """The file that ``model.lora.from`` names, downloaded where it is on the hub.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    name = config.lora.from_
+    assert name is not None
+    place = local_path(KEY, name) or _downloaded(name)
+    if place.is_dir():
+        place = _in_folder(place, config.allow_pickle)
+    if place.suffix in PICKLED and not config.allow_pickle:
+        raise ConfigError(
+            f"{KEY}: {str(place)!r} is a pickled file, and such a file can hold a program; model.allow_pickle: true "
+            "reads it, and nothing in it but tensors"
+        )
+    if place.suffix not in (".safetensors", *PICKLED):
+        raise ConfigError(f"{KEY}: {str(place)!r} is a file of another kind; allowed: a .safetensors file")
+    return place
+
+
+def _in_folder(folder: Path, allow_pickle: bool) -> Path:
+    if (folder / "config.yaml").is_file() and not is_lora(folder):
+        if not is_lora(folder / "lora"):
+            raise ConfigError(
+                f"{KEY}: {str(folder)!r} is a run's folder without a LoRA: the run trained all weights, or is not "
+                f"finished; `loopfast export {folder} --to FOLDER` writes what it has trained"
+            )
+        folder = folder / "lora"
+    known = (*_PEFT_FILES, *LORA_FILES) if (folder / "adapter_config.json").is_file() else LORA_FILES
+    for file in known:
+        if (folder / file).is_file():
+            return folder / file
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"{KEY}: {str(folder)!r} is a whole pipeline, not a LoRA: it belongs to model.pretrained"
+        )
+    found = ", ".join(file.name for file in files[:3]) or "none"
+    raise ConfigError(
+        f"{KEY}: {str(folder)!r} is no LoRA's folder: it has no {LORA_FILES[0]} or {_PEFT_FILES[0]}; other "
+        f".safetensors files: {found}{'; name the one you mean' if files else ''}"
+    )
+
+
+def _downloaded(name: str) -> Path:
+    """A local copy of a repository's LoRA."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(name, allow_patterns=["adapter_config.json", *_PEFT_FILES, *LORA_FILES])
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{KEY}: no LoRA at {name!r}: {first_line(error)}{not_on_the_hub(name)}") from error
+    if not is_lora(folder):
+        raise ConfigError(
+            f"{KEY}: {name!r} on the hub has no {LORA_FILES[0]} or adapter_config.json; download the file you mean, "
+            "and name its path"
+        )
+    return folder
+
+
+def _of_diffusers(config: ModelConfig, family: Family, file: Path) -> Lora:
+    """A file that the pipeline's ``load_lora_weights`` reads: diffusers', kohya's and others' formats."""
+    skeleton = _denoiser(config, family)
+    pipeline_class = family.policy_class().pipeline_class
+    if not hasattr(pipeline_class, "lora_state_dict"):
+        raise ConfigError(
+            f"{KEY}: {str(file)!r}: a LoRA for {family.title} is a folder in peft's form, with adapter_config.json"
+        )
+    options = {"unet_config": skeleton.config} if "StableDiffusionXLPipeline" in family.pipelines else {}
+    found = pipeline_class.lora_state_dict(
+        str(file.parent),
+        weight_name=file.name,
+        use_safetensors=file.suffix == ".safetensors",
+        return_lora_metadata=True,
+        return_alphas=True,
+        **options,
+    )
+    weights, metadata = found[0], found[-1]
+    alphas = found[1] if len(found) == 3 else None
+    networks = {name.split(".")[0] for name in weights}
+    layers: dict[str, dict[str, Factors]] = {}
+    if family.denoiser in networks:
+        layers[family.denoiser] = _loaded(
+            file,
+            weights,
+            family.denoiser,
+            skeleton,
+            lambda: skeleton.load_lora_adapter(
+                weights,
+                prefix=family.denoiser,
+                network_alphas=alphas,
+                metadata=metadata,
+                adapter_name=_ADAPTER,
+                low_cpu_mem_usage=True,
+            ),
+        )
+    if not layers:
+        shown = ", ".join(list(weights)[:2])
+        raise ConfigError(
+            f"{KEY}: {str(file)!r} has no adapter of a {family.denoiser}; its tensors are called {shown}, ..."
+        )
+    if family.lora_of_text and _TEXT in networks:
+        encoder = _text_encoder(config)
+        layers[_TEXT] = _loaded(
+            file,
+            weights,
+            _TEXT,
+            encoder,
+            lambda: pipeline_class.load_lora_into_text_encoder(
+                weights,
+                alphas,
+                encoder,
+                prefix=_TEXT,
+                metadata=metadata,
+                adapter_name=_ADAPTER,
+                low_cpu_mem_usage=True,
+            ),
+        )
+    return Lora(layers, tuple(sorted(networks - layers.keys())))
+
+
+def _of_peft(config: ModelConfig, family: Family, file: Path) -> Lora:
+    """A folder as peft writes one: ``adapter_config.json`` and the weights of one network."""
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    settings = PeftConfig.from_pretrained(str(file.parent))
+    if str(settings.peft_type).rpartition(".")[2] != "LORA":
+        raise ConfigError(f"{KEY}: {str(file.parent)!r} is a {settings.peft_type} adapter; allowed: a LoRA")
+    found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    prefix = "base_model.model."
+    weights = {f"{family.denoiser}.{name.removeprefix(prefix)}": value for name, value in found.items()}
+    skeleton = _denoiser(config, family)
+
+    def load() -> None:
+        inject_adapter_in_model(settings, skeleton, _ADAPTER, low_cpu_mem_usage=True)
+        plain = {name.removeprefix(prefix): value for name, value in found.items()}
+        set_peft_model_state_dict(skeleton, plain, _ADAPTER, low_cpu_mem_usage=True)
+
+    network: str = family.denoiser
+    return Lora({network: _loaded(file, weights, network, skeleton, load)})
+
+
+def _loaded(
+    file: Path, weights: Mapping[str, Tensor], network: str, skeleton: Any, load: Callable[[], Any]
+) -> dict[str, Factors]:
+    """The adapter that ``load`` puts into a network without weights; every tensor of the file has to be used."""
+    load()
+    layers = {name: _factors(file, name, layer) for name, layer in layers_with_adapter(skeleton).items()}
+    given = [name for name in weights if name.startswith(f"{network}.") and not name.endswith("alpha")]
+    used = sum(3 if factors.magnitude is not None else 2 for factors in layers.values())
+    if used != len(given):
+        known = tuple(f"{network}.{name}." for name in layers)
+        strange = [name for name in given if not name.startswith(known)]
+        shown = f", such as {strange[0]}" if 0 < len(strange) < len(given) else ""
+        raise ConfigError(
+            f"{KEY}: {str(file)!r} has {len(given)} tensors for the {network}, and {used} of them fit it{shown}"
+        )
+    return layers
+
+
+def _factors(file: Path, name: str, layer: Any) -> Factors:
+    if _ADAPTER not in getattr(layer, "lora_A", {}):
+        raise ConfigError(f"{KEY}: {str(file)!r} is an adapter of another kind than LoRA, at {name}")
+    down, up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+    if down.weight.is_meta or up.weight.is_meta or up.bias is not None:
+        what = "a bias, which is not supported" if up.bias is not None else "no weights"
+        raise ConfigError(f"{KEY}: {str(file)!r} has {what} at {name}")
+    magnitude = None
+    if _ADAPTER in layer.lora_magnitude_vector:
+        magnitude = layer.lora_magnitude_vector[_ADAPTER].weight.detach().float()
+    return Factors(
+        down.weight.detach().float(), up.weight.detach().float(), layer.scaling[_ADAPTER], magnitude
+    )
+
+
+def _denoiser(config: ModelConfig, family: Family) -> Any:
+    """The denoiser without its weights."""
+    import diffusers
+
+    settings = component_config(config, family.denoiser)
+    kind = getattr(diffusers, settings["_class_name"])
+    return _without_weights(lambda: kind.from_config(settings))
+
+
+def _text_encoder(config: ModelConfig) -> Any:
+    """CLIP's text encoder without its weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    settings = CLIPTextConfig.from_pretrained(
+        str(locate(config)), subfolder=_TEXT, revision=config.revision or "main"
+    )
+    return _without_weights(lambda: CLIPTextModel(settings))
+
+
+def _without_weights(make: Callable[[], Any]) -> Any:
+    """A network whose weights have addresses and no values: memory that nobody touches costs none."""
+    with torch.device("meta"):
+        network = make()
+    return network.to_empty(device="cpu")
