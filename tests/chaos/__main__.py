@@ -78,9 +78,9 @@ class Tally:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs scenarios until the time is up or enough was killed; returns the exit code."""
     options = _parse(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for ends in (signal.SIGINT, signal.SIGTERM):
         # a small disk is unmounted at the end
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(ends, signal.default_int_handler)
     tally, began = Tally(options.seed), time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="chaos-", dir=options.folder))
     print(f"seed {options.seed}, folder {root}", flush=True)

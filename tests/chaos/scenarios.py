@@ -41,6 +41,8 @@ ORPHANS = 30.0
 # Space of the disk that gets full.
 DISK = 512 * 2**20
 
+_ITERATIONS = "iterations of metrics.jsonl"
+
 SERVER = "import loopfast.cli.rewards, loopfast.rewards.serve, uvicorn, starlette.applications"
 
 
@@ -152,8 +154,8 @@ class Scenario:
         """Starts the run, or goes on with it, and disturbs it.
 
         Args:
-            disturb: called with the command and the seconds from the start at which to break it; returns the kind of
-                each break, none where the run had ended.
+            disturb: called with the command and the moment at which to break it, drawn from the time that the rest of
+                the run takes; returns the kind of each break, none where the run had ended.
             allowed: exit codes of a run that was broken, besides 0.
             command: starts the processes; None: they are forked.
             launched: arguments of ``loopfast launch``, where that starts the processes.
@@ -163,7 +165,7 @@ class Scenario:
             Whether the run came to its end.
         """
         command = command or self.shared.forked
-        began, moment = time.monotonic(), self.rng.uniform(0.0, seconds or self.seconds)
+        began, moment = time.monotonic(), self.rng.uniform(0.0, (seconds or self.seconds) * self._left())
         with deadline(command, LONGEST) as problems:
             if launched:
                 command.begin(["launch", *launched.split(), *self._arguments[:-2]], before=FORKED_LAUNCH)
@@ -179,6 +181,12 @@ class Scenario:
         self.story += [line for text in errors for line in text.splitlines()]
         self._check(problems, errors, codes, [0, *allowed] if broken else [0])
         return codes == [0] * len(codes)
+
+    def _left(self) -> float:
+        """The share of the iterations that the newest checkpoint lacks; at least a quarter, as starts take time."""
+        names = [path.name for path in (self.run / "checkpoints").glob("iteration-*")]
+        done = max((int(name.split("-")[1]) for name in names), default=0)
+        return max(0.25, 1 - done / (len(self._expected[_ITERATIONS]) - 1))
 
     def _check(
         self, problems: list[str], errors: list[str], codes: Sequence[int], allowed: Sequence[int]
