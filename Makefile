@@ -49,7 +49,7 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: demo test suite test-fast coverage test-processors as-sse4 as-sse4-short as-avx2 as-avx512 as-two-threads as-busy test-wheel test-trl test-older sanitize lint bench race race-sweep race-reward gpu-check ptx-report study clean help
+.PHONY: demo test suite test-fast coverage test-processors as-sse4 as-sse4-short as-avx2 as-avx512 as-two-threads as-busy test-wheel test-trl test-older sanitize lint bench chaos race race-sweep race-reward gpu-check ptx-report study clean help
 
 demo: $(VENV)/.train ## train the embedded model with LOOP and write a report (ARGS="--set run.seed=1" adds options)
 	@$(BIN)/loopfast train --config tiny --resume auto $(ARGS)
@@ -107,6 +107,9 @@ sanitize: $(VENV)/.dev ## the C interface under the address and undefined-behavi
 	  -DCMAKE_CXX_FLAGS_RELEASE=-O1
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+chaos: $(VENV)/.dev ## break small runs, resume them, compare them bit by bit (10 minutes; ARGS="--minutes 60 --out FILE")
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)
 
 bench: $(VENV)/.dev ## time the ops; results go to benchmarks/results (ARGS="-k loop_loss" selects)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json $(ARGS)

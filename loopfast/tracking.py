@@ -87,6 +87,12 @@ METRICS: dict[str, Metric] = {
     ),
     "grad_norm": Metric("mean norm of the gradient over the updates, before clipping", "1", "optimization"),
     "learning_rate": Metric("learning rate of the last update", "1", "optimization"),
+    "overflows": Metric(
+        "how often a gradient overflowed float16, after which its update was repeated with half of the loss scale; "
+        "only with model.dtype: float16",
+        "count",
+        "optimization",
+    ),
     "seconds_iteration": Metric(
         "time the iteration took, evaluation and checkpoint not included", "s", "time"
     ),

@@ -280,7 +280,7 @@ class Trainer:
         self.statistics = PromptStatistics()
         self.progress = Progress()
         self._last_saved: tuple[tuple[int, ...], Path] | None = None
-        self._rounding_told = False
+        self._rounding_told = self._overflow_told = False
         self.meter = Meter([policy.device, self.sampler.model.device])
         self.times = Times(0.0)
         self._encoded: tuple[int, tuple[list[Prompt], Conditioning, Tensor]] | None = None
@@ -525,6 +525,7 @@ class Trainer:
                 self.sample()
                 self.update()
                 return
+            self._tell_of_overflows(done)
             if progress.updates:
                 progress.zero_gradient = done.zero_gradient
             progress.updates.append(asdict(done))
@@ -557,6 +558,17 @@ class Trainer:
             )
 
         return self.microbatches.fitting("train", attempt)
+
+    def _tell_of_overflows(self, done: UpdateStatistics) -> None:
+        """Says once that updates are repeated, which takes time; the metrics say how often."""
+        if not done.overflows or self._overflow_told:
+            return
+        self._overflow_told = True
+        self.display.warning(
+            f"iteration {self._iteration}: the gradient overflowed float16, so that an update was repeated "
+            f"{done.overflows} time(s), each with half of the loss scale. overflows in metrics.jsonl says how often in "
+            "each iteration"
+        )
 
     def _padding(self) -> int | None:
         """To a multiple of how many rows an update's last call is filled up; None: to the microbatch.
@@ -953,6 +965,11 @@ class Trainer:
         means = {name: statistics.fmean(update[name] for update in updates) for name in updates[0]}
         if self.config.algorithm.kl_weight == 0:
             del means["kl_reference"]
+        # a checkpoint of an earlier version may lack it
+        means.pop("overflows", None)
+        counts = {}
+        if self.config.model.dtype == "float16":
+            counts["overflows"] = sum(update.get("overflows", 0) for update in updates)
         metrics = self.progress.metrics
         seconds = metrics["seconds_iteration"]
         images = self.config.rollout.prompts_per_iteration * self.config.algorithm.samples_per_prompt
@@ -962,6 +979,7 @@ class Trainer:
             "model_calls_per_second": metrics["model_calls"] / seconds,
             "outside_model_share": 1 - metrics["seconds_model"] / seconds,
             **means,
+            **counts,
             "ratio_max_deviation": updates[0]["ratio_max_deviation"],
             "on_policy_outside_clip": updates[0]["ratio_outside_clip"],
             "learning_rate": updates[-1]["learning_rate"],

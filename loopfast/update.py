@@ -25,7 +25,7 @@ class UpdateStatistics:
     """Means over an update's pairs, except ``ratio_max_deviation`` (a maximum) and what the engine adds.
 
     ``zero_gradient`` is the share of pairs whose loss has no gradient, ``screened_out`` the share of those that
-    had no backward pass.
+    had no backward pass. ``overflows`` counts how often the gradient overflowed float16 before the update was made.
     """
 
     loss: float
@@ -39,6 +39,7 @@ class UpdateStatistics:
     screened_out: float = 0.0
     grad_norm: float = 0.0
     learning_rate: float = 0.0
+    overflows: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ def update(
 ) -> UpdateStatistics:
     """One optimizer step on the mean loss of M pairs.
 
+    Where the gradient overflows float16 the pairs are replayed again, with a lower loss scale, until it does not: their
+    images are paid for.
+
     Args:
         replay: the iteration's trajectories.
         engine: owns the policy's weights.
@@ -107,16 +111,22 @@ def update(
     try:
         statistics = _accumulate(replay, engine, pairs, microbatch, padding, screening)
         before_step(statistics)
-        learning_rate = engine.learning_rate
-        with phase("optimizer"):
-            norm = engine.update()
+        learning_rate, overflows = engine.learning_rate, 0
+        while (norm := _step(engine)) is None:
+            overflows += 1
+            _accumulate(replay, engine, pairs, microbatch, padding, screening)
     except NonFiniteError as error:
         engine.discard()
         raise NonFiniteError(str(error), error.rows or pairs[0].unique().tolist()) from error
     except BaseException:
         engine.discard()
         raise
-    return replace(statistics, grad_norm=norm, learning_rate=learning_rate)
+    return replace(statistics, grad_norm=norm, learning_rate=learning_rate, overflows=overflows)
+
+
+def _step(engine: Engine) -> float | None:
+    with phase("optimizer"):
+        return engine.update()
 
 
 def _accumulate(

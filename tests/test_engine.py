@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loopfast.config import TrainConfig
-from loopfast.engines import LocalEngine
+from loopfast.engines import LocalEngine, scaling
 from loopfast.errors import MissingExtraError, NonFiniteError
 
 
@@ -240,15 +240,12 @@ def test_weights_with_channels_innermost_go_on_bitwise(tmp_path: Path) -> None:
     assert others["weight"].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("unscaled", [False, True])
-def test_what_is_accumulated_can_be_discarded(unscaled: bool) -> None:
+def test_what_is_accumulated_can_be_discarded() -> None:
     results = []
     for interrupted in (False, True):
         engine, parameters = make(dtype=torch.float16)
         if interrupted:
             engine.backward(loss(parameters, 7))
-            if unscaled:
-                engine._scaler.unscale_(engine._optimizer)  # where an update runs out of memory
             engine.discard()
         for step in range(3):
             engine.backward(loss(parameters, step))
@@ -256,3 +253,87 @@ def test_what_is_accumulated_can_be_discarded(unscaled: bool) -> None:
         assert engine.state()[1]["scaler"]["scale"] == 65536.0
         results.append(copies(parameters))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def half_loss(parameters: dict[str, torch.nn.Parameter], seed: int) -> Tensor:
+    """One whose gradients pass through float16, in which 2^16 times their size is infinite."""
+    halves: Any = {name: parameter.half().float() for name, parameter in parameters.items()}
+    return loss(halves, seed)
+
+
+def overflowing(engine: LocalEngine, parameters: dict[str, torch.nn.Parameter], step: int) -> int:
+    """Makes an update, however often it has to be repeated; returns how often it had to be."""
+    overflows = -1
+    norm = None
+    while norm is None:
+        overflows += 1
+        # two parts, as of two model calls
+        engine.backward(half_loss(parameters, step))
+        engine.backward(half_loss(parameters, step))
+        norm = engine.update()
+    assert math.isfinite(norm)
+    return overflows
+
+
+def test_an_update_that_overflows_is_as_if_the_scale_had_been_lower_from_the_start() -> None:
+    options: dict[str, Any] = {"warmup_updates": 4, "ema_decay": 0.9}
+    engine, parameters = make(dtype=torch.float16, **options)
+    before, rate = copies(parameters), engine.learning_rate
+    engine.backward(half_loss(parameters, 0))
+    engine.backward(half_loss(parameters, 0))
+    assert engine.update() is None
+    # nothing has happened but that the scale is lower
+    assert all(torch.equal(parameters[name], before[name]) for name in parameters)
+    tensors, state = engine.state()
+    assert (engine.learning_rate, state) == (rate, {"updates": 0, "scaler": scaler(2.0**15)})
+    assert tensors["optimizer"] == {}
+    assert overflowing(engine, parameters, 0) > 0
+    low = engine.state()[1]["scaler"]["scale"]
+    assert 1.0 <= low < 2.0**15
+
+    other, others = make(dtype=torch.float16, **options)
+    tensors, state = other.state()
+    other.load_state(tensors, {**state, "scaler": scaler(low)})
+    assert overflowing(other, others, 0) == 0
+    for step in (1, 2):
+        assert overflowing(engine, parameters, step) == overflowing(other, others, step)
+    assert engine.state()[1] == other.state()[1]
+    assert engine.state()[1]["updates"] == 3
+    for group, named in engine.state()[0].items():
+        assert all(torch.equal(value, other.state()[0][group][name]) for name, value in named.items()), group
+
+
+def scaler(scale: float, good: int = 0) -> dict[str, float]:
+    return {"scale": scale, "_growth_tracker": good}
+
+
+def test_a_gradient_that_is_not_finite_at_the_lowest_scale_is_an_error() -> None:
+    engine, parameters = make(dtype=torch.float16)
+    before = copies(parameters)
+    for _ in range(16):
+        engine.backward(parameters["layer.bias"].sum() * math.nan)
+        assert engine.update() is None
+    engine.backward(parameters["layer.bias"].sum() * math.nan)
+    with pytest.raises(NonFiniteError, match="the gradient's norm is nan"):
+        engine.update()
+    assert engine.state()[1] == {"updates": 0, "scaler": scaler(1.0)}
+    assert all(torch.equal(parameters[name], before[name]) for name in parameters)
+
+
+def test_the_scale_grows_after_updates_without_an_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "GROWTH_INTERVAL", 3)
+    engine, parameters = make(dtype=torch.float16)
+    found = []
+    for step in range(4):
+        steps(engine, parameters, range(step, step + 1))
+        found.append(engine.state()[1]["scaler"])
+    assert found == [scaler(2.0**16, 1), scaler(2.0**16, 2), scaler(2.0**17), scaler(2.0**17, 1)]
+
+
+def test_the_scale_that_torchs_scaler_has_saved_is_taken_back() -> None:
+    theirs = torch.amp.GradScaler("cpu", init_scale=256.0)
+    theirs.scale(torch.ones(()))
+    engine, _ = make(dtype=torch.float16)
+    tensors, state = engine.state()
+    engine.load_state(tensors, {**state, "scaler": theirs.state_dict()})
+    assert engine.state()[1]["scaler"] == scaler(256.0)

@@ -41,15 +41,17 @@ class Engine(Protocol):
     def discard(self) -> None:
         """Forgets what is accumulated for the next update."""
 
-    def update(self) -> float:
+    def update(self) -> float | None:
         """Takes one optimizer step with the accumulated gradient, and clears it.
 
         Returns:
-            The gradient's norm before clipping.
+            The gradient's norm before clipping. None where it overflows float16: no step was taken, nothing was
+            counted, and the loss scale is lower now, so that the same gradient can be accumulated again. This is so in
+            all processes or in none.
 
         Raises:
-            NonFiniteError: the gradient is NaN or infinite; the weights are as they were. (In float16 an overflow
-                lowers the loss scale and skips the step instead, as usual.)
+            NonFiniteError: the gradient is NaN or infinite, in float16 at the lowest loss scale too; the weights are as
+                they were.
         """
 
     def averaged(self) -> AbstractContextManager[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from loopfast.config import TrainConfig
 from loopfast.engines.average import WeightAverage
 from loopfast.engines.base import Engine, learning_rate, require_same, tensor_bytes
 from loopfast.engines.optimizers import build_optimizer, load_optimizer_state, optimizer_state
+from loopfast.engines.scaling import LossScale
 from loopfast.errors import NonFiniteError
 from loopfast.policies import Policy
 
@@ -42,11 +42,7 @@ class LocalEngine(Engine):
         self._updates = 0
         decay = config.ema_decay
         self._average = None if decay is None else WeightAverage(self._named, decay)
-        # gradients of float16 activations vanish unless the loss is scaled up; a no-op for the other types
-        self._new_scaler = partial(
-            torch.amp.GradScaler, policy.device.type, enabled=policy.dtype == torch.float16
-        )
-        self._scaler = self._new_scaler()
+        self._scale = LossScale(enabled=policy.dtype == torch.float16)
 
     @property
     @override
@@ -55,29 +51,27 @@ class LocalEngine(Engine):
 
     @override
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        self._scaler.scale(loss).backward()
+        self._scale.scaled(loss).backward()
 
     @override
     def discard(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-        # a scaler that has unscaled an optimizer's gradients refuses to do so again before it is updated
-        state = self._scaler.state_dict()
-        self._scaler = self._new_scaler()
-        self._scaler.load_state_dict(state)
 
     @override
-    def update(self) -> float:
+    def update(self) -> float | None:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
-        self._scaler.unscale_(self._optimizer)
+        self._scale.unscale(self._parameters)
         norm = torch.nn.utils.clip_grad_norm_(
             self._parameters, self._config.max_grad_norm, foreach=True
         ).item()
-        if not math.isfinite(norm) and not self._scaler.is_enabled():
+        if not math.isfinite(norm):
             self.discard()
+            if self._scale.lower():
+                return None
             raise NonFiniteError(f"the gradient's norm is {norm}")
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        self._optimizer.step()
+        self._scale.succeeded()
         self._optimizer.zero_grad(set_to_none=True)
         self._updates += 1
         if self._average is not None:
@@ -101,7 +95,7 @@ class LocalEngine(Engine):
         tensors = {"policy": self.weights(), "optimizer": optimizer_state(self._optimizer, self._named)}
         if self._average is not None:
             tensors["average"] = self._average.weights
-        return tensors, {"updates": self._updates, "scaler": self._scaler.state_dict()}
+        return tensors, {"updates": self._updates, "scaler": self._scale.state_dict()}
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
@@ -115,7 +109,7 @@ class LocalEngine(Engine):
                 parameter.copy_(tensors["policy"][name])
         load_optimizer_state(self._optimizer, self._named, tensors.get("optimizer", {}))
         self._updates = state["updates"]
-        self._scaler.load_state_dict(state["scaler"])
+        self._scale.load_state_dict(state["scaler"])
 
     @override
     def memory(self) -> dict[str, int]:

@@ -43,7 +43,7 @@ class ReplicatedEngine(LocalEngine):
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         # it takes the processes' mean
-        self._engine.backward(self._scaler.scale(loss) * self._group.size, scale_wrt_gas=False)
+        self._engine.backward(self._scale.scaled(loss) * self._group.size, scale_wrt_gas=False)
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:

@@ -84,7 +84,7 @@ class ZeroEngine(Engine):
         self._engine.optimizer.zero_grad(set_to_none=True)
 
     @override
-    def update(self) -> float:
+    def update(self) -> float | None:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         try:
@@ -94,9 +94,13 @@ class ZeroEngine(Engine):
             if not (self._scaled and "minimum" in str(error)):
                 raise
             raise NonFiniteError("the gradient overflows float16 at the smallest loss scale, too") from error
+        if self._engine.optimizer.overflow:
+            # DeepSpeed has taken no step
+            if self._scaled and self._engine.optimizer.loss_scaler.dynamic:
+                return None
+            raise NonFiniteError("the gradient's norm is not finite")
         norm = float(self._engine.get_global_grad_norm())
-        if not math.isfinite(norm) and not self._scaled:
-            # an overflow, at which DeepSpeed takes no step
+        if not math.isfinite(norm):
             raise NonFiniteError("the gradient's norm is not finite")
         self._updates += 1
         return norm
@@ -163,8 +167,8 @@ class ZeroEngine(Engine):
                     value = self._received(optimizer.get(f"{name}.{key}"), self._shapes[name])
                     self._set(parameter, value, key)
         self._updates = state["updates"]
-        if self._scaled and state["scaler"]:
-            scaler = self._engine.optimizer.loss_scaler
+        scaler = self._engine.optimizer.loss_scaler
+        if self._scaled and scaler.dynamic and state["scaler"]:
             scaler.cur_scale = state["scaler"]["scale"]
             scaler.cur_iter, scaler.last_overflow_iter = state["scaler"]["_growth_tracker"], -1
 
@@ -231,18 +235,12 @@ class ZeroEngine(Engine):
         return written
 
     def _scaler_state(self) -> dict[str, Any]:
-        """As torch's GradScaler has it, so that another engine can go on from it."""
-        if not self._scaled:
-            return {}
+        """As `LossScale` has it, so that another engine can go on from it; nothing where the scale is fixed."""
         scaler = self._engine.optimizer.loss_scaler
+        if not (self._scaled and scaler.dynamic):
+            return {}
         good = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
-        return {
-            "scale": float(scaler.cur_scale),
-            "growth_factor": float(scaler.scale_factor),
-            "backoff_factor": 1.0 / float(scaler.scale_factor),
-            "growth_interval": int(scaler.scale_window),
-            "_growth_tracker": int(good),
-        }
+        return {"scale": float(scaler.cur_scale), "_growth_tracker": int(good)}
 
 
 class _Denoiser(torch.nn.Module):

@@ -21,6 +21,12 @@ def save_portable(pipeline: Any, directory: Path) -> None:
     and the ``T5Tokenizer`` of 4 needs a model of sentencepiece, where ``T5TokenizerFast`` reads ``tokenizer.json``, but
     with its further special tokens under another name.
     """
+    for component in pipeline.components.values():
+        tokenizer = getattr(component, "backend_tokenizer", None)
+        if tokenizer is not None:
+            # it keeps how its last call padded and cut, which would be written too
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
     pipeline.save_pretrained(directory)
     index = directory / "model_index.json"
     index.write_text(index.read_text("utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), "utf-8")

@@ -52,6 +52,7 @@ _DIAGNOSTICS = (
     _Diagnostic("kl_reference", "KL from the base model", "mean over transitions, in nats"),
     _Diagnostic("logprob_change", "Log-probability change", "mean absolute, from sampling, in nats"),
     _Diagnostic("grad_norm", "Gradient norm", "before clipping"),
+    _Diagnostic("overflows", "Overflows", "of float16 gradients, after which the update was repeated"),
     _Diagnostic("loss", "Loss", "mean over the iteration's updates"),
     _Diagnostic("learning_rate", "Learning rate", "of the last update"),
     _Diagnostic("group_spread", "Spread within a prompt", "of the reward; where it is 0 nothing is learned"),

@@ -39,6 +39,24 @@ from loopfast.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 
+# Before COMMAND: the processes of ``loopfast launch`` are forked from it instead of importing everything anew.
+FORKED_LAUNCH = """\
+import sys
+from dataclasses import replace
+import loopfast.launch as launching
+from loopfast.__main__ import main
+
+elastic = launching.elastic_launch
+
+def forked(config, command):
+    def process(*arguments):
+        assert (command, *arguments[:2]) == (sys.executable, "-m", "loopfast")
+        sys.exit(main(arguments[2:]))
+    return elastic(replace(config, start_method="fork"), process)
+
+launching.elastic_launch = forked
+"""
+
 
 class Ranks(Forks):
     """Groups of processes that run the command line. `shared_ranks` has those of a session of tests."""

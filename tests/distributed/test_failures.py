@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import NO_REPORT, Runs, distance, saved
+from tests.distributed.ranks import FORKED_LAUNCH
 
 OPTIONS = ("distributed.zero_stage=2",)
 
@@ -159,20 +160,12 @@ def test_more_processes_than_images_are_refused(runs: Runs) -> None:
     assert "found 2 image(s), allowed: at least 3, one for each process" in runs.ranks.errors(0)
 
 
-# The launcher's processes are forked from it instead of importing everything anew, and one of them dies once.
-LAUNCHED = """\
-import os, signal, sys
-from dataclasses import replace
-import loopfast.engines.zero3 as engines, loopfast.launch as launching
-from loopfast.__main__ import main
+# One of the processes dies once.
+KILLED_ONCE = """\
+import os, signal
+import loopfast.engines.zero3 as engines
 
-elastic, backward, calls = launching.elastic_launch, engines.ZeroEngine.backward, []
-
-def forked(config, command):
-    def process(*arguments):
-        assert (command, *arguments[:2]) == (sys.executable, "-m", "loopfast")
-        sys.exit(main(arguments[2:]))
-    return elastic(replace(config, start_method="fork"), process)
+backward, calls = engines.ZeroEngine.backward, []
 
 def killed(self, *arguments, **options):
     calls.append(1)
@@ -180,14 +173,14 @@ def killed(self, *arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return backward(self, *arguments, **options)
 
-launching.elastic_launch, engines.ZeroEngine.backward = forked, killed
+engines.ZeroEngine.backward = killed
 """
 
 
 def test_a_launch_goes_on_after_a_kill(runs: Runs) -> None:
     arguments = runs.arguments("launched", *OPTIONS)[1:]
     command = ["launch", "--nproc", "2", "--max-restarts", "1", *arguments]
-    runs.ranks.run(command, 1, before=LAUNCHED + NO_REPORT)
+    runs.ranks.run(command, 1, before=FORKED_LAUNCH + KILLED_ONCE + NO_REPORT)
     assert runs.ranks.shown(0).count("loopfast train\n") == 2, "it was not started again"
     assert distance(saved(runs.folder / "launched"), saved(runs.folder / runs.shared(2, *OPTIONS))) < 1e-6
 

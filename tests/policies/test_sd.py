@@ -238,6 +238,17 @@ def test_an_exported_pipeline_is_read_by_transformers_4(pipeline_folder: Path, t
     assert (written / "merges.txt").read_text() == (given / "merges.txt").read_text()
     # and it does not tell where it came from
     assert not [f for f in tmp_path.rglob("*.json") if str(pipeline_folder) in f.read_text()]
+
+
+def test_an_exported_tokenizer_does_not_depend_on_what_was_encoded(
+    pipeline_folder: Path, tmp_path: Path
+) -> None:
+    """A finished run that is resumed writes the export again, without having encoded anything."""
+    policy: Any = make(pipeline_folder, "full")
+    policy.encode(["a red circle"])
+    policy.export(tmp_path, weights(policy))
+    tokenizer = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+    assert (tokenizer["padding"], tokenizer["truncation"]) == (None, None)
     again = load_policy(ModelConfig(pretrained=str(tmp_path), device="cpu"))
     for ours, theirs in zip(policy.encode(PROMPTS).values(), again.encode(PROMPTS).values(), strict=True):
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
