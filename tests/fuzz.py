@@ -61,6 +61,8 @@ SLURM_STEP_NUM_TASKS SLURM_STEP_NODELIST SLURM_STEP_ID SLURM_JOB_ID OMPI_COMM_WO
 OMPI_COMM_WORLD_LOCAL_RANK PMI_RANK PMI_SIZE MPI_LOCALRANKID""".split()
 DEEPSPEED = """zero_optimization stage optimizer fp16 bf16 enabled offload_optimizer device scheduler gradient_clipping
 train_batch_size steps_per_print communication_data_type reduce_bucket_size""".split()
+RIGHT = [{"steps_per_print": 10}, {"fp16": {"enabled": "auto"}}, {"zero_optimization": {"overlap_comm": False}}]
+RIGHT += [{"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, {"wall_clock_breakdown": True}, {}]
 # What loads, trains, serves or starts something: only the way there is tried.
 WORKS = """train.train launch.launch profile_run.profile evaluation.sample_images cli.inspection.replace_process
 rewards.serve.serve_rewards planning.plan policies.load_schedule""".split()
@@ -196,9 +198,9 @@ def deepspeed_input(rng: random.Random, folder: Path) -> Given:
             return [some(depth - 1) for _ in range(rng.randrange(3))]
         return {rng.choice([*DEEPSPEED, text(rng)]): some(depth - 1) for _ in range(rng.randrange(4))}
 
-    written = json.dumps(
-        some(3) if rng.random() < 0.2 else {rng.choice(DEEPSPEED): some(2) for _ in range(3)}
-    )
+    share = rng.random()
+    given = some(3) if share < 0.2 else {rng.choice(DEEPSPEED): some(2) for _ in range(rng.randrange(1, 4))}
+    written = json.dumps(given if share < 0.7 else rng.choice(RIGHT) | rng.choice(RIGHT))
     file, stage = folder / "deepspeed.json", rng.randrange(4)
     file.write_bytes(
         (damaged(rng, written) if rng.random() < 0.2 else written).encode("utf-8", "surrogatepass")

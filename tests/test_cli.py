@@ -327,7 +327,8 @@ def test_config_check_lists_the_prompts_that_are_cut(
     kept = "a red circle and a blue cross and a red square and a green"
     file.write_text(f"# animals\na red circle\n{kept}\n{kept} cross\n{kept} triangle and a circle\n")
     assert main(["config", "check", "tiny", "-s", f"prompts.source={file}"]) == 0
-    shown = capsys.readouterr().out.splitlines()
+    model, *shown = capsys.readouterr().out.splitlines()
+    assert model == "model embedded: Stable Diffusion 1.x and 2.x"
     end = "'… red square and a green'"
     assert shown[0] == f"prompts {file}: 4 prompts (skipped: 1 comment line), the first 'a red circle'"
     assert shown[1].startswith(

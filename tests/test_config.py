@@ -20,7 +20,7 @@ from loopfast.config import (
     parse_config,
     recipes,
 )
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, one_line
 
 MINIMAL = "model: {pretrained: embedded}\n"
 
@@ -130,7 +130,7 @@ def test_wrong_value_is_reported_with_key_value_and_what_is_allowed(
     override: str, found: str, allowed: str
 ) -> None:
     message = error_of(MINIMAL + "reward: [{name: embedded}]", override)
-    assert message.startswith(f"--set {override}: ")
+    assert message.startswith(f"--set {one_line(override)}: ")
     if found:
         assert f": found {found}, allowed: {allowed}" in message
         assert override.partition("=")[0] in message

@@ -506,7 +506,7 @@ def test_auto_halves_until_a_model_call_fits_and_then_trains_as_with_that_size(
     with memory_for(3, of_training_calls=of_training_calls) as calls:
         folder, warnings = run_told(small_config(*options))
     key = "train" if of_training_calls else "rollout"
-    assert warnings == [
+    assert without_overflows(warnings) == [
         f"warning: {key}.microbatch: {rows} rows per model call do not fit into memory; going on with {rows // 2}"
         for rows in (8, 4)
     ]
@@ -514,7 +514,7 @@ def test_auto_halves_until_a_model_call_fits_and_then_trains_as_with_that_size(
     assert set(calls[3:]) == {2}
     given = small_config(*options, "rollout.microbatch=2", "train.microbatch=2", "run.name=given")
     expected, warnings = run_told(given)
-    assert warnings == []
+    assert without_overflows(warnings) == []
     last = given.train.iterations
     assert same(weights(folder, last), weights(expected, last))
     lines, others = (read_metrics(path / "metrics.jsonl")[1:] for path in (folder, expected))
@@ -523,6 +523,11 @@ def test_auto_halves_until_a_model_call_fits_and_then_trains_as_with_that_size(
         assert line["ratio_max_deviation"] == no_deviation()
         for name in ("images", "loss", "reward_mean", "grad_norm", "on_policy_outside_clip"):
             assert line[name] == other[name], name
+
+
+def without_overflows(warnings: list[str]) -> list[str]:
+    """The warnings but for that of float16, whose first loss scales are too high on purpose."""
+    return [line for line in warnings if "the gradient overflowed float16" not in line]
 
 
 def test_an_update_that_runs_out_of_memory_halfway_is_done_again_with_smaller_calls(
@@ -1033,7 +1038,7 @@ def test_a_configuration_that_cannot_run_leaves_nothing_behind(
 ) -> None:
     lora = f"model={{pretrained: {pipeline_folder}, tune: lora, lora: {{targets: [nothing]}}}}"
     for override, reason in (
-        ("model.pretrained=./nowhere/at/all", "cannot find a diffusers pipeline"),
+        ("model.pretrained=./nowhere/at/all", "no such folder or file"),
         ("model.device=cuda:77", "cuda:77 is not there"),
         (lora, "model.lora.targets"),
         ("rollout.noise_level=0.5", "rollout.noise_level belongs to flow-matching models"),

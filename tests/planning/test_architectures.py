@@ -84,7 +84,7 @@ def test_an_unknown_name_is_an_error() -> None:
 
 def test_a_folder_that_is_no_pipeline_is_an_error(tmp_path: Path) -> None:
     config = ModelConfig(pretrained=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"cannot read model_index.json of .*; --model takes one of"):
+    with pytest.raises(ConfigError, match="is an empty folder"):
         load_architecture(config)
     (tmp_path / "model_index.json").write_text('{"_class_name": "Other"}')
     with pytest.raises(ConfigError, match="names no unet or transformer"):

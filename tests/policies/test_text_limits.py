@@ -143,7 +143,6 @@ def test_limits_of_a_hub_name_are_those_of_the_cache(
     (repository / "refs" / "main").write_text("abc")
     assert named(local_text_limits(model("some/model"))) == [CLIP]
     assert local_text_limits(model("other/model")) is None
-    assert local_text_limits(model("no hub name: at all")) is None
     shutil.rmtree(repository / "snapshots" / "abc" / "tokenizer")
     assert local_text_limits(model("some/model")) is None
 
