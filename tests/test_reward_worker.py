@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -93,6 +94,18 @@ def scoring(score: Callable[[Tensor, Any], Scores]) -> Iterator[RewardThread[str
 def brightness(found: Tensor, prompts: Any) -> Scores:
     values = found.mean((1, 2, 3))
     return Scores(values, {"brightness": values})
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_process_whose_owner_was_killed_ends_without_a_word(reset: bool) -> None:
+    ours, theirs = socket.socketpair()
+    with Connection(theirs.detach()) as connection:
+        if reset:
+            connection.send_bytes(b"an answer that nobody reads")
+        else:
+            ours.send(b"\0\0")  # half of a message's length
+        ours.close()
+        process_module.answer_questions(connection)
 
 
 def test_scores_of_parts_are_those_of_the_batch() -> None:

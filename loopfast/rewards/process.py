@@ -124,7 +124,7 @@ def answer_questions(connection: Connection[Any, Any]) -> None:
     while True:
         try:
             question = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # reset, or amid a message, where the other end was killed
             return
         answer: tuple[type[LoopfastError] | None, Any]
         try:
@@ -146,7 +146,7 @@ def answer_questions(connection: Connection[Any, Any]) -> None:
             answer = type(error), (str(error),)
         try:
             connection.send(answer)
-        except BrokenPipeError:  # nobody is waiting any more
+        except OSError:  # nobody is waiting any more
             return
 
 
