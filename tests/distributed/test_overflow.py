@@ -1,4 +1,4 @@
-"""Gradients that overflow float16: all processes repeat the update together, with DeepSpeed's loss scale as with ours."""
+"""Gradients that overflow float16: all processes repeat the update together, by our loss scale or by DeepSpeed's."""
 
 from __future__ import annotations
 
