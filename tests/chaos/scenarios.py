@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -387,6 +388,18 @@ def _damaged(folder: Path, rng: random.Random) -> str:
     return f"bit {bit} of byte {place} of {folder.name}/{file.name} flipped"
 
 
+def _wait_for_port(port: int) -> None:
+    end = time.monotonic() + ORPHANS
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < end, "the reward server does not start"
+            time.sleep(0.05)
+        else:
+            return
+
+
 def _server(play: Scenario) -> None:
     """A reward server dies and comes back: soon, or only when the run has given up."""
     server, port = play.shared.server, play.shared.port
@@ -415,11 +428,14 @@ def _server(play: Scenario) -> None:
         serve()
         play.prepare([reward])
         for _ in range(play.rng.randint(2, 4)):
+            # a run that finds no server at its start ends: that is not what is tried here
+            _wait_for_port(port)
             done = play.attempt(die, [1])
             if not server.pids:
                 serve()
             if done:
                 break
+        _wait_for_port(port)
         play.end()
     finally:
         if server.pids:
