@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 SERVER = """\
-import gc, json, os, sys
+import gc, json, os, signal, sys
+# under nohup it is ignored, and what is forked inherits that
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 gc.disable()  # nothing that is imported is garbage
 {imports}
 # else each process looks through all of this for garbage, and copies its memory to do so

@@ -120,12 +120,19 @@ def read_shapes(key: str, file: Path) -> Mapping[str, Tensor]:
     try:
         return _read(file, file.stat().st_mtime_ns)
     except Exception as error:  # torch and safetensors raise of many kinds
-        with file.open("rb") as opened:
-            pointer = opened.read(40).startswith(b"version https://git-lfs")
         reason = str(error).strip().split("\n")[0]
-        if pointer:
+        if _is_pointer(file):
             reason = "it is a pointer of Git LFS; `git lfs pull` in its repository downloads the file"
         raise ConfigError(f"{key}: {str(file)!r} cannot be read: {reason}") from error
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether a file is what Git LFS leaves in the place of one that was not downloaded."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        return False
 
 
 @lru_cache(maxsize=4)
