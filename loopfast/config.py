@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 
 from loopfast.algorithms import ALGORITHMS
 from loopfast.errors import ConfigError, one_line
+from loopfast.files import read_settings
 
 __all__ = [
     "AdvantageConfig",
@@ -490,7 +491,7 @@ def _read(source: str | Path) -> tuple[str, str]:
     if isinstance(source, str) and source in recipes():
         return f"recipe {source}", (_RECIPES / f"{source}.yaml").read_text("utf-8")
     try:
-        return str(source), Path(source).read_text("utf-8")
+        return str(source), read_settings(Path(source), "utf-8")
     except FileNotFoundError:
         raise ConfigError(
             f"no configuration {str(source)!r}: neither a file nor a recipe ({', '.join(recipes())})"

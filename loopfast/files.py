@@ -1,13 +1,31 @@
-"""Writing files so that a kill or a full disk leaves no half of one behind."""
+"""Reading files of settings, and writing files so that a kill or a full disk leaves no half of one behind."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from loopfast.errors import WriteError
+
+LARGEST = 2**24
+"""Bytes of the largest file of settings that is read."""
+
+
+def read_settings(path: Path, encoding: str) -> str:
+    """The text of a user's file of settings. A device such as ``/dev/zero`` has no end, so there is a limit.
+
+    Raises:
+        OSError: it cannot be read, or is larger than `LARGEST`.
+        UnicodeDecodeError: it has another encoding.
+    """
+    with path.open("rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return data.decode(encoding)
 
 
 def write_file(path: Path, data: bytes) -> None:

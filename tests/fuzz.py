@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import sys
 import tempfile
@@ -40,6 +41,9 @@ from loopfast.place import find_place
 from loopfast.prompts import load_prompts
 
 SECONDS = 60  # an input that takes longer hangs; one takes some milliseconds, on a busy machine some seconds
+BYTES = (
+    8 * 2**30
+)  # of addresses, of which the libraries take 3 GiB: an input that needs more ends in a MemoryError
 
 # fmt: off
 TEXTS = ["", " ", "a: b", "a\nb", "a\tb", "a\r\nb", "a\x00b", "± → σ", "word " * 500, "x" * 300, "9" * 5000]
@@ -322,6 +326,7 @@ def main() -> int:
     given = parser.parse_args()
     numbers = range(given.inputs) if given.only is None else range(given.only, given.only + 1)
     findings = 0
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     for kind in given.kind or KINDS:
         began = time.monotonic()
         counts = fuzz(kind, numbers, given.seed, functools.partial(print, flush=True))

@@ -334,6 +334,8 @@ def test_unreadable_source_is_reported(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"run: {name: gr\xfc\xdfe}")
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path / "latin.yaml")
+    with pytest.raises(ConfigError, match=r"cannot read .*File too large"):
+        load_config("/dev/zero")
 
 
 def test_schema_describes_every_key() -> None:

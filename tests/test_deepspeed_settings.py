@@ -253,6 +253,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         deepspeed_settings(config("distributed.deepspeed=nowhere.json"), LARGE)
     with pytest.raises(ConfigError, match=r"cannot read .*: Is a directory"):
         deepspeed_settings(config(f"distributed.deepspeed={tmp_path}"), LARGE)
+    with pytest.raises(ConfigError, match=r"cannot read /dev/zero: File too large"):
+        deepspeed_settings(config("distributed.deepspeed=/dev/zero"), LARGE)
     file = tmp_path / "ds.json"
     for data in ('{"aio": "é"}'.encode("latin-1"), '{"aio": {}}'.encode("utf-16")):
         file.write_bytes(data)
@@ -290,7 +292,7 @@ SHARDED = config("distributed.deepspeed=given.json", "distributed.zero_stage=3")
 
 @given(content=VALUES | st.dictionaries(NAMES, VALUES, max_size=4))
 def test_whatever_a_file_holds_is_taken_or_refused_in_one_line(content: Any) -> None:
-    with patch("pathlib.Path.read_text", lambda *_, **__: json.dumps(content)):
+    with patch("loopfast.engines.deepspeed_file.read_settings", lambda *_: json.dumps(content)):
         try:
             found = deepspeed_settings(SHARDED, LARGE)
         except ConfigError as error:

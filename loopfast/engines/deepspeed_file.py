@@ -11,6 +11,7 @@ from typing import Any
 
 from loopfast.config import Config
 from loopfast.errors import ConfigError
+from loopfast.files import read_settings
 
 # Keys of the first level that DeepSpeed 0.19 reads or names as removed, by what belongs there.
 _SECTION, _NUMBER, _SWITCH, _TEXT = "a section {...}", "a number above 0", "true or false", "text"
@@ -116,7 +117,7 @@ def read(file: str) -> dict[str, Any]:
     path = Path(file).expanduser()
     try:
         found = json.loads(
-            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_number
+            read_settings(path, "utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_number
         )
     except OSError as error:
         raise ConfigError(f"distributed.deepspeed: cannot read {path}: {error.strerror or error}") from error
