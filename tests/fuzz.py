@@ -41,9 +41,7 @@ from loopfast.place import find_place
 from loopfast.prompts import load_prompts
 
 SECONDS = 60  # an input that takes longer hangs; one takes some milliseconds, on a busy machine some seconds
-BYTES = (
-    8 * 2**30
-)  # of addresses, of which the libraries take 3 GiB: an input that needs more ends in a MemoryError
+BYTES = 8 * 2**30  # of memory; an input that needs more ends in a MemoryError
 
 # fmt: off
 TEXTS = ["", " ", "a: b", "a\nb", "a\tb", "a\r\nb", "a\x00b", "± → σ", "word " * 500, "x" * 300, "9" * 5000]
