@@ -13,7 +13,7 @@ from collections.abc import Sequence
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from loopfast.allocator import reuse_freed_memory
-from loopfast.errors import Interrupted, LoopfastError, MissingExtraError
+from loopfast.errors import Interrupted, LoopfastError, MissingExtraError, one_line
 from loopfast.streams import lost_output, open_streams
 
 __all__ = ["main"]
@@ -87,6 +87,11 @@ def _run(arguments: list[str]) -> int:
         return _fail(error)
     except KeyboardInterrupt:  # while the command line is imported
         return _fail(Interrupted("interrupted"))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # a name that is too long, or a folder that may not be read
+        return _fail(LoopfastError(f"{error.strerror}: {one_line(repr(error.filename))}"))
     except ModuleNotFoundError as error:
         module = _top_level(error)
         if module not in _EXTRA_OF_MODULE:

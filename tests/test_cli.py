@@ -139,7 +139,20 @@ def test_failure_is_one_line_and_an_exit_code(
         assert line.endswith(f"pip install 'loopfast[{extra}]'")
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), ModuleNotFoundError("No module named 'x'", name="x")])
+@pytest.mark.parametrize(
+    "command", ["report", "compare", "sample --prompts embedded:color", "eval", "export --to y", "plan -c"]
+)
+def test_a_name_that_is_too_long_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "x" * 300]) > 0
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "xxx" in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError(), OSError(5, "of a device"), ModuleNotFoundError("No module named 'x'", name="x")],
+)
 def test_defect_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loopfast.train, "train", Calls(error))
     with pytest.raises(type(error)):
