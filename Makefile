@@ -98,9 +98,10 @@ test-wheel: $(TRL)/.wheel ## the built wheel, installed elsewhere: what it holds
 	  -p no:cacheprovider -q -k 'not triton' tree/tests/kernels $(ARGS)
 	LOOPFAST_WHEEL=$$(echo $(CURDIR)/$(WHEEL)/*.whl) $(PYTEST) -q tests/test_packaging.py -k the_wheel
 
-test-trl: $(TRL)/.wheel $(VENV)/.dev ## TRL's trainer on the ops of the built wheel, and exports in earlier libraries
+test-trl: $(TRL)/.wheel $(VENV)/.dev ## TRL's trainer on the ops of the built wheel, exports in earlier libraries, and datasets
 	LOOPFAST_TRL_PYTHON=$(CURDIR)/$(TRL)/bin/python $(PYTEST) tests/integrations/test_trl.py \
 	  tests/integrations/test_exports_elsewhere.py $(ARGS)
+	$(TRL)/bin/python -m pytest -p no:cacheprovider -q tests/test_prompt_datasets.py
 
 sanitize: $(VENV)/.dev ## the C interface under the address and undefined-behavior sanitizers
 	$(BIN)/cmake -S . -B build/sanitize -DLOOPFAST_SANITIZE=ON -DLOOPFAST_TESTS=ON -DCMAKE_CXX_FLAGS=-Werror \
