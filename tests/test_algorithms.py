@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopfast.algorithms import ALGORITHMS, EPSILON, PromptStatistics, advantages
+from loopfast.algorithms import ALGORITHMS, EPSILON, PromptStatistics, advantages, deviations, spread
 from loopfast.config import parse_config
 from loopfast.errors import ConfigError
 
@@ -121,6 +121,15 @@ def test_a_history_of_equal_rewards_gives_none() -> None:
             rewards = torch.full((2, 11), value)
             difference, scale = advantages(ALGORITHMS["ppo"], rewards, [f"{value} a", f"{value} b"], tracker)
             assert (difference * scale).count_nonzero() == 0, value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_numbers_deviate_by_nothing(dtype: torch.dtype) -> None:
+    for value in VALUES:
+        for count in range(2, 40):
+            values = torch.full((count,), value, dtype=dtype)
+            assert deviations(values).count_nonzero() == 0, (value, count)
+            assert spread(values) == 0, (value, count)
 
 
 @pytest.mark.parametrize("name", COMPARING)

@@ -71,14 +71,24 @@ def test_the_types_of_a_single_file(dtype: str, family_folder: Any, tmp_path: Pa
         assert policy.pipeline.text_encoder.dtype == policy.dtype
 
 
-def test_a_file_that_lacks_tensors(family_folder: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.diffusion_model.out.2.bias", "lacks tensors of the pipeline"),
+        (
+            "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc2.bias",
+            r"lacks 1 tensor\(s\) of the text_encoder .* such as encoder\.layers\.1\.mlp\.fc2\.bias",
+        ),
+    ],
+)
+def test_a_file_that_lacks_tensors(name: str, said: str, family_folder: Any, tmp_path: Path) -> None:
     folder = family_folder("sd")
     file = save_single_file(DiffusionPipeline.from_pretrained(folder), tmp_path / "a.safetensors")
     found = load_file(file)
-    del found["model.diffusion_model.out.2.bias"]
+    del found[name]
     save_file(found, file)
     _read.cache_clear()
-    with pytest.raises(ConfigError, match=r"^model\.pretrained: .*lacks (1 )?tensors of the "):
+    with pytest.raises(ConfigError, match=rf"^model\.pretrained: .*{said}"):
         load_policy(settings(file, config=str(folder)))
 
 
