@@ -84,8 +84,8 @@ def load_single_file(
             empty = [name for name, value in network.named_parameters() if value.is_meta]
             if empty:
                 raise ConfigError(
-                    f"model.pretrained: {str(file)!r} lacks {len(empty)} tensor(s) of the {part} that {str(pipeline)!r} "
-                    f"describes, such as {empty[0]}"
+                    f"model.pretrained: {str(file)!r} lacks {len(empty)} tensor(s) of the {part} that "
+                    f"{str(pipeline)!r} describes, such as {empty[0]}"
                 )
     return loaded
 
