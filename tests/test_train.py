@@ -936,7 +936,9 @@ def test_prompts_are_drawn_without_repeating_any_before_all_had_their_turn(
     assert len(set(batches)) > 1
 
 
-def test_prompts_that_are_cut_are_said_at_the_start(small_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_scheduler_that_ddim_replaces_and_prompts_that_are_cut_are_said_at_the_start(
+    small_config: MakeConfig, tmp_path: Path
+) -> None:
     long = "a red circle and a blue star and a green cross and a red square and"
     (tmp_path / "train.txt").write_text(f"# shapes\n{long} one\n{long} two\na red circle\n")
     (tmp_path / "other.jsonl").write_text(f'"a blue star"\n"{long} three"\n"{long} four"')
@@ -946,13 +948,17 @@ def test_prompts_that_are_cut_are_said_at_the_start(small_config: MakeConfig, tm
         "evaluation.limit_prompts=2",
         "evaluation.every=0",
         "model.free_text_encoder=true",
+        "model.scheduler={_class_name: DPMSolverMultistepScheduler, use_karras_sigmas: true}",
     )
     warnings, shown = io.StringIO(), io.StringIO()
     display = Display(console=Console(file=shown, width=1000), errors=Console(file=warnings, width=1000))
     with StopRequest() as stop:
         training.Trainer(config, None, display, stop).start()
     limit = "longer than a text encoder reads and cut (CLIP at 16 tokens"
-    first, second = warnings.getvalue().splitlines()
+    scheduler, first, second = warnings.getvalue().splitlines()
+    assert scheduler.startswith(
+        "warning: model.scheduler, DPMSolverMultistepScheduler, samples with use_karras"
+    )
     assert first.startswith(
         f"warning: prompts {tmp_path / 'train.txt'}: 2 of 3 are {limit}: 2), the first after '"
     )
