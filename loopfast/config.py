@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 from pydantic_core import ErrorDetails
 
 from loopfast.algorithms import ALGORITHMS
-from loopfast.errors import ConfigError, one_line
+from loopfast.errors import ConfigError, first_line, one_line, short
 from loopfast.files import read_settings
 
 __all__ = [
@@ -606,7 +606,7 @@ class _Document:
             where = place(mark.line + 1) if mark else self.name
             raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from None
         except yaml.YAMLError as error:
-            raise ConfigError(f"{place(1)}: not valid YAML: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"{place(1)}: not valid YAML: {first_line(error)}") from None
         except RecursionError:
             raise ConfigError(f"{place(1)}: nested too deeply") from None
         except (ValueError, OverflowError) as error:
@@ -641,7 +641,7 @@ class _Document:
                 try:
                     return _SCALARS[kind](node.value)
                 except ValueError:
-                    raise ConfigError(f"{where}: {_short(node.value)!r} is not of type {kind}") from None
+                    raise ConfigError(f"{where}: {short(node.value)!r} is not of type {kind}") from None
             raise ConfigError(f"{where}: YAML tag {node.tag!r} is not supported")
 
         return None if root is None else plain(root, path)
@@ -912,10 +912,6 @@ def _dotted(path: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in path)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _found(value: object) -> str:
     """A value as its author would recognize it."""
     if isinstance(value, dict):
@@ -923,5 +919,5 @@ def _found(value: object) -> str:
     if isinstance(value, list):
         return "a list"
     if isinstance(value, str):
-        return repr(_short(value))
-    return _short(yaml.dump(value, Dumper=_Dumper).splitlines()[0])
+        return repr(short(value))
+    return short(yaml.dump(value, Dumper=_Dumper).splitlines()[0])

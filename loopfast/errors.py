@@ -1,7 +1,7 @@
 """The errors a user of loopfast can cause or meet.
 
-The command line prints ``error: <message>`` and exits with ``exit_code``. Anything that is not a
-`LoopfastError` is a defect of loopfast and keeps its traceback.
+The command line prints ``error: <message>`` and exits with ``exit_code``. So it does for an
+``OSError`` that names a file. Anything else is a defect of loopfast and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -18,14 +18,27 @@ __all__ = [
     "PeerError",
     "RewardError",
     "WriteError",
+    "first_line",
     "one_line",
+    "short",
 ]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without the advice that follows; its class where it says nothing."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def one_line(text: object, most: int = 200) -> str:
     """Text for a message: on one line, and cut off after ``most`` characters."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= most else line[: most - 3] + "..."
+    return short(" ".join(str(text).split()), most)
+
+
+def short(text: str, most: int = 60) -> str:
+    """Text cut off after ``most`` characters."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 class LoopfastError(Exception):

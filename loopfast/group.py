@@ -21,7 +21,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from loopfast.errors import LoopfastError, PeerError
+from loopfast.errors import LoopfastError, PeerError, first_line
 from loopfast.place import Place
 from loopfast.watch import Watch
 
@@ -267,8 +267,3 @@ def _broken(error: BaseException) -> bool:
         return True
     # gloo's own errors have no type of their own, but all begin with the file they come from
     return isinstance(error, RuntimeError) and "gloo" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, in short."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

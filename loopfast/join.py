@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed
 
-from loopfast.errors import LoopfastError
-from loopfast.group import Group, first_line
+from loopfast.errors import LoopfastError, first_line
+from loopfast.group import Group
 from loopfast.place import Place
 from loopfast.watch import Watch
 

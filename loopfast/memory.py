@@ -7,6 +7,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from loopfast.errors import first_line
+
 # Libraries under PyTorch allocate for themselves, and say so in a plain RuntimeError.
 _LIBRARY_MESSAGES = (
     "CUDA error: out of memory",
@@ -34,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def first_sentence(error: BaseException) -> str:
     """What ran out, without the advice that follows in PyTorch's message."""
-    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+    return first_line(error).split(". ")[0].rstrip(".")
 
 
 def free_cached_memory() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopfast.errors import LoopfastError
+from loopfast.errors import LoopfastError, short
 
 _MOST_PROCESSES = 10**6
 _KUBERNETES = "tcp://"
@@ -137,7 +137,7 @@ def _number(environment: Mapping[str, str], name: str, least: int, most: int, be
     value = environment.get(name)
     if value is not None and re.fullmatch("[0-9]{1,10}", value) and least <= int(value) <= most:
         return int(value)
-    found = "missing" if value is None else repr(value if len(value) <= 60 else f"{value[:57]}...")
+    found = "missing" if value is None else repr(short(value))
     raise LoopfastError(
         f"the launcher's variable {name} is {found}; allowed: a whole number from {least} to {most}{beside}"
     )

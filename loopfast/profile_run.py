@@ -21,7 +21,7 @@ from torch.autograd.profiler_util import FunctionEvent
 import loopfast
 from loopfast.config import Config
 from loopfast.console import Display
-from loopfast.errors import Interrupted
+from loopfast.errors import Interrupted, short
 from loopfast.files import write_file, writing
 from loopfast.interrupts import StopRequest
 from loopfast.profiling import DOMAIN, Times, range_
@@ -384,8 +384,7 @@ def _percent(share: float) -> str:
 
 def _cell(text: str) -> str:
     """A name that fits a table; names of templated kernels run to hundreds of letters."""
-    text = text.replace("|", "\\|")
-    return text if len(text) <= 60 else text[:57] + "..."
+    return short(text.replace("|", "\\|"))
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

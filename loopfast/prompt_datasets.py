@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopfast.errors import ConfigError, MissingExtraError
+from loopfast.errors import ConfigError, MissingExtraError, first_line
 from loopfast.prompt_files import Entry, prompt_key
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _load(where: str, split: str | None) -> Dataset:
             found = load_dataset(str(folder), split=split or "train")
     # whatever a reader of files, the network or the hub may raise
     except Exception as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
+        reason = first_line(error.__cause__ or error)
         raise ConfigError(f"cannot be loaded: {reason}") from error
     if isinstance(found, DatasetDict):
         split = split or "train"

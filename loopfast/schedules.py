@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopfast.errors import short
 from loopfast.memory import to_device
 
 AUTO_SENSITIVITY_LIMIT = 8.0
@@ -279,14 +280,16 @@ def refuse_unmapped(config: Mapping[str, Any], name: str) -> None:
     values = _FLOW_VALUES if flow else _DIFFUSION_VALUES
     for option, value in config.items():
         if option in values and not values[option][0](value):
-            raise ValueError(f"the scheduler's option {option}={_short(value)} is not {values[option][1]}")
+            raise ValueError(
+                f"the scheduler's option {option}={short(repr(value))} is not {values[option][1]}"
+            )
         if option.startswith("_") or option in harmless:
             continue
         allowed, reason = options.get(
             option, (_OFF, "is not known here; remove it if the process is the same without it")
         )
         if value not in allowed:
-            raise ValueError(f"the scheduler's option {option}={_short(value)} {reason}")
+            raise ValueError(f"the scheduler's option {option}={short(repr(value))} {reason}")
 
 
 def replaced_by_ddim(config: Mapping[str, Any], name: str) -> dict[str, object]:
@@ -299,11 +302,6 @@ def replaced_by_ddim(config: Mapping[str, Any], name: str) -> dict[str, object]:
     if name in (_DDIM, _FLOW):
         return {}
     return {option: config[option] for option in _LEVELS if config.get(option) not in _LEVELS[option]}
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:

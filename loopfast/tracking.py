@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from loopfast.errors import LoopfastError, MissingExtraError, WriteError
+from loopfast.errors import LoopfastError, MissingExtraError, WriteError, first_line
 from loopfast.files import write_file
 
 if TYPE_CHECKING:
@@ -309,8 +309,7 @@ def _described(error: Exception) -> str:
     """What went wrong, in a line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
 
 
 class _Sink(Protocol):

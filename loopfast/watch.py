@@ -8,6 +8,8 @@ import threading
 import time
 from typing import Any
 
+from loopfast.errors import first_line
+
 BEAT = 2.0
 """Seconds between two signs of life."""
 
@@ -84,7 +86,7 @@ class Watch:
                 self.speaker = 1
                 self.reason = self.reason or (
                     "the group's store does not answer: the process that keeps it, rank 0 or torchrun, has ended "
-                    f"({str(error).splitlines()[0][:120]})"
+                    f"({first_line(error)[:120]})"
                 )
             if self.reason is not None:
                 break

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from loopfast.errors import first_line
+
 
 def why_unusable() -> str | None:
     """Why the kernels of the installed xformers cannot be used with this torch; None: nothing speaks against it.
@@ -43,7 +45,7 @@ def describe() -> str:
         try:
             torch.ops.load_library(str(library))
         except OSError as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = first_line(error)
     return "its kernels load" if reason is None else f"its kernels cannot load: {reason}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loopfast.config import Config
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, short
 from loopfast.files import read_settings
 
 # Keys of the first level that DeepSpeed 0.19 reads or names as removed, by what belongs there.
@@ -339,5 +339,4 @@ def _dotted(path: _Path) -> str:
 
 def _shown(value: Any) -> str:
     """A value of JSON in one short line."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return short(json.dumps(value))

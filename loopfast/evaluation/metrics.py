@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from loopfast.config import RewardConfig
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, first_line
 from loopfast.evaluation.benchmark import Category
 
 # Rewards that `three_in_one` is made of, whose options it takes under their names.
@@ -95,5 +95,5 @@ def _yaml(flag: str, text: str, value: str) -> Any:
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
-        reason = str(error).split("\n")[0]
+        reason = first_line(error)
         raise ConfigError(f"{flag} {text!r}: not YAML: {reason}") from None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
-from loopfast.errors import LoopfastError
+from loopfast.errors import LoopfastError, first_line
 
 Function = Callable[..., Any]
 
@@ -81,7 +81,7 @@ def import_target(feature: str, name: str, needs: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:  # transformers' lazy modules raise RuntimeError
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise LoopfastError(f"{feature} needs {needs}: cannot import {name} ({reason})") from error
 
 

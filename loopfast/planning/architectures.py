@@ -17,9 +17,8 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from loopfast.config import ModelConfig
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, first_line
 from loopfast.policies.families import Family, family_of
-from loopfast.policies.loading import first_line
 from loopfast.policies.resolution import latent_size
 from loopfast.policies.source import locate
 

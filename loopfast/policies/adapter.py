@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from loopfast.config import LoraConfig as LoraSettings
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, first_line
 from loopfast.policies.signature import layers_with_adapter
 from loopfast.seeds import derive
 
@@ -75,7 +75,7 @@ def add_adapter(
         try:
             inject_adapter_in_model(lora_config(settings, targets), module, adapter_name=ADAPTER)
         except ValueError as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = first_line(error)
             raise ConfigError(f"model.lora.targets: {list(targets)}: {reason}") from error
     for parameter in module.parameters():
         if parameter.requires_grad:

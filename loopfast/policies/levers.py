@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
 from loopfast.config import ModelConfig
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, first_line
 from loopfast.policies.layers import ShortAttnProcessor, use_fast_layers
 from loopfast.xformers_build import why_unusable
 
@@ -75,7 +75,7 @@ def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: t
             unet.enable_xformers_memory_efficient_attention()
         except (ImportError, RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
             raise ConfigError(
-                f"model.attention: xformers cannot be used here: {_first_line(error)}"
+                f"model.attention: xformers cannot be used here: {first_line(error)}"
             ) from error
     else:
         unet.set_attn_processor(_PROCESSORS[name]())
@@ -140,7 +140,7 @@ def _without_flash(unet: Any, device: torch.device, dtype: torch.dtype) -> str |
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 scaled_dot_product_attention(x, x, x).sum().backward()
         except RuntimeError as error:
-            return f"no kernel for heads of {width} in {str(dtype)[6:]} on {device} ({_first_line(error)})"
+            return f"no kernel for heads of {width} in {str(dtype)[6:]} on {device} ({first_line(error)})"
     return None
 
 
@@ -332,9 +332,5 @@ def _without_compiler(device: torch.device) -> str | None:
     try:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError) as error:
-        return f"needs a C++ compiler on the CPU, such as g++ ({_first_line(error)})"
+        return f"needs a C++ compiler on the CPU, such as g++ ({first_line(error)})"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from loopfast.config import ModelConfig, RolloutConfig
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, first_line
 from loopfast.policies.base import Policy
 from loopfast.policies.families import Family, family_of, supported
 from loopfast.policies.resolution import latent_size
@@ -274,10 +274,3 @@ _DESCRIBED = (
     "; it describes the single file that model.pretrained names; a folder with such a pipeline's configuration files "
     "can be given as model.config"
 )
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, without the advice that libraries append."""
-    if isinstance(error, KeyError):
-        return f"there is no {error}"
-    return str(error).strip().split("\n")[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from loopfast.config import ModelConfig
-from loopfast.errors import ConfigError
-from loopfast.policies.loading import first_line, load_family
+from loopfast.errors import ConfigError, first_line
+from loopfast.policies.loading import load_family
 from loopfast.policies.source import locate
 from loopfast.policies.text_limits import TOKENIZERS, TextLimit, encoder_of
 

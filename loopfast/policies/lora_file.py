@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from loopfast.config import LoraConfig, ModelConfig
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, first_line, one_line
 from loopfast.policies.families import Family
-from loopfast.policies.loading import component_config, first_line
+from loopfast.policies.loading import component_config
 from loopfast.policies.signature import layers_with_adapter
 from loopfast.policies.single_file import read_shapes
 from loopfast.policies.source import LORA_FILES, PICKLED, is_lora, local_path, locate, not_on_the_hub
@@ -88,13 +88,8 @@ def read_lora(config: ModelConfig, family: Family) -> Lora:
     except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
         raise ConfigError(
             f"{KEY}: {str(file)!r} cannot be loaded into the {family.denoiser} of {config.pretrained!r}: "
-            f"{_short(first_line(error))}"
+            f"{one_line(first_line(error))}"
         ) from error
-
-
-def _short(reason: str) -> str:
-    """Peft lists the names of all layers that do not fit."""
-    return reason if len(reason) <= 200 else f"{reason[:200]} ..."
 
 
 def adopted(config: ModelConfig, family: Family) -> ModelConfig:

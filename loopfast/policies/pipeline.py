@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from loopfast.config import ModelConfig
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, first_line
 from loopfast.policies.adapter import (
     ADAPTER,
     add_adapter,
@@ -37,7 +37,7 @@ from loopfast.policies.levers import (
     use_tf32_convolutions,
     with_one_graph,
 )
-from loopfast.policies.loading import TEXT_ENCODERS, absent_components, first_line, torch_device
+from loopfast.policies.loading import TEXT_ENCODERS, absent_components, torch_device
 from loopfast.policies.lora_file import Lora, load_lora, read_lora
 from loopfast.policies.portable import save_portable
 from loopfast.policies.resolution import decoder_rows, latent_size

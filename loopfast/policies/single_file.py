@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, first_line
 
 # Where the files of Stable Diffusion, SDXL, SD 3 and FLUX keep a pipeline's components, if they have them.
 _PLACES = {
@@ -73,7 +73,7 @@ def load_single_file(
             str(file), config=str(pipeline), revision=revision, **options
         )
     except SingleFileComponentError as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise ConfigError(f"model.pretrained: {str(file)!r}: {reason}") from error
     except NotImplementedError as error:  # of weights that were not in the file, on the device "meta"
         raise ConfigError(
@@ -120,7 +120,7 @@ def read_shapes(key: str, file: Path) -> Mapping[str, Tensor]:
     try:
         return _read(file, file.stat().st_mtime_ns)
     except Exception as error:  # torch and safetensors raise of many kinds
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         if _is_pointer(file):
             reason = "it is a pointer of Git LFS; `git lfs pull` in its repository downloads the file"
         raise ConfigError(f"{key}: {str(file)!r} cannot be read: {reason}") from error

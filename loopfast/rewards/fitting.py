@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from loopfast.errors import LoopfastError
+from loopfast.errors import LoopfastError, first_line
 from loopfast.memory import free_cached_memory, is_out_of_memory
 
 __all__ = ["ImagesPerCall", "RewardMemoryError", "shortage"]
@@ -77,5 +77,5 @@ class ImagesPerCall:
 
 def shortage(error: Exception) -> str:
     """What was asked for and what there was, without the advice that follows in PyTorch's message."""
-    first_line = str(error).strip().split("\n")[0]
-    return ". ".join(first_line.split(". ")[:_SENTENCES]).rstrip(".")
+    reason = first_line(error)
+    return ". ".join(reason.split(". ")[:_SENTENCES]).rstrip(".")

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from loopfast.errors import RewardError
+from loopfast.errors import RewardError, one_line
 from loopfast.rewards.base import CountError, Reward
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class _Client:
         scores = found.get("scores") if isinstance(found, dict) else None
         if not isinstance(scores, list) or not all(_is_score(score) for score in scores):
             raise RewardError(
-                f"reward server {self._url} answered {_short(answer.text)}, allowed: "
+                f"reward server {self._url} answered {one_line(answer.text)!r}, allowed: "
                 '{"scores": [...]} with a number or null for each image'
             )
         if len(scores) != len(prompts):
@@ -195,7 +195,7 @@ class _Client:
             else:
                 if answer.status_code == 200:
                     return answer
-                problem = f"it answered {answer.status_code} {answer.reason}: {_short(_reason(answer))}"
+                problem = f"it answered {answer.status_code} {answer.reason}: {one_line(_reason(answer))!r}"
                 if answer.status_code != 429 and answer.status_code < 500:
                     raise RewardError(f"reward server {self._url}{path}: {problem}{self._hint(answer)}")
                 asked = _asked(answer.headers.get("Retry-After"))
@@ -262,11 +262,6 @@ def _cause(error: BaseException) -> str:
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return str(error) or type(error).__name__
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return repr(text if len(text) <= 200 else text[:197] + "...")
 
 
 def _require_url(url: object) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, first_line
 
 __all__ = ["OPENAI_MEAN", "OPENAI_STD", "ImagePreprocessing", "load_preprocessing", "normalized"]
 
@@ -104,7 +104,7 @@ def load_preprocessing(
     try:
         processor = cls.from_pretrained(source, revision=revision)
     except (OSError, ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"{where} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"{where} cannot be loaded: {first_line(error)}") from error
     found = processor.to_dict()
     filter_number = int(found["resample"])
     if filter_number not in _FILTERS:

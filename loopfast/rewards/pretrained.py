@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, first_line
 from loopfast.memory import is_out_of_memory, to_device
 from loopfast.policies import pad_rows, torch_device
 from loopfast.rewards.fitting import ImagesPerCall, RewardMemoryError, shortage
@@ -284,7 +284,7 @@ def _loaded(reward: str, cls: Any, source: str, folder: str | None, *, partial: 
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(
-            f"{where}: cannot load a {cls.__name__} with safetensors weights: {_first_line(error)}"
+            f"{where}: cannot load a {cls.__name__} with safetensors weights: {first_line(error)}"
         ) from error
     for mismatch in sorted(found["mismatched_keys"]):
         if isinstance(mismatch, str):  # transformers 4 gives the name alone
@@ -333,7 +333,7 @@ def _from_pretrained(reward: str, what: str, cls: Any, source: str, revision: st
         return cls.from_pretrained(source, revision=revision)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise ConfigError(
-            f"reward {reward!r}: cannot load the {what} of {source!r}: {_first_line(error)}"
+            f"reward {reward!r}: cannot load the {what} of {source!r}: {first_line(error)}"
         ) from error
 
 
@@ -360,13 +360,13 @@ def read_state(reward: str, key: str, source: str, *, revision: str | None = Non
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ConfigError(f"{where} cannot be read: {_first_line(error)}") from error
+        raise ConfigError(f"{where} cannot be read: {first_line(error)}") from error
     except (pickle.UnpicklingError, ValueError, RuntimeError, EOFError) as error:
-        raise ConfigError(f"{where} is no file of weights: {_first_line(error)}") from error
+        raise ConfigError(f"{where} is no file of weights: {first_line(error)}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise ConfigError(f"{where} is no safetensors file: {_first_line(error)}") from error
+        raise ConfigError(f"{where} is no safetensors file: {first_line(error)}") from error
     for name in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
@@ -425,7 +425,3 @@ def _some(names: Collection[str]) -> str:
     ordered = sorted(names)
     more = len(ordered) - _KEYS_SHOWN
     return ", ".join(ordered[:_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
