@@ -332,29 +332,6 @@ def test_config_check_counts_prompts_and_names_rewards(
     ]
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (
-            '{"zero_optimization": {"stage": 2}}',
-            'found 2, allowed: 3 or "auto" with distributed.zero_stage: 3',
-        ),
-        # only DeepSpeed itself knows what it takes
-        ('{"zero_optimization": {"stage3_max_live_parameters": -1}}', "stage3_max_live_parameters"),
-    ],
-)
-def test_config_check_reads_the_deepspeed_file(
-    content: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    file = tmp_path / "ds.json"
-    file.write_text(content)
-    options = ["-s", f"distributed.deepspeed={file}", "-s", "distributed.zero_stage=3"]
-    assert main(["config", "check", "tiny", *options]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: distributed.deepspeed: ")
-    assert said in line
-
-
 def test_config_check_lists_the_prompts_that_are_cut(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
