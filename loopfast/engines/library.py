@@ -15,7 +15,7 @@ from torch import Tensor
 from loopfast.config import Config
 from loopfast.engines.base import require_same
 from loopfast.engines.settings import deepspeed_settings
-from loopfast.errors import ConfigError, MissingExtraError
+from loopfast.errors import ConfigError, MissingExtraError, one_line, short
 from loopfast.group import Group
 from loopfast.policies import Policy
 
@@ -62,8 +62,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        return f"{key}: {first['msg']}, found {json.dumps(first['input'], default=str)[:60]}"
-    text = " ".join(str(error).split())[:300]
+        return f"{key}: {first['msg']}, found {short(json.dumps(first['input'], default=str))}"
+    text = one_line(error, 300)
     return text if isinstance(error, (AssertionError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
