@@ -19,18 +19,19 @@ SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 BRIEF := -p tests.progress -q -r NfE
 # The tests that compute with floating-point numbers; Triton's interpreter does so in numpy on every processor.
 COMPUTING := tests/kernels tests/rollout tests/policies tests/rewards tests/evaluation tests/integrations \
-  tests/exporting tests/test_train.py tests/test_update.py tests/test_families.py tests/test_schedules.py \
-  tests/test_published_logprobs.py tests/test_average.py tests/test_resume.py -k 'not triton'
+  tests/exporting tests/training/test_train.py tests/training/test_update.py tests/training/test_families.py tests/test_schedules.py \
+  tests/test_published_logprobs.py tests/engines/test_ema.py tests/training/test_resume.py -k 'not triton'
 # Those of them in which processors have differed, and that train little; of the ops, `test-wheel` runs them so.
-DIFFERING := tests/rewards tests/test_update.py tests/test_schedules.py tests/test_published_logprobs.py \
-  tests/test_rounding.py --ignore tests/rewards/test_http.py --ignore tests/rewards/test_guard.py -k 'not triton'
+DIFFERING := tests/rewards tests/training/test_update.py tests/test_schedules.py tests/test_published_logprobs.py \
+  tests/training/test_rounding.py --ignore tests/rewards/test_http.py --ignore tests/training/test_scoring.py -k 'not triton'
 # Those of the ops, of the algorithm and of the configuration that start no process and train no model.
-FAST := $(addprefix tests/kernels/test_,$(addsuffix .py,backends denoise_step group_norm_silu leave_one_out loop_loss philox \
-  reduction transition_logprob validation)) tests/rollout/test_capture.py tests/rollout/test_recording.py \
-  tests/policies/test_guided_unet.py tests/policies/test_layers.py tests/policies/test_loading.py \
-  $(addprefix tests/test_,$(addsuffix .py,algorithms allocator config console deepspeed_settings doctor documentation engine \
-  interrupts layers memory microbatch plugins processor prompt_files prompts published_logprobs rewards rounding runs tracking \
-  trajectories update)) -k 'not triton'
+each = $(addprefix tests/$(1)/test_,$(addsuffix .py,$(2)))
+FAST := $(call each,kernels,backends denoise_step group_norm_silu leave_one_out loop_loss philox reduction transition_logprob \
+  validation) $(call each,rollout,capture recording trajectories) $(call each,policies,guided_unet layers loading) \
+  $(call each,config,config) $(call each,engines,deepspeed_config local) $(call each,prompts,files sources) \
+  $(call each,rewards,base) $(call each,run,console folder tracking) $(call each,training,microbatch rounding update) \
+  $(call each,system,allocator doctor interrupts memory plugins processor) \
+  $(addprefix tests/test_,$(addsuffix .py,algorithms documentation layers published_logprobs)) -k 'not triton'
 # What the libraries below may use of a processor: torch's own kernels, oneDNN, MKL, and loopfast's.
 # Limited to what the processor lacks, torch ends with an illegal instruction.
 HAS = grep -qw $(1) /proc/cpuinfo || { echo "Left out: this processor has no $(1)"; exit 0; };
@@ -101,7 +102,7 @@ test-wheel: $(TRL)/.wheel ## the built wheel, installed elsewhere: what it holds
 test-trl: $(TRL)/.wheel $(VENV)/.dev ## TRL's trainer on the ops of the built wheel, exports in earlier libraries, and datasets
 	LOOPFAST_TRL_PYTHON=$(CURDIR)/$(TRL)/bin/python $(PYTEST) tests/integrations/test_trl.py \
 	  tests/integrations/test_exports_elsewhere.py $(ARGS)
-	$(TRL)/bin/python -m pytest -p no:cacheprovider -q tests/test_prompt_datasets.py
+	$(TRL)/bin/python -m pytest -p no:cacheprovider -q tests/prompts/test_datasets.py
 
 sanitize: $(VENV)/.dev ## the C interface under the address and undefined-behavior sanitizers
 	$(BIN)/cmake -S . -B build/sanitize -DLOOPFAST_SANITIZE=ON -DLOOPFAST_TESTS=ON -DCMAKE_CXX_FLAGS=-Werror \
@@ -135,7 +136,7 @@ ptx-report: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and write pr
 	$(BIN)/python profiles/ptx_report.py
 
 study: $(VENV)/.train ## compare the algorithms on the embedded benchmark (hours; ARGS goes to the study)
-	$(BIN)/python -m loopfast.evaluation.study $(ARGS)
+	$(BIN)/python -m benchmarks.study $(ARGS)
 
 clean: ## remove the environment, builds and caches (runs/ stays)
 	rm -rf $(VENV) $(TRL) $(OLDER) $(RACE) build dist .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

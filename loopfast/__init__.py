@@ -4,4 +4,6 @@ Importing the package imports nothing else. `loopfast.schedules` needs torch; tr
 need the extra ``train`` (``pip install 'loopfast[train]'``).
 """
 
-__version__ = "0.1.0"
+from loopfast.version import __version__
+
+__all__ = ["__version__"]

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 # before torch is imported: of a process that has died it would show a backtrace for each connection
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from loopfast.allocator import reuse_freed_memory
 from loopfast.errors import Interrupted, LoopfastError, MissingExtraError, one_line
-from loopfast.streams import lost_output, open_streams
+from loopfast.system.allocator import reuse_freed_memory
+from loopfast.system.streams import lost_output, open_streams
 
 __all__ = ["main"]
 
@@ -76,7 +76,7 @@ def _run(arguments: list[str]) -> int:
         except ModuleNotFoundError as error:
             if arguments != ["doctor"] or _top_level(error) not in _EXTRA_OF_MODULE:
                 raise
-            from loopfast.doctor import examine
+            from loopfast.system.doctor import examine
 
             print(examine())
             return 0

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from loopfast.errors import short
-from loopfast.memory import to_device
+from loopfast.system.memory import to_device
 
 AUTO_SENSITIVITY_LIMIT = 8.0
 """``auto`` leaves out the steps whose sensitivity is above this many times the median."""

@@ -35,9 +35,9 @@ import loopfast.cli
 import loopfast.config
 import loopfast.rewards
 from loopfast.config import config_to_yaml, json_schema, parse_config, recipes
+from loopfast.distributed.launcher import find_place
 from loopfast.engines import deepspeed_settings
 from loopfast.errors import LoopfastError
-from loopfast.place import find_place
 from loopfast.prompts import load_prompts
 
 SECONDS = 60  # an input that takes longer hangs; one takes some milliseconds, on a busy machine some seconds

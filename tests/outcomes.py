@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loopfast.tracking import METRICS, read_metrics
+from loopfast.run.tracking import METRICS, read_metrics
 
 # Of two equal runs these differ.
 MEASURED = {

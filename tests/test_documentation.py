@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loopfast.evaluation.study import METHODS, Result, table
+from benchmarks.study import METHODS, Result, table
 
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "docs" / "study"

@@ -12,39 +12,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From bottom to top. A module may import from its own layer and from those below.
+# From bottom to top. A room imports from itself and from the rooms below it; rooms side by side do not know each other.
 LAYERS = [
-    {
-        "",
-        "allocator",
-        "errors",
-        "files",
-        "group",
-        "interrupts",
-        "join",
-        "memory",
-        "place",
-        "processor",
-        "profiling",
-        "prompt_datasets",
-        "prompt_files",
-        "recipes",
-        "run_lock",
-        "seeds",
-        "streams",
-        "t2i_compbench",
-        "watch",
-        "xformers_build",
-    },
-    {"schedules", "algorithms", "config", "plugins"},
-    {"policies", "trajectories", "prompts", "embedded", "integrations"},
-    {"identity", "rollout", "engines", "rewards", "checkpoints", "tracking", "console", "microbatch"},
-    {"rounding", "share", "surrogate"},
-    {"replay"},
-    {"update", "runs", "evaluation", "exporting", "planning", "reporting"},
-    {"judging"},
-    {"train", "profile_run"},
-    {"cli", "doctor", "launch", "__main__"},
+    {"errors", "version", "recipes"},
+    {"system", "seeds", "algorithms", "profiling"},
+    {"config", "schedules"},
+    {"integrations", "policies", "run"},
+    {"embedded", "reporting", "rollout"},
+    {"distributed", "prompts", "rewards"},
+    {"engines", "evaluation"},
+    {"exporting", "training"},
+    {"planning"},
+    {"cli"},
+    {"__main__", ""},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -58,19 +38,10 @@ def modules(package: Path) -> dict[str, Path]:
     return found
 
 
-def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those that only a type checker sees."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            continue
-        yield node
-        yield from statements(node)
-
-
 def imports(name: str, path: Path) -> Iterator[str]:
-    """Full names of what a module imports, inside functions too."""
+    """Full names of what a module imports, inside functions and for a type checker alone, too."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in statements(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -92,15 +63,39 @@ def test_every_module_has_a_layer():
     assert {layer(name) for name in ENGINE} == set(LEVEL)
 
 
+def imported_modules(name: str, path: Path, package: dict[str, Path]) -> set[str]:
+    """The modules of a package that one of them imports; ``from module import name`` imports the module."""
+    found = set()
+    for target in imports(name, path):
+        while target and target not in package:
+            target = target.rpartition(".")[0]
+        found |= {target} - {"", name}
+    return found
+
+
+GRAPH = {name: imported_modules(name, path, ENGINE) for name, path in ENGINE.items()}
+
+
 @pytest.mark.parametrize("name", sorted(ENGINE))
-def test_a_module_imports_from_its_layer_and_below(name):
-    for imported in imports(name, ENGINE[name]):
-        if imported.split(".")[0] == "loopfast":
-            # Names that are no module, such as loopfast.__version__, belong to the package itself.
-            target = layer(imported) if layer(imported) in LEVEL else ""
-            assert LEVEL[target] <= LEVEL[layer(name)], (
-                f"{name} imports {imported} from a layer above its own"
-            )
+def test_a_module_imports_from_its_room_and_those_below(name):
+    for imported in GRAPH[name]:
+        assert layer(imported) == layer(name) or LEVEL[layer(imported)] < LEVEL[layer(name)], (
+            f"{name} imports {imported} from a layer that is not below its own"
+        )
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """What is left of a graph when everything that leads to no circle is taken away."""
+    left = {name: set(targets) for name, targets in graph.items()}
+    while ends := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in ends:
+            del left[name]
+    return sorted(left)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circles(GRAPH) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("name", sorted(KERNELS))
@@ -125,7 +120,7 @@ WALL_CLOCK = {"loopfast.rewards.http", "loopfast.reporting.report"}
 def test_durations_are_measured_by_a_clock_that_does_not_jump(name):
     calls = [
         ast.unparse(node)
-        for node in statements(ast.parse(ENGINE[name].read_text()))
+        for node in ast.walk(ast.parse(ENGINE[name].read_text()))
         if isinstance(node, ast.Call)
     ]
     assert not {"time.time()", "time()", "datetime.now()"} & set(calls)
@@ -145,15 +140,21 @@ print(sorted(brought - set(sys.stdlib_module_names)))
     assert run.stdout.strip() == "['loopfast']"
 
 
-def test_the_rules_are_enforced(tmp_path):
+def test_imports_are_found_wherever_they_stand(tmp_path):
     source = tmp_path / "policies.py"
     source.write_text(
         "from typing import TYPE_CHECKING\n"
-        "if TYPE_CHECKING:\n    from loopfast.train import Trainer\n"
-        "def late():\n    from . import cli\n    import loopfast.train\n"
+        "if TYPE_CHECKING:\n    from loopfast.training.train import Trainer\n"
+        "def late():\n    from . import cli\n    import loopfast.planning\n"
     )
-    assert list(imports("loopfast.policies", source)) == [
-        "typing.TYPE_CHECKING",
+    assert sorted(imports("loopfast.policies", source)) == [
         "loopfast.cli",
-        "loopfast.train",
+        "loopfast.planning",
+        "loopfast.training.train.Trainer",
+        "typing.TYPE_CHECKING",
     ]
+    assert imported_modules("loopfast.policies", source, ENGINE) == {
+        "loopfast.cli",
+        "loopfast.planning",
+        "loopfast.training.train",
+    }

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.timing import Playback
 from loopfast.config import config_to_yaml, parse_config
-from loopfast.tracking import read_metrics
+from loopfast.run.tracking import read_metrics
 
 RUN = """\
 run: {name: run, trackers: []}
@@ -33,10 +33,10 @@ checkpoint: {every: 3}
 # A run's peak, less what its libraries take, and what of it the trajectories are.
 WORKER = """\
 import json, sys
-import loopfast.train as training
-from loopfast.allocator import reuse_freed_memory
+import loopfast.training.train as training
+from loopfast.system.allocator import reuse_freed_memory
 from loopfast.config import load_config
-from loopfast.console import Display
+from loopfast.run.console import Display
 
 kept = 0
 gathered = training.Trainer._gathered

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from loopfast.config import Config
-from loopfast.console import Display
-from loopfast.train import train
+from loopfast.run.console import Display
+from loopfast.training.train import train
 
 from .measure import Work, memory
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from loopfast.allocator import reuse_freed_memory
+from loopfast.system.allocator import reuse_freed_memory
 
 RUN = """\
 run: {name: check, trackers: []}
@@ -78,7 +78,7 @@ def tensors_held(tree: Iterable[Any]) -> int:
 @contextmanager
 def recording_replay() -> Iterator[list[int]]:
     """Inside, each update's replay, all of its model calls, adds to the list the bytes of its tensors at their peak."""
-    from loopfast.replay import Replay
+    from loopfast.training.replay import Replay
     from loopfast_kernels import buffers
 
     peaks: list[int] = []
@@ -101,9 +101,9 @@ def recording_replay() -> Iterator[list[int]]:
 def run(text: str, overrides: list[str], *, tensors: bool) -> int:
     """Trains by a configuration; returns the replay's tensors, or all that this process held, in bytes at the peak."""
     from loopfast.config import parse_config
-    from loopfast.console import Display
-    from loopfast.tracking import read_metrics
-    from loopfast.train import train
+    from loopfast.run.console import Display
+    from loopfast.run.tracking import read_metrics
+    from loopfast.training.train import train
 
     with recording_replay() if tensors else nullcontext([]) as peaks, Display(quiet=True) as display:
         folder = train(parse_config(text, overrides), display=display)

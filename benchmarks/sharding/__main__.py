@@ -28,7 +28,7 @@ from benchmarks.race.models import sd_small
 from loopfast.config import config_to_yaml, parse_config
 from loopfast.planning import as_dict, plan
 from loopfast.policies.portable import save_portable
-from loopfast.tracking import read_metrics
+from loopfast.run.tracking import read_metrics
 
 RUN = """\
 run: {name: run, trackers: []}

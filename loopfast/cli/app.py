@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-import loopfast
 from loopfast.errors import Interrupted
+from loopfast.version import __version__
 
 __all__ = ["app", "config_app"]
 
@@ -55,7 +55,7 @@ app.add_typer(config_app, name="config")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"loopfast {loopfast.__version__}")
+        print(f"loopfast {__version__}")
         raise typer.Exit
 
 

@@ -90,7 +90,7 @@ def config_deepspeed(config: ConfigArgument, overrides: Overrides = None) -> Non
     quiet_libraries()
     from loopfast.engines import deepspeed_settings, require_settings
     from loopfast.planning.architectures import load_architecture
-    from loopfast.policies import torch_device
+    from loopfast.system.device import torch_device
 
     require_settings(settings, settings.model.device)
     parameters = load_architecture(settings.model).denoiser.parameters()

@@ -17,7 +17,7 @@ from rich.table import Table
 from loopfast.cli.app import app
 from loopfast.cli.options import ConfigOption, Overrides, Quiet, load, quiet_libraries
 from loopfast.errors import LoopfastError
-from loopfast.files import writing
+from loopfast.system.files import writing
 
 
 @app.command(
@@ -164,8 +164,8 @@ def profile(
     if nsys:
         replace_process(command, "--nsys needs Nsight Systems", folder)
     quiet_libraries()
-    from loopfast.console import Display
-    from loopfast.profile_run import profile as run
+    from loopfast.planning.profile import profile as run
+    from loopfast.run.console import Display
 
     with Display(quiet=quiet) as display:
         found = run(settings, iterations=iterations, output=folder, trace=trace, display=display)
@@ -176,7 +176,7 @@ def profile(
 @app.command()
 def doctor() -> None:
     """Show versions, devices and backends, and what is missing and how to get it."""
-    from loopfast.doctor import examine
+    from loopfast.system.doctor import examine
 
     print(examine())
 

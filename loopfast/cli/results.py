@@ -101,8 +101,8 @@ def sample(
     if not wanted:
         raise ConfigError("nothing to draw; give a prompt, or a source of prompts with --prompts")
     quiet_libraries()
-    from loopfast.console import Display
     from loopfast.evaluation import sample_images
+    from loopfast.run.console import Display
 
     with Display(quiet=quiet) as display:
         paths = sample_images(
@@ -229,8 +229,8 @@ def evaluate(
         raise ConfigError("--prompts: not with --benchmark, which has prompts of its own")
     quiet_libraries()
     if benchmark is not None:
-        from loopfast.console import Display
         from loopfast.evaluation import benchmark_table, evaluate_benchmark
+        from loopfast.run.console import Display
 
         with Display(quiet=quiet) as display:
             found, titles = evaluate_benchmark(
@@ -255,8 +255,8 @@ def evaluate(
             )
         Console().print(benchmark_table(found, titles))
         return
-    from loopfast.console import Display
     from loopfast.evaluation import evaluate_checkpoint
+    from loopfast.run.console import Display
 
     with Display(quiet=quiet) as display:
         result = evaluate_checkpoint(
@@ -325,8 +325,8 @@ def export(
 ) -> None:
     """Write what a run has trained in the form that diffusers opens, with a model card."""
     quiet_libraries()
-    from loopfast.console import Display
     from loopfast.exporting import export_run
+    from loopfast.run.console import Display
 
     with Display(quiet=quiet) as display:
         print(export_run(run, to, form=form, merge=merge, best=best, display=display))

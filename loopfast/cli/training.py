@@ -27,8 +27,8 @@ def train(
     """
     settings = load(config, overrides)
     quiet_libraries()
-    from loopfast.console import Display
-    from loopfast.train import train as run
+    from loopfast.run.console import Display
+    from loopfast.training.train import train as run
 
     with Display(quiet=quiet) as display:
         run(settings, resume=resume, display=display)
@@ -62,9 +62,9 @@ def launch(
     started.
     """
     settings = load(config, overrides)
+    from loopfast.distributed.launch import launch as run
     from loopfast.engines import require_type
-    from loopfast.launch import launch as run
-    from loopfast.policies import torch_device
+    from loopfast.system.device import torch_device
 
     require_type(settings, torch_device(settings.model.device).type)
     arguments = ["train", "--config", config]

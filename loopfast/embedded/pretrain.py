@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from loopfast.policies.portable import save_portable
-from loopfast.streams import open_streams
+from loopfast.system.streams import open_streams
 
 from . import world
 from .detector import exact, score

@@ -1,11 +1,11 @@
 """Engines own the trained weights and the optimizer."""
 
 from loopfast.config import Config
+from loopfast.distributed.group import Group
 from loopfast.engines.base import Engine
+from loopfast.engines.deepspeed_config import deepspeed_settings
 from loopfast.engines.local import LocalEngine
 from loopfast.engines.refusals import require_settings, require_type
-from loopfast.engines.settings import deepspeed_settings
-from loopfast.group import Group
 from loopfast.policies import Policy
 
 __all__ = [
@@ -24,10 +24,10 @@ def build_engine(policy: Policy, config: Config, group: Group) -> Engine:
     if not needs_deepspeed(config, group.size):
         return LocalEngine(policy, config.train)
     if config.distributed.zero_stage == 0:
-        from loopfast.engines.replicated import ReplicatedEngine
+        from loopfast.engines.data_parallel import ReplicatedEngine
 
         return ReplicatedEngine(policy, config, group)
-    from loopfast.engines.zero3 import ZeroEngine
+    from loopfast.engines.zero import ZeroEngine
 
     return ZeroEngine(policy, config, group)
 

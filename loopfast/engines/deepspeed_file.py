@@ -11,7 +11,7 @@ from typing import Any
 
 from loopfast.config import Config
 from loopfast.errors import ConfigError, short
-from loopfast.files import read_settings
+from loopfast.system.files import read_settings
 
 # Keys of the first level that DeepSpeed 0.19 reads or names as removed, by what belongs there.
 _SECTION, _NUMBER, _SWITCH, _TEXT = "a section {...}", "a number above 0", "true or false", "text"

@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from loopfast.config import TrainConfig
-from loopfast.engines.average import WeightAverage
 from loopfast.engines.base import Engine, learning_rate, require_same, tensor_bytes
+from loopfast.engines.ema import WeightAverage
 from loopfast.engines.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from loopfast.engines.scaling import LossScale
 from loopfast.errors import NonFiniteError

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from loopfast import processor
 from loopfast.config import Config
-from loopfast.engines.settings import deepspeed_settings
+from loopfast.engines.deepspeed_config import deepspeed_settings
 from loopfast.errors import ConfigError
-from loopfast.policies import torch_device
+from loopfast.system import processor
+from loopfast.system.device import torch_device
 
 
 def require_type(config: Config, device: str) -> None:
@@ -49,6 +49,6 @@ def require_settings(config: Config, device: str) -> None:
     # the size of the buffers, which follows from the number of parameters, is no matter
     settings = deepspeed_settings(config, 0)
     if find_spec("deepspeed") is not None:
-        from loopfast.engines.library import require_accepted
+        from loopfast.engines.deepspeed import require_accepted
 
         require_accepted(settings, file, torch_device(device))

@@ -1,7 +1,7 @@
 """Measuring what a policy has learned."""
 
-from loopfast.evaluation.benchmark_command import BENCHMARKS, evaluate_benchmark
-from loopfast.evaluation.benchmark_results import as_rich as benchmark_table
+from loopfast.evaluation.benchmark.command import BENCHMARKS, evaluate_benchmark
+from loopfast.evaluation.benchmark.results import as_rich as benchmark_table
 from loopfast.evaluation.compare import as_rich as comparison_tables
 from loopfast.evaluation.compare import compare_runs
 from loopfast.evaluation.evaluate import Evaluation, evaluate

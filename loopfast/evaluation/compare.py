@@ -12,11 +12,11 @@ from rich.table import Table
 
 from loopfast.config import Config
 from loopfast.errors import ConfigError
-from loopfast.evaluation.benchmark_results import RESULTS, read_results
-from loopfast.evaluation.trained import run_config
-from loopfast.files import write_file, writing
+from loopfast.evaluation.benchmark.results import RESULTS, read_results
+from loopfast.evaluation.models import run_config
 from loopfast.reporting import Curve, reward_curves
-from loopfast.tracking import read_metrics
+from loopfast.run.tracking import read_metrics
+from loopfast.system.files import write_file, writing
 
 AXES: dict[str, str] = {
     "iteration": "iterations",

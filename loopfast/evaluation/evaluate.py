@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections import defaultdict
@@ -16,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from loopfast.config import EvaluationConfig
-from loopfast.files import write_file
-from loopfast.group import ALONE, Group
+from loopfast.distributed.group import ALONE, Group
 from loopfast.prompts import Prompt
 from loopfast.reporting import image_grid
 from loopfast.rewards import Scores
 from loopfast.rollout import Sampler, slices
+from loopfast.run.images import tile_sheet, write_image
 from loopfast.seeds import row_seeds
+from loopfast.system.files import write_file
 
 PREVIEW_COLUMNS = 8
 
@@ -93,10 +93,10 @@ class Evaluation:
             columns = min(PREVIEW_COLUMNS, len(tiles))
             height, width = tiles.shape[2:]
             record["preview"] = {"tile": [width, height], "columns": columns, "items": self.preview}
-            _write_image(_sheet(tiles, columns), folder / "evaluation" / f"{stem}.png")
+            write_image(tile_sheet(tiles, columns), folder / "evaluation" / f"{stem}.png")
             items = [self.items[index] for index in self.preview]
             grid = image_grid(tiles, [i["prompt"] for i in items], [i["reward"] for i in items], columns)
-            _write_image(grid, folder / "images" / f"{stem}.png")
+            write_image(grid, folder / "images" / f"{stem}.png")
         write_file(folder / "evaluation" / f"{stem}.json", json.dumps(record).encode())
         return grid
 
@@ -191,23 +191,6 @@ def _spread(prompts: int, wanted: int, samples: int) -> list[int]:
     """Items to keep images of: the first image of prompts spread evenly over the list."""
     count = min(prompts, wanted)
     return [prompts * index // count * samples for index in range(count)]
-
-
-def _sheet(tiles: Tensor, columns: int) -> Image.Image:
-    """All tiles without gaps, row by row, white where the last row ends early."""
-    rows = math.ceil(len(tiles) / columns)
-    count, channels, height, width = tiles.shape
-    sheet = torch.ones(rows * columns, channels, height, width)
-    sheet[:count] = tiles
-    pixels = sheet.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    pixels = pixels.reshape(rows * height, columns * width, channels)
-    return Image.fromarray((pixels * 255).round().to(torch.uint8).numpy())
-
-
-def _write_image(image: Image.Image, path: Path) -> None:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    write_file(path, file.getvalue())
 
 
 def _mean(values: Any) -> float:

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from loopfast.console import Display
 from loopfast.evaluation.evaluate import evaluate
-from loopfast.evaluation.trained import find_trained, policy_of, sampler_of
-from loopfast.files import writing
+from loopfast.evaluation.models import find_trained, policy_of, sampler_of
 from loopfast.policies import read_prompts
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.rewards import Scores, build_rewards
+from loopfast.run.console import Display
+from loopfast.system.files import writing
 
 
 def evaluate_checkpoint(

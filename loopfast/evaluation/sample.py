@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loopfast.console import Display
 from loopfast.evaluation.exported import plain_config
-from loopfast.evaluation.trained import RunModels, find_trained, sampler_of
-from loopfast.files import writing
+from loopfast.evaluation.models import RunModels, find_trained, sampler_of
 from loopfast.policies import is_lora, load_policy, read_prompts
 from loopfast.reporting import image_grid
 from loopfast.rollout import Sampler, slices
-from loopfast.runs import save_image
+from loopfast.run.console import Display
+from loopfast.run.images import save_image
 from loopfast.seeds import row_seeds
+from loopfast.system.files import writing
 
 GRID_PROMPTS = 16
 """So many first prompts are shown in the grid."""

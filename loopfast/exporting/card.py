@@ -11,15 +11,15 @@ from typing import Any
 
 import jinja2
 
-from loopfast import __version__
-from loopfast.checkpoints import Checkpoint
 from loopfast.config import Config, ModelConfig, config_to_yaml
 from loopfast.evaluation.exported import BASE, BASE_CONFIG, CARD
-from loopfast.files import write_file
 from loopfast.policies import load_family
 from loopfast.policies.source import find_source
 from loopfast.reporting import run_picture
-from loopfast.tracking import read_metrics
+from loopfast.run.checkpoints import Checkpoint
+from loopfast.run.tracking import read_metrics
+from loopfast.system.files import write_file
+from loopfast.version import __version__
 
 PICTURE = "training.png"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from loopfast.checkpoints import Checkpoint, CheckpointStore
-from loopfast.console import Display
 from loopfast.errors import CheckpointError, ConfigError
-from loopfast.evaluation.trained import newest_checkpoint, policy_of, run_config, trained_weights
+from loopfast.evaluation.models import newest_checkpoint, policy_of, run_config, trained_weights
 from loopfast.exporting.card import write_card
-from loopfast.files import writing
+from loopfast.run.checkpoints import Checkpoint, CheckpointStore
+from loopfast.run.console import Display
+from loopfast.system.files import writing
 
 
 def export_run(

@@ -9,8 +9,7 @@ from typing import Literal
 import torch
 
 from loopfast.config import Config, RolloutConfig
-from loopfast.engines.settings import buffer_sizes
-from loopfast.microbatch import start_size
+from loopfast.engines.deepspeed_config import buffer_sizes
 from loopfast.planning.architectures import Architecture
 from loopfast.planning.networks import (
     Device,
@@ -24,6 +23,7 @@ from loopfast.planning.networks import (
     weights_of,
 )
 from loopfast.policies.resolution import decoder_rows
+from loopfast.training.microbatch import start_size
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -15,9 +15,9 @@ from loopfast.config import Config, LoraConfig, ModelConfig
 from loopfast.planning.architectures import Architecture, without_numbers
 from loopfast.planning.counting import Precision, Recorder, Trace, rows_to_trace
 from loopfast.policies.adapter import add_adapter
-from loopfast.policies.guided_unet import guided_forward, plain_forward, shares_trunk
-from loopfast.policies.layers import ShortAttnProcessor
-from loopfast.policies.levers import set_layers
+from loopfast.policies.fast.guided_unet import guided_forward, plain_forward, shares_trunk
+from loopfast.policies.fast.layers import ShortAttnProcessor
+from loopfast.policies.fast.switches import set_layers
 
 Device = Literal["cpu", "cuda"]
 

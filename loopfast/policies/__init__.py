@@ -1,19 +1,17 @@
 """Diffusion pipelines as policies: encode prompts, predict model outputs, decode latents."""
 
 from loopfast.policies.base import Caller, Conditioning, Policy, expand, pad_rows
+from loopfast.policies.check import check_model
 from loopfast.policies.loading import (
-    adopted_lora,
-    check_model,
     load_family,
     load_policy,
     load_schedule,
     load_scheduler,
     scheduler_notes,
-    torch_device,
     trained_steps,
 )
 from loopfast.policies.local_limits import local_text_limits
-from loopfast.policies.lora_file import lora_weights
+from loopfast.policies.lora_file import adopted_lora, lora_weights
 from loopfast.policies.signature import adapter_signature, addresses, layers_with_adapter
 from loopfast.policies.source import is_lora
 from loopfast.policies.text_limits import TextLimit, read_prompts
@@ -39,6 +37,5 @@ __all__ = [
     "pad_rows",
     "read_prompts",
     "scheduler_notes",
-    "torch_device",
     "trained_steps",
 ]

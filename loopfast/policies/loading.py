@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loopfast.config import ModelConfig, RolloutConfig
 from loopfast.errors import ConfigError, first_line
 from loopfast.policies.base import Policy
@@ -55,32 +53,6 @@ def load_policy(
         cast=cast,
         sharded=sharded,
     )
-
-
-def check_model(config: ModelConfig) -> Family | None:
-    """The family of a model that is on this machine; None for a hub name, which is not looked up.
-
-    Raises:
-        ConfigError: ``model.pretrained`` or ``model.lora.from`` names a place here that does not hold what it should.
-    """
-    from loopfast.policies.lora_file import lora_weights
-    from loopfast.policies.source import local_path
-
-    start = config.lora.from_
-    if start is not None and local_path("model.lora.from", start) is not None:
-        lora_weights(config)
-    return load_family(config) if isinstance(locate(config), Path) else None
-
-
-def adopted_lora(config: ModelConfig) -> ModelConfig:
-    """The section ``model`` with the rank, the layers and the kind of adapter that its ``lora.from`` has.
-
-    Raises:
-        ConfigError: the model or the LoRA cannot be found or read.
-    """
-    from loopfast.policies.lora_file import adopted
-
-    return adopted(config, load_family(config))
 
 
 def load_family(config: ModelConfig) -> Family:
@@ -229,22 +201,6 @@ def trained_steps(schedule: TransitionSchedule, spec: str) -> tuple[int, ...]:
     if not steps:
         raise ConfigError(f"train.steps: {spec} selects no transition that can be trained on")
     return steps
-
-
-def torch_device(name: str, *, key: str = "model.device") -> torch.device:
-    """The device that a configuration's ``key`` names.
-
-    Raises:
-        ConfigError: there is no such device on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"{key}: {name} is not there; this machine has {torch.cuda.device_count()} CUDA device(s)"
-        )
-    return device
 
 
 def _index(config: ModelConfig) -> dict[str, Any]:

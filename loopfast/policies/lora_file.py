@@ -14,7 +14,7 @@ from torch import Tensor
 from loopfast.config import LoraConfig, ModelConfig
 from loopfast.errors import ConfigError, first_line, one_line
 from loopfast.policies.families import Family
-from loopfast.policies.loading import component_config
+from loopfast.policies.loading import component_config, load_family
 from loopfast.policies.signature import layers_with_adapter
 from loopfast.policies.single_file import read_shapes
 from loopfast.policies.source import LORA_FILES, PICKLED, is_lora, local_path, locate, not_on_the_hub
@@ -92,8 +92,13 @@ def read_lora(config: ModelConfig, family: Family) -> Lora:
         ) from error
 
 
-def adopted(config: ModelConfig, family: Family) -> ModelConfig:
-    """The section ``model`` with the rank, the layers and the kind of adapter that its ``lora.from`` has."""
+def adopted_lora(config: ModelConfig) -> ModelConfig:
+    """The section ``model`` with the rank, the layers and the kind of adapter that its ``lora.from`` has.
+
+    Raises:
+        ConfigError: the model or the LoRA cannot be found or read.
+    """
+    family = load_family(config)
     lora = read_lora(config, family)
     text = family.lora_of_text and _TEXT in lora.layers
     settings = config.lora.model_copy(

@@ -26,8 +26,8 @@ from loopfast.policies.adapter import (
 )
 from loopfast.policies.base import Caller, Conditioning, Policy
 from loopfast.policies.families import Family
-from loopfast.policies.guided_unet import shares_trunk
-from loopfast.policies.levers import (
+from loopfast.policies.fast.guided_unet import shares_trunk
+from loopfast.policies.fast.switches import (
     compile_blocks,
     compile_calls,
     decoder_precision,
@@ -37,13 +37,14 @@ from loopfast.policies.levers import (
     use_tf32_convolutions,
     with_one_graph,
 )
-from loopfast.policies.loading import TEXT_ENCODERS, absent_components, torch_device
+from loopfast.policies.loading import TEXT_ENCODERS, absent_components
 from loopfast.policies.lora_file import Lora, load_lora, read_lora
 from loopfast.policies.portable import save_portable
 from loopfast.policies.resolution import decoder_rows, latent_size
 from loopfast.policies.single_file import load_single_file
 from loopfast.policies.source import find_source
 from loopfast.policies.text_limits import TOKENIZERS, TextLimit, encoder_of
+from loopfast.system.device import torch_device
 
 # Prompts encoded in one call, and the bytes from which on what comes out is kept in the host's memory.
 ENCODED_AT_ONCE, LARGE = 64, 256 * 2**20

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopfast.errors import LoopfastError
 from loopfast.reporting.images import tiles
-from loopfast.tracking import read_metrics
+from loopfast.run.tracking import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,12 +24,12 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from loopfast import __version__
 from loopfast.errors import LoopfastError, one_line
-from loopfast.files import write_file, writing
 from loopfast.reporting.charts import Series, line_chart, ticks
 from loopfast.reporting.images import data_uri, tiles
-from loopfast.tracking import describe, read_metrics
+from loopfast.run.tracking import describe, read_metrics
+from loopfast.system.files import write_file, writing
+from loopfast.version import __version__
 
 __all__ = ["write_report"]
 

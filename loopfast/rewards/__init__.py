@@ -7,15 +7,13 @@ see `Reward`. The package's own have a file each and a name in `REWARDS`; the us
 
 from loopfast.rewards.base import Reward, RewardSet, RewardTerm, Scores
 from loopfast.rewards.fitting import RewardMemoryError
-from loopfast.rewards.guard import Guard
 from loopfast.rewards.normalize import training_total
 from loopfast.rewards.process import RewardProcess
 from loopfast.rewards.registry import REWARDS, build_rewards
-from loopfast.rewards.worker import RewardThread, join_scores
+from loopfast.rewards.thread import RewardThread, join_scores
 
 __all__ = [
     "REWARDS",
-    "Guard",
     "Reward",
     "RewardMemoryError",
     "RewardProcess",

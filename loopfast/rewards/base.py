@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from loopfast.errors import RewardError, one_line
-from loopfast.memory import is_out_of_memory
 from loopfast.rewards.fitting import ImagesPerCall, RewardMemoryError
+from loopfast.system.memory import is_out_of_memory
 
 __all__ = ["CountError", "Reward", "RewardSet", "RewardTerm", "Scores", "quoted", "scaled", "shown"]
 

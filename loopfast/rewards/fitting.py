@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from loopfast.errors import LoopfastError, first_line
-from loopfast.memory import free_cached_memory, is_out_of_memory
+from loopfast.system.memory import free_cached_memory, is_out_of_memory
 
 __all__ = ["ImagesPerCall", "RewardMemoryError", "shortage"]
 

@@ -19,7 +19,7 @@ from loopfast.config import RewardConfig
 from loopfast.errors import LoopfastError, RewardError
 from loopfast.rewards.base import Scores
 from loopfast.rewards.precision import set_tf32
-from loopfast.streams import open_streams
+from loopfast.system.streams import open_streams
 
 _PROGRAM = "from loopfast.rewards.process import serve; serve()"
 

@@ -8,27 +8,27 @@ from dataclasses import dataclass
 
 from loopfast.config import RewardConfig
 from loopfast.errors import ConfigError, MissingExtraError
-from loopfast.plugins import is_reference, reference_of_path
-from loopfast.rewards.aesthetic import aesthetic
 from loopfast.rewards.base import Reward, RewardSet, RewardTerm
-from loopfast.rewards.blip_vqa import blip_vqa
-from loopfast.rewards.clip_score import clip_score
-from loopfast.rewards.depth import DEPTH_ANYTHING
-from loopfast.rewards.detection import OWLV2
 from loopfast.rewards.embedded import embedded, embedded_exact
-from loopfast.rewards.hps_v2 import hps_v2
 from loopfast.rewards.http import http
-from loopfast.rewards.image_reward import image_reward
 from loopfast.rewards.jpeg_size import jpeg_compressibility, jpeg_incompressibility
+from loopfast.rewards.models.aesthetic import aesthetic
+from loopfast.rewards.models.blip_vqa import blip_vqa
+from loopfast.rewards.models.clip_score import clip_score
+from loopfast.rewards.models.depth import DEPTH_ANYTHING
+from loopfast.rewards.models.detection import OWLV2
+from loopfast.rewards.models.hps_v2 import hps_v2
+from loopfast.rewards.models.image_reward import image_reward
+from loopfast.rewards.models.numeracy import numeracy
+from loopfast.rewards.models.ocr import ocr
+from loopfast.rewards.models.pickscore import pickscore
+from loopfast.rewards.models.pretrained import PretrainedReward
+from loopfast.rewards.models.spatial import spatial, spatial_3d
+from loopfast.rewards.models.three_in_one import ThreeInOne, three_in_one
+from loopfast.rewards.models.vqa_score import vqa_score
 from loopfast.rewards.normalize import bounds
-from loopfast.rewards.numeracy import numeracy
-from loopfast.rewards.ocr import ocr
-from loopfast.rewards.pickscore import pickscore
-from loopfast.rewards.pretrained import PretrainedReward
-from loopfast.rewards.spatial import spatial, spatial_3d
-from loopfast.rewards.three_in_one import ThreeInOne, three_in_one
 from loopfast.rewards.user import user_reward
-from loopfast.rewards.vqa_score import vqa_score
+from loopfast.system.plugins import is_reference, reference_of_path
 
 __all__ = ["REWARDS", "RewardInfo", "build_rewards", "find_reward"]
 

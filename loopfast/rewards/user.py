@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from loopfast.errors import ConfigError
-from loopfast.plugins import import_function
 from loopfast.rewards.base import Reward
+from loopfast.system.plugins import import_function
 
 __all__ = ["user_reward"]
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from loopfast.memory import free_cached_memory
 from loopfast.policies import Conditioning, Policy
 from loopfast.profiling import model_call, range_
 from loopfast.rollout.recording import CannotRecordError, Recorder
 from loopfast.rollout.step import DenoisingStep
 from loopfast.schedules import TransitionSchedule
+from loopfast.system.memory import free_cached_memory
 
 CHECK_ADDRESSES = "LOOPFAST_CHECK_ADDRESSES"
 """Environment variable: 1 compares, before each replay, where tensors lie with where they lay when recorded."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loopfast.memory import is_out_of_memory
+from loopfast.system.memory import is_out_of_memory
 
 WARM_UP = 3
 """Times that work runs before it is recorded: libraries choose algorithms and allocate in the first calls."""

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from loopfast.config import RolloutConfig
-from loopfast.policies import Policy, layers_with_adapter, torch_device
+from loopfast.policies import Policy, layers_with_adapter
+from loopfast.system.device import torch_device
 
 Whole = Callable[[Iterable[torch.nn.Parameter]], AbstractContextManager[None]]
 """Shows the whole values of parameters that an engine may have spread over processes."""

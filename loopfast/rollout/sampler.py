@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from loopfast.errors import LoopfastError
-from loopfast.memory import first_sentence, free_cached_memory, is_out_of_memory, to_device
 from loopfast.policies import Conditioning, Policy, pad_rows
 from loopfast.profiling import model_call
 from loopfast.rollout.capture import StepCache
 from loopfast.rollout.replica import Replica
 from loopfast.rollout.step import DenoisingStep
+from loopfast.rollout.trajectories import Trajectories
 from loopfast.schedules import TransitionSchedule
 from loopfast.seeds import derive
-from loopfast.trajectories import Trajectories
+from loopfast.system.memory import first_sentence, free_cached_memory, is_out_of_memory, to_device
 from loopfast_kernels import philox_normal
 
 

@@ -8,10 +8,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from loopfast.memory import to_device
 from loopfast.policies import Conditioning, Policy, adapter_signature, addresses
 from loopfast.profiling import model_call
 from loopfast.schedules import TransitionSchedule
+from loopfast.system.memory import to_device
 from loopfast_kernels import denoise_step_
 
 

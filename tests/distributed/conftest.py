@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loopfast.config import Config, config_to_yaml, parse_config
-from loopfast.tracking import read_metrics
+from loopfast.run.tracking import read_metrics
 from tests.distributed.ranks import Ranks, shared_ranks
 
 # 9 images of 3 prompts: neither 2 nor 4 processes have equally many, and a prompt's images lie with several of them.
@@ -28,19 +28,19 @@ checkpoint: {every: 1, keep: 9}
 
 # Every update's statistics, beside the run's own record, which has means.
 RECORD = """\
-import json, loopfast.train
-original = loopfast.train.update
+import json, loopfast.training.train
+original = loopfast.training.train.update
 def recorded(*arguments, **options):
     done = original(*arguments, **options)
     if rank == 0:
         with open({file!r}, "a") as file:
             print(json.dumps(vars(done)), file=file)
     return done
-loopfast.train.update = recorded
+loopfast.training.train.update = recorded
 """
 
 # It takes a third of a short run's time.
-NO_REPORT = "import loopfast.train; loopfast.train.write_report = lambda folder: folder\n"
+NO_REPORT = "import loopfast.training.train; loopfast.training.train.write_report = lambda folder: folder\n"
 
 
 class Runs:

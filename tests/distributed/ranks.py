@@ -19,10 +19,10 @@ from tests.forks import Forks
 
 IMPORTS = """\
 os.environ["DS_ACCELERATOR"] = "cpu"
-import loopfast.cli.options, loopfast.engines.zero3, loopfast.engines.replicated, loopfast.train
-import loopfast.evaluation, loopfast.launch, loopfast.reporting
+import loopfast.cli.options, loopfast.engines.zero, loopfast.engines.data_parallel, loopfast.training.train
+import loopfast.evaluation, loopfast.distributed.launch, loopfast.reporting
 from loopfast.config import ModelConfig
-from loopfast.engines.library import import_deepspeed
+from loopfast.engines.deepspeed import import_deepspeed
 from loopfast.policies import load_policy
 
 loopfast.cli.options.quiet_libraries()
@@ -43,7 +43,7 @@ sys.exit(main(sys.argv[1:]))
 FORKED_LAUNCH = """\
 import sys
 from dataclasses import replace
-import loopfast.launch as launching
+import loopfast.distributed.launch as launching
 from loopfast.__main__ import main
 
 elastic = launching.elastic_launch

@@ -18,12 +18,12 @@ OPTIONS = ("distributed.zero_stage=2",)
 
 # A silent process counts as dead after 30 seconds, and those who wait for it have 10 more; here sooner.
 SOON = """\
-import loopfast.watch
-loopfast.watch.BEAT, loopfast.watch.SILENCE, loopfast.watch.GRACE = 0.2, 2.0, 1.0
+from loopfast.distributed import heartbeat
+heartbeat.BEAT, heartbeat.SILENCE, heartbeat.GRACE = 0.2, 2.0, 1.0
 """
 
 MID_UPDATE = """\
-import os, signal, loopfast.engines.zero3 as engines
+import os, signal, loopfast.engines.zero as engines
 backward = engines.ZeroEngine.backward
 def killed(self, *arguments, **options):
     if rank == 1:
@@ -34,7 +34,7 @@ engines.ZeroEngine.backward = killed
 
 MID_CHECKPOINT = """\
 import os, signal
-from loopfast.checkpoints import CheckpointStore
+from loopfast.run.checkpoints import CheckpointStore
 def killed(self, temporary, name):
     os.kill(os.getpid(), signal.SIGKILL)
 CheckpointStore._put_in_place = killed
@@ -115,7 +115,7 @@ def test_an_error_of_the_first_process_is_said_once(runs: Runs) -> None:
 
 FULL_DISK = """\
 from pathlib import Path
-from loopfast.tracking import Tracker
+from loopfast.run.tracking import Tracker
 record = Tracker.record
 def full(self, metrics):
     if metrics["iteration"] == 1:
@@ -163,7 +163,7 @@ def test_more_processes_than_images_are_refused(runs: Runs) -> None:
 # One of the processes dies once.
 KILLED_ONCE = """\
 import os, signal
-import loopfast.engines.zero3 as engines
+import loopfast.engines.zero as engines
 
 backward, calls = engines.ZeroEngine.backward, []
 
@@ -199,7 +199,7 @@ def test_a_launch_names_the_process_that_fails(
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\necho "error: $*" >&2\n{end}\n')
     program.chmod(0o755)
-    before = f"import loopfast.launch\nloopfast.launch.sys.executable = {str(program)!r}\n"
+    before = f"import loopfast.distributed.launch\nloopfast.launch.sys.executable = {str(program)!r}\n"
     command = ["launch", "--nproc", "2", "--config", "tiny", "--resume", "nowhere"]
     runs.ranks.start([*command, "--max-restarts", str(restarts)], 1, before=before)
     assert runs.ranks.wait() == [code]

@@ -20,8 +20,8 @@ MEASURE = """\
 import json, os, torch
 from loopfast.config import parse_config
 from loopfast.engines import build_engine
-from loopfast.join import joined, leave
-from loopfast.place import find_place
+from loopfast.distributed.rendezvous import joined, leave
+from loopfast.distributed.launcher import find_place
 from loopfast.policies import load_policy
 
 config = parse_config("{{}}", {overrides!r})

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from loopfast.tracking import read_metrics
+from loopfast.run.tracking import read_metrics
 from tests.distributed.conftest import NO_REPORT, Runs, distance, saved
 
 # DeepSpeed refuses float16 where oneDNN has no kernels for it. PyTorch computes it all the same, slowly.
 WITH_FLOAT16 = """\
-import loopfast.processor
+import loopfast.system.processor
 from deepspeed.accelerator import get_accelerator
-loopfast.processor.has_kernels = lambda dtype: True
+loopfast.system.processor.has_kernels = lambda dtype: True
 type(get_accelerator()).is_fp16_supported = lambda self: True
 """
 

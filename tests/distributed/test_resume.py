@@ -10,11 +10,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from loopfast.config import load_config
-from loopfast.console import Display
-from loopfast.evaluation.trained import newest_checkpoint, policy_of, sampler_of
+from loopfast.evaluation.models import newest_checkpoint, policy_of, sampler_of
 from loopfast.policies import Policy, load_policy
 from loopfast.policies.source import locate
 from loopfast.rollout import initial_latents
+from loopfast.run.console import Display
 from loopfast.seeds import row_seeds
 from tests.distributed.conftest import Runs, distance, saved
 from tests.rounding import no_deviation
@@ -48,14 +48,14 @@ def test_what_two_processes_saved_another_number_goes_on_from(
 
 
 STOP = """\
-import os, signal, loopfast.train
-learn = loopfast.train.Trainer._learn
+import os, signal, loopfast.training.train
+learn = loopfast.training.train.Trainer._learn
 def stopped(self, *arguments):
     done = learn(self, *arguments)
     if rank == 1 and self.progress.iteration == 1 and not self.progress.updates:
         os.kill(os.getpid(), signal.SIGTERM)
     return done
-loopfast.train.Trainer._learn = stopped
+loopfast.training.train.Trainer._learn = stopped
 """
 
 

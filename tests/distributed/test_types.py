@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from loopfast.processor import has_kernels
+from loopfast.system.processor import has_kernels
 from tests.distributed.conftest import NO_REPORT, Runs, distance, saved
 from tests.rounding import no_deviation
 
@@ -58,7 +58,7 @@ def test_sixteen_bits_are_trained_on_policy_and_resumed_bitwise(
 
 
 NOT_FINITE = """\
-import loopfast.engines.zero3 as engines
+import loopfast.engines.zero as engines
 backward, calls = engines.ZeroEngine.backward, []
 def infinite(self, loss, **options):
     calls.append(1)

@@ -11,7 +11,7 @@ from tests.distributed.conftest import NO_REPORT, Runs
 # DeepSpeed asks its accelerator to wait; on a CPU that does nothing, but it can be counted.
 COUNT = """\
 from deepspeed.accelerator import get_accelerator
-from loopfast.engines.zero3 import ZeroEngine
+from loopfast.engines.zero import ZeroEngine
 
 def noting(word, function=lambda *arguments: None):
     def noted(*arguments):

@@ -16,14 +16,14 @@ from PIL import Image
 
 from loopfast.__main__ import main
 from loopfast.config import Config, RewardConfig
-from loopfast.console import Display
 from loopfast.errors import ConfigError, LoopfastError
-from loopfast.evaluation.benchmark import Candidate, Category, Scope, image_seed, run_benchmark
-from loopfast.evaluation.score_file import Scored, ScoreFile
+from loopfast.evaluation.benchmark.run import Candidate, Category, Scope, image_seed, run_benchmark
+from loopfast.evaluation.benchmark.score_file import Scored, ScoreFile
 from loopfast.policies import load_policy
 from loopfast.prompts import Prompt
 from loopfast.rollout import Sampler
-from loopfast.train import train
+from loopfast.run.console import Display
+from loopfast.training.train import train
 from tests.tiny_models import write_blip, write_detector
 
 MakeConfig = Callable[..., Config]
@@ -164,7 +164,7 @@ def test_the_base_is_the_model_before_training(
     options = ["--benchmark", "t2i-compbench", "--prompts-dir", prompt_files, "--category", "color"]
     options += ["--metric", f"color={counting.__name__}:score", "--images-per-prompt", 1]
     assert measure(run, *options, "-q", "--output", tmp_path / "out") == 0
-    from loopfast.evaluation.trained import run_config, sampler_of
+    from loopfast.evaluation.models import run_config, sampler_of
 
     config = run_config(run)
     sampler = sampler_of(config, load_policy(config.model, seed=config.run.seed))
@@ -180,7 +180,7 @@ def test_the_base_is_the_model_before_training(
 
 
 def test_a_model_that_was_sampled_makes_room_for_the_next(full: Path) -> None:
-    from loopfast.evaluation.trained import RunModels, newest_checkpoint, run_config
+    from loopfast.evaluation.models import RunModels, newest_checkpoint, run_config
 
     models = RunModels(run_config(full), newest_checkpoint(full, Display(quiet=True)))
     for opened in (models.base, models.trained):
@@ -357,7 +357,7 @@ def test_a_run_without_a_checkpoint_is_refused(
 
 @pytest.fixture(scope="module")
 def sampler(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Sampler:
-    from loopfast.evaluation.trained import sampler_of
+    from loopfast.evaluation.models import sampler_of
 
     config = make_config(tmp_path_factory.mktemp("unused"), "rollout.microbatch=3")
     return sampler_of(config, load_policy(config.model))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopfast.evaluation.bootstrap import Interval, mean_interval
+from loopfast.evaluation.benchmark.bootstrap import Interval, mean_interval
 
 numbers = st.floats(-1e3, 1e3, allow_nan=False, width=32)
 samples = st.lists(numbers, min_size=1, max_size=20)
@@ -76,7 +76,7 @@ def test_pairs_are_drawn_together() -> None:
 def test_bounds_do_not_depend_on_how_many_are_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     values = [0.0, 1.0, 5.0]
     expected = mean_interval(values, resamples=100)
-    monkeypatch.setattr("loopfast.evaluation.bootstrap._AT_ONCE", 10)
+    monkeypatch.setattr("loopfast.evaluation.benchmark.bootstrap._AT_ONCE", 10)
     assert mean_interval(values, resamples=100) == expected
 
 

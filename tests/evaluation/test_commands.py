@@ -12,8 +12,8 @@ from PIL import Image
 
 from loopfast.__main__ import main
 from loopfast.config import Config
-from loopfast.console import Display
-from loopfast.train import train
+from loopfast.run.console import Display
+from loopfast.training.train import train
 from tests.families import save_tiny
 
 MakeConfig = Callable[..., Config]

@@ -10,11 +10,11 @@ from PIL import Image
 
 from loopfast.__main__ import main
 from loopfast.config import Config, config_to_yaml
-from loopfast.console import Display
 from loopfast.errors import ConfigError, LoopfastError
 from loopfast.evaluation.compare import Course, as_markdown, compare_runs
 from loopfast.reporting import Curve, reward_curves
-from loopfast.train import train
+from loopfast.run.console import Display
+from loopfast.training.train import train
 
 MakeConfig = Callable[..., Config]
 

@@ -8,11 +8,11 @@ import pytest
 
 from loopfast.config import RewardConfig
 from loopfast.errors import ConfigError
-from loopfast.evaluation.metrics import with_metrics, with_options
-from loopfast.evaluation.t2i_compbench import TITLES, t2i_compbench
+from loopfast.evaluation.benchmark.categories import TITLES, t2i_compbench
+from loopfast.evaluation.benchmark.metrics import with_metrics, with_options
 from loopfast.prompts import Prompt, load_prompts
+from loopfast.prompts.t2i_compbench import CATEGORIES, SPLITS, BenchmarkPrompt, read_category
 from loopfast.rewards import REWARDS, build_rewards
-from loopfast.t2i_compbench import CATEGORIES, SPLITS, BenchmarkPrompt, read_category
 
 # Line ends, last lines, byte order marks, spaces, letters beyond ASCII: as in one published file or another.
 FORMS = {

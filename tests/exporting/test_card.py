@@ -10,10 +10,10 @@ import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from loopfast.checkpoints import Checkpoint
 from loopfast.config import Config, ModelConfig, RolloutConfig
 from loopfast.exporting.card import write_card
 from loopfast.policies import load_policy
+from loopfast.run.checkpoints import Checkpoint
 from tests.families import settings_of
 from tests.original_layout import save_single_file
 

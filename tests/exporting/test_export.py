@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 from loopfast.__main__ import main
 from loopfast.cli import app
 from loopfast.config import load_config
-from loopfast.console import Display
 from loopfast.errors import CheckpointError, ConfigError
 from loopfast.evaluation.exported import lora_config
-from loopfast.evaluation.trained import newest_checkpoint, policy_of
+from loopfast.evaluation.models import newest_checkpoint, policy_of
 from loopfast.exporting import export_run
-from loopfast.train import train
+from loopfast.run.console import Display
+from loopfast.training.train import train
 from tests.conftest import MakeConfig
 
 SHORT = ("rollout.prompts_per_iteration=2", "rollout.steps=2", "evaluation.limit_prompts=1")

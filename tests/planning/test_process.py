@@ -13,7 +13,7 @@ MEASURED = """\
 import json, sys
 from pathlib import Path
 from benchmarks.planning.check_memory import run
-from loopfast.allocator import reuse_freed_memory
+from loopfast.system.allocator import reuse_freed_memory
 
 status = Path("/proc/self/status").read_text()
 before = 1024 * int(status.partition("VmRSS:")[2].split()[0])

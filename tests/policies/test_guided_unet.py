@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from loopfast.policies.guided_unet import guided_forward, shares_trunk
+from loopfast.policies.fast.guided_unet import guided_forward, shares_trunk
 
 # Where the first attention to the text is: at once (Stable Diffusion), after a block (SDXL, embedded), and in between.
 BLOCKS = {

@@ -13,7 +13,7 @@ from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from loopfast.policies.layers import (
+from loopfast.policies.fast.layers import (
     SHORT_ATTENTION,
     FusedResnetBlock2D,
     ShortAttnProcessor,

@@ -21,10 +21,10 @@ from diffusers import (
 
 from loopfast.__main__ import main
 from loopfast.config import Config, ModelConfig, RolloutConfig, parse_config
-from loopfast.console import Display
 from loopfast.errors import ConfigError
 from loopfast.policies import load_policy, load_schedule, load_scheduler, scheduler_notes
-from loopfast.runs import RunFolder
+from loopfast.run.console import Display
+from loopfast.run.folder import RunFolder
 from loopfast.schedules import transition_schedule
 from tests.families import save_tiny, settings_of
 

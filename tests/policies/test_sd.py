@@ -16,7 +16,7 @@ from torch import Tensor
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
 from loopfast.policies import Policy, load_policy
-from loopfast.policies.levers import with_one_graph
+from loopfast.policies.fast.switches import with_one_graph
 from loopfast.rollout import Sampler, initial_latents
 from loopfast.rollout.replica import Replica
 from loopfast.schedules import transition_schedule

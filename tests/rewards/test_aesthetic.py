@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.aesthetic import ScoreHead
+from loopfast.rewards.models.aesthetic import ScoreHead
 
 Score = Callable[..., Tensor]
 WIDTH = 24  # of the small model's embeddings

@@ -139,7 +139,7 @@ def test_phrases_of_another_kind_name_the_prompt(folder: Path, images: Tensor, p
 
 
 def test_a_prompt_without_phrases_is_the_question(folder: Path, images: Tensor, score: Score) -> None:
-    from loopfast.rewards.noun_phrases import rule_phrases
+    from loopfast.rewards.models.noun_phrases import rule_phrases
 
     assert rule_phrases("above two") == []
     rewards = build_rewards(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.detection import Box, Detection, Detector, load_detector, without_overlaps
-from loopfast.rewards.pretrained import placement
+from loopfast.rewards.models.detection import Box, Detection, Detector, load_detector, without_overlaps
+from loopfast.rewards.models.pretrained import placement
 from tests.tiny_models import SIZE, write_detector
 
 NAMES = [["red circle", "blue square"], ["dog"], ["cat", "green star", "bowl"], ["dog", "cat"], ["cow"]]

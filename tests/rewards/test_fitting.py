@@ -13,16 +13,16 @@ from torch import Tensor
 
 import loopfast.rewards.fitting as fitting
 from loopfast.config import Config
+from loopfast.distributed.group import ALONE, Group
+from loopfast.distributed.launcher import Place
 from loopfast.errors import LoopfastError, RewardError
-from loopfast.group import ALONE, Group
-from loopfast.judging import Judge
-from loopfast.microbatch import Microbatches
-from loopfast.place import Place
 from loopfast.prompts import Prompt
 from loopfast.rewards import RewardMemoryError, RewardSet, RewardTerm
 from loopfast.rewards.base import CountError
-from loopfast.rewards.pretrained import Placement, PretrainedReward
-from loopfast.runs import RunFolder
+from loopfast.rewards.models.pretrained import Placement, PretrainedReward
+from loopfast.run.folder import RunFolder
+from loopfast.training.microbatch import Microbatches
+from loopfast.training.scoring import Judge
 
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is "
@@ -201,7 +201,7 @@ def judge(
 
     def make(reward: Any, group: Group | None = None, *overrides: str) -> Judge:
         monkeypatch.setattr(
-            "loopfast.judging.build_rewards",
+            "loopfast.training.scoring.build_rewards",
             lambda terms, **options: RewardSet([RewardTerm("mine", reward)], **options),
         )
         config = small_config("reward=[{name: jpeg_compressibility, label: mine}]", *overrides)

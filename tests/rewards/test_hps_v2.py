@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.hps_v2 import from_open_clip
+from loopfast.rewards.models.hps_v2 import from_open_clip
 
 Score = Callable[..., Tensor]
 

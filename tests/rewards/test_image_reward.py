@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.aesthetic import ScoreHead
+from loopfast.rewards.models.aesthetic import ScoreHead
 
 Score = Callable[..., Tensor]
 Parts = tuple[BlipVisionModel, BlipTextModel, ScoreHead]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import loopfast.train as training
+import loopfast.training.train as training
 from loopfast.algorithms import EPSILON
 from loopfast.config import Config, RewardConfig
-from loopfast.console import Display
 from loopfast.errors import ConfigError, RewardError
 from loopfast.rewards import RewardSet, RewardTerm, Scores, build_rewards, training_total
-from loopfast.tracking import read_metrics
+from loopfast.run.console import Display
+from loopfast.run.tracking import read_metrics
 
 MakeConfig = Callable[..., Config]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.noun_phrases import MOST_PHRASES, load_spacy, rule_phrases, spacy_phrases
+from loopfast.rewards.models.noun_phrases import MOST_PHRASES, load_spacy, rule_phrases, spacy_phrases
 
 # In the style of T2I-CompBench's categories color, shape and texture.
 PHRASES = {

@@ -11,8 +11,8 @@ from torch import Tensor
 from loopfast.config import RewardConfig
 from loopfast.errors import ConfigError, RewardError
 from loopfast.rewards import build_rewards
-from loopfast.rewards.detection import Box, Detection
-from loopfast.rewards.numeracy import OBJECTS, count_objects, count_score, counted_objects
+from loopfast.rewards.models.detection import Box, Detection
+from loopfast.rewards.models.numeracy import OBJECTS, count_objects, count_score, counted_objects
 from tests.tiny_models import write_detector
 
 Score = Callable[..., Tensor]

@@ -17,7 +17,7 @@ from torch import Tensor
 from loopfast.config import RewardConfig
 from loopfast.errors import ConfigError, RewardError
 from loopfast.rewards import build_rewards
-from loopfast.rewards.ocr import similarity, wanted_text
+from loopfast.rewards.models.ocr import similarity, wanted_text
 
 READS = (
     importlib.util.find_spec("rapidocr") is not None and importlib.util.find_spec("onnxruntime") is not None

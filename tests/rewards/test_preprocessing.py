@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import BlipImageProcessor, CLIPImageProcessor
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.preprocessing import ImagePreprocessing, load_preprocessing
+from loopfast.rewards.models.preprocessing import ImagePreprocessing, load_preprocessing
 
 # of a value in [0, 1] to 8 bits, over the smallest of CLIP's deviations; of the picture, and in each pass of resizing
 ROUNDING = 0.5 / 255 / 0.26

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.pretrained import (
+from loopfast.rewards.models.pretrained import (
     Placement,
     PretrainedReward,
     is_file,

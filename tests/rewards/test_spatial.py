@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loopfast.errors import ConfigError, RewardError
-from loopfast.rewards.detection import Box, Detection
-from loopfast.rewards.spatial import (
+from loopfast.rewards.models.detection import Box, Detection
+from loopfast.rewards.models.spatial import (
     Relation,
     depth_agreement,
     find_relation,
@@ -214,8 +214,8 @@ def test_batches_and_order_change_no_score(
 def test_the_depth_map_has_the_images_size(weights: dict[str, str], images: Tensor) -> None:
     from transformers import DepthAnythingForDepthEstimation
 
-    from loopfast.rewards.depth import load_depth
-    from loopfast.rewards.pretrained import placement
+    from loopfast.rewards.models.depth import load_depth
+    from loopfast.rewards.models.pretrained import placement
 
     depth = load_depth(placement("spatial_3d", "cpu", "float32", 4), weights["depth"], None)
     assert depth(images).shape == (5, 40, 48)

@@ -13,7 +13,7 @@ from torch import Tensor
 from loopfast.config import RewardConfig
 from loopfast.errors import ConfigError
 from loopfast.rewards import build_rewards
-from loopfast.rewards.three_in_one import prompt_aspects
+from loopfast.rewards.models.three_in_one import prompt_aspects
 from tests.tiny_models import write_blip, write_detector
 
 Score = Callable[..., Tensor]

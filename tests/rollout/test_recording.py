@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 
-from loopfast.memory import free_cached_memory
 from loopfast.rollout.recording import WARM_UP, CannotRecordError, Recorder
+from loopfast.system.memory import free_cached_memory
 from tests.rollout.fake_cuda import FakeCuda
 
 DEVICE = torch.device("cuda", 0)

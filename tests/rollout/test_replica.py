@@ -12,13 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-import loopfast.train as training
+import loopfast.training.train as training
 from loopfast.config import Config, RolloutConfig
-from loopfast.console import Display
 from loopfast.errors import ConfigError, LoopfastError
 from loopfast.policies import addresses
 from loopfast.rollout import Replica, make_replica
-from loopfast.tracking import read_metrics
+from loopfast.run.console import Display
+from loopfast.run.tracking import read_metrics
 from tests.rollout import toy
 
 MakeConfig = Callable[..., Config]

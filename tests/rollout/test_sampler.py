@@ -16,7 +16,7 @@ from loopfast.errors import LoopfastError
 from loopfast.policies import Policy, expand, load_policy, load_schedule
 from loopfast.policies.resolution import decoder_rows
 from loopfast.rollout import Sampler, automatic_microbatch, initial_latents, slices
-from loopfast.trajectories import Trajectories
+from loopfast.rollout.trajectories import Trajectories
 from loopfast_kernels import philox_normal, transition_logprob
 
 PROMPTS = ["a red circle and a blue square", "three green triangles", "an outlined cyan circle"]

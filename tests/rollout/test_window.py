@@ -11,13 +11,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-import loopfast.train as training
+import loopfast.training.train as training
 from loopfast.config import Config, parse_config
-from loopfast.console import Display
 from loopfast.errors import ConfigError, Interrupted
 from loopfast.rollout import stochastic_steps
+from loopfast.run.console import Display
+from loopfast.run.tracking import read_metrics
 from loopfast.schedules import TransitionSchedule, transition_schedule
-from loopfast.tracking import read_metrics
 from tests.rollout import toy
 
 MakeConfig = Callable[..., Config]

@@ -11,8 +11,8 @@ from torch import Tensor
 from loopfast.config import ModelConfig, RolloutConfig
 from loopfast.policies import Policy, load_policy, load_schedule
 from loopfast.rollout import Sampler, StepCache
+from loopfast.rollout.trajectories import Trajectories
 from loopfast.schedules import TransitionSchedule
-from loopfast.trajectories import Trajectories
 
 PROMPTS = ["a red circle and a blue square", "three green triangles"]
 ROWS = torch.tensor([0, 0, 1, 1, 0])

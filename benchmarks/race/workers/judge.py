@@ -13,11 +13,11 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from loopfast.checkpoints import CheckpointStore
 from loopfast.config import RewardConfig, config_to_yaml, parse_config
-from loopfast.console import Display
 from loopfast.evaluation import evaluate_checkpoint
 from loopfast.rewards import build_rewards
+from loopfast.run.checkpoints import CheckpointStore
+from loopfast.run.console import Display
 
 
 def score(job: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loopfast.allocator import reuse_freed_memory
+from loopfast.system.allocator import reuse_freed_memory
 
 # as the command line does, before torch is imported
 reuse_freed_memory()
@@ -29,10 +29,10 @@ from resident import resident_peak
 from safetensors import safe_open
 
 from loopfast.config import parse_config
-from loopfast.console import Display
 from loopfast.errors import Interrupted
-from loopfast.tracking import read_metrics
-from loopfast.train import train
+from loopfast.run.console import Display
+from loopfast.run.tracking import read_metrics
+from loopfast.training.train import train
 
 IMPORTED = resident_peak()
 

@@ -1,0 +1,1 @@
+"""Benchmarks of a model before and after training."""

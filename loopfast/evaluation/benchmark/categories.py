@@ -1,0 +1,66 @@
+"""The categories of the benchmarks: T2I-CompBench (arXiv 2307.06350), and the embedded one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from loopfast.config import RewardConfig
+from loopfast.embedded import world
+from loopfast.evaluation.benchmark.run import Category
+from loopfast.prompts import load_prompts
+from loopfast.prompts.t2i_compbench import CATEGORIES
+
+IMAGES_PER_PROMPT = 10
+"""As the benchmark prescribes."""
+
+TITLES: dict[str, str] = {
+    "color": "Color",
+    "shape": "Shape",
+    "texture": "Texture",
+    "spatial": "2D-Spatial",
+    "3d_spatial": "3D-Spatial",
+    "numeracy": "Numeracy",
+    "non_spatial": "Non-Spatial",
+    "complex": "Complex",
+}
+"""The columns of the paper's tables."""
+
+# The benchmark's CLIP is ViT-B/32; its main branch on the hub has pickles only, this one the same as safetensors.
+_CLIP = {"weights": "openai/clip-vit-base-patch32", "revision": "refs/pr/15"}
+_METRICS: dict[str, RewardConfig] = {
+    "color": RewardConfig(name="blip_vqa"),
+    "shape": RewardConfig(name="blip_vqa"),
+    "texture": RewardConfig(name="blip_vqa"),
+    "spatial": RewardConfig(name="spatial"),
+    "3d_spatial": RewardConfig(name="spatial_3d"),
+    "numeracy": RewardConfig(name="numeracy"),
+    "non_spatial": RewardConfig(name="clip_score", options=_CLIP),
+    "complex": RewardConfig(name="three_in_one", options={"clip_score": _CLIP}),
+}
+
+
+def t2i_compbench(directory: Path, names: Sequence[str] = CATEGORIES) -> list[Category]:
+    """Categories with the 300 prompts of their evaluation split, and the metrics of the benchmark.
+
+    `spatial`, `spatial_3d` and `numeracy` find objects by another detector than the benchmark's; the rest are its own.
+
+    Args:
+        directory: the folder of the benchmark's prompt files.
+        names: of the categories.
+
+    Raises:
+        ConfigError: a file is not there or cannot be used.
+    """
+    return [
+        Category(name, load_prompts(f"t2i-compbench:{directory}:{name}-val"), _METRICS[name])
+        for name in names
+    ]
+
+
+def embedded_benchmark(names: Sequence[str] = world.CATEGORIES) -> list[Category]:
+    """Categories of the embedded world with their held-out captions, judged by its detector."""
+    return [
+        Category(name, load_prompts(f"embedded:{name}-heldout"), RewardConfig(name="embedded"))
+        for name in names
+    ]

@@ -1,0 +1,192 @@
+"""What a benchmark found: means and their confidence intervals, as JSON and as the paper's table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from loopfast.errors import LoopfastError, one_line
+from loopfast.evaluation.benchmark.bootstrap import LEVEL, RESAMPLES, mean_interval
+from loopfast.evaluation.benchmark.run import Candidate, Category, Scope
+from loopfast.system.files import write_file, writing
+from loopfast.version import __version__
+
+RESULTS = "results.json"
+TABLE = "results.md"
+DIFFERENCE = "difference"
+_PACKAGES = ("torch", "diffusers", "transformers")
+
+
+def summarize(
+    benchmark: str,
+    candidates: Sequence[Candidate],
+    categories: Sequence[Category],
+    scope: Scope,
+    scores: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Any]:
+    """All that a benchmark found, as JSON can hold it.
+
+    Args:
+        benchmark: its name.
+        candidates: the models; where there are two, the second's difference from the first is worked out, too.
+        categories: those that were measured.
+        scope: how much was drawn.
+        scores: float64 ``[P, K]`` of each model, of each category.
+
+    Returns:
+        ``benchmark``, ``versions``, ``seed``, ``models`` (the settings of each), ``confidence``, and ``categories``: of
+        each its ``metric``, ``intervals`` (mean, low and high of each model and of ``difference``) and ``items``, one a
+        prompt: its text, and of each model the mean and the scores of its images.
+    """
+    found = {}
+    for category in categories:
+        by_model = {candidate.name: scores[candidate.name][category.name] for candidate in candidates}
+        means = {name: values.mean(1).tolist() for name, values in by_model.items()}
+        if len(candidates) == 2:
+            first, second = means.values()
+            differences = [after - before for before, after in zip(first, second, strict=True)]
+            intervals = {**means, DIFFERENCE: differences}
+        else:
+            intervals = means
+        found[category.name] = {
+            "metric": {"name": category.metric.name, "options": category.metric.options},
+            "prompts": len(next(iter(means.values()))),
+            "images_per_prompt": scope.images_per_prompt,
+            "intervals": {
+                name: mean_interval(values, seed=scope.seed).as_dict() for name, values in intervals.items()
+            },
+            "items": [
+                {
+                    "prompt": category.prompts[index].text,
+                    **{
+                        name: {"mean": means[name][index], "images": values[index].tolist()}
+                        for name, values in by_model.items()
+                    },
+                }
+                for index in range(len(next(iter(means.values()))))
+            ],
+        }
+    return {
+        "benchmark": benchmark,
+        "versions": {
+            "loopfast": __version__,
+            **{name: metadata.version(name) for name in _PACKAGES},
+        },
+        "seed": scope.seed,
+        "models": {candidate.name: dict(candidate.settings) for candidate in candidates},
+        "confidence": {"level": LEVEL, "resamples": RESAMPLES, "over": "prompts"},
+        "categories": found,
+    }
+
+
+def _table(
+    result: Mapping[str, Any], titles: Mapping[str, str]
+) -> tuple[list[str], list[tuple[str, list[tuple[str, str, str]]]]]:
+    """The table in the paper's layout, a row a model and a column a category.
+
+    Args:
+        result: what `summarize` gave.
+        titles: the columns' names by category, where they are not the categories' own.
+
+    Returns:
+        Its head, and of each row the title and the mean, low and high of each category as text.
+    """
+    categories = result["categories"]
+    names = list(next(iter(categories.values()))["intervals"])
+    head = ["model", *(titles.get(name, name) for name in categories)]
+    rows = []
+    for name in names:
+        sign = "+" if name == DIFFERENCE else ""
+        intervals = [category["intervals"][name] for category in categories.values()]
+        numbers = [
+            (f"{i['mean']:{sign}.4f}", f"{i['low']:{sign}.4f}", f"{i['high']:{sign}.4f}") for i in intervals
+        ]
+        rows.append((name, numbers))
+    return head, rows
+
+
+def as_rich(result: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
+    """The table for a terminal, where eight categories fit into 80 columns: below each mean its interval's bounds."""
+    head, rows = _table(result, titles)
+    caption = f"means and {result['confidence']['level']:.0%} confidence intervals"
+    table = Table(head[0], box=SIMPLE_HEAD, padding=0, show_edge=False, caption=caption)
+    for name in head[1:]:
+        table.add_column(name.replace("-", "-\n"), justify="right")
+    for title, numbers in rows:
+        table.add_row(f"{title}\n  from\n  to", *("\n".join(values) for values in numbers))
+    return table
+
+
+def as_markdown(result: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """The table and what it was measured by, as Markdown."""
+    head, rows = _table(result, titles)
+    lines = [f"# {result['benchmark']}", "", _row(head), _row(["---"] * len(head))]
+    # the difference by its whole name, for which a terminal has no room
+    named = {DIFFERENCE: " − ".join(reversed([title for title, _ in rows[:2]]))}
+    lines += [
+        _row([named.get(title, title), *(f"{mean} [{low}, {high}]" for mean, low, high in numbers)])
+        for title, numbers in rows
+    ]
+    lines.append("")
+    confidence = result["confidence"]
+    sentence = (
+        f"Means over prompts with {confidence['level']:.0%} confidence intervals from {confidence['resamples']} "
+        f"bootstrap resamples of the prompts. Seed {result['seed']}."
+    )
+    lines += [
+        sentence,
+        "",
+        _row(["category", "metric", "prompts", "images each"]),
+        _row(["---"] * 4),
+    ]
+    lines += [
+        _row(
+            [
+                titles.get(name, name),
+                category["metric"]["name"],
+                str(category["prompts"]),
+                str(category["images_per_prompt"]),
+            ]
+        )
+        for name, category in result["categories"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_results(result: Mapping[str, Any], titles: Mapping[str, str], folder: Path) -> tuple[Path, Path]:
+    """Writes ``results.json`` and ``results.md`` into a folder, and returns both.
+
+    Raises:
+        LoopfastError: the folder cannot be written.
+    """
+    with writing(folder):
+        write_file(folder / RESULTS, (json.dumps(result, indent=1) + "\n").encode())
+        write_file(folder / TABLE, as_markdown(result, titles).encode())
+    return folder / RESULTS, folder / TABLE
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """What `write_results` wrote.
+
+    Raises:
+        LoopfastError: the file is damaged.
+    """
+    try:
+        found = json.loads(file.read_text("utf-8"))
+        for category in found["categories"].values():
+            for interval in category["intervals"].values():
+                float(interval["mean"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoopfastError(f"{file} is damaged: {type(error).__name__}: {one_line(error)}") from None
+    return dict(found)
+
+
+def _row(values: Sequence[str]) -> str:
+    return f"| {' | '.join(values)} |"

@@ -1,0 +1,250 @@
+"""Draws and scores the images of a benchmark, one model after the other, and can be stopped at any time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopfast.config import RewardConfig
+from loopfast.evaluation.benchmark.score_file import Scored, ScoreFile
+from loopfast.prompts import Prompt
+from loopfast.rewards import RewardSet, build_rewards
+from loopfast.rollout import Sampler, slices
+from loopfast.run.console import Display
+from loopfast.run.images import save_image
+from loopfast.seeds import derive
+from loopfast.system.files import writing
+
+# Options of a metric that decide where and in what portions it computes, and not what.
+_PLACES = ("device", "batch_size")
+_SECONDS_BETWEEN_MESSAGES = 10.0
+
+
+@dataclass(frozen=True)
+class Category:
+    """A part of a benchmark: its prompts and the reward that they are measured by."""
+
+    name: str
+    prompts: Sequence[Prompt]
+    metric: RewardConfig
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is measured.
+
+    Attributes:
+        name: such as ``base`` or ``trained``.
+        settings: everything that its images depend on but prompt and noise; JSON can hold it.
+        open: gives its sampler; loads the model, and frees it afterwards.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    open: Callable[[], AbstractContextManager[Sampler]]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much is drawn, and from which noise.
+
+    Attributes:
+        images_per_prompt: K.
+        seed: of the noise.
+        limit_prompts: only so many first prompts of each category; None: all.
+        keep_images: images of each prompt to keep as PNG files, at most K.
+    """
+
+    images_per_prompt: int
+    seed: int = 0
+    limit_prompts: int | None = None
+    keep_images: int = 0
+
+
+def image_seed(seed: int, prompt: str, occurrence: int, image: int) -> int:
+    """The seed of an image's noise, in [0, 2⁶³).
+
+    It is the same for every model, in every category, and however many prompts and images are drawn beside it.
+
+    Args:
+        seed: of the benchmark.
+        prompt: the text.
+        occurrence: 0 for the first time that a category has this text, 1 for the second.
+        image: the how manieth image of the prompt, from 0.
+    """
+    return derive(seed, "benchmark", prompt, occurrence, image)
+
+
+def run_benchmark(
+    candidates: Sequence[Candidate],
+    categories: Sequence[Category],
+    scope: Scope,
+    folder: Path,
+    display: Display,
+) -> dict[str, dict[str, Tensor]]:
+    """Draws and scores what the folder does not hold yet.
+
+    Args:
+        candidates: the models, with names that differ.
+        categories: with names that differ.
+        scope: how much is drawn.
+        folder: where scores are kept, ``scores/<model>-<category>.jsonl``, and images,
+            ``images/<model>/<category>/samples/<prompt>_<number>.png``, which T2I-CompBench's own programs can read.
+        display: where progress is shown.
+
+    Returns:
+        Scores float64 ``[P, K]`` of each model, of each category.
+
+    Raises:
+        ConfigError: a metric cannot be built, or the folder holds scores of other settings.
+        RewardError: a metric failed; what was scored before is kept.
+        LoopfastError: the folder cannot be written.
+    """
+    for category in categories:
+        build_rewards([category.metric], load=False)
+    metrics: dict[str, RewardSet] = {}
+    tasks = {
+        candidate.name: [_Task(candidate, category, scope, folder) for category in categories]
+        for candidate in candidates
+    }
+    for candidate in candidates:
+        pending = [task for task in tasks[candidate.name] if task.pending()]
+        if pending:
+            _run_tasks(candidate, pending, metrics, display)
+    return {name: {task.category.name: task.scores() for task in found} for name, found in tasks.items()}
+
+
+def _run_tasks(
+    candidate: Candidate, tasks: Sequence[_Task], metrics: dict[str, RewardSet], display: Display
+) -> None:
+    """Draws and scores with one model, which is freed when this returns; adds the metrics that it needs."""
+    with candidate.open() as sampler:
+        for task in tasks:
+            key = _metric_key(task.category.metric)
+            if key not in metrics:
+                metrics[key] = build_rewards([task.category.metric])
+            task.run(sampler, metrics[key], display)
+
+
+@dataclass
+class _Task:
+    """One model on one category."""
+
+    candidate: Candidate
+    category: Category
+    scope: Scope
+    folder: Path
+    file: ScoreFile = field(init=False)
+
+    def __post_init__(self) -> None:
+        metric = self.category.metric
+        options = {key: value for key, value in metric.options.items() if key not in _PLACES}
+        settings = {
+            "category": self.category.name,
+            "prompts": _digest(self.category.prompts),
+            "metric": {"name": metric.name, "options": options},
+            "seed": self.scope.seed,
+            "model": self.candidate.settings,
+        }
+        name = f"{self.candidate.name}-{self.category.name}.jsonl"
+        self.file = ScoreFile(self.folder / "scores" / name, settings)
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        return self.category.prompts[: self.scope.limit_prompts]
+
+    def wanted(self) -> list[tuple[int, int]]:
+        """Every image, by the position of its prompt and its number."""
+        return [(p, k) for p in range(len(self.prompts)) for k in range(self.scope.images_per_prompt)]
+
+    def pending(self) -> list[tuple[int, int]]:
+        """The images that have no score yet."""
+        return [image for image in self.wanted() if image not in self.file.scores]
+
+    def scores(self) -> Tensor:
+        values = [self.file.scores[image] for image in self.wanted()]
+        return torch.tensor(values, dtype=torch.float64).view(-1, self.scope.images_per_prompt)
+
+    def run(self, sampler: Sampler, metric: RewardSet, display: Display) -> None:
+        pending = self.pending()
+        total = len(self.wanted())
+        title = f"{self.candidate.name}, {self.category.name}"
+        if len(pending) < total:
+            display.message(f"{title}: {total - len(pending)} of {total} images are scored already")
+        occurrences = _occurrences(self.prompts)
+        said = time.monotonic()
+        for rows in slices(len(pending), sampler.microbatch):
+            images = pending[rows]
+            self._chunk(sampler, metric, images, occurrences)
+            left = len(pending) - rows.stop
+            if left == 0 or time.monotonic() - said >= _SECONDS_BETWEEN_MESSAGES:
+                said = time.monotonic()
+                display.message(f"{title}: {total - left}/{total} images")
+
+    def _chunk(
+        self,
+        sampler: Sampler,
+        metric: RewardSet,
+        wanted: Sequence[tuple[int, int]],
+        occurrences: Sequence[int],
+    ) -> None:
+        batch = [self.prompts[p] for p, _ in wanted]
+        seeds = [
+            image_seed(self.scope.seed, prompt.text, occurrences[p], k)
+            for prompt, (p, k) in zip(batch, wanted, strict=True)
+        ]
+        texts = list(dict.fromkeys(prompt.text for prompt in batch))
+        position = {text: index for index, text in enumerate(texts)}
+        conditioning = sampler.policy.encode(texts)
+        owners = torch.tensor([position[prompt.text] for prompt in batch])
+        latents = sampler.sample(conditioning, owners, torch.tensor(seeds, dtype=torch.int64)).final
+        images = sampler.decode(latents)
+        scores = metric.score(
+            images, [prompt.text for prompt in batch], [prompt.metadata for prompt in batch]
+        )
+        for image, prompt, (p, k) in zip(images, batch, wanted, strict=True):
+            if k < self.scope.keep_images:
+                self._keep(image, prompt.text, p * self.scope.keep_images + k)
+        self.file.add(
+            [
+                Scored(p, k, seed, score)
+                for (p, k), seed, score in zip(wanted, seeds, scores.total.tolist(), strict=True)
+            ]
+        )
+
+    def _keep(self, image: Tensor, text: str, number: int) -> None:
+        samples = self.folder / "images" / self.candidate.name / self.category.name / "samples"
+        # the prompt is what the benchmark's programs read before the first "_"; a file's name has 255 bytes at most
+        name = text.replace("/", " ").replace("_", " ").encode()[:240].decode(errors="ignore")
+        with writing(samples):
+            samples.mkdir(parents=True, exist_ok=True)
+            save_image(image, samples / f"{name}_{number:06d}.png")
+
+
+def _occurrences(prompts: Sequence[Prompt]) -> list[int]:
+    """How often each prompt's text has come before."""
+    seen: dict[str, int] = {}
+    found = []
+    for prompt in prompts:
+        found.append(seen.get(prompt.text, 0))
+        seen[prompt.text] = found[-1] + 1
+    return found
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """Of all texts and their metadata, in their order."""
+    entries = [[prompt.text, dict(prompt.metadata)] for prompt in prompts]
+    return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _metric_key(metric: RewardConfig) -> str:
+    return json.dumps([metric.name, metric.options], sort_keys=True, default=str)

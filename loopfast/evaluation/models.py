@@ -1,0 +1,160 @@
+"""The model that a run has trained, and how it is sampled."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from loopfast.config import Config, load_config
+from loopfast.errors import CheckpointError, ConfigError
+from loopfast.evaluation.exported import lora_config
+from loopfast.policies import Policy, is_lora, load_policy, load_schedule
+from loopfast.rollout import Sampler, StepCache, automatic_microbatch
+from loopfast.run.checkpoints import Checkpoint, CheckpointStore
+from loopfast.run.console import Display
+from loopfast.system.memory import free_cached_memory
+
+
+def run_config(folder: Path) -> Config:
+    """The configuration of the run in a folder.
+
+    Raises:
+        ConfigError: the folder is not a run's.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{str(folder)!r} is not a run's folder: there is no config.yaml in it")
+    return load_config(file)
+
+
+def newest_checkpoint(folder: Path, display: Display) -> Checkpoint:
+    """The newest checkpoint of a run that is whole.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    store = CheckpointStore(folder / "checkpoints", keep=1, keep_best=True)
+    checkpoint = store.latest(display.warning)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} has no checkpoint that can be used")
+    return checkpoint
+
+
+def trained_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """What a run has trained, by name: the moving average where one was kept, as in the run's evaluations."""
+    return checkpoint.tensors.get("average") or checkpoint.tensors["policy"]
+
+
+def find_trained(
+    target: Path, display: Display, *, pretrained: str | None = None, recipe: bool = False
+) -> tuple[Config, Checkpoint | None]:
+    """What a run or an exported LoRA has trained: the configuration, and the run's newest good checkpoint.
+
+    Args:
+        target: the run's folder, or a LoRA's.
+        display: where damaged checkpoints are named.
+        pretrained: the base model of a LoRA; None: what its card says.
+        recipe: whether a LoRA has to come with the rewards of its run.
+
+    Raises:
+        ConfigError: the folder is neither, or a LoRA's base is not known.
+        CheckpointError: the run has no checkpoint that can be used.
+    """
+    if pretrained is not None or is_lora(target):
+        return lora_config(target, pretrained, recipe=recipe), None
+    config = run_config(target)
+    return config, newest_checkpoint(target, display)
+
+
+def policy_of(config: Config, checkpoint: Checkpoint | None) -> Policy:
+    """The policy of a configuration with a checkpoint's weights: their moving average where one was kept.
+
+    Without a checkpoint its weights are those that ``model.lora.from`` names.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+        CheckpointError: the checkpoint is of another model.
+    """
+    policy = load_policy(config.model, seed=config.run.seed, start=checkpoint is None)
+    if checkpoint is None:
+        return policy
+    parameters = policy.trainable()
+    saved = trained_weights(checkpoint)
+    if saved.keys() != parameters.keys():
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} does not hold the weights of {config.model.pretrained!r}"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    return policy
+
+
+def sampler_of(config: Config, policy: Policy) -> Sampler:
+    """The sampler of a configuration for a policy, in calls of ``rollout.microbatch`` images.
+
+    Raises:
+        ConfigError: the model's scheduler does not allow the sampler's settings.
+    """
+    schedule = load_schedule(config.model, config.rollout)
+    images = config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt
+    microbatch = config.rollout.microbatch
+    if microbatch == "auto":
+        microbatch = automatic_microbatch(images, policy.latent_shape)
+    return Sampler(
+        policy,
+        schedule.to(policy.device),
+        config.rollout.guidance_scale,
+        config.algorithm.logprob,
+        microbatch,
+        steps=StepCache(capture=config.rollout.cuda_graph),
+    )
+
+
+class RunModels:
+    """The samplers of a run's model, or of a LoRA, before and after training; with an adapter both are one model."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint | None) -> None:
+        self._config, self._checkpoint = config, checkpoint
+        self._adapted: Policy | None = None
+
+    @contextmanager
+    def base(self) -> Iterator[Sampler]:
+        """The model before training."""
+        if self._config.model.tune == "lora":
+            policy = self._with_adapter()
+            with policy.reference():
+                yield sampler_of(self._config, policy)
+            return
+        with self._loaded(lambda: load_policy(self._config.model)) as sampler:
+            yield sampler
+
+    @contextmanager
+    def trained(self) -> Iterator[Sampler]:
+        """The model after training."""
+        if self._config.model.tune == "lora":
+            yield sampler_of(self._config, self._with_adapter())
+            return
+        with self._loaded(lambda: policy_of(self._config, self._checkpoint)) as sampler:
+            yield sampler
+
+    def _with_adapter(self) -> Policy:
+        if self._adapted is None:
+            self._adapted = policy_of(self._config, self._checkpoint)
+        return self._adapted
+
+    @contextmanager
+    def _loaded(self, load: Callable[[], Policy]) -> Iterator[Sampler]:
+        """The sampler of a model that is loaded, and freed afterwards to make room for the next."""
+        sampler = sampler_of(self._config, load())
+        try:
+            yield sampler
+        finally:
+            sampler.release()
+            del sampler
+            gc.collect()
+            free_cached_memory()

@@ -1,0 +1,403 @@
+"""``loopfast profile``: where the time of a configuration's iterations goes, by part, by model and by operator."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import platform
+import shutil
+import sys
+import tempfile
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+
+from loopfast.config import Config
+from loopfast.errors import Interrupted, short
+from loopfast.profiling import DOMAIN, Times, range_
+from loopfast.run.console import Display
+from loopfast.system.files import write_file, writing
+from loopfast.system.interrupts import StopRequest
+from loopfast.system.memory import memory_used
+from loopfast.training.train import Stopped, Trainer, processes
+from loopfast.version import __version__
+
+__all__ = ["Profile", "Row", "profile"]
+
+_GROUP_OF_CALL = {"denoiser": "denoiser", "backward": "denoiser", "decoder": "VAE", "reward": "reward"}
+_OPS = "loopfast ops"
+_REST = "the rest"
+_ELSEWHERE = "other threads"
+_BETWEEN = "(Python between operators)"
+_SHOWN = 25
+
+
+@dataclass(frozen=True)
+class Row:
+    """An operator, or a kernel of a GPU, in one group: calls and own milliseconds per iteration under the profiler.
+
+    ``group`` is denoiser, VAE, reward, loopfast ops, optimizer or the rest, and for kernels also other threads, such as
+    the one that scores images; ``kind`` is ``operator`` (the host's time) or ``kernel`` (the GPU's).
+    """
+
+    name: str
+    group: str
+    kind: str
+    calls: float
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `profile` found.
+
+    Attributes:
+        times: of each iteration without torch's profiler.
+        rows: operators and kernels from the iterations under it, the longest first.
+        files: what was written, the trace first.
+        facts: what was run, on what.
+    """
+
+    times: list[Times]
+    rows: list[Row]
+    facts: dict[str, Any]
+    files: list[Path] = field(default_factory=list)
+
+    @property
+    def outside_share(self) -> float:
+        """Share of the time without torch's profiler in which no model call was under way."""
+        return 1 - sum(times.model for times in self.times) / sum(times.total for times in self.times)
+
+    def outside(self) -> dict[str, float]:
+        """Seconds per iteration outside model calls, by the innermost range they were in; the longest first."""
+        sums = _sums(times.ranges for times in self.times)
+        unmarked = sum(times.total - times.model for times in self.times) - sum(sums.values())
+        each = {name: seconds / len(self.times) for name, seconds in {**sums, "": unmarked}.items()}
+        return dict(sorted(each.items(), key=lambda item: -item[1]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        return {
+            **self.facts,
+            "outside_model_share": self.outside_share,
+            "outside_seconds": self.outside(),
+            "iterations": [
+                {**asdict(times), "model": times.model, "outside_model_share": times.outside_share}
+                for times in self.times
+            ],
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def as_markdown(self) -> str:
+        """The same as tables."""
+        count = len(self.times)
+        total = sum(times.total for times in self.times) / count
+        phases, inside, calls, called = (
+            _sums(getattr(times, name) for times in self.times)
+            for name in ("phases", "inside", "calls", "called")
+        )
+        parts = [(name, seconds / count, inside.get(name, 0.0) / count) for name, seconds in phases.items()]
+        parts.append(
+            ("between them", total - sum(seconds for _, seconds, _ in parts), inside.get("", 0.0) / count)
+        )
+        by_phase = [
+            (name, f"{seconds:.3f}", _percent(seconds / total), f"{1e3 * (seconds - busy):.1f}")
+            for name, seconds, busy in parts
+        ]
+        share = self.outside_share
+        by_phase.append(("all", f"{total:.3f}", _percent(1), f"{1e3 * share * total:.1f}"))
+        models = [
+            (name, f"{calls[name] / count:g}", f"{seconds / count:.3f}", _percent(seconds / count / total))
+            for name, seconds in sorted(called.items(), key=lambda item: -item[1])
+        ]
+        outside = [
+            (name or "in no range", f"{1e3 * seconds:.1f}", _percent(seconds / total))
+            for name, seconds in self.outside().items()
+        ]
+        summary = f"Outside model calls: **{_percent(share)}** of an iteration of {total:.3f} s."
+        sections = [
+            f"# Where the time goes: {self.facts['run']}",
+            "\n".join(f"* {name}: {value}" for name, value in self.facts.items() if name != "run"),
+            f"## By part, without torch's profiler\n\n{summary}",
+            _table(("part", "seconds", "share", "of it outside model calls, ms"), by_phase),
+            _table(("model calls", "number", "seconds", "share"), models),
+            _table(("outside model calls, by range", "ms", "share"), outside),
+        ]
+        for kind, title in (("kernel", "By kernel, on the GPU"), ("operator", "By operator, on the host")):
+            rows = [row for row in self.rows if row.kind == kind]
+            whole = sum(row.milliseconds for row in rows)
+            if whole == 0:
+                continue
+            groups = sorted(
+                _sums({row.group: row.milliseconds} for row in rows).items(), key=lambda item: -item[1]
+            )
+            sections += [
+                f"## {title}, under torch's profiler\n\nIt slows Python and small operators.",
+                _table(
+                    ("group", "own ms", "share"),
+                    [(name, f"{value:.1f}", _percent(value / whole)) for name, value in groups],
+                ),
+                _table(
+                    (kind, "group", "calls", "own ms", "share"),
+                    [
+                        (
+                            _cell(row.name),
+                            row.group,
+                            f"{row.calls:g}",
+                            f"{row.milliseconds:.2f}",
+                            _percent(row.milliseconds / whole),
+                        )
+                        for row in rows[:_SHOWN]
+                    ],
+                ),
+            ]
+        return "\n\n".join(sections) + "\n"
+
+
+def profile(
+    config: Config, *, iterations: int, output: Path, trace: bool, display: Display
+) -> Profile | None:
+    """Runs iterations of a configuration, sampling and updates, and says where their time went.
+
+    One iteration warms up, ``iterations`` are timed, and as many run under torch's profiler. The run itself leaves
+    nothing behind.
+
+    Args:
+        config: the run. Its folder and its trackers are not used.
+        iterations: how many.
+        output: folder for ``trace.json.gz`` (for chrome://tracing or Perfetto), ``profile.json`` and ``profile.md``.
+        trace: False: after warming up, run the iterations in the NVTX range ``profile`` and nothing else, for a
+            profiler from outside.
+        display: where progress and warnings are shown.
+
+    Returns:
+        What was found; None without ``trace``.
+
+    Raises:
+        LoopfastError: the run cannot start or go on, or the output cannot be written.
+        Interrupted: a signal stopped it.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="loopfast-profile-") as scratch,
+        StopRequest() as stop,
+        processes(config, stop) as group,
+    ):
+        display = display if group.first else Display.silent()
+        run = config.run.model_copy(update={"directory": scratch, "trackers": ()})
+        trainer = Trainer(config.model_copy(update={"run": run}), None, display, stop, group)
+        try:
+            _iterate(trainer, 1, "warming up", display)
+            if not trace:
+                with range_("profile", "profile"):
+                    _iterate(trainer, iterations, "profiling", display)
+                return None
+            trainer.meter.detailed = True
+            times = _iterate(trainer, iterations, "timing", display)
+            trainer.meter.detailed = False
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if trainer.sampler.policy.device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+                _iterate(trainer, iterations, "tracing", display)
+            facts = _facts(trainer, iterations)
+        except Stopped:
+            raise Interrupted("stopped; nothing was written", stop.exit_code) from None
+        finally:
+            trainer.close_tracker()
+            trainer.close()
+    if not group.first:
+        return None
+    found = Profile(times, _rows(profiler.events(), iterations), facts)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        files = [output / name for name in ("trace.json.gz", "profile.json", "profile.md")]
+        _write_trace(profiler, files[0])
+        write_file(files[1], json.dumps(found.as_dict(), indent=1).encode())
+        write_file(files[2], found.as_markdown().encode())
+    found.files.extend(files)
+    return found
+
+
+def _write_trace(profiler: torch.profiler.profile, file: Path) -> None:
+    """Packs the trace in large pieces; torch's own packing goes line by line, and takes several times as long."""
+    with tempfile.TemporaryDirectory(prefix="loopfast-trace-") as folder:
+        plain = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(plain))
+        with plain.open("rb") as source, gzip.open(file, "wb", compresslevel=6) as packed:
+            shutil.copyfileobj(source, packed, 2**20)
+
+
+def _iterate(trainer: Trainer, count: int, what: str, display: Display) -> list[Times]:
+    """Runs iterations without evaluation and checkpoint; gives the accounts of each."""
+    times = []
+    for index in range(count):
+        display.message(f"{what}: iteration {index + 1} of {count}")
+        with range_("iteration", "profile", index):
+            trainer.sample()
+            trainer.update()
+        times.append(trainer.times)
+    return times
+
+
+def _facts(trainer: Trainer, iterations: int) -> dict[str, Any]:
+    device = trainer.sampler.policy.device
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    )
+    config = trainer.config
+    return {
+        "run": config.run.name,
+        "model": config.model.pretrained,
+        "device": name,
+        "dtype": config.model.dtype,
+        "images": config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt,
+        "peak memory, MiB": round(memory_used(device)["peak_memory_bytes"] / 2**20),
+        "iterations timed": iterations,
+        "loopfast": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def _rows(events: Iterable[FunctionEvent], iterations: int) -> list[Row]:
+    """Own time by operator, and time by kernel, attributed to the ranges in which they were called."""
+    everything = list(events)
+    events = [event for event in everything if event.device_type.name == "CPU"]
+    # ranges appear a second time on the GPU, from their first kernel to their last
+    kernels = [
+        event for event in everything if event.device_type.name == "CUDA" and not event.is_user_annotation
+    ]
+    ranges = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in events
+        if event.name.startswith(f"{DOMAIN}/")
+    )
+    begins = [begin for begin, _, _ in ranges]
+
+    def around(moment: float) -> str:
+        """The name of the innermost range at a moment, of any thread: the backward pass on a GPU has its own."""
+        for begin, end, name in reversed(ranges[: bisect_right(begins, moment)]):
+            if begin <= moment <= end:
+                return name
+        return ""
+
+    def group(event: FunctionEvent) -> str:
+        parent: FunctionEvent | None = event
+        while parent is not None:
+            if parent.name.startswith("loopfast::"):
+                return _OPS
+            if parent.name.startswith(f"{DOMAIN}/"):
+                return _group_of_range(parent.name)
+            parent = parent.cpu_parent
+        return _group_of_range(around(event.time_range.start))
+
+    sums: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0.0])
+    for event in events:
+        owner = group(event)
+        name = _BETWEEN if event.name.startswith(f"{DOMAIN}/") else event.name
+        _count(sums[name, owner, "operator"], event.self_cpu_time_total, 0 if _again(event) else 1)
+    # an operator's own list of kernels has none of a CUDA graph's, so each is traced to the call that launched it
+    launches = {event.id: event for event in events if event.name.startswith("cu")}
+    streams = {
+        _stream(kernel)
+        for kernel in kernels
+        if (launch := launches.get(kernel.id)) is not None and _in_operator(launch)
+    }
+    ours = _own_kernels()
+    for kernel in kernels:
+        launch = launches.get(kernel.id, kernel)
+        if kernel.name in ours:
+            owner = _OPS
+        elif "GraphLaunch" in launch.name or _stream(kernel) in streams or not streams:
+            owner = group(launch)
+        else:
+            # torch's profiler sees the kernels of all threads, but only this one's operators
+            owner = _ELSEWHERE
+        _count(sums[kernel.name, owner, "kernel"], kernel.time_range.elapsed_us(), 1)
+    rows = [
+        Row(name, owner, kind, calls / iterations, microseconds / iterations / 1e3)
+        for (name, owner, kind), (calls, microseconds) in sums.items()
+    ]
+    return sorted(rows, key=lambda row: -row.milliseconds)
+
+
+def _in_operator(launch: FunctionEvent) -> bool:
+    """Whether a call of CUDA was made in an operator or a range: in a thread that torch's profiler sees."""
+    parent: FunctionEvent | None = launch.cpu_parent
+    while parent is not None and parent.name.startswith("cu"):
+        parent = parent.cpu_parent
+    return parent is not None
+
+
+def _stream(kernel: FunctionEvent) -> tuple[int, int]:
+    return kernel.device_index, kernel.device_resource_id
+
+
+def _own_kernels() -> set[str]:
+    """Names of the Triton kernels that this process has of the ops."""
+    return {
+        name
+        for title, module in list(sys.modules.items())
+        if title.startswith("loopfast_kernels.")
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
+
+
+def _again(event: FunctionEvent) -> bool:
+    """Whether an operator is within one of its name: one with a gradient is dispatched to autograd, and below it."""
+    parent: FunctionEvent | None = event.cpu_parent
+    while parent is not None and parent.name != event.name:
+        parent = parent.cpu_parent
+    return parent is not None
+
+
+def _group_of_range(name: str) -> str:
+    _, _, path = name.partition("/")
+    category, _, call = path.partition("/")
+    return _GROUP_OF_CALL.get(call) or ("optimizer" if category == "optimizer" else _REST)
+
+
+def _count(entry: list[float], microseconds: float, calls: int) -> None:
+    entry[0] += calls
+    entry[1] += microseconds
+
+
+def _sums(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    sums: dict[str, float] = defaultdict(float)
+    for part in parts:
+        for name, value in part.items():
+            sums[name] += value
+    return dict(sums)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _cell(text: str) -> str:
+    """A name that fits a table; names of templated kernels run to hundreds of letters."""
+    return short(text.replace("|", "\\|"))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown that is a table to the eye too; all columns but the first are numbers or short."""
+    cells = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
+        for row in cells
+    ]
+    rule = (
+        "|"
+        + "|".join([":" + "-" * (widths[0] + 1), *("-" * (width + 1) + ":" for width in widths[1:])])
+        + "|"
+    )
+    return "\n".join([lines[0], rule, *lines[1:]])

@@ -1,0 +1,1 @@
+"""Faster calls of the same networks."""

@@ -1,0 +1,336 @@
+"""Ways to make a denoiser faster or smaller that leave its mathematics alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils.deterministic
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from typing_extensions import override
+
+from loopfast.config import ModelConfig
+from loopfast.errors import ConfigError, first_line
+from loopfast.policies.fast.layers import ShortAttnProcessor, use_fast_layers
+from loopfast.system.xformers_build import why_unusable
+
+# Blocks of one class, and calls of one function, share a compile cache; so many shapes and gradient modes may be in it.
+_COMPILED_VARIANTS = 64
+# How much faster xformers must be in a trial to be chosen: noise should not decide how a run rounds.
+_CLEARLY_FASTER = 0.9
+# What cuBLAS needs to sum in one order in every stream: the variable, and the values that PyTorch takes.
+CUBLAS_WORKSPACE, CUBLAS_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+
+
+class FlashAttention(AttnProcessor2_0):
+    """Diffusers' attention by PyTorch's FlashAttention kernels, and by no other."""
+
+    @override
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return super().__call__(*args, **kwargs)
+
+
+def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Gives a UNet the attention that ``model.attention`` names; a transformer keeps PyTorch's.
+
+    Args:
+        unet: a diffusers ``UNet2DConditionModel``, or a transformer.
+        config: the section ``model``.
+        device, dtype: where it will compute, and in which type.
+
+    Returns:
+        The implementation in use: ``sdpa``, ``matmul``, ``xformers`` or ``flash``.
+
+    Raises:
+        ConfigError: the one asked for by name cannot work here.
+    """
+    name: str = config.attention
+    if not isinstance(unet, UNet2DConditionModel):
+        if name not in ("auto", "sdpa"):
+            raise ConfigError(
+                f"model.attention: found {name!r}, allowed: auto or sdpa with a {type(unet).__name__}, whose "
+                "attention is PyTorch's"
+            )
+        return "sdpa"
+    if name == "auto":
+        name = _fastest(unet, device, dtype)
+    reason = None
+    if config.attention == "xformers":
+        reason = _without_xformers(device)
+    elif config.attention == "flash":
+        reason = _without_flash(unet, device, dtype)
+    if reason is not None:
+        raise ConfigError(f"model.attention: {name} cannot be used here: {reason}")
+    if name == "xformers":
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
+            raise ConfigError(
+                f"model.attention: xformers cannot be used here: {first_line(error)}"
+            ) from error
+    else:
+        unet.set_attn_processor(_PROCESSORS[name]())
+    return name
+
+
+_PROCESSORS = {"sdpa": AttnProcessor2_0, "matmul": ShortAttnProcessor, "flash": FlashAttention}
+
+
+def _fastest(unet: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """``matmul`` on a CPU; on a GPU ``sdpa``, unless xformers is clearly faster at the UNet's largest attention."""
+    if device.type == "cpu":
+        return "matmul"
+    if _without_xformers(device):
+        return "sdpa"
+    import xformers.ops
+
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        ).transpose(1, 2)
+
+    layer = _attentions(unet)[0]
+    size = unet.config.sample_size
+    tokens = size * size if isinstance(size, int) else size[0] * size[1]
+    shape = (2, tokens, layer.heads, layer.inner_dim // layer.heads)
+    inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    # events belong to the current device
+    with torch.cuda.device(device):
+        try:
+            theirs = _milliseconds(xformers.ops.memory_efficient_attention, inputs)
+        except (RuntimeError, ValueError):
+            return "sdpa"
+        return "xformers" if theirs < _CLEARLY_FASTER * _milliseconds(sdpa, inputs) else "sdpa"
+
+
+def _milliseconds(attention: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> float:
+    """The least time of ten forward and backward passes on the current GPU."""
+    times = []
+    for _ in range(13):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        torch.autograd.grad(attention(*inputs).sum(), inputs)
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return min(times[3:])
+
+
+def _without_xformers(device: torch.device) -> str | None:
+    """Why xformers cannot be used, if so."""
+    if device.type != "cuda":
+        return f"its kernels need a CUDA device, and model.device is {device}"
+    return why_unusable()
+
+
+def _without_flash(unet: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why PyTorch's FlashAttention cannot be used, if so: found out by trying every head size of the UNet."""
+    for width in sorted({layer.inner_dim // layer.heads for layer in _attentions(unet)}):
+        x = torch.randn(1, 1, 16, width, device=device, dtype=dtype, requires_grad=True)
+        try:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                scaled_dot_product_attention(x, x, x).sum().backward()
+        except RuntimeError as error:
+            return f"no kernel for heads of {width} in {str(dtype)[6:]} on {device} ({first_line(error)})"
+    return None
+
+
+def _attentions(unet: Any) -> list[Any]:
+    return [module for module in unet.modules() if isinstance(module, Attention)]
+
+
+def set_layers(models: Sequence[Any], config: ModelConfig, device: torch.device) -> dict[str, bool]:
+    """Gives models the layers and the memory format that ``model.fast_layers`` and ``model.channels_last`` name.
+
+    Args:
+        models: the denoiser and the autoencoder.
+        config: the section ``model``.
+        device: where they will compute.
+
+    Returns:
+        Which of the two are in use.
+    """
+    by_device = device.type == "cpu"
+    fast = by_device if config.fast_layers == "auto" else config.fast_layers == "on"
+    last = fast and by_device if config.channels_last == "auto" else config.channels_last == "on"
+    for model in models:
+        if fast:
+            use_fast_layers(model)
+        if last:
+            model.to(memory_format=torch.channels_last)
+    return {"fast layers": fast, "channels last": last}
+
+
+def set_arithmetic(config: ModelConfig, device: torch.device) -> None:
+    """Sets how CUDA computes in this process: float32 products in TF32 or not, and deterministically if asked for.
+
+    PyTorch has one such setting for all devices and threads of a process. It is therefore set whatever device the
+    policy is on: a replica or a reward on a GPU beside it computes as ``model.tf32`` says. Must be called before the
+    process has used CUDA.
+
+    Args:
+        config: the section ``model``.
+        device: the policy's.
+
+    Raises:
+        ConfigError: TF32 is asked for where there is none, or determinism after CUDA has started without
+            ``CUBLAS_WORKSPACE_CONFIG``.
+    """
+    if config.tf32 and (reason := _without_tf32(device)):
+        raise ConfigError(f"model.tf32: {reason}")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    if not config.deterministic:
+        return
+    found = os.environ.get(CUBLAS_WORKSPACE)
+    if found not in CUBLAS_WORKSPACES and (found is not None or torch.cuda.is_initialized()):
+        raise ConfigError(
+            f"model.deterministic: needs the environment variable {CUBLAS_WORKSPACE} before CUDA starts; found "
+            f"{'none' if found is None else repr(found)}, allowed: {' or '.join(CUBLAS_WORKSPACES)}"
+        )
+    os.environ.setdefault(CUBLAS_WORKSPACE, CUBLAS_WORKSPACES[0])
+    # an error where there is no such algorithm: with mere warnings attention's backward passes stay as they are
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    # nothing here reads memory that was not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _without_tf32(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"needs a CUDA device, and model.device is {device}"
+    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None:
+        return f"needs an NVIDIA GPU, and {device} is {name}"
+    if major < 8:
+        return f"needs compute capability 8.0 or higher; {name} has {major}.{minor}"
+    return None
+
+
+class Tf32Conv2d(nn.Conv2d):
+    """A float32 convolution in TF32, for calls without gradients.
+
+    ``torch.backends.cudnn.allow_tf32`` would do the same for a whole process: for the denoiser's convolutions, and for
+    those of a reward in another thread as long as it is set. cuDNN's own operator takes it as an argument.
+    """
+
+    @override
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        cudnn = torch.backends.cudnn
+        output: Tensor = torch.ops.aten.cudnn_convolution(
+            input,
+            weight,
+            self.padding,
+            self.stride,
+            self.dilation,
+            self.groups,
+            cudnn.benchmark,
+            cudnn.deterministic,
+            True,
+        )
+        return output if bias is None else output.add_(bias.view(-1, 1, 1))
+
+
+def decoder_precision(config: ModelConfig, device: torch.device, vae: Any) -> str:
+    """What ``model.decoder_precision`` means here.
+
+    Args:
+        config: the section ``model``.
+        device: where the autoencoder computes.
+        vae: the autoencoder's configuration.
+
+    Returns:
+        ``float32``, ``tf32`` or ``model``.
+
+    Raises:
+        ConfigError: the one asked for cannot work here.
+    """
+    name: str = config.decoder_precision
+    if name == "auto":
+        return "float32" if _without_tf32(device) else "tf32"
+    if name == "tf32" and (reason := _without_tf32(device)):
+        raise ConfigError(f"model.decoder_precision: tf32 {reason}")
+    if name == "model" and config.dtype == "float16" and vae.get("force_upcast", True):
+        raise ConfigError(
+            "model.decoder_precision: found 'model', allowed: auto, float32 or tf32 with model.dtype float16, in which "
+            "this autoencoder overflows (its configuration has force_upcast: true)"
+        )
+    return name
+
+
+def use_tf32_convolutions(vae: nn.Module) -> None:
+    """Has the convolutions of an autoencoder computed in TF32; its parameters and their names stay."""
+    for module in vae.modules():
+        if type(module) is nn.Conv2d and module.padding_mode == "zeros" and isinstance(module.padding, tuple):
+            module.__class__ = Tf32Conv2d
+
+
+def compile_blocks(unet: Any, device: torch.device) -> None:
+    """Compiles the blocks that a UNet consists of several times, in place; no name in its state dict changes.
+
+    Raises:
+        ConfigError: there is no compiler for the device.
+    """
+    _prepare_compiling(device)
+    # every call of a run has one batch size
+    unet.compile_repeated_blocks(dynamic=False)
+
+
+def compile_calls(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """The function of a UNet and its inputs, compiled at its first calls: once for each shape.
+
+    Raises:
+        ConfigError: there is no compiler for the device.
+    """
+    _prepare_compiling(device)
+    return with_one_graph(torch.compile(function, dynamic=False))
+
+
+def with_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is compiled, or whose parts are, so that calls with and without gradients give the same bits.
+
+    A graph without gradients would be fused, and so rounded, otherwise than one with. Calls without gradients
+    therefore take the latter too, and drop what it keeps for a backward pass as soon as it would keep it.
+    """
+
+    def call(*inputs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return function(*inputs)
+        with torch.enable_grad(), saved_tensors_hooks(_forget, _forget):
+            outputs = function(*inputs)
+        if isinstance(outputs, torch.Tensor):
+            return outputs.detach()
+        return tuple(output.detach() for output in outputs)
+
+    return call
+
+
+def _forget(saved: Any) -> Any:
+    """Keeps nothing of a tensor that autograd saves."""
+
+
+def _prepare_compiling(device: torch.device) -> None:
+    if reason := _without_compiler(device):
+        raise ConfigError(f"model.compile: {reason}")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)
+
+
+def _without_compiler(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "needs triton, which is not installed"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        return f"needs a C++ compiler on the CPU, such as g++ ({first_line(error)})"
+    return None

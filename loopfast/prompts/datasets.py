@@ -1,0 +1,106 @@
+"""Prompts from a dataset of the library ``datasets``: a name on the Hugging Face hub, or a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loopfast.errors import ConfigError, MissingExtraError, first_line
+from loopfast.prompts.files import Entry, prompt_key
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["read_dataset"]
+
+_SAVED = ("state.json", "dataset_dict.json")
+"""Files that ``save_to_disk`` leaves."""
+
+_JSON_TYPES = re.compile(r"(large_)?string|bool|u?int\d+|float\d+")
+
+
+def read_dataset(name: str) -> list[Entry]:
+    """Every prompt of a dataset, with the columns beside it as metadata where JSON can hold them.
+
+    Args:
+        name: ``<hub name or folder>`` or ``<hub name or folder>:<split>``; the split is ``train`` by default. A folder
+            is one that ``save_to_disk`` wrote, or has files that ``datasets.load_dataset`` reads.
+
+    Raises:
+        ConfigError: it cannot be loaded, has no such split, or no column ``prompt`` or ``text``.
+        MissingExtraError: the library is not installed.
+    """
+    where, split = _parts(name)
+    dataset = _load(where, split)
+    key = prompt_key(dataset.column_names)
+    if key is None:
+        raise ConfigError(
+            f"no column is named prompt or text; found: {', '.join(map(repr, dataset.column_names)) or 'nothing'}"
+        )
+    columns = [column for column, kind in dataset.features.items() if _is_json(kind)]
+    if key not in columns:
+        raise ConfigError(f"the column {key!r} does not hold texts")
+    entries = []
+    for number, row in enumerate(dataset.select_columns(columns).to_list(), start=1):
+        text = row.pop(key)
+        if text is not None and not isinstance(text, str):
+            raise ConfigError(f"row {number}: {key} is {text!r}; allowed: a text")
+        entries.append(Entry(f"row {number}", text or "", row))
+    return entries
+
+
+def _parts(name: str) -> tuple[str, str | None]:
+    """The hub name or folder, and the split, where one is named."""
+    if name and (":" not in name or Path(name).expanduser().is_dir()):
+        return name, None
+    where, _, split = name.rpartition(":")
+    if not where or not split:
+        raise ConfigError("allowed: datasets:<hub name or folder> or datasets:<hub name or folder>:<split>")
+    return where, split
+
+
+def _load(where: str, split: str | None) -> Dataset:
+    try:
+        from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+        from huggingface_hub.utils.logging import set_verbosity_error
+    except ImportError as error:
+        raise MissingExtraError(f"prompts 'datasets:{where}'", "datasets", error.name) from error
+    # one error at the end is enough, without a line for each try to reach the hub
+    disable_progress_bars()
+    set_verbosity_error()
+    folder = Path(where).expanduser().resolve()
+    if not folder.is_dir() and where.startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"there is no folder {where!r}")
+    try:
+        if not folder.is_dir():
+            found: Any = load_dataset(where, split=split or "train")
+        elif any((folder / file).is_file() for file in _SAVED):
+            found = load_from_disk(str(folder))
+        else:
+            found = load_dataset(str(folder), split=split or "train")
+    # whatever a reader of files, the network or the hub may raise
+    except Exception as error:
+        reason = first_line(error.__cause__ or error)
+        raise ConfigError(f"cannot be loaded: {reason}") from error
+    if isinstance(found, DatasetDict):
+        split = split or "train"
+        if split not in found:
+            raise ConfigError(f"there is no split {split!r}; found: {', '.join(map(repr, found))}")
+        return found[split]
+    if split is not None and found.split != split:
+        raise ConfigError(f"there is no split {split!r}; the folder holds one dataset: leave the split out")
+    return found
+
+
+def _is_json(kind: Any) -> bool:
+    """Whether JSON can hold the values of a column of this kind: no images, no times."""
+    if isinstance(kind, dict):
+        return all(map(_is_json, kind.values()))
+    if isinstance(kind, list):
+        return all(map(_is_json, kind))
+    if hasattr(kind, "feature"):
+        return _is_json(kind.feature)
+    if type(kind).__name__ in ("Value", "ClassLabel"):
+        return _JSON_TYPES.fullmatch(kind.dtype) is not None
+    return type(kind).__name__ == "Json"

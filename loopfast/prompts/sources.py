@@ -1,0 +1,234 @@
+"""Where prompts come from: the embedded world, T2I-CompBench, a file, a dataset, or the user's own function."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loopfast.embedded import world
+from loopfast.errors import ConfigError
+from loopfast.prompts.datasets import read_dataset
+from loopfast.prompts.files import Entry, read_prompt_file
+from loopfast.prompts.t2i_compbench import CATEGORIES, read_category
+from loopfast.system.plugins import import_function, is_reference, reference_of_path
+
+__all__ = ["Prompt", "PromptList", "load_prompts"]
+
+_ALLOWED = (
+    "a file (.txt with a prompt a line, .jsonl, .json, .csv, .tsv), datasets:<name or folder>, module:function, "
+    "embedded:<category>, t2i-compbench:<folder>:<category>"
+)
+# Hangul's fillers and the blank of Braille: letters and a symbol to Unicode, but nothing to see.
+_BLANK = "\u115f\u1160\u3164\uffa0\u2800"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what a reward may need to know beside its text.
+
+    ``metadata["category"]``, where there is one, groups prompts in evaluations and reports.
+    """
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PromptList(list[Prompt]):
+    """The prompts of a source, in the source's order, and how they were found there.
+
+    Args:
+        prompts: those to use. A prompt that is there twice is drawn twice as often.
+        places: where each stands in the source, such as ``line 3``; empty where the source has no such places.
+        comments: lines that were skipped because they are comments.
+        invisible: prompts that were skipped because there is nothing to see in them.
+    """
+
+    def __init__(
+        self, prompts: Iterable[Prompt], places: Sequence[str] = (), comments: int = 0, invisible: int = 0
+    ) -> None:
+        super().__init__(prompts)
+        self._places, self.comments, self.invisible = places, comments, invisible
+
+    @property
+    def repeated(self) -> int:
+        """How many of the prompts stand in the source before, too."""
+        return len(self) - len({prompt.text for prompt in self})
+
+    def place(self, index: int) -> str:
+        """Where a prompt stands in its source."""
+        return self._places[index] if self._places else f"prompt {index + 1}"
+
+    def summary(self) -> str:
+        """How many prompts there are, how many of them are repeated, and what was skipped."""
+        skipped = [
+            f"{count} {what}{'' if count == 1 else 's'}"
+            for count, what in ((self.comments, "comment line"), (self.invisible, "invisible prompt"))
+            if count
+        ]
+        notes = [f"{self.repeated} of them repeated"] if self.repeated else []
+        notes += [f"skipped: {', '.join(skipped)}"] if skipped else []
+        return f"{len(self)} prompt{'' if len(self) == 1 else 's'}" + (
+            f" ({'; '.join(notes)})" if notes else ""
+        )
+
+
+def load_prompts(source: str) -> PromptList:
+    """Every prompt of a source, in the source's order, without the white space around it.
+
+    Args:
+        source: one of
+
+            * ``embedded:<category>`` or ``embedded:<category>-heldout``: prompts of the embedded world;
+              categories are ``color``, ``shape``, ``texture``, ``spatial``, ``numeracy``, ``complex``, ``all``;
+            * ``t2i-compbench:<folder>:<category>`` or ``t2i-compbench:<folder>:<category>-val``: the training or the
+              evaluation prompts of T2I-CompBench, from the benchmark's own files in a folder; see
+              `loopfast.prompts.t2i_compbench`;
+            * ``datasets:<name or folder>`` or ``datasets:<name or folder>:<split>``: see `loopfast.prompts.datasets`;
+            * the path of a file, which may begin with ``~``; see `loopfast.prompts.files`;
+            * ``module:function``: a function without arguments that returns texts or `Prompt`\\ s. Modules in
+              the current directory can be imported.
+
+    Raises:
+        ConfigError: the source does not exist, cannot be read, or holds no prompt.
+        MissingExtraError: it is a dataset, and the library ``datasets`` is not installed.
+    """
+    scheme, _, name = source.partition(":")
+    if scheme == "embedded":
+        prompts = PromptList(_from_embedded_world(source, name))
+    elif scheme == "t2i-compbench":
+        prompts = PromptList(_from_t2i_compbench(source, name))
+    elif scheme == "datasets":
+        prompts = _from_dataset(source, name)
+    elif (path := _path(source)) is not None and path.is_file():
+        prompts = _from_file(source, path)
+    elif is_reference(source):
+        prompts = PromptList(_from_function(source))
+    else:
+        raise ConfigError(f"prompts {source!r}: {_absent(source, path)}")
+    if not prompts:
+        skipped = f"; {prompts.summary()}" if prompts.comments or prompts.invisible else ""
+        raise ConfigError(f"prompts {source!r}: there is no prompt in it{skipped}")
+    return prompts
+
+
+def _path(source: str) -> Path | None:
+    """The path that a source is, if it is one that the system can look up."""
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return path
+
+
+def _absent(source: str, path: Path | None) -> str:
+    """What is wrong with a source that is neither a file nor anything else."""
+    if path is not None and path.is_dir():
+        return f"is a folder; expected: a file in it, or datasets:{source} for a folder of datasets"
+    if advice := reference_of_path(source):
+        return advice
+    return f"no such file; allowed: {_ALLOWED}"
+
+
+def _visible(text: str) -> bool:
+    """Whether a text holds more than spaces, controls, marks and other characters that show nothing by themselves."""
+    return any(
+        unicodedata.category(character) not in ("Cc", "Cf") and unicodedata.category(character)[0] not in "ZM"
+        for character in text
+        if character not in _BLANK
+    )
+
+
+def _checked(source: str, entries: Iterable[Entry], comments: int = 0) -> PromptList:
+    """The prompts of a file or a dataset, without those that are invisible."""
+    found, places, invisible = [], [], 0
+    for entry in entries:
+        _refuse_characters(source, entry.place, entry.text)
+        if _visible(entry.text):
+            found.append(Prompt(entry.text.strip(), entry.metadata))
+            places.append(entry.place)
+        else:
+            invisible += 1
+    return PromptList(found, places, comments, invisible)
+
+
+def _refuse_characters(source: str, place: str, text: str) -> None:
+    """Raises `ConfigError` where a text holds what no tokenizer and no file takes."""
+    if "\0" in text:
+        raise ConfigError(f"prompts {source!r}: {place} holds a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(f"prompts {source!r}: {place} holds half of a surrogate pair")
+
+
+def _from_file(source: str, path: Path) -> PromptList:
+    try:
+        entries, comments = read_prompt_file(path)
+    except ConfigError as error:
+        raise ConfigError(f"prompts {source!r}: {error}") from None
+    return _checked(source, entries, comments)
+
+
+def _from_dataset(source: str, name: str) -> PromptList:
+    try:
+        entries = read_dataset(name)
+    except ConfigError as error:
+        raise ConfigError(f"prompts {source!r}: {error}") from None
+    return _checked(source, entries)
+
+
+def _from_embedded_world(source: str, name: str) -> list[Prompt]:
+    category, _, split = name.partition("-")
+    try:
+        captions = world.prompts(category, split or "train")
+    except ValueError:
+        known = ", ".join((*world.CATEGORIES, "all"))
+        raise ConfigError(
+            f"prompts {source!r}: no category {name!r}; allowed: {known}, each also with -validation or -heldout"
+        ) from None
+    return [Prompt(caption.text, {"category": caption.category}) for caption in captions]
+
+
+def _from_t2i_compbench(source: str, name: str) -> list[Prompt]:
+    directory, _, category = name.rpartition(":")
+    category, _, split = category.partition("-")
+    if not directory or category not in CATEGORIES or split not in ("", "val"):
+        raise ConfigError(
+            f"prompts {source!r}: allowed: t2i-compbench:<folder>:<category> with a category of "
+            f"{', '.join(CATEGORIES)}, each also with -val"
+        )
+    try:
+        found = read_category(Path(directory), category, split or "train")
+    except ConfigError as error:
+        raise ConfigError(f"prompts {source!r}: {error}") from None
+    return [
+        Prompt(p.text, {"category": category} | ({"aspects": list(p.aspects)} if p.aspects else {}))
+        for p in found
+    ]
+
+
+def _from_function(source: str) -> list[Prompt]:
+    function = import_function(source)
+    try:
+        found = function()
+        items = list(found) if isinstance(found, Iterable) and not isinstance(found, str | Mapping) else None
+    except Exception as error:
+        raise ConfigError(f"prompts {source!r}: raised {type(error).__name__}: {error}") from error
+    if items is None:
+        raise ConfigError(
+            f"prompts {source!r}: returned {type(found).__name__}; allowed: a list of texts or Prompts"
+        )
+    prompts = []
+    for index, item in enumerate(items):
+        prompt = Prompt(item) if isinstance(item, str) else item
+        if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
+            raise ConfigError(
+                f"prompts {source!r}: item {index} is {type(item).__name__}; allowed: text or a Prompt"
+            )
+        if not _visible(prompt.text):
+            raise ConfigError(f"prompts {source!r}: item {index} is empty")
+        _refuse_characters(source, f"item {index}", prompt.text)
+        prompts.append(prompt)
+    return prompts

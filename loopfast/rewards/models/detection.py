@@ -1,0 +1,205 @@
+"""Finding the objects that a prompt names, whatever they are: an open-vocabulary detector.
+
+T2I-CompBench finds objects with UniDet, which transformers does not have. OWL-ViT and OWLv2 (Minderer et al., arXiv
+2205.06230 and 2306.09683) take the place of it here: they are asked for the prompt's own nouns instead of naming what
+is there in the vocabulary of UniDet. Scores are for comparing models with each other, not with published numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from loopfast.errors import ConfigError
+from loopfast.rewards.models.preprocessing import OPENAI_MEAN, OPENAI_STD, normalized
+from loopfast.rewards.models.pretrained import (
+    Placement,
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+)
+from loopfast.system.memory import to_device
+
+__all__ = ["OWLV2", "Box", "Detection", "Detector", "check_threshold", "load_detector", "without_overlaps"]
+
+OWLV2 = "google/owlv2-base-patch16-ensemble"
+"""The default detector: Apache-2.0, 155 million parameters, images of 960 × 960."""
+
+_CLASSES = {"owlvit": "OwlViTForObjectDetection", "owlv2": "Owlv2ForObjectDetection"}
+_QUERY = "a photo of a {}"
+_SAME_OBJECT = 0.5  # IoU of boxes of one name from which on they are one object
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in pixels, from the image's upper left corner; ``x1 >= x0``, ``y1 >= y0``."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """Its middle, (x, y)."""
+        return (self.x0 + self.x1) / 2, (self.y0 + self.y1) / 2
+
+    @property
+    def area(self) -> float:
+        """Its area in square pixels."""
+        return (self.x1 - self.x0) * (self.y1 - self.y0)
+
+    def overlap(self, other: Box) -> float:
+        """Area of the intersection with another box."""
+        width = min(self.x1, other.x1) - max(self.x0, other.x0)
+        height = min(self.y1, other.y1) - max(self.y0, other.y0)
+        return max(0.0, width) * max(0.0, height)
+
+    def iou(self, other: Box) -> float:
+        """Area of the intersection by that of the union; 0 where both are empty."""
+        common = self.overlap(other)
+        union = self.area + other.area - common
+        return common / union if union > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Detection:
+    """An object that was found: by which name, how surely, in [0, 1], and where."""
+
+    name: str
+    score: float
+    box: Box
+
+
+def without_overlaps(found: Sequence[Detection], same: float = _SAME_OBJECT) -> list[Detection]:
+    """The detections, surest first, without those of a name that overlap a surer one of it by an IoU above ``same``."""
+    kept: list[Detection] = []
+    for one in sorted(found, key=lambda detection: -detection.score):
+        if not any(one.name == other.name and one.box.iou(other.box) > same for other in kept):
+            kept.append(one)
+    return kept
+
+
+class Detector:
+    """Finds objects by their names.
+
+    Args:
+        place: where and how it computes.
+        model: an ``OwlViTForObjectDetection`` or ``Owlv2ForObjectDetection`` on that device, in that type.
+        tokenizer: the model's.
+        threshold: detections that are less sure than this are left out.
+    """
+
+    def __init__(self, place: Placement, model: Any, tokenizer: Any, threshold: float) -> None:
+        self._place, self._model, self._tokenizer, self._threshold = place, model, tokenizer, threshold
+        self._size: int = model.config.vision_config.image_size
+        self._squared = model.config.model_type == "owlv2"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Detection]]:
+        """Finds objects in images.
+
+        Args:
+            images: float32 ``[B, 3, H, W]`` in [0, 1] on the model's device.
+            names: what to look for in each of the B images: one name or more.
+
+        Returns:
+            What was found in each, surest first, no object twice under one name, boxes in pixels of the images.
+        """
+        ids, mask, count = self._queries(names)
+        output = self._model(input_ids=ids, attention_mask=mask, pixel_values=self._prepared(images))
+        surest = output.logits.float().view(len(names), -1, count).max(-1)
+        scores, labels = surest.values.sigmoid().cpu(), surest.indices.cpu()
+        height, width = images.shape[-2:]
+        side = max(height, width)
+        across, down = (side, side) if self._squared else (width, height)
+        boxes = output.pred_boxes.float().cpu() * torch.tensor([across, down, across, down])
+        found = []
+        for index, wanted in enumerate(names):
+            kept = (scores[index] > self._threshold).nonzero().flatten()
+            detections = [
+                Detection(wanted[label], score, _corners(box, width, height))
+                for score, label, box in zip(
+                    scores[index, kept].tolist(),
+                    labels[index, kept].tolist(),
+                    boxes[index, kept].tolist(),
+                    strict=True,
+                )
+            ]
+            # OWLv2 may see something in what the image was filled up with
+            found.append(without_overlaps([one for one in detections if one.box.area > 0]))
+        return found
+
+    def _queries(self, names: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor, int]:
+        """Tokens ``[B · Q, L]``, their mask, and Q, the most names of an image."""
+        count = max(map(len, names))
+        length = self._model.config.text_config.max_position_embeddings
+        texts = [_QUERY.format(name) for wanted in names for name in wanted]
+        tokens = self._tokenizer(
+            texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        # a query whose first token is 0 is no query to the model; its mask has one token, as softmax needs
+        ids = torch.zeros(len(names) * count, length, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        mask[:, 0] = 1
+        rows = torch.tensor([i * count + j for i, wanted in enumerate(names) for j in range(len(wanted))])
+        ids[rows], mask[rows] = tokens["input_ids"], tokens["attention_mask"]
+        return to_device(ids, self._place.device), to_device(mask, self._place.device), count
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        side = max(height, width)
+        if self._squared and height != width:
+            images = pad(images, (0, side - width, 0, side - height), value=0.5)
+        if tuple(images.shape[-2:]) != (self._size, self._size):
+            images = interpolate(images, (self._size, self._size), mode="bilinear", antialias=True)
+        return normalized(images, OPENAI_MEAN, OPENAI_STD).to(self._place.dtype)
+
+
+def load_detector(place: Placement, weights: str, revision: str | None, threshold: float) -> Detector:
+    """An OWL-ViT or OWLv2 detector.
+
+    Args:
+        place: where and how it is to compute.
+        weights: a folder or a hub name.
+        revision: branch, tag or commit on the hub.
+        threshold: detections that are less sure are left out.
+
+    Raises:
+        ConfigError: it cannot be found or read, or it is another model.
+    """
+    import transformers
+
+    kind = load_config(place.reward, transformers.AutoConfig, weights, revision=revision).model_type
+    if kind not in _CLASSES:
+        raise ConfigError(
+            f"reward {place.reward!r}: weights {weights!r}: found a model of type {kind!r}, expected a detector of "
+            f"type {' or '.join(_CLASSES)}"
+        )
+    model = load_pretrained(
+        place.reward, getattr(transformers, _CLASSES[kind]), weights, revision=revision
+    ).to(place.device, place.dtype)
+    return Detector(place, model, load_tokenizer(place.reward, weights, revision=revision), threshold)
+
+
+def check_threshold(reward: str, threshold: float) -> None:
+    """Checks the option ``threshold`` of a reward.
+
+    Raises:
+        ConfigError: it is no number in [0, 1).
+    """
+    if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold < 1:
+        raise ConfigError(f"reward {reward!r}: threshold: found {threshold!r}, allowed: from 0 to below 1")
+
+
+def _corners(box: Sequence[float], width: int, height: int) -> Box:
+    """A box of center, width and height, as far as it is inside the image."""
+    x, y, across, down = box
+    x0, x1 = (min(max(value, 0.0), width) for value in (x - across / 2, x + across / 2))
+    y0, y1 = (min(max(value, 0.0), height) for value in (y - down / 2, y + down / 2))
+    return Box(x0, y0, x1, y1)

@@ -1,0 +1,134 @@
+"""Human preference score, version 2 and 2.1 (Wu et al., arXiv 2306.09341; github.com/tgxs002/HPSv2).
+
+The published weights are those of open_clip's ViT-H-14, under open_clip's names; they are read into the same model of
+transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from loopfast.errors import ConfigError
+from loopfast.rewards.base import Reward
+from loopfast.rewards.models.clip import clip_similarity
+from loopfast.rewards.models.pretrained import (
+    PretrainedReward,
+    ScoreBatch,
+    is_file,
+    load_config,
+    load_converted,
+    load_pretrained,
+    number,
+    placement,
+    read_state,
+    require_file,
+    require_folder,
+)
+
+__all__ = ["from_open_clip", "hps_v2"]
+
+# open_clip's names outside of the layers, and transformers'
+_NAMES = {
+    "logit_scale": "logit_scale",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "text_projection": "text_projection.weight",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    "visual.proj": "visual_projection.weight",
+}
+_TRANSPOSED = ("text_projection", "visual.proj")
+_LAYER_NAMES = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+
+
+def hps_v2(
+    weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt",
+    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    scale: float = 1.0,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    batch_size: int = 8,
+) -> Reward:
+    """Human preference score v2.1: the cosine similarity of image and prompt, in [-1, 1] times scale.
+
+    Args:
+        weights: a file with open_clip's names, local or owner/name/file on the hub (HPS_v2_compressed.pt is version 2),
+            or a CLIP model of transformers, a folder or a hub name.
+        processor: configuration, tokenizer and image processor of CLIP ViT-H/14, a folder or a hub name; of a model
+            of transformers the last two.
+        scale: factor of the similarity; 100: as the benchmark's tables count.
+        revision: of the weights on the hub.
+        device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
+        dtype: float32, float16 or bfloat16.
+        batch_size: images per model call.
+    """
+    place = placement("hps_v2", device, dtype, batch_size)
+    as_file = is_file(weights)
+    weights = (require_file if as_file else require_folder)("hps_v2", "weights", weights)
+    processor = require_folder("hps_v2", "processor", processor, "config.json", "preprocessor_config.json")
+    factor = number("hps_v2", "scale", scale)
+
+    def load() -> ScoreBatch:
+        from transformers import CLIPConfig, CLIPModel
+
+        if as_file:
+            config = load_config("hps_v2", CLIPConfig, processor)
+            state = read_state("hps_v2", "weights", weights, revision=revision)
+            if "visual.proj" not in state:
+                raise ConfigError(
+                    f"reward 'hps_v2': weights {weights!r} is no CLIP model of open_clip: without visual.proj"
+                )
+            model = load_converted("hps_v2", CLIPModel, config, weights, from_open_clip(state))
+        else:
+            model = load_pretrained("hps_v2", CLIPModel, weights, revision=revision)
+        similarity = clip_similarity(place, model, processor)
+
+        def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+            return factor * similarity(images, prompts)
+
+        return score
+
+    return PretrainedReward(place, load)
+
+
+def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a CLIP model of open_clip under the names of transformers' ``CLIPModel``.
+
+    The projections are transposed, and the joint projection to queries, keys and values is split in three. Names that
+    are not open_clip's stay as they are.
+    """
+    converted = {}
+    for name, value in state.items():
+        layer = _LAYER.fullmatch(name)
+        if name in _NAMES:
+            converted[_NAMES[name]] = value.T.contiguous() if name in _TRANSPOSED else value
+        elif layer is None:
+            converted[name] = value
+        else:
+            part, kind = layer[3], layer[4]
+            stem = f"{'vision' if layer[1] else 'text'}_model.encoder.layers.{layer[2]}"
+            if part == "attn.in_proj":
+                for letter, third in zip("qkv", value.chunk(3), strict=True):
+                    converted[f"{stem}.self_attn.{letter}_proj.{kind}"] = third.contiguous()
+            else:
+                converted[f"{stem}.{_LAYER_NAMES.get(part, part)}.{kind}"] = value
+    return converted

@@ -1,0 +1,203 @@
+"""ImageReward: what people prefer (Xu et al., arXiv 2304.05977; github.com/THUDM/ImageReward).
+
+A BLIP text encoder reads the prompt and attends to BLIP's image tokens; a multilayer perceptron makes a number of its
+first token, which is normalized to mean 0 and standard deviation 1 over the authors' data. The published weights have
+the names of BLIP's own code; they are read into BLIP of transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopfast.errors import ConfigError
+from loopfast.rewards.base import Reward
+from loopfast.rewards.models.aesthetic import ScoreHead
+from loopfast.rewards.models.preprocessing import OPENAI_MEAN, OPENAI_STD, ImagePreprocessing
+from loopfast.rewards.models.pretrained import (
+    PretrainedReward,
+    ScoreBatch,
+    load_converted,
+    load_state,
+    load_tokenizer,
+    placement,
+    read_state,
+    require_file,
+    require_folder,
+)
+from loopfast.system.memory import to_device
+
+__all__ = ["from_blip", "image_reward"]
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+MAX_TOKENS = 35
+# of BLIP's vision transformers and of BERT, large or small; the file does not say it
+HEAD_WIDTH = 64
+
+_VISION_NAMES = (
+    (r"cls_token", "embeddings.class_embedding"),
+    (r"pos_embed", "embeddings.position_embedding"),
+    (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embedding.\1"),
+    (r"norm\.(\w+)", r"post_layernorm.\1"),
+    (r"blocks\.(\d+)\.norm(\d)\.(\w+)", r"encoder.layers.\1.layer_norm\2.\3"),
+    (r"blocks\.(\d+)\.attn\.qkv\.(\w+)", r"encoder.layers.\1.self_attn.qkv.\2"),
+    (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"encoder.layers.\1.self_attn.projection.\2"),
+    (r"blocks\.(\d+)\.mlp\.(\w+)\.(\w+)", r"encoder.layers.\1.mlp.\2.\3"),
+)
+_VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
+
+
+def image_reward(
+    weights: str = "THUDM/ImageReward/ImageReward.pt",
+    tokenizer: str = "google-bert/bert-base-uncased",
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    batch_size: int = 8,
+) -> Reward:
+    """ImageReward: unbounded, with mean 0 and standard deviation 1 over the data it was made for.
+
+    Args:
+        weights: the published file, local or owner/name/file on the hub.
+        tokenizer: BERT's, uncased, a folder or a hub name.
+        revision: of the weights on the hub.
+        device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
+        dtype: of BLIP: float32, float16 or bfloat16; the head computes in float32.
+        batch_size: images per model call.
+    """
+    place = placement("image_reward", device, dtype, batch_size)
+    weights = require_file("image_reward", "weights", weights)
+    tokenizer = require_folder("image_reward", "tokenizer", tokenizer, "tokenizer_config.json")
+
+    def load() -> ScoreBatch:
+        from transformers import BlipTextModel, BlipVisionModel
+
+        tokenize = load_tokenizer("image_reward", tokenizer)
+        vision_state, text_state, head_state = from_blip(
+            weights, read_state("image_reward", "weights", weights, revision=revision)
+        )
+        vision_config = _vision_config(vision_state)
+        vision: Any = load_converted("image_reward", BlipVisionModel, vision_config, weights, vision_state)
+        text: Any = load_converted(
+            "image_reward",
+            BlipTextModel,
+            _text_config(text_state, vision_config.hidden_size),
+            weights,
+            text_state,
+            add_pooling_layer=False,
+        )
+        head = load_state(
+            "image_reward", "weights", weights, ScoreHead(text.config.hidden_size), head_state
+        ).to(place.device)
+        vision.to(device=place.device, dtype=place.dtype)
+        text.to(device=place.device, dtype=place.dtype)
+        size = vision_config.image_size
+        preprocess = ImagePreprocessing(size, (size, size), OPENAI_MEAN, OPENAI_STD)
+
+        def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+            tokens = tokenize(
+                prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+            )
+            seen = vision(pixel_values=preprocess(images).to(place.dtype)).last_hidden_state
+            read = text(
+                input_ids=to_device(tokens["input_ids"], place.device),
+                attention_mask=to_device(tokens["attention_mask"], place.device),
+                encoder_hidden_states=seen,
+                encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=place.device),
+            ).last_hidden_state
+            scores: Tensor = head(read[:, 0].float())
+            return (scores - MEAN) / STD
+
+        return score
+
+    return PretrainedReward(place, load)
+
+
+def from_blip(
+    source: str, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of ImageReward under the names of transformers' vision and text model, and those of the head.
+
+    BLIP's projections for contrastive learning, which the score does not use, are left out.
+
+    Args:
+        source: where they come from, for messages.
+        state: tensors by the names of the published file.
+
+    Raises:
+        ConfigError: weights that tell the sizes of the models are missing.
+    """
+    vision: dict[str, Tensor] = {}
+    text: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name.startswith(_VISION):
+            vision[_vision_name(name.removeprefix(_VISION))] = value
+        elif name.startswith(_TEXT) and not name.endswith("position_ids"):
+            text[name.removeprefix(_TEXT)] = value
+        elif name.startswith(_HEAD):
+            head[name.removeprefix(_HEAD)] = value
+    for found, name, prefix in (
+        (vision, "embeddings.patch_embedding.weight", _VISION),
+        (vision, "embeddings.position_embedding", _VISION),
+        (vision, "encoder.layers.0.mlp.fc1.weight", _VISION),
+        (text, "embeddings.word_embeddings.weight", _TEXT),
+        (text, "embeddings.position_embeddings.weight", _TEXT),
+        (text, "encoder.layer.0.intermediate.dense.weight", _TEXT),
+    ):
+        if name not in found:
+            raise ConfigError(
+                f"reward 'image_reward': weights {source!r} is no ImageReward: without {name} under {prefix}*"
+            )
+    return vision, text, head
+
+
+def _vision_name(name: str) -> str:
+    for pattern, replacement in _VISION_NAMES:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(replacement)
+    return name
+
+
+def _vision_config(state: Mapping[str, Tensor]) -> Any:
+    """Of the model whose weights these are; the numbers that shapes do not tell are BLIP's own."""
+    from transformers import BlipVisionConfig
+
+    width, _, patch, _ = state["embeddings.patch_embedding.weight"].shape
+    positions = state["embeddings.position_embedding"].shape[1]
+    return BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=state["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=_layers(state, "encoder.layers."),
+        num_attention_heads=max(1, width // HEAD_WIDTH),
+        patch_size=patch,
+        image_size=round((positions - 1) ** 0.5) * patch,
+        layer_norm_eps=1e-6,
+    )
+
+
+def _text_config(state: Mapping[str, Tensor], vision_width: int) -> Any:
+    """Of the model whose weights these are; the numbers that shapes do not tell are BERT's."""
+    from transformers import BlipTextConfig
+
+    vocabulary, width = state["embeddings.word_embeddings.weight"].shape
+    return BlipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        encoder_hidden_size=vision_width,
+        intermediate_size=state["encoder.layer.0.intermediate.dense.weight"].shape[0],
+        num_hidden_layers=_layers(state, "encoder.layer."),
+        num_attention_heads=max(1, width // HEAD_WIDTH),
+        max_position_embeddings=state["embeddings.position_embeddings.weight"].shape[0],
+        layer_norm_eps=1e-12,
+    )
+
+
+def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many layers there are, from their numbers in the names."""
+    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix))

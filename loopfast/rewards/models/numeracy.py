@@ -1,0 +1,190 @@
+"""Whether as many objects are there as a prompt says: T2I-CompBench's score of numeracy.
+
+The rules are those of the benchmark's code (arXiv 2307.06350; ``UniDet_eval/numeracy_eval.py``); the detector is
+another one, see `loopfast.rewards.models.detection`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopfast.errors import ConfigError, RewardError
+from loopfast.rewards.base import Reward, shown
+from loopfast.rewards.models.detection import OWLV2, Detection, check_threshold, load_detector
+from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement, require_folder
+
+__all__ = ["OBJECTS", "count_objects", "count_score", "counted_objects", "numeracy"]
+
+_OBJECTS = """
+airplane apple backpack bag balloon banana bear bee bicycle bird boat book bottle bowl boy bread
+butterfly cake camel camera candle car cat chair chicken clock computer couch cow cup deer desk dog
+drum duck egg fish flag frog giraffe girl goldfish guitar hamburger helicopter helmet horse key kite
+knife lamp lemon man microphone microwave mouse paddle painting peach pear pen person phone pig
+pillow plate printer rabbit refrigerator sheep ship shrimp sink sofa stool strawberry suitcase swan
+table television tent tomato toy train truck turtle vase woman
+"""
+OBJECTS: tuple[str, ...] = tuple(_OBJECTS.split())
+"""The nouns that the benchmark counts, in the singular."""
+
+_NUMBERS: dict[str, int] = {
+    word: number
+    for number, words in enumerate(
+        ("a an one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"), start=1
+    )
+    for word in words.split()
+}
+_IRREGULAR = {
+    "deer": "deer",
+    "fish": "fish",
+    "goldfish": "goldfish",
+    "knife": "knives",
+    "man": "men",
+    "mouse": "mice",
+    "person": "people",
+    "sheep": "sheep",
+    "shrimp": "shrimp",
+    "woman": "women",
+}
+_CONTAINED = 0.9  # a box of which so much lies in another of its name is the same object
+
+
+def counted_objects(prompt: str, objects: Iterable[str] = OBJECTS) -> list[tuple[str, int]]:
+    """The objects that a prompt counts, in the singular, and how many of each, in their order.
+
+    An object is counted where its name, of one or two words, follows a number in words or digits, or an article. Other
+    nouns after an article ("created a relaxing atmosphere") are not.
+
+    Args:
+        prompt: the text.
+        objects: names in the singular.
+    """
+    names = {form: name for name in objects for form in (name, _plural(name))}
+    words = re.findall(r"[\w'-]+", prompt.lower())
+    found = []
+    for index, word in enumerate(words):
+        number = int(word) if word.isdecimal() else _NUMBERS.get(word)
+        if number is None:
+            continue
+        for length in (2, 1):
+            name = names.get(" ".join(words[index + 1 : index + 1 + length]))
+            if name is not None:
+                found.append((name, number))
+                break
+    return found
+
+
+def count_objects(found: Sequence[Detection]) -> dict[str, int]:
+    """How many objects of each name were found, boxes that lie within another of their name left out.
+
+    Args:
+        found: detections, surest first.
+    """
+    kept: list[Detection] = []
+    for one in found:
+        inside = any(
+            one.name == other.name
+            and one.box.overlap(other.box) > _CONTAINED * min(one.box.area, other.box.area)
+            for other in kept
+        )
+        if not inside:
+            kept.append(one)
+    counts: dict[str, int] = {}
+    for one in kept:
+        counts[one.name] = counts.get(one.name, 0) + 1
+    return counts
+
+
+def count_score(wanted: Sequence[tuple[str, int]], counts: Mapping[str, int]) -> float:
+    """The benchmark's score of an image, in [0, 1]: for each object ½ if it is there and ½ if as often as wanted."""
+    points = sum(0.5 + 0.5 * (counts[name] == number) for name, number in wanted if counts.get(name, 0) > 0)
+    return points / len(wanted)
+
+
+def numeracy(
+    weights: str = OWLV2,
+    revision: str | None = None,
+    threshold: float = 0.2,
+    objects: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "float32",
+    batch_size: int = 8,
+) -> Reward:
+    """Whether the objects that the prompt counts are there, and in that number, in [0, 1].
+
+    The objects are those of the prompt's metadata, where it has any: ``objects``, such as ``{zebra: 2}``. Else they are
+    read from the prompt; one that counts no known object is an error.
+
+    Args:
+        weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
+        revision: branch, tag or commit on the hub.
+        threshold: detections that are less sure are not counted.
+        objects: names, in the singular, to count besides those of the benchmark, `OBJECTS`.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``float32``, ``float16`` or ``bfloat16``.
+        batch_size: images per model call.
+
+    Raises:
+        ConfigError: an option is not allowed, or the weights cannot be used.
+    """
+    place = placement("numeracy", device, dtype, batch_size)
+    check_threshold("numeracy", threshold)
+    if isinstance(objects, str) or not all(isinstance(name, str) and name.strip() for name in objects):
+        raise ConfigError(f"reward 'numeracy': objects: found {objects!r}, allowed: a list of nouns")
+    source = require_folder("numeracy", "weights", weights)
+    known = (*OBJECTS, *(name.strip().lower() for name in objects))
+
+    def load() -> ScoreBatch:
+        detector = load_detector(place, source, revision, threshold)
+
+        def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+            wanted = [_required(p, entry, known) for p, entry in zip(prompts, metadata, strict=True)]
+            found = detector(images, [list(dict.fromkeys(name for name, _ in pairs)) for pairs in wanted])
+            return torch.tensor(
+                [
+                    count_score(pairs, count_objects(detections))
+                    for pairs, detections in zip(wanted, found, strict=True)
+                ]
+            )
+
+        return score
+
+    return PretrainedReward(place, load)
+
+
+def _required(prompt: str, entry: Mapping[str, Any], objects: Iterable[str]) -> list[tuple[str, int]]:
+    if "objects" in entry:
+        given = entry["objects"]
+        if not isinstance(given, Mapping) or not all(
+            isinstance(name, str) and name.strip() and type(number) is int and number > 0
+            for name, number in given.items()
+        ):
+            raise RewardError(
+                f"prompt {shown(prompt)}: metadata objects: found {given!r}, allowed: whole numbers above 0 by name"
+            )
+        found = list(given.items())
+    else:
+        found = counted_objects(prompt, objects)
+    if not found:
+        raise RewardError(
+            f"no known object is counted in the prompt {shown(prompt)}; known: the benchmark's {len(OBJECTS)} nouns "
+            f"and those of the option objects"
+        )
+    return found
+
+
+def _plural(name: str) -> str:
+    first, space, last = name.rpartition(" ")
+    if last in _IRREGULAR:
+        plural = _IRREGULAR[last]
+    elif last.endswith("y") and last[-2:-1] not in "aeiou":
+        plural = f"{last[:-1]}ies"
+    elif last.endswith(("ch", "sh", "s", "x", "z")) or last == "tomato":
+        plural = f"{last}es"
+    else:
+        plural = f"{last}s"
+    return f"{first}{space}{plural}"

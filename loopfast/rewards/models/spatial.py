@@ -1,0 +1,308 @@
+"""Whether two objects stand as a prompt says: T2I-CompBench's scores of 2D and 3D spatial relations.
+
+The geometry is that of the benchmark's code (arXiv 2307.06350; ``UniDet_eval/2D_spatial_eval.py`` and
+``3D_spatial_eval.py``): half of the score is for being sure of both objects, half for where their boxes are. The
+detector is another one, see `loopfast.rewards.models.detection`; other differences are named where they are made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopfast.errors import RewardError
+from loopfast.rewards.base import Reward, shown
+from loopfast.rewards.models.depth import DEPTH_ANYTHING, load_depth
+from loopfast.rewards.models.detection import OWLV2, Box, Detection, check_threshold, load_detector
+from loopfast.rewards.models.noun_phrases import rule_phrases
+from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement, require_folder
+
+__all__ = [
+    "Relation",
+    "depth_agreement",
+    "find_relation",
+    "given_relation",
+    "pair_score",
+    "position_agreement",
+    "spatial",
+    "spatial_3d",
+]
+
+_IN_THE_PLANE = {
+    "on the left of": "left",
+    "to the left of": "left",
+    "on the right of": "right",
+    "to the right of": "right",
+    "on the top of": "top",
+    "on top of": "top",
+    "above": "top",
+    "on the bottom of": "bottom",
+    "on bottom of": "bottom",
+    "below": "bottom",
+    "next to": "near",
+    "on side of": "near",
+    "on the side of": "near",
+    "near": "near",
+}
+_IN_DEPTH = {"in front of": "front", "behind": "behind", "hidden by": "behind", "hidden behind": "behind"}
+
+_OVERLAP = 0.1  # IoU up to which boxes count as beside each other
+_DEPTH_OVERLAP = 0.5  # IoU from which on boxes count as before each other
+_DISTANCE = 150 / 512  # of "near", by the image's larger side: the benchmark's 150 pixels of its 512
+_LEAST = 0.5  # 2D scores below are 0
+_ARTICLE = re.compile(r"(?:a|an|the)\s+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What a prompt says of two objects: ``first`` is ``kind`` of ``second``.
+
+    ``kind`` is left, right, top, bottom or near; in depth, front or behind.
+    """
+
+    first: str
+    kind: str
+    second: str
+
+
+def find_relation(prompt: str, *, depth: bool = False) -> Relation | None:
+    """The first relation of a prompt, between the noun phrases right before and after it; None where there is none.
+
+    Args:
+        prompt: the text.
+        depth: look for in front of, behind and hidden by; else for those in the image's plane.
+    """
+    words = _IN_DEPTH if depth else _IN_THE_PLANE
+    match = re.search(rf"\b({'|'.join(sorted(words, key=len, reverse=True))})\b", prompt, re.IGNORECASE)
+    if match is None:
+        return None
+    before, after = rule_phrases(prompt[: match.start()]), rule_phrases(prompt[match.end() :])
+    if not before or not after:
+        return None
+    first, second = (_ARTICLE.sub("", phrase, count=1).lower() for phrase in (before[-1], after[0]))
+    return Relation(first, words[match.group().lower()], second)
+
+
+def position_agreement(kind: str, first: Box, second: Box, side: float) -> float:
+    """How well two boxes agree with a relation in the plane, in [0, 1].
+
+    Left, right, top and bottom: the centers differ in that direction, and more than in the other; boxes that overlap by
+    an IoU above 0.1 count less, by 0.1 / IoU. Near: the centers are less than 150 pixels of 512 apart in x or in y;
+    beyond, by that distance over the larger of the two.
+
+    Args:
+        kind: left, right, top, bottom or near.
+        first, second: boxes in pixels.
+        side: the image's larger side in pixels. The benchmark's images have 512; its distance is scaled to others.
+    """
+    across, down = (b - a for a, b in zip(first.center, second.center, strict=True))
+    if kind == "near":
+        distance = _DISTANCE * side
+        if min(abs(across), abs(down)) < distance:
+            return 1.0
+        return distance / max(abs(across), abs(down))
+    toward, aside = {
+        "left": (across, down),
+        "right": (-across, down),
+        "top": (down, across),
+        "bottom": (-down, across),
+    }[kind]
+    if toward <= abs(aside):
+        return 0.0
+    overlap = first.iou(second)
+    return 1.0 if overlap < _OVERLAP else _OVERLAP / overlap
+
+
+def depth_agreement(kind: str, first: Box, second: Box, nearness: Tensor) -> float:
+    """How well two boxes agree with a relation in depth, in [0, 1].
+
+    The mean nearness inside the first box is larger (front) or smaller (behind) than inside the second, and the boxes
+    overlap: by an IoU of 0.5 for the whole score, by less for IoU / 0.5. The benchmark's code takes rows of the depth
+    map for columns; this does not.
+
+    Args:
+        kind: front or behind.
+        first, second: boxes in pixels.
+        nearness: ``[H, W]``, larger is nearer.
+    """
+    difference = _mean_inside(nearness, first) - _mean_inside(nearness, second)
+    if (difference if kind == "front" else -difference) <= 0:
+        return 0.0
+    return min(1.0, first.iou(second) / _DEPTH_OVERLAP)
+
+
+def pair_score(
+    relation: Relation, found: Sequence[Detection], agreement: Callable[[Box, Box], float], least: float = 0.0
+) -> float:
+    """The benchmark's score of an image, in [0, 1]: ¼ (s₁ + s₂) + ½ agreement, or ¼ s of the one object that is there.
+
+    Each object is the surest detection of its name, s being how sure; of "a candle behind a candle", the two surest.
+
+    Args:
+        relation: between which objects.
+        found: detections, surest first.
+        agreement: of the two boxes with the relation, in [0, 1].
+        least: scores below are 0.
+    """
+    firsts = [one for one in found if one.name == relation.first]
+    seconds = [one for one in found if one.name == relation.second]
+    if relation.first == relation.second:
+        firsts, seconds = firsts[:1], firsts[1:]
+    objects = [*firsts[:1], *seconds[:1]]
+    score = 0.25 * sum(one.score for one in objects)
+    if len(objects) == 2:
+        score += 0.5 * agreement(objects[0].box, objects[1].box)
+    return score if score >= least else 0.0
+
+
+def spatial(
+    weights: str = OWLV2,
+    revision: str | None = None,
+    threshold: float = 0.1,
+    device: str = "auto",
+    dtype: str = "float32",
+    batch_size: int = 8,
+) -> Reward:
+    """Whether two objects are left, right, on top, below or near each other as the prompt says, in [0, 1].
+
+    The relation is that of the prompt's metadata, where there is one: ``relation``, such as ``[cat, left, dog]``, with
+    left, right, top, bottom or near. Else it is read from the prompt; a prompt without one is an error.
+
+    Args:
+        weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
+        revision: branch, tag or commit on the hub.
+        threshold: detections that are less sure are left out.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``float32``, ``float16`` or ``bfloat16``.
+        batch_size: images per model call.
+
+    Raises:
+        ConfigError: an option is not allowed, or the weights cannot be used.
+    """
+    place = placement("spatial", device, dtype, batch_size)
+    check_threshold("spatial", threshold)
+    source = require_folder("spatial", "weights", weights)
+
+    def load() -> ScoreBatch:
+        detector = load_detector(place, source, revision, threshold)
+
+        def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+            side = max(images.shape[-2:])
+            relations = [_required(p, entry, depth=False) for p, entry in zip(prompts, metadata, strict=True)]
+            found = detector(images, [_names(relation) for relation in relations])
+            return torch.tensor(
+                [
+                    pair_score(
+                        relation,
+                        detections,
+                        lambda a, b, kind=relation.kind: position_agreement(kind, a, b, side),  # type: ignore[misc]
+                        _LEAST,
+                    )
+                    for relation, detections in zip(relations, found, strict=True)
+                ]
+            )
+
+        return score
+
+    return PretrainedReward(place, load)
+
+
+def spatial_3d(
+    weights: str = OWLV2,
+    depth_weights: str = DEPTH_ANYTHING,
+    revision: str | None = None,
+    depth_revision: str | None = None,
+    threshold: float = 0.1,
+    device: str = "auto",
+    dtype: str = "float32",
+    batch_size: int = 8,
+) -> Reward:
+    """Whether one object is in front of, behind or hidden by the other as the prompt says, in [0, 1].
+
+    The relation is that of the prompt's metadata, where there is one: ``relation``, such as ``[cat, front, dog]``, with
+    front or behind. Else it is read from the prompt; a prompt without one is an error.
+
+    Args:
+        weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
+        depth_weights: a DPT or Depth Anything model of relative depth, a folder or a hub name.
+        revision, depth_revision: branch, tag or commit of each on the hub.
+        threshold: detections that are less sure are left out.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``float32``, ``float16`` or ``bfloat16``.
+        batch_size: images per model call.
+
+    Raises:
+        ConfigError: an option is not allowed, or the weights cannot be used.
+    """
+    place = placement("spatial_3d", device, dtype, batch_size)
+    check_threshold("spatial_3d", threshold)
+    source = require_folder("spatial_3d", "weights", weights)
+    depth_source = require_folder(
+        "spatial_3d", "depth_weights", depth_weights, "config.json", "preprocessor_config.json"
+    )
+
+    def load() -> ScoreBatch:
+        detector = load_detector(place, source, revision, threshold)
+        depth = load_depth(place, depth_source, depth_revision)
+
+        def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+            relations = [_required(p, entry, depth=True) for p, entry in zip(prompts, metadata, strict=True)]
+            found = detector(images, [_names(relation) for relation in relations])
+            return torch.tensor(
+                [
+                    pair_score(
+                        relation,
+                        detections,
+                        lambda a, b, kind=relation.kind, near=near: depth_agreement(kind, a, b, near),  # type: ignore[misc]
+                    )
+                    for relation, detections, near in zip(relations, found, depth(images).cpu(), strict=True)
+                ]
+            )
+
+        return score
+
+    return PretrainedReward(place, load)
+
+
+def given_relation(prompt: str, entry: Mapping[str, Any], *, depth: bool = False) -> Relation | None:
+    """The relation that a prompt's metadata names, or the first of its text; None where there is none.
+
+    Raises:
+        RewardError: the metadata's is no relation.
+    """
+    if "relation" not in entry:
+        return find_relation(prompt, depth=depth)
+    found = entry["relation"]
+    kinds = sorted(set((_IN_DEPTH if depth else _IN_THE_PLANE).values()))
+    texts = isinstance(found, list | tuple) and all(isinstance(part, str) and part.strip() for part in found)
+    if not texts or len(found) != 3 or found[1] not in kinds:
+        raise RewardError(
+            f"prompt {shown(prompt)}: metadata relation: found {found!r}, allowed: a name, one of "
+            f"{', '.join(kinds)}, a name"
+        )
+    return Relation(*found)
+
+
+def _required(prompt: str, entry: Mapping[str, Any], *, depth: bool) -> Relation:
+    relation = given_relation(prompt, entry, depth=depth)
+    if relation is None:
+        words = ", ".join(_IN_DEPTH if depth else _IN_THE_PLANE)
+        raise RewardError(f"no relation of two objects in the prompt {shown(prompt)}; known: {words}")
+    return relation
+
+
+def _names(relation: Relation) -> list[str]:
+    return list(dict.fromkeys((relation.first, relation.second)))
+
+
+def _mean_inside(values: Tensor, box: Box) -> float:
+    """Mean of ``[H, W]`` over the pixels of a box, at least one."""
+    height, width = values.shape
+    left, top = min(int(box.x0), width - 1), min(int(box.y0), height - 1)
+    right, bottom = max(int(box.x1), left + 1), max(int(box.y1), top + 1)
+    return float(values[top:bottom, left:right].mean())

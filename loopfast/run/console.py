@@ -1,0 +1,200 @@
+"""What a person sees while a run goes on.
+
+In a terminal: a header, a bar with the time left and the latest rewards, and a line for each evaluation. In a
+pipe or a log file: the same facts as plain lines, at most one an iteration, without control codes.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Display"]
+
+
+class Display:
+    """The run's voice: header, progress, messages and summary on stdout, warnings on stderr.
+
+    Leaving it as a context manager, or `finish`, takes the progress bar away and gives the terminal back.
+
+    Args:
+        quiet: show nothing but warnings.
+        console: where to write instead of stdout.
+        errors: where to write warnings instead of stderr.
+    """
+
+    def __init__(
+        self, quiet: bool = False, *, console: Console | None = None, errors: Console | None = None
+    ) -> None:
+        self._quiet = quiet
+        self._console = console or Console(highlight=False)
+        self._errors = errors or Console(stderr=True, highlight=False)
+        self._live: Live | None = None
+        self._total = 0
+        self._completed = 0
+        self._resumed_at = 0
+        self._began = self._advanced = time.monotonic()
+        self._phase = ""
+        self._last: dict[str, float] = {}
+
+    @staticmethod
+    def silent() -> Display:
+        """One that shows nothing, for a process whose run another one shows."""
+        nowhere = Console(file=io.StringIO())
+        return Display(quiet=True, console=nowhere, errors=nowhere)
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Say what is about to run: a title, then a line for each (name, value)."""
+        self._facts(title, rows)
+
+    def start(self, total_iterations: int, completed: int = 0) -> None:
+        """Begin to show progress.
+
+        Args:
+            total_iterations: where the run ends.
+            completed: how many iterations are done already, in a resumed run.
+        """
+        self._total, self._completed, self._resumed_at = total_iterations, completed, completed
+        self._began = self._advanced = time.monotonic()
+        if self._interactive and not self._quiet:
+            self._live = Live(
+                console=self._console,
+                get_renderable=self._progress,
+                refresh_per_second=4,
+                transient=True,
+                redirect_stderr=self._errors.is_terminal,
+            )
+            self._live.start()
+
+    def phase(self, name: str) -> None:
+        """Show beside the bar what the run is doing: rollout, reward, replay, evaluation, checkpoint."""
+        self._phase = name
+
+    def advance(self, metrics: Mapping[str, Any]) -> None:
+        """Report an iteration.
+
+        Args:
+            metrics: its numbers, named as in `loopfast.run.tracking.METRICS`; ``iteration`` must be there.
+        """
+        iteration = int(metrics["iteration"])
+        if iteration > self._completed:
+            self._completed = iteration
+            self._advanced = time.monotonic()
+        for name in ("reward_mean", "reward_std", "eval_reward"):
+            if metrics.get(name) is not None:
+                self._last[name] = float(metrics[name])
+        evaluated = metrics.get("eval_reward") is not None
+        if self._live is None or evaluated:
+            width = len(str(self._total))
+            parts = [f"iteration {iteration:{width}d}/{self._total}"]
+            if metrics.get("reward_mean") is not None:
+                parts.append(f"reward {_spread(metrics)}")
+            if evaluated:
+                parts.append(f"held-out {float(metrics['eval_reward']):.3f}")
+            if self._live is None and (left := self._seconds_left()) is not None:
+                parts.append(f"{_clock(left)} left")
+            self._line("  ".join(parts))
+
+    def message(self, text: str) -> None:
+        """Say one thing on a line of its own."""
+        self._line(text)
+
+    def warning(self, text: str) -> None:
+        """Say on stderr what the user should know, in quiet runs too."""
+        # Above the bar, where both are the same terminal: written past it, the line would be drawn over.
+        console = self._console if self._live and self._errors.is_terminal else self._errors
+        console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
+
+    def finish(self, rows: Sequence[tuple[str, str]]) -> None:
+        """End the progress and sum up, a line for each (name, value)."""
+        self._stop()
+        self._facts("", rows)
+
+    @property
+    def _interactive(self) -> bool:
+        return self._console.is_terminal and not self._console.is_dumb_terminal
+
+    def _line(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(Text(text), soft_wrap=True)
+
+    def _facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        if self._quiet:
+            return
+        if self._interactive:
+            table = Table.grid(padding=(0, 2))
+            table.add_column(style="dim", no_wrap=True)
+            table.add_column(overflow="fold")
+            for name, value in rows:
+                table.add_row(Text(name), Text(value))
+            heading = Text(title, style="bold") if title else None
+            self._console.print(Panel.fit(table, title=heading, title_align="left", border_style="dim"))
+            return
+        if title:
+            self._line(title)
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, value in rows:
+            self._line(f"  {name:<{width}}  {value}")
+
+    def _progress(self) -> RenderableType:
+        left = self._seconds_left()
+        elapsed = time.monotonic() - self._began
+        bar = Table.grid(padding=(0, 2), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True, justify="right")
+        bar.add_row(
+            Text(f"{self._completed}/{self._total}", style="bold"),
+            ProgressBar(total=max(self._total, 1), completed=self._completed, complete_style="cyan"),
+            Text(f"{_clock(elapsed)} so far" if left is None else f"{_clock(left)} left"),
+        )
+        status = Text(no_wrap=True, overflow="ellipsis")
+        status.append(f"{self._phase or 'starting':<10}", style="cyan")
+        if "reward_mean" in self._last:
+            status.append("  reward ", style="dim").append(_spread(self._last))
+        if "eval_reward" in self._last:
+            status.append("  held-out ", style="dim").append(f"{self._last['eval_reward']:.3f}", style="bold")
+        return Group(bar, status)
+
+    def _seconds_left(self) -> float | None:
+        done = self._completed - self._resumed_at
+        if done <= 0:
+            return None
+        each = (self._advanced - self._began) / done
+        since = time.monotonic() - self._advanced
+        return max(0.0, each * (self._total - self._completed) - since)
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _spread(metrics: Mapping[str, Any]) -> str:
+    mean = f"{float(metrics['reward_mean']):.3f}"
+    std = metrics.get("reward_std")
+    return mean if std is None else f"{mean} ± {float(std):.3f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

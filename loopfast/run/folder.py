@@ -1,0 +1,173 @@
+"""A run's folder: where everything a run leaves behind is, and what may be resumed there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loopfast.config import Config, config_to_yaml, load_config
+from loopfast.errors import CheckpointError, ConfigError
+from loopfast.run.checkpoints import Checkpoint, CheckpointStore
+from loopfast.run.console import Display
+from loopfast.run.images import save_image
+from loopfast.system.files import write_file, writing
+
+# What may differ between a run and its continuation: nothing that changes what came before.
+_CHANGEABLE = {
+    "run.directory",
+    "run.trackers",
+    "model.device",
+    "rollout.cuda_graph",
+    "rollout.device",
+    "rollout.on_bad_reward",
+    "rollout.replica",
+    "rollout.reward_worker",
+    "train.iterations",
+    "train.on_policy_check",
+    "evaluation.every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.keep_best",
+    "distributed.zero_stage",
+    "distributed.offload",
+    "distributed.timeout",
+    "distributed.deepspeed",
+}
+
+
+class RunFolder:
+    """``<run.directory>/<run.name>`` of a configuration."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.run.directory).expanduser() / config.run.name
+        self.checkpoints = CheckpointStore(
+            self.path / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_best
+        )
+        self._config = config
+
+    def open(self, resume: str | None, display: Display) -> Checkpoint | None:
+        """Prepares the folder for a new run, or finds the checkpoint to go on from.
+
+        Args:
+            resume: None for a new run; ``auto`` for the newest good checkpoint of this folder, if any; or the path of
+                a checkpoint.
+
+        Raises:
+            ConfigError: a new run would overwrite another, or the configuration is not that of the run to resume.
+            CheckpointError: the checkpoint cannot be used.
+            LoopfastError: the folder cannot be written.
+        """
+        checkpoint = None
+        if resume is None:
+            self._require_unused()
+        elif resume == "auto":
+            with writing(self.checkpoints.directory):
+                self.checkpoints.recover()
+            checkpoint = self.checkpoints.latest(display.warning)
+            if checkpoint is None and self.checkpoints.paths():
+                raise CheckpointError(f"none of the checkpoints in {self.checkpoints.directory} can be used")
+        else:
+            checkpoint = self.checkpoints.load(Path(resume).resolve())
+        origin = checkpoint.path.resolve().parent.parent if checkpoint else self.path.resolve()
+        if checkpoint is not None:
+            self._require_same(origin / "config.yaml")
+        with writing(self.path):
+            if checkpoint is not None and origin != self.path.resolve():
+                self._require_unused()
+                self._continue_record(origin, checkpoint.iteration)
+            write_file(self.path / "config.yaml", config_to_yaml(self._config).encode())
+        return checkpoint
+
+    def _require_unused(self) -> None:
+        if self.checkpoints.paths() or (self.path / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"{self.path} already holds a run: go on with it (--resume auto), or give this one another name "
+                f"(--set run.name=...)"
+            )
+
+    def _continue_record(self, origin: Path, iteration: int) -> None:
+        """Copies what another run recorded up to the iteration that this one goes on from."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (origin / "metrics.jsonl").exists():
+            shutil.copy(origin / "metrics.jsonl", self.path)  # the tracker cuts off what came later
+        for name in ("evaluation", "images"):
+            for file in sorted((origin / name).glob("iteration-*")):
+                if int(file.stem.removeprefix("iteration-")) <= iteration:
+                    (self.path / name).mkdir(exist_ok=True)
+                    shutil.copy(file, self.path / name)
+
+    def _require_same(self, file: Path) -> None:
+        if not file.is_file():
+            raise CheckpointError(f"{file.parent} is not a run's folder: there is no config.yaml in it")
+        before, now = (_flatten(_comparable(config)) for config in (load_config(file), self._config))
+        changed = [
+            f"{key} (was {before.get(key)}, is {now.get(key)})"
+            for key in sorted({*before, *now} - _CHANGEABLE - {"run.name"})
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ConfigError(f"cannot resume {file.parent} with another configuration: {', '.join(changed)}")
+
+    def write_summary(self, facts: Sequence[tuple[str, str]]) -> None:
+        """Keeps the header's lines for the report."""
+        with writing(self.path):
+            write_file(self.path / "summary.json", json.dumps({"facts": facts}, indent=1).encode())
+
+    def save_failure(
+        self,
+        iteration: int,
+        images: Sequence[Tensor],
+        prompts: Sequence[str],
+        rank: int | None = None,
+        *,
+        place: str = "failures",
+    ) -> Path:
+        """Keeps the images that something was wrong with, with their prompts.
+
+        Args:
+            iteration: the one they are of.
+            images: N float ``[3, H, W]`` in [0, 1]; NaN is drawn black.
+            prompts: N texts.
+            rank: of the process they are from, where each has its own.
+            place: the folder of the run they go to, those that a run stopped at to ``failures``.
+
+        Returns:
+            The folder they are in.
+
+        Raises:
+            LoopfastError: the folder cannot be written.
+        """
+        process = "" if rank is None else f"-rank-{rank}"
+        folder = self.path / place / f"iteration-{iteration:06d}{process}"
+        names = [f"{index:03d}.png" for index in range(len(prompts))]
+        with writing(folder):
+            write_file(
+                folder / "prompts.json", json.dumps(dict(zip(names, prompts, strict=True)), indent=1).encode()
+            )
+            for name, image in zip(names, images, strict=True):
+                save_image(image, folder / name)
+        return folder
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    """Of a reward server it is where and how it is asked that is configured: it may move."""
+    sections = config.model_dump(mode="json")
+    for term in sections["reward"]:
+        if term["name"] == "http":
+            term["options"] = {}
+    return sections
+
+
+def _flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(section, dict):
+        return {prefix: section}
+    return {
+        key: value
+        for name, part in section.items()
+        for key, value in _flatten(part, f"{prefix}.{name}" if prefix else name).items()
+    }

@@ -1,0 +1,23 @@
+"""The device that a configuration names."""
+
+from __future__ import annotations
+
+import torch
+
+from loopfast.errors import ConfigError
+
+
+def torch_device(name: str, *, key: str = "model.device") -> torch.device:
+    """The device that a configuration's ``key`` names.
+
+    Raises:
+        ConfigError: there is no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{key}: {name} is not there; this machine has {torch.cuda.device_count()} CUDA device(s)"
+        )
+    return device

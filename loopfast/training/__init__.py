@@ -1,0 +1,1 @@
+"""What LOOP's page, `loopfast.training.train`, is made of."""

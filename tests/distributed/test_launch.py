@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+
+import loopfast.distributed.launch as launching
+from loopfast.errors import Interrupted
+
+
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGHUP)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("handler", "handled"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_launch_under_nohup_outlives_its_terminal(
+    handler: signal.Handlers, handled: bool, hangup: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[Any] = []
+    monkeypatch.setattr(launching, "elastic_launch", lambda config, _: configs.append(config) or print)
+    signal.signal(signal.SIGHUP, handler)
+    launching.launch([], processes=2, restarts=0)
+    assert ("SIGHUP" in configs[0].signals_to_handle.split(",")) == handled
+    assert "SIGTERM" in configs[0].signals_to_handle.split(",")
+
+
+def test_a_launch_that_is_stopped_exits_with_the_signals_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: str) -> None:
+        raise SignalException("Process 1 got signal: 15", signal.SIGTERM)
+
+    monkeypatch.setattr(launching, "elastic_launch", lambda *_: stopped)
+    with pytest.raises(Interrupted, match=r"^SIGTERM has stopped the processes; --resume auto ") as caught:
+        launching.launch([], processes=2, restarts=0)
+    assert caught.value.exit_code == 143
