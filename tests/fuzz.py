@@ -56,7 +56,7 @@ YAML += ['"\\ud800"', '"\\udcff"', '"\\x00"', '"\\U00110000"', "'\\n'", "? [x]",
 YAML += ["!!int x", "!!float ''", "!!bool 2", "{name: embedded}", "[{name: jpeg_compressibility, weight: 0}]"]
 YAML += "[] {} [ { ] \" ' | >- *a --- ... 1e-400 -0 +1 0o7 1. .5 @ ` 1e-4".split()
 NOISE = "\x00\x01\x7f\x85\xa0\ud800\u2028\ufeff\ufffe😀é\"'[]{}:,#&*!|>%@`-?~\n\r\t\\ 0e."
-TINY = (Path(loopfast.config.__file__).parent / "recipes" / "tiny.yaml").read_text("utf-8")
+TINY = (Path(loopfast.config.__file__).parents[1] / "recipes" / "tiny.yaml").read_text("utf-8")
 PROMPTS = ['{"prompt": "a cat"}\n{"text": "a dog"}\n', '["a cat", {"prompt": 1}]', "prompt,n\na cat,1\n", "- a cat\n"]
 LAUNCHERS = """RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RESTART_COUNT SLURM_PROCID SLURM_LOCALID
 SLURM_STEP_NUM_TASKS SLURM_STEP_NODELIST SLURM_STEP_ID SLURM_JOB_ID OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE
@@ -66,7 +66,7 @@ train_batch_size steps_per_print communication_data_type reduce_bucket_size""".s
 RIGHT = [{"steps_per_print": 10}, {"fp16": {"enabled": "auto"}}, {"zero_optimization": {"overlap_comm": False}}]
 RIGHT += [{"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, {"wall_clock_breakdown": True}, {}]
 # What loads, trains, serves or starts something: only the way there is tried.
-WORKS = """train.train launch.launch profile_run.profile evaluation.sample_images cli.inspection.replace_process
+WORKS = """training.train.train distributed.launch.launch planning.profile.profile evaluation.sample_images cli.inspection.replace_process
 rewards.serve.serve_rewards planning.plan policies.load_schedule""".split()
 # fmt: on
 

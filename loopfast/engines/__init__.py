@@ -13,7 +13,6 @@ __all__ = [
     "LocalEngine",
     "build_engine",
     "deepspeed_settings",
-    "needs_deepspeed",
     "require_settings",
     "require_type",
 ]
@@ -21,7 +20,7 @@ __all__ = [
 
 def build_engine(policy: Policy, config: Config, group: Group) -> Engine:
     """The engine that a configuration needs in a group of processes."""
-    if not needs_deepspeed(config, group.size):
+    if not config.distributed.needs_deepspeed(group.size):
         return LocalEngine(policy, config.train)
     if config.distributed.zero_stage == 0:
         from loopfast.engines.data_parallel import ReplicatedEngine
@@ -30,9 +29,3 @@ def build_engine(policy: Policy, config: Config, group: Group) -> Engine:
     from loopfast.engines.zero import ZeroEngine
 
     return ZeroEngine(policy, config, group)
-
-
-def needs_deepspeed(config: Config, processes: int) -> bool:
-    """Whether a run needs DeepSpeed: many processes, anything sharded or offloaded, or a file of its settings."""
-    distributed = config.distributed
-    return processes > 1 or distributed.zero_stage > 0 or distributed.deepspeed is not None

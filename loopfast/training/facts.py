@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from loopfast.config import RewardConfig
-from loopfast.engines import needs_deepspeed
 from loopfast_kernels import info
 
 
@@ -76,7 +75,7 @@ def _describe_term(term: RewardConfig) -> str:
 
 def _describe_processes(trainer: Any) -> str:
     distributed, size = trainer.config.distributed, trainer.group.size
-    if not needs_deepspeed(trainer.config, size):
+    if not distributed.needs_deepspeed(size):
         return "1"
     offload = "" if distributed.offload == "none" else f", {distributed.offload} offloaded to the host"
     return f"{size}, ZeRO stage {distributed.zero_stage}{offload}"

@@ -23,7 +23,7 @@ from loopfast.config import Config
 from loopfast.distributed.group import ALONE, Group
 from loopfast.distributed.launcher import find_place
 from loopfast.distributed.rendezvous import joined, leave, note_opened, opened_before
-from loopfast.engines import build_engine, needs_deepspeed, require_settings, require_type
+from loopfast.engines import build_engine, require_settings, require_type
 from loopfast.errors import (
     CheckpointError,
     ConfigError,
@@ -163,7 +163,7 @@ def processes(config: Config, stop: StopRequest) -> Iterator[Group]:
         PeerError: one of them has ended, or does not answer.
     """
     place = find_place(os.environ)
-    if not needs_deepspeed(config, place.size):
+    if not config.distributed.needs_deepspeed(place.size):
         yield ALONE
         return
     device = torch_device(config.model.device)
@@ -259,7 +259,7 @@ class Trainer:
             start_size(-(-images // group.size), policy.latent_shape, policy.device),
             display.warning,
             release=lambda: self.sampler.release(),
-            retries=not needs_deepspeed(config, group.size),
+            retries=not config.distributed.needs_deepspeed(group.size),
         )
         # before the engine takes the weights apart
         replica = make_replica(policy, config.rollout, sharded=stage == 3)

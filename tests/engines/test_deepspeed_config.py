@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopfast.config import Config, parse_config
-from loopfast.engines import deepspeed_settings, needs_deepspeed
+from loopfast.engines import deepspeed_settings
 from loopfast.engines.deepspeed_file import KNOWN
 from loopfast.errors import ConfigError
 
@@ -28,10 +28,10 @@ def with_file(tmp_path: Path, content: Any, *overrides: str) -> dict[str, Any]:
 
 
 def test_a_run_alone_needs_none() -> None:
-    assert not needs_deepspeed(config(), 1)
-    assert needs_deepspeed(config(), 2)
-    assert needs_deepspeed(config("distributed.zero_stage=1"), 1)
-    assert needs_deepspeed(config("distributed.deepspeed=x.json"), 1)
+    assert not config().distributed.needs_deepspeed(1)
+    assert config().distributed.needs_deepspeed(2)
+    assert config("distributed.zero_stage=1").distributed.needs_deepspeed(1)
+    assert config("distributed.deepspeed=x.json").distributed.needs_deepspeed(1)
 
 
 def test_what_the_configuration_decides() -> None:

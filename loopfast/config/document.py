@@ -1,0 +1,192 @@
+"""YAML 1.2 with the place of each value, and how an override changes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from loopfast.errors import ConfigError, first_line, one_line, short
+
+KeyPath = tuple[str | int, ...]
+"""A key with the keys and numbers of what it is in."""
+
+# Deeper than any key, so that no document can exhaust the stack.
+_MAX_DEPTH = 16
+
+# YAML 1.1, PyYAML's dialect, reads ``off`` as false, ``1:30`` as ninety and ``1e-4`` as text.
+_CORE_SCHEMA: list[tuple[str, str, list[str]]] = [
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+]
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """Resolves plain scalars by the core schema of YAML 1.2."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes text that either version of YAML would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: D102
+        return True
+
+
+# Without those of PyYAML; of the class's own, so that PyYAML's loader keeps its.
+_Loader.yaml_implicit_resolvers = {}
+
+for _tag, _regexp, _first in _CORE_SCHEMA:
+    for _class in (_Loader, Dumper):
+        _class.add_implicit_resolver(_TAG + _tag, re.compile(rf"(?:{_regexp})\Z"), _first)
+
+
+@dataclass
+class Document:
+    """Plain data read from YAML, and where each part of it was written."""
+
+    name: str
+    data: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_yaml(cls, text: str, name: str, keys: Sequence[str]) -> Document:
+        """Reads a file's text; ``keys`` are those that its mapping may have, for the error about one that is none."""
+        document = cls(name)
+        data = document._parse(text, lambda line: f"{name}, line {line}", ())
+        if data is not None and not isinstance(data, dict):
+            raise ConfigError(
+                f"{name}: found {found(data)}, allowed: a mapping with the keys {', '.join(keys)}"
+            )
+        document.data = data or {}
+        return document
+
+    def override(self, assignment: str) -> None:
+        """Apply one ``section.key=value``."""
+        place = f"--set {one_line(assignment)}"
+        key, equals, value = assignment.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts) or len(parts) > _MAX_DEPTH:
+            raise ConfigError(f"{place}: allowed: --set section.key=value")
+        target: Any = self.data
+        path: KeyPath = ()
+        for depth, part in enumerate(parts):
+            last = depth == len(parts) - 1
+            index: str | int = part
+            if isinstance(target, list):
+                if not part.isascii() or not part.isdigit() or len(part) > 9 or int(part) >= len(target):
+                    raise ConfigError(
+                        f"{place}: {dotted(path)} has {len(target)} item(s), numbered from 0; found {part!r}"
+                    )
+                index = int(part)
+            elif not isinstance(target, dict):
+                raise ConfigError(f"{place}: {dotted(path)} is {found(target)} and has no keys")
+            path = (*path, index)
+            if last:
+                for known in [known for known in self.places if known[: len(path)] == path]:
+                    del self.places[known]
+                parsed = self._parse(value, lambda line: place, path)
+                # "5:" and "a: b" are text here; a mapping is written in braces.
+                is_text = isinstance(parsed, dict) and not value.lstrip().startswith("{")
+                target[index] = value.strip() if is_text else parsed
+                self.places[path] = place
+            else:
+                if isinstance(target, dict) and target.get(part) is None:
+                    target[part] = {}
+                    self.places[path] = place
+                target = target[index]
+
+    def value(self, path: KeyPath) -> Any:
+        """The value at ``path``."""
+        value: Any = self.data
+        for part in path:
+            value = value[part]
+        return value
+
+    def place(self, path: KeyPath) -> str:
+        """Where the value at ``path``, or the nearest thing around it, was written."""
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, self.name)
+
+    def _parse(self, text: str, place: Callable[[int], str], path: KeyPath) -> Any:
+        try:
+            root = yaml.compose(text, Loader=_Loader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = place(mark.line + 1) if mark else self.name
+            raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{place(1)}: not valid YAML: {first_line(error)}") from None
+        except RecursionError:
+            raise ConfigError(f"{place(1)}: nested too deeply") from None
+        except (ValueError, OverflowError) as error:
+            # PyYAML lets a malformed escape or version number through to int() and chr().
+            raise ConfigError(f"{place(1)}: not valid YAML: {error}") from None
+        seen: set[int] = set()
+
+        def plain(node: yaml.Node, path: KeyPath) -> Any:
+            where = place(node.start_mark.line + 1)
+            if path:
+                self.places[path] = where
+            if id(node) in seen:
+                raise ConfigError(f"{where}: anchors and aliases are not supported; write the value out")
+            seen.add(id(node))
+            if len(path) > _MAX_DEPTH:
+                raise ConfigError(f"{where}: nested too deeply")
+            kind = node.tag.removeprefix(_TAG)
+            if isinstance(node, yaml.MappingNode) and kind == "map":
+                mapping: dict[str, Any] = {}
+                for key_node, value_node in node.value:
+                    where = place(key_node.start_mark.line + 1)
+                    if not isinstance(key_node, yaml.ScalarNode):
+                        raise ConfigError(f"{where}: a key must be text")
+                    if key_node.value in mapping:
+                        raise ConfigError(f"{where}: key {key_node.value!r} is given twice")
+                    mapping[key_node.value] = plain(value_node, (*path, key_node.value))
+                    self.places[(*path, key_node.value)] = where
+                return mapping
+            if isinstance(node, yaml.SequenceNode) and kind == "seq":
+                return [plain(item, (*path, index)) for index, item in enumerate(node.value)]
+            if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
+                try:
+                    return _SCALARS[kind](node.value)
+                except ValueError:
+                    raise ConfigError(f"{where}: {short(node.value)!r} is not of type {kind}") from None
+            raise ConfigError(f"{where}: YAML tag {node.tag!r} is not supported")
+
+        return None if root is None else plain(root, path)
+
+
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "null": lambda text: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": int,
+    "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+}
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """A key as it is written in messages and overrides."""
+    return ".".join(str(part) for part in path)
+
+
+def found(value: object) -> str:
+    """A value as its author would recognize it."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, str):
+        return repr(short(value))
+    return short(yaml.dump(value, Dumper=Dumper).splitlines()[0])
