@@ -66,8 +66,8 @@ train_batch_size steps_per_print communication_data_type reduce_bucket_size""".s
 RIGHT = [{"steps_per_print": 10}, {"fp16": {"enabled": "auto"}}, {"zero_optimization": {"overlap_comm": False}}]
 RIGHT += [{"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, {"wall_clock_breakdown": True}, {}]
 # What loads, trains, serves or starts something: only the way there is tried.
-WORKS = """training.train.train distributed.launch.launch planning.profile.profile evaluation.sample_images cli.inspection.replace_process
-rewards.serve.serve_rewards planning.plan policies.load_schedule""".split()
+WORKS = """training.train.train distributed.launch.launch planning.profile.profile evaluation.sample_images
+cli.inspection.replace_process rewards.serve.serve_rewards planning.plan policies.load_schedule""".split()
 # fmt: on
 
 Given = tuple[Callable[[], object], object]

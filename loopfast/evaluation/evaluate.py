@@ -51,6 +51,11 @@ class Evaluation:
         """Mean of each reward by name."""
         return {name: _mean(item["parts"][name] for item in self.items) for name in self.items[0]["parts"]}
 
+    def metrics(self, *, dropped: bool) -> dict[str, float]:
+        """What an iteration's line says of it; ``dropped``: also how many images were left out."""
+        found = {"eval_reward": self.reward, **{f"eval_{name}": value for name, value in self.parts.items()}}
+        return {**found, "eval_dropped_images": self.dropped} if dropped else found
+
     def by_category(self) -> dict[str, dict[str, Any]]:
         """Mean reward, parts and number of images of each category."""
         groups: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -23,9 +23,11 @@ from loopfast.errors import Interrupted, short
 from loopfast.profiling import DOMAIN, Times, range_
 from loopfast.run.console import Display
 from loopfast.system.files import write_file, writing
-from loopfast.system.interrupts import StopRequest
 from loopfast.system.memory import memory_used
-from loopfast.training.train import Stopped, Trainer, processes
+from loopfast.training.run import Run, Stopped
+from loopfast.training.setup import start
+from loopfast.training.state import TrainState
+from loopfast.training.train import iterate
 from loopfast.version import __version__
 
 __all__ = ["Profile", "Row", "profile"]
@@ -183,35 +185,29 @@ def profile(
         LoopfastError: the run cannot start or go on, or the output cannot be written.
         Interrupted: a signal stopped it.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="loopfast-profile-") as scratch,
-        StopRequest() as stop,
-        processes(config, stop) as group,
-    ):
-        display = display if group.first else Display.silent()
-        run = config.run.model_copy(update={"directory": scratch, "trackers": ()})
-        trainer = Trainer(config.model_copy(update={"run": run}), None, display, stop, group)
-        try:
-            _iterate(trainer, 1, "warming up", display)
-            if not trace:
-                with range_("profile", "profile"):
-                    _iterate(trainer, iterations, "profiling", display)
-                return None
-            trainer.meter.detailed = True
-            times = _iterate(trainer, iterations, "timing", display)
-            trainer.meter.detailed = False
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if trainer.sampler.policy.device.type == "cuda":
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-                _iterate(trainer, iterations, "tracing", display)
-            facts = _facts(trainer, iterations)
-        except Stopped:
-            raise Interrupted("stopped; nothing was written", stop.exit_code) from None
-        finally:
-            trainer.close_tracker()
-            trainer.close()
-    if not group.first:
+    with tempfile.TemporaryDirectory(prefix="loopfast-profile-") as scratch:
+        elsewhere = config.run.model_copy(update={"directory": scratch, "trackers": ()})
+        with start(config.model_copy(update={"run": elsewhere}), None, display) as (run, state):
+            try:
+                _iterate(run, state, 1, "warming up")
+                if not trace:
+                    with range_("profile", "profile"):
+                        _iterate(run, state, iterations, "profiling")
+                    return None
+                run.meter.detailed = True
+                times = _iterate(run, state, iterations, "timing")
+                run.meter.detailed = False
+                activities = [torch.profiler.ProfilerActivity.CPU]
+                if run.sampler.policy.device.type == "cuda":
+                    activities.append(torch.profiler.ProfilerActivity.CUDA)
+                with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+                    _iterate(run, state, iterations, "tracing")
+                facts = _facts(run, iterations)
+            except Stopped:
+                raise Interrupted("stopped; nothing was written", run.stop.exit_code) from None
+            finally:
+                run.close_tracker()
+    if not run.group.first:
         return None
     found = Profile(times, _rows(profiler.events(), iterations), facts)
     with writing(output):
@@ -233,26 +229,25 @@ def _write_trace(profiler: torch.profiler.profile, file: Path) -> None:
             shutil.copyfileobj(source, packed, 2**20)
 
 
-def _iterate(trainer: Trainer, count: int, what: str, display: Display) -> list[Times]:
+def _iterate(run: Run, state: TrainState, count: int, what: str) -> list[Times]:
     """Runs iterations without evaluation and checkpoint; gives the accounts of each."""
     times = []
     for index in range(count):
-        display.message(f"{what}: iteration {index + 1} of {count}")
+        run.display.message(f"{what}: iteration {index + 1} of {count}")
         with range_("iteration", "profile", index):
-            trainer.sample()
-            trainer.update()
-        times.append(trainer.times)
+            iterate(run, state)
+        times.append(state.times)
     return times
 
 
-def _facts(trainer: Trainer, iterations: int) -> dict[str, Any]:
-    device = trainer.sampler.policy.device
+def _facts(run: Run, iterations: int) -> dict[str, Any]:
+    device = run.sampler.policy.device
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     )
-    config = trainer.config
+    config = run.config
     return {
         "run": config.run.name,
         "model": config.model.pretrained,

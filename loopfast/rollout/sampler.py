@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -68,17 +68,26 @@ class Sampler:
         """What is sampled from: the replica's policy, or the policy itself."""
         return self.policy if self.replica is None else self.replica.policy
 
-    @torch.no_grad()
+    def allocate(self, count: int, schedule: TransitionSchedule | None = None) -> Trajectories:
+        """Room for N trajectories, on the policy's device, in the type of the model that is sampled from.
+
+        Args:
+            count: N.
+            schedule: the T transitions to sample by; None: the sampler's own.
+        """
+        steps, model, device = len(schedule or self.schedule), self.model, self.policy.device
+        return Trajectories(
+            torch.empty(steps + 1, count, *model.latent_shape, dtype=model.dtype, device=device),
+            torch.empty(steps, count, dtype=torch.float32, device=device),
+        )
+
     def sample(
         self,
         conditioning: Conditioning,
         prompts: Tensor,
         seeds: Tensor,
         *,
-        between: Callable[[], None] = lambda: None,
         schedule: TransitionSchedule | None = None,
-        finished: Callable[[slice, Tensor], None] = lambda rows, latents: None,
-        calls: int = 0,
     ) -> Trajectories:
         """Samples N trajectories.
 
@@ -86,24 +95,50 @@ class Sampler:
             conditioning: of the P prompts, rows ``[P, ...]``.
             prompts: int64 ``[N]``, each row's prompt.
             seeds: int64 ``[N]``, each row's noise seed.
-            between: called before each microbatch; it may raise to stop.
             schedule: the T transitions to sample by; None: the sampler's own.
-            finished: called after each microbatch with its rows and their denoised latents ``[rows, *L]``.
+
+        Raises:
+            torch.OutOfMemoryError: as `stream`.
+        """
+        trajectories = self.allocate(len(seeds), schedule)
+        for _ in self.stream(trajectories, conditioning, prompts, seeds, schedule=schedule):
+            pass
+        return trajectories
+
+    @torch.no_grad()
+    def stream(
+        self,
+        trajectories: Trajectories,
+        conditioning: Conditioning,
+        prompts: Tensor,
+        seeds: Tensor,
+        *,
+        schedule: TransitionSchedule | None = None,
+        between: Callable[[], None] = lambda: None,
+        calls: int = 0,
+    ) -> Generator[slice, None, None]:
+        """Samples N trajectories, a microbatch at a time; close it where it is not run to its end.
+
+        Args:
+            trajectories: room for them, see `allocate`.
+            conditioning: of the P prompts, rows ``[P, ...]``.
+            prompts: int64 ``[N]``, each row's prompt.
+            seeds: int64 ``[N]``, each row's noise seed.
+            schedule: the T transitions to sample by; None: the sampler's own.
+            between: called before each microbatch; it may raise to stop.
             calls: sample at least so many microbatches, as other processes do that have more rows.
 
-        Returns:
-            The trajectories, on the policy's device, in the type of the model that was sampled from.
+        Yields:
+            The rows of each microbatch, whose trajectories are there.
 
         Raises:
             torch.OutOfMemoryError: the microbatch does not fit into memory; nothing is kept of the attempt. Libraries
                 under PyTorch raise errors of their own, see `is_out_of_memory`.
         """
         schedule, model = schedule or self.schedule, self.model
-        count, steps, device = len(seeds), len(schedule), self.policy.device
-        latents = torch.empty(steps + 1, count, *model.latent_shape, dtype=model.dtype, device=device)
-        logprob = torch.empty(steps, count, dtype=torch.float32, device=device)
+        latents, logprob = trajectories.latents, trajectories.logprob
         with self.ready():
-            for rows in slices(count, self.microbatch, calls):
+            for rows in slices(len(seeds), self.microbatch, calls):
                 between()
                 size = rows.stop - rows.start
                 # without rows of its own, a call of any: others may need this process's part of the weights
@@ -111,8 +146,7 @@ class Sampler:
                 done = self._sample_rows(model, schedule, conditioning, prompts[some], seeds[some])
                 latents[:, rows], logprob[:, rows] = done.trajectory[:, :size], done.logprob[:, :size]
                 if size:
-                    finished(rows, latents[-1, rows])
-        return Trajectories(latents, logprob)
+                    yield rows
 
     def ready(self) -> AbstractContextManager[None]:
         """Inside, samples are those of the policy as it was on entering, and the replica is refreshed no more."""

@@ -1,14 +1,11 @@
-"""What a rollout leaves behind: latents stored once, their log-probabilities, and the pairs to train on."""
+"""What a rollout leaves behind: latents stored once, and their log-probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from loopfast.seeds import generator
 
 
 @dataclass(frozen=True)
@@ -78,40 +75,3 @@ class Trajectories:
         )
         torch.index_select(self.latents.flatten(0, 1), 0, steps * self.latents.shape[1] + rows, out=part)
         return part.to(device, non_blocking=True)
-
-
-def shuffled_pairs(
-    count: int,
-    steps: tuple[int, ...],
-    updates: int,
-    seed: int,
-    iteration: int,
-    epoch: int,
-    drawn: int | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The (row, step) pairs of a pass over an iteration, shuffled together and dealt out to its updates.
-
-    The loss is a mean over pairs. Where fewer steps are ``drawn`` than there are, each trajectory contributes equally
-    many, drawn without replacement, each step being as likely as any other: the mean over what is drawn then has
-    the mean over all pairs as its expectation, and so has its gradient, without weights. Drawn anew in every pass, the
-    steps that one pass leaves out are in another.
-
-    Args:
-        count: N, the number of trajectories.
-        steps: the transitions that are trained on.
-        updates: how many parts to cut the pairs into; their sizes differ by one at most.
-        seed, iteration, epoch: of the run; they determine the draw and the order.
-        drawn: how many of each trajectory's steps; None: all.
-
-    Yields:
-        ``(rows [M], steps [M])`` int64 on the CPU, once per update.
-    """
-    transitions = torch.tensor(steps, dtype=torch.int64)
-    if drawn is not None and drawn < len(steps):
-        keys = torch.rand(count, len(steps), generator=generator(seed, "steps", iteration, epoch))
-        chosen = transitions[keys.argsort(1)[:, :drawn]].T.flatten()
-    else:
-        chosen = transitions.repeat_interleave(count)
-    order = torch.randperm(len(chosen), generator=generator(seed, "pairs", iteration, epoch))
-    for part in order.tensor_split(updates):
-        yield part % count, chosen[part]

@@ -2,17 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import torch
 
 from loopfast.config import RewardConfig
+from loopfast.policies import read_prompts
+from loopfast.prompts import Prompt
+from loopfast.run.tracking import read_metrics
+from loopfast.training.run import Run, images_per_iteration
+from loopfast.training.state import TrainState
 from loopfast_kernels import info
 
 
-def describe_rollout(trainer: Any) -> str:
+def announce(run: Run, state: TrainState) -> None:
+    """Shows what is about to run, and which prompts the model does not read to their end."""
+    facts = describe_run(run)
+    run.display.header("loopfast train", facts)
+    run.group.on_first(lambda: run.folder.write_summary(facts))
+    if run.group.first:
+        _warn_of_cut_prompts(run)
+    run.display.start(run.config.train.iterations, state.iteration)
+
+
+def conclude(run: Run, state: TrainState, exported: Path, report: Path) -> None:
+    """Sums up what came out of a run, in the first process."""
+    lines = read_metrics(run.folder.path / "metrics.jsonl")
+    evaluated = [line for line in lines if "eval_reward" in line]
+    deviation = max(line.get("ratio_max_deviation", 0.0) for line in lines)
+    base, final = evaluated[0]["eval_reward"], evaluated[-1]["eval_reward"]
+    run.display.finish(
+        [
+            ("base reward", f"{base:.3f}"),
+            ("final reward", f"{final:.3f} ({final - base:+.3f})"),
+            ("images", f"{state.images}"),
+            ("time", f"{evaluated[-1]['seconds']:.0f} s"),
+            *([("ratio off by", f"{deviation:.2g} at first")] if deviation else []),
+            ("model", str(exported)),
+            ("report", str(report)),
+        ]
+    )
+
+
+def _warn_of_cut_prompts(run: Run) -> None:
+    """Says which prompts are longer than the model's text encoders read."""
+    source, evaluation = run.config.prompts.source, run.config.evaluation
+    read: dict[str, list[Prompt]] = {source: run.prompts}
+    if evaluation.prompts is not None:
+        read.setdefault(evaluation.prompts, run.evaluation_prompts[: evaluation.limit_prompts])
+    for name, prompts in read.items():
+        found = read_prompts(run.sampler.policy.text_limits, [prompt.text for prompt in prompts])
+        if found.warning:
+            run.display.warning(f"prompts {name}: {found.warning} (loopfast config check lists them)")
+
+
+def describe_rollout(run: Run) -> str:
     """The levers of the rollout, off or on."""
-    sampler, config = trainer.sampler, trainer.config.rollout
+    sampler, config = run.sampler, run.config.rollout
     graphs = sampler.model.device.type == "cuda" and config.cuda_graph
     replica = "off"
     if sampler.replica is not None:
@@ -22,20 +68,20 @@ def describe_rollout(trainer: Any) -> str:
         replica = f"{dtype} on {sampler.model.device}{merged}{gathered}"
     return (
         f"stochastic steps {config.stochastic_steps}, CUDA graph {'on' if graphs else 'off'}, replica {replica}, "
-        f"reward worker {trainer.reward_worker}"
+        f"reward worker {run.reward_worker}"
     )
 
 
-def describe_run(trainer: Any) -> list[tuple[str, str]]:
+def describe_run(run: Run) -> list[tuple[str, str]]:
     """The header's lines: what is trained, how, on what, and where it goes."""
-    config, sampler = trainer.config, trainer.sampler
+    config, sampler = run.config, run.sampler
     policy, algorithm, settings = sampler.policy, config.algorithm, config.train
     steps = config.rollout.steps
-    images = config.rollout.prompts_per_iteration * algorithm.samples_per_prompt
-    pairs = images * trainer.drawn // settings.updates_per_iteration
-    left_out = [str(step) for step in range(steps) if step not in trainer.steps.trained]
+    images = images_per_iteration(config)
+    pairs = images * run.drawn // settings.updates_per_iteration
+    left_out = [str(step) for step in range(steps) if step not in run.steps.trained]
     reason = {"auto": " (each would outweigh the others)", "all": " (deterministic)"}.get(settings.steps, "")
-    levers = {**policy.levers, "screening": trainer.screening}
+    levers = {**policy.levers, "screening": run.screening}
     threads = f", {torch.get_num_threads()} thread(s)" if policy.device.type == "cpu" else ""
     facts = info()
     by_device = facts.get(policy.device.type, "reference")
@@ -47,7 +93,7 @@ def describe_run(trainer: Any) -> list[tuple[str, str]]:
             "algorithm",
             f"{algorithm.name}, K = {algorithm.samples_per_prompt}, learning rate {settings.learning_rate:g}",
         ),
-        ("prompts", f"{trainer.prompts.summary()} from {config.prompts.source}"),
+        ("prompts", f"{run.prompts.summary()} from {config.prompts.source}"),
         ("reward", ", ".join(_describe_term(term) for term in config.reward)),
         (
             "an iteration",
@@ -55,16 +101,16 @@ def describe_run(trainer: Any) -> list[tuple[str, str]]:
         ),
         (
             "steps",
-            f"{trainer.steps.count} of {steps} trained"
-            + (f", a window of {len(trainer.steps.trained)}" if trainer.steps.window else "")
+            f"{run.steps.count} of {steps} trained"
+            + (f", a window of {len(run.steps.trained)}" if run.steps.window else "")
             + (f", not {', '.join(left_out)}{reason}" if left_out else "")
-            + (f"; {trainer.drawn} of them drawn for a pass" if trainer.drawn < trainer.steps.count else ""),
+            + (f"; {run.drawn} of them drawn for a pass" if run.drawn < run.steps.count else ""),
         ),
-        ("processes", _describe_processes(trainer)),
-        ("rollout", describe_rollout(trainer)),
+        ("processes", _describe_processes(run)),
+        ("rollout", describe_rollout(run)),
         ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in levers.items())),
-        ("memory", _describe_memory(trainer)),
-        ("run", str(trainer.folder.path)),
+        ("memory", _describe_memory(run)),
+        ("run", str(run.folder.path)),
     ]
 
 
@@ -73,16 +119,16 @@ def _describe_term(term: RewardConfig) -> str:
     return f"{term.weight:g} x {term.title}{normalized}"
 
 
-def _describe_processes(trainer: Any) -> str:
-    distributed, size = trainer.config.distributed, trainer.group.size
+def _describe_processes(run: Run) -> str:
+    distributed, size = run.config.distributed, run.group.size
     if not distributed.needs_deepspeed(size):
         return "1"
     offload = "" if distributed.offload == "none" else f", {distributed.offload} offloaded to the host"
     return f"{size}, ZeRO stage {distributed.zero_stage}{offload}"
 
 
-def _describe_memory(trainer: Any) -> str:
-    config, sizes = trainer.config, trainer.microbatches
+def _describe_memory(run: Run) -> str:
+    config, sizes = run.config, run.microbatches
     kinds = {True: " (auto)", False: ""}
     return ", ".join(
         [

@@ -1,7 +1,17 @@
-"""The loss of an iteration's (row, step) pairs: PPO's surrogate, by an algorithm's row of the table."""
+"""The advantages of an iteration's images, and PPO's clipped loss of its (trajectory, step) pairs.
+
+For image i of a prompt, with reward r_i and the K rewards of that prompt (LOOP, arXiv 2503.00897)::
+
+    A_i = (r_i − mean of the other K − 1 rewards) · scale               scale: 1 / standard deviation
+    ρ = exp(log p(x_{t-1} | x_t) − log p of the policy that sampled)
+    loss = mean over pairs of  max(−A ρ, −A clip(ρ, 1 − ε, 1 + ε)) + kl_weight · KL
+
+`loopfast.algorithms` has the table of the other algorithms, which differ in A and in the clip.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,11 +23,31 @@ from loopfast.rollout import Sampler
 from loopfast_kernels import LoopLoss, clipped_loss, loop_loss
 
 
-class Surrogate:
-    """The loss of one iteration's pairs, by an algorithm's row of the table.
+@dataclass(frozen=True)
+class Advantages:
+    """How much better each of an iteration's images is than those it is compared with.
 
-    Leave-one-out algorithms hand the rewards to the kernel, which works out the advantage itself; the others hand it
-    their advantages.
+    Attributes:
+        rewards: float32 ``[G, K]``; 0 for a prompt that is left out.
+        scale: float32 ``[]`` or ``[G, 1]``, what the difference from the other rewards is multiplied by.
+        values: float32 ``[G · K]``, the advantages; 0 for a prompt that is left out.
+        fused: whether the op works them out by itself, from rewards and scale, as it does for leave-one-out.
+    """
+
+    rewards: Tensor
+    scale: Tensor
+    values: Tensor
+    fused: bool
+
+
+def compare(
+    config: AlgorithmConfig,
+    rewards: Tensor,
+    prompts: list[str],
+    statistics: PromptStatistics,
+    device: torch.device,
+) -> Advantages:
+    """The advantages of an iteration's images, by an algorithm's row of the table.
 
     Args:
         config: the section ``algorithm``.
@@ -27,34 +57,38 @@ class Surrogate:
         statistics: the prompts' history; updated by algorithms that keep one.
         device: where the latents are.
     """
+    row, kept = ALGORITHMS[config.name], rewards.isfinite().all(1)
+    difference, scale = advantages(
+        row,
+        rewards[kept],
+        [prompt for prompt, there in zip(prompts, kept.tolist(), strict=True) if there],
+        statistics,
+        normalize=config.advantage.normalize,
+    )
+    values = torch.zeros_like(rewards)
+    values[kept] = difference * scale
+    if config.advantage.clip is not None:
+        values = values.clamp(-config.advantage.clip, config.advantage.clip)
+    return Advantages(
+        rewards.nan_to_num(0.0).to(device),
+        scale.to(device),
+        values.flatten().to(device),
+        fused=row.baseline == "leave_one_out" and scale.dim() == 0,
+    )
 
-    def __init__(
-        self,
-        config: AlgorithmConfig,
-        rewards: Tensor,
-        prompts: list[str],
-        statistics: PromptStatistics,
-        device: torch.device,
-    ) -> None:
-        row = ALGORITHMS[config.name]
-        self.clip_range = row.clip_range if config.clip_range is None else config.clip_range
-        self._config = config
-        left = rewards.isfinite().all(1)
-        difference, scale = advantages(
-            row,
-            rewards[left],
-            [prompt for prompt, there in zip(prompts, left.tolist(), strict=True) if there],
-            statistics,
-            normalize=config.advantage.normalize,
-        )
-        self._fused = row.baseline == "leave_one_out" and scale.dim() == 0
-        self._rewards = rewards.nan_to_num(0.0).to(device)
-        self._scale = scale.to(device)
-        advantage = torch.zeros_like(rewards)
-        advantage[left] = difference * scale
-        if config.advantage.clip is not None:
-            advantage = advantage.clamp(-config.advantage.clip, config.advantage.clip)
-        self._advantage = advantage.flatten().to(device)
+
+class PolicyLoss:
+    """The loss of one iteration's pairs.
+
+    Args:
+        config: the section ``algorithm``.
+        advantages: of the iteration's images.
+    """
+
+    def __init__(self, config: AlgorithmConfig, advantages: Advantages) -> None:
+        default = ALGORITHMS[config.name].clip_range
+        self.clip_range = default if config.clip_range is None else config.clip_range
+        self._config, self._advantages = config, advantages
 
     def __call__(
         self,
@@ -66,7 +100,7 @@ class Surrogate:
         rows: Tensor,
         steps: Tensor,
     ) -> LoopLoss:
-        """The loss of M pairs from the policy's and the reference's outputs for them.
+        """The loss of M pairs from the policy's and the reference's outputs for them, in one fused op.
 
         Args:
             sampler: whose transitions they are.
@@ -75,16 +109,16 @@ class Surrogate:
             rows, steps: int64 ``[M]``, the pairs.
         """
         sample, prev_sample, old_logprob = transitions
-        if self._fused:
+        if self._advantages.fused:
             op = partial(
                 loop_loss,
-                rewards=self._rewards,
+                rewards=self._advantages.rewards,
                 trajectory=rows,
-                advantage_scale=self._scale,
+                advantage_scale=self._advantages.scale,
                 advantage_clip=self._config.advantage.clip,
             )
         else:
-            op = partial(clipped_loss, advantage=self._advantage[rows])
+            op = partial(clipped_loss, advantage=self._advantages.values[rows])
         return op(
             output,
             sample,

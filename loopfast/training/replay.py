@@ -14,7 +14,7 @@ from loopfast.policies import Conditioning, expand, pad_rows
 from loopfast.profiling import model_call, range_
 from loopfast.rollout import Sampler, slices
 from loopfast.rollout.trajectories import Trajectories
-from loopfast.training.loss import Surrogate
+from loopfast.training.loss import PolicyLoss
 from loopfast_kernels import LoopLoss
 
 
@@ -56,7 +56,7 @@ class Replay:
 
     Attributes:
         sampler: the policy and its transitions.
-        surrogate: the loss.
+        loss: of the pairs.
         trajectories: what was sampled, N rows.
         conditioning: of the iteration's prompts.
         prompts: int64 ``[N]``, each row's prompt; on the policy's device.
@@ -64,7 +64,7 @@ class Replay:
     """
 
     sampler: Sampler
-    surrogate: Surrogate
+    loss: PolicyLoss
     trajectories: Trajectories
     conditioning: Conditioning
     prompts: Tensor
@@ -119,13 +119,13 @@ class Replay:
             text = expand(self.conditioning, self.prompts[row])
             timestep = self.sampler.schedule.timesteps[step]
         reference = None
-        if gradient is not None and self.surrogate.needs_reference:
+        if gradient is not None and self.loss.needs_reference:
             reference = reference_output(self.sampler, sample, timestep, text)[:size]
         with model_call("denoiser", "replay", start, device):
             output, unconditional = policy.predict(sample, timestep, text, self.sampler.guidance_scale)
         with range_("loss", "replay", start):
             unconditional = None if unconditional is None else unconditional[:size]
-            loss = self.surrogate(
+            loss = self.loss(
                 self.sampler,
                 output[:size],
                 unconditional,
@@ -150,7 +150,7 @@ class Replay:
             means = torch.stack([loss.loss for loss in losses]).double().cpu()
             numbers = torch.cat([torch.stack([loss.logprob, loss.ratio, loss.kl], 1) for loss in losses])
             flags = torch.cat(
-                [torch.stack([loss.clipped, self.surrogate.zero_gradient(loss)], 1) for loss in losses]
+                [torch.stack([loss.clipped, self.loss.zero_gradient(loss)], 1) for loss in losses]
             )
         total = self.group.sum((means * sizes).sum())
         numbers = self.group.gather(numbers, positions, count)
@@ -164,39 +164,3 @@ def reference_output(sampler: Sampler, sample: Tensor, timestep: Tensor, text: C
     with sampler.policy.reference(), model_call("denoiser", "replay", device=sample.device):
         output, unconditional = sampler.policy.predict(sample, timestep, text, sampler.guidance_scale)
     return output if unconditional is None else torch.lerp(unconditional, output, sampler.guidance_scale)
-
-
-def rehearse(
-    sampler: Sampler,
-    engine: Engine,
-    conditioning: Conditioning,
-    *,
-    microbatch: int,
-    with_reference: bool,
-    reserve: int = 0,
-) -> None:
-    """The model call of an update, forward and backward, on zeros: whether memory suffices, and nothing else.
-
-    Args:
-        sampler: the policy and its transitions.
-        engine: owns the policy's weights, which stay as they are.
-        conditioning: of one prompt or more.
-        microbatch: pairs in the call.
-        with_reference: whether the policy before training is asked as well.
-        reserve: bytes that must be left on the policy's device meanwhile.
-
-    Raises:
-        torch.OutOfMemoryError: it does not.
-    """
-    policy = sampler.policy
-    held = torch.empty(reserve, dtype=torch.uint8, device=policy.device)
-    rows = torch.zeros(microbatch, dtype=torch.int64, device=policy.device)
-    sample = torch.zeros(microbatch, *policy.latent_shape, dtype=policy.dtype, device=policy.device)
-    text, timestep = expand(conditioning, rows), sampler.schedule.timesteps[rows]
-    try:
-        reference = reference_output(sampler, sample, timestep, text) if with_reference else None
-        outputs = policy.predict(sample, timestep, text, sampler.guidance_scale)
-        engine.backward(torch.stack([o.float().mean() for o in outputs if o is not None]).sum())
-        del reference, outputs, held
-    finally:
-        engine.discard()

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, NoReturn
 
+import torch
 from torch import Tensor
 
 from loopfast.config import Config
 from loopfast.distributed.group import Group
 from loopfast.errors import LoopfastError, RewardError
-from loopfast.profiling import phase
+from loopfast.profiling import model_call
 from loopfast.prompts import Prompt
 from loopfast.rewards import (
     RewardMemoryError,
@@ -19,21 +20,20 @@ from loopfast.rewards import (
     RewardThread,
     Scores,
     build_rewards,
-    join_scores,
     training_total,
 )
 from loopfast.rewards.base import quoted
-from loopfast.rollout.trajectories import Trajectories
 from loopfast.run.folder import RunFolder
-from loopfast.training.guard import Guard
+from loopfast.training.scorer import AtTheEnd, Beside, Inline, Scorer
 
 Worker = Literal["none", "inline", "thread", "process"]
-Sample = Callable[[Callable[[slice, Tensor], None]], Trajectories]
-"""Samples trajectories, and calls what it is given with the rows and the denoised latents of each microbatch."""
 
 
-class Judge:
+class Scoring:
     """The rewards of a run.
+
+    Where other processes wait for this one's model calls, a reward that fails must not end it at once: from then on
+    nothing is scored, and what the rewards give is NaN, until the processes tell each other at the end of `together`.
 
     Args:
         config: the run.
@@ -53,34 +53,71 @@ class Judge:
             if worker == "process"
             else build_rewards(config.reward, whole=worker == "none")
         )
-        self._guard = Guard(
-            self._rewards,
-            [term.title for term in config.reward],
-            keep_bad=config.rollout.on_bad_reward == "drop_group",
-            group=group,
-        )
         self._thread = RewardThread(self.score)
         self.iteration = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forgets what was wrong."""
+        self._failure: RewardError | RewardMemoryError | None = None
+        # by reward, what was first wrong with its scores where that is no failure
+        self._problems: dict[str, str] = {}
+        # what failure and problems are about: float [3, H, W] on the CPU each, and their prompts
+        self._images: list[Tensor] = []
+        self._texts: list[str] = []
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Scores images ``[N, 3, H, W]`` of N prompts; inside `together` only."""
-        return self._guard.score(images, prompts)
+        """Scores images ``[N, 3, H, W]`` of N prompts; inside `together` only.
+
+        Raises:
+            RewardError: a reward failed, and no other process waits.
+            RewardMemoryError: a reward ran out of memory, and no other process waits.
+        """
+        if self._failure is not None:
+            return self._unscored(len(prompts))
+        try:
+            with model_call("reward", "reward"):
+                scores = self._rewards.score(
+                    images,
+                    [prompt.text for prompt in prompts],
+                    [prompt.metadata for prompt in prompts],
+                    keep_bad=self._config.rollout.on_bad_reward == "drop_group",
+                )
+        except (RewardError, RewardMemoryError) as error:
+            self._failure = error
+            if isinstance(error, RewardError):
+                self._note(images, prompts, error.images_index)
+            if self._group.alone:
+                raise
+            return self._unscored(len(prompts))
+        if scores.problems:
+            self._problems = {**scores.problems, **self._problems}
+            self._note(images, prompts, (~scores.total.isfinite()).nonzero()[:, 0].tolist())
+        return scores
+
+    def _note(self, images: Tensor, prompts: Sequence[Prompt], positions: Sequence[int]) -> None:
+        self._images += [images[position].float().cpu() for position in positions]
+        self._texts += [prompts[position].text for position in positions]
+
+    def _unscored(self, count: int) -> Scores:
+        missing = torch.full((count,), torch.nan)
+        return Scores(missing, dict.fromkeys((term.title for term in self._config.reward), missing))
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around what scores images: a reward that fails in one process ends the run in all, at the same point.
+        """Context around what scores images: a reward that fails in one process ends the run in all, at one point.
 
         Raises:
             RewardError: on leaving, in every process.
             RewardMemoryError: on leaving, in every process.
         """
-        self._guard.clear()
+        self._clear()
         try:
             yield
         except (RewardError, RewardMemoryError):
-            if self._guard.failure is None:
+            if self._failure is None:
                 raise
-        failure = self._guard.failure
+        failure = self._failure
         told = "" if failure is None else str(failure)
         if isinstance(failure, RewardError):
             told += f"; {self._kept_images('failures')}"
@@ -90,45 +127,28 @@ class Judge:
             memory = self._group.any(isinstance(failure, RewardMemoryError))
             self._end(first, failure, RewardMemoryError if memory else RewardError)
 
-    def sample(
+    @contextmanager
+    def scorer(
         self,
         worker: Worker,
-        sample: Sample,
         decode: Callable[[Tensor], Tensor],
-        prompts: Sequence[Prompt],
         timed: Callable[[], AbstractContextManager[None]],
-    ) -> tuple[Trajectories, Scores]:
-        """Trajectories and the scores of their images.
+    ) -> Iterator[Scorer]:
+        """Context of a rollout's scorer, inside `together`; on leaving, nothing is being scored.
 
         Args:
             worker: scores all images at the end (``none``), each microbatch's before the next is sampled (``inline``),
                 or beside the sampling.
-            sample: gives the trajectories.
             decode: images of latents.
-            prompts: of the trajectories.
-            timed: around what passes for the rewards' sake while nothing is sampled.
+            timed: context around what passes for the rewards' sake while nothing is sampled.
         """
         if worker == "none":
-            trajectories = sample(lambda rows, latents: None)
-            with timed():
-                return trajectories, self.score(decode(trajectories.final), prompts)
-        if worker == "inline":
-            scores: list[Scores] = []
-
-            def score(rows: slice, latents: Tensor) -> None:
-                with timed():
-                    scores.append(self.score(decode(latents), prompts[rows]))
-
-            return sample(score), join_scores(scores)
-
-        def hand_over(rows: slice, latents: Tensor) -> None:
-            with phase("reward"):
-                self._thread.add(decode(latents), prompts[rows])
-
-        with self._thread.batch():
-            trajectories = sample(hand_over)
-            with timed():
-                return trajectories, self._thread.result()
+            yield AtTheEnd(self.score, decode, timed)
+        elif worker == "inline":
+            yield Inline(self.score, decode, timed)
+        else:
+            with self._thread.batch():
+                yield Beside(self._thread, decode, timed)
 
     def rewards(self, scores: Scores, texts: Sequence[str], steps: int) -> Tensor:
         """What an iteration is trained on, float32 ``[G, K]``; NaN for prompts that are left out, which is said.
@@ -143,15 +163,15 @@ class Judge:
         """
         samples = self._config.algorithm.samples_per_prompt
         rewards = training_total(self._config.reward, scores, samples)
-        left = rewards.isfinite().all(1)
-        if left.all():
+        kept = rewards.isfinite().all(1)
+        if kept.all():
             return rewards
-        dropped = (~left).nonzero()[:, 0].tolist()
+        dropped = (~kept).nonzero()[:, 0].tolist()
         told = (
             f"{len(dropped)} of {len(texts)} prompt(s) are left out, {quoted(texts, dropped)}: "
-            f"{self._problems('bad-rewards')}"
+            f"{self._all_problems('bad-rewards')}"
         )
-        pairs, updates = int(left.sum()) * samples * steps, self._config.train.updates_per_iteration
+        pairs, updates = int(kept.sum()) * samples * steps, self._config.train.updates_per_iteration
         if pairs < updates:
             self._end(f"{told}; {pairs} (image, step) pairs are left for {updates} update(s)")
         self._warn(f"iteration {self.iteration}: {told}")
@@ -170,7 +190,7 @@ class Judge:
             return
         told = (
             f"{dropped} of {dropped + kept} image(s) are left out of the evaluation: "
-            f"{self._problems('bad-rewards/evaluation')}"
+            f"{self._all_problems('bad-rewards/evaluation')}"
         )
         if not kept:
             self._end(told)
@@ -196,16 +216,16 @@ class Judge:
         if isinstance(self._rewards, RewardProcess):
             self._rewards.close()
 
-    def _problems(self, place: str) -> str:
+    def _all_problems(self, place: str) -> str:
         """What was wrong with all processes' scores; keeps the images."""
-        told = [*self._guard.problems.values()]
+        told = [*self._problems.values()]
         if told:
             told.append(self._kept_images(place))
         return "; ".join(text for text in self._group.texts("; ".join(told)) if text)
 
     def _kept_images(self, place: str) -> str:
         rank = None if self._group.alone else self._group.rank
-        return self.keep(self._guard.images, self._guard.texts, rank, place)
+        return self.keep(self._images, self._texts, rank, place)
 
     def _end(
         self,

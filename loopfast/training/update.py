@@ -162,7 +162,7 @@ def _statistics(losses: Losses, replay: Replay, pairs: tuple[Tensor, Tensor]) ->
         ratio, logprob = losses.ratio.double(), losses.logprob.double()
         change = logprob - replay.trajectories.logprob[steps, rows].double()
         deviation = (ratio - 1).abs()
-        clip_range = replay.surrogate.clip_range
+        clip_range = replay.loss.clip_range
         outside = 0.0 if clip_range is None else float((deviation > clip_range).double().mean())
         statistics = UpdateStatistics(
             loss=losses.loss,

@@ -1,0 +1,84 @@
+"""Finds out what fits into memory before images are sampled for it."""
+
+from __future__ import annotations
+
+import torch
+
+from loopfast.engines import Engine
+from loopfast.policies import Conditioning, expand
+from loopfast.rollout import Sampler
+from loopfast.training.replay import reference_output
+from loopfast.training.run import Run
+
+# Bytes that the rehearsal of a training call leaves free: for decoded images, rewards, and the libraries under PyTorch,
+# which fail in ways of their own when a GPU is full to the last byte.
+REHEARSAL_RESERVE = 2**30
+
+
+def fit_training_calls(run: Run) -> None:
+    """Halves the automatic rows of a training call until one fits into memory; on a GPU, and where it may be tried.
+
+    Raises:
+        LoopfastError: not even one row fits.
+    """
+    # elsewhere running out of memory is not an error that can be caught
+    on_gpu = run.sampler.policy.device.type == "cuda"
+    if on_gpu and run.engine.retries and run.microbatches.automatic("train"):
+        probe(run)
+
+
+def probe(run: Run) -> None:
+    """Halves the rows of a training call until one fits into memory; see `fit_training_calls`."""
+    conditioning = run.sampler.policy.encode([run.prompts[0].text])
+    with_reference = run.config.algorithm.kl_weight > 0
+    # the optimizer's first step allocates two float32 numbers for each trained weight
+    trained = sum(parameter.numel() for parameter in run.sampler.policy.trainable().values())
+    reserve = REHEARSAL_RESERVE + 8 * trained
+
+    def attempt(rows: int) -> None:
+        rehearse(
+            run.sampler,
+            run.engine,
+            conditioning,
+            microbatch=rows,
+            with_reference=with_reference,
+            reserve=reserve,
+        )
+
+    run.microbatches.fitting("train", attempt)
+
+
+def rehearse(
+    sampler: Sampler,
+    engine: Engine,
+    conditioning: Conditioning,
+    *,
+    microbatch: int,
+    with_reference: bool,
+    reserve: int = 0,
+) -> None:
+    """The model call of an update, forward and backward, on zeros: whether memory suffices, and nothing else.
+
+    Args:
+        sampler: the policy and its transitions.
+        engine: owns the policy's weights, which stay as they are.
+        conditioning: of one prompt or more.
+        microbatch: pairs in the call.
+        with_reference: whether the policy before training is asked as well.
+        reserve: bytes that must be left on the policy's device meanwhile.
+
+    Raises:
+        torch.OutOfMemoryError: it does not.
+    """
+    policy = sampler.policy
+    held = torch.empty(reserve, dtype=torch.uint8, device=policy.device)
+    rows = torch.zeros(microbatch, dtype=torch.int64, device=policy.device)
+    sample = torch.zeros(microbatch, *policy.latent_shape, dtype=policy.dtype, device=policy.device)
+    text, timestep = expand(conditioning, rows), sampler.schedule.timesteps[rows]
+    try:
+        reference = reference_output(sampler, sample, timestep, text) if with_reference else None
+        outputs = policy.predict(sample, timestep, text, sampler.guidance_scale)
+        engine.backward(torch.stack([o.float().mean() for o in outputs if o is not None]).sum())
+        del reference, outputs, held
+    finally:
+        engine.discard()

@@ -1,0 +1,196 @@
+"""Saves where a run stands to a checkpoint, and restores it from one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopfast.errors import CheckpointError, Interrupted, LoopfastError, RewardError, WriteError
+from loopfast.rewards import RewardMemoryError
+from loopfast.rollout.trajectories import Trajectories
+from loopfast.run.checkpoints import Checkpoint
+from loopfast.training.batch import draw_prompts
+from loopfast.training.identity import changed, describe_changes, prompts_identity, sampled_identity
+from loopfast.training.run import Run, Stopped
+from loopfast.training.state import Rollout, TrainState
+
+_SAVED = ("iteration", "images", "seconds", "pending", "metrics", "updates")
+
+
+def save(run: Run, state: TrainState, score: float | None = None) -> Path:
+    """Writes a checkpoint of the present state, which is that between two updates.
+
+    Args:
+        run, state: in all processes.
+        score: the evaluation's reward, if this state was evaluated.
+    """
+    rollout = state.rollout
+    if run.meter.running and rollout is not None:
+        state.account(run.meter.stop())
+    state.seconds = state.elapsed
+    tensors, engine = run.engine.state()
+    if rollout is not None:
+        trajectories, group = rollout.trajectories, run.group
+        latents = [
+            group.gather(part, trajectories.rows, trajectories.count)
+            for part in (trajectories.latents if not group.alone else ())
+        ]
+        tensors["trajectories"] = {
+            "latents": torch.stack([part.cpu() for part in latents]) if latents else trajectories.latents,
+            "logprob": trajectories.logprob,
+            "rewards": rollout.rewards,
+        }
+    plain = {
+        "data": _data_identity(run),
+        "sampled": _sampled_identity(run, state) if rollout is not None else {},
+        "engine": engine,
+        "microbatch": run.microbatches.state_dict(),
+        "prompt_statistics": state.statistics.state_dict(),
+        "zero_gradient": state.zero_gradient,
+        **{name: getattr(state, name) for name in _SAVED},
+    }
+    path = run.group.on_first(
+        lambda: run.folder.checkpoints.save(state.iteration, len(state.updates), tensors, plain, score)
+    )
+    state.saved = state.position, path
+    return path
+
+
+def save_once(run: Run, state: TrainState) -> Path:
+    """The checkpoint of the present state, which is written unless it is there."""
+    if state.saved is not None and state.saved[0] == state.position:
+        return state.saved[1]
+    return save(run, state)
+
+
+@contextmanager
+def saved_on_failure(run: Run, state: TrainState) -> Iterator[None]:
+    """Context of a run's work, whose state is saved where a signal, a reward or a full disk ends it.
+
+    Raises:
+        Interrupted: a signal stopped the run.
+        RewardError, RewardMemoryError, WriteError: as raised inside, with what was saved.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # on a full disk this fails too, and what came first says more
+        with suppress(LoopfastError):
+            run.close_tracker()
+        if isinstance(error, RewardError | RewardMemoryError | WriteError) and run.together(error):
+            raise _with_state_saved(error, run, state) from error
+        if not isinstance(error, Stopped):
+            raise
+        interrupted = Interrupted(f"stopped; {_saved(run, state)}", run.stop.exit_code)
+        interrupted.shared = True
+        raise interrupted from None
+
+
+def _saved(run: Run, state: TrainState) -> str:
+    return f"{save_once(run, state)} is saved, --resume auto goes on from there"
+
+
+def _with_state_saved(error: LoopfastError, run: Run, state: TrainState) -> LoopfastError:
+    """The error, raised by all processes of a run at once, once the run's state is saved."""
+    try:
+        saved = _saved(run, state)
+    except LoopfastError as unsaved:
+        saved = str(unsaved)
+    told = type(error)(f"{error}; {saved}")
+    told.shared = not run.group.alone
+    return told
+
+
+def restored(run: Run, checkpoint: Checkpoint | None) -> TrainState:
+    """The state that a checkpoint holds, with the weights and the optimizer in the run's engine; None: a new one.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    if checkpoint is None:
+        return TrainState()
+    plain, tensors = checkpoint.state, checkpoint.tensors
+    try:
+        run.engine.load_state(tensors, plain["engine"])
+        run.microbatches.load_state_dict(plain.get("microbatch", {}))
+        run.resize(run.microbatches.rollout)
+        state = TrainState(
+            **{name: plain[name] for name in _SAVED}, zero_gradient=plain.get("zero_gradient", 0.0)
+        )
+        state.statistics.load_state_dict(plain["prompt_statistics"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint.path} cannot be resumed: {error}") from error
+    if _sampled_anew(run, state, checkpoint):
+        state.metrics, state.updates = {}, []
+    else:
+        state.rollout = _stored_rollout(run, tensors)
+    state.began -= state.seconds
+    return state
+
+
+def _sampled_anew(run: Run, state: TrainState, checkpoint: Checkpoint) -> bool:
+    """Whether stored trajectories belong to other prompts or rewards than there are now; says what has changed."""
+
+    def compared() -> bool:
+        data = changed(checkpoint.state.get("data", {}), _data_identity(run))
+        stored = checkpoint.state.get("sampled")
+        sampled = changed(stored, _sampled_identity(run, state)) if stored else []
+        if not (data or sampled):
+            return False
+        consequence = (
+            f"iteration {state.iteration + 1} is sampled anew"
+            if sampled
+            else "the run goes on with the present ones"
+        )
+        run.display.warning(
+            f"{describe_changes([*sampled, *data])} than when {checkpoint.path.name} was saved; {consequence}"
+        )
+        return bool(sampled)
+
+    return run.group.on_first(compared)
+
+
+def _stored_rollout(run: Run, tensors: Mapping[str, Mapping[str, Tensor]]) -> Rollout | None:
+    """What was sampled and not yet learned from, each process its rows."""
+    stored, group = tensors.get("trajectories", {}), run.group
+    known = group.on_first(
+        lambda: (
+            (stored["logprob"], stored["rewards"], stored["latents"].shape, stored["latents"].dtype)
+            if stored
+            else None
+        )
+    )
+    if known is None:
+        return None
+    logprob, rewards, shape, dtype = known
+    own, device = group.part(shape[1]), run.sampler.policy.device
+    latents = torch.stack(
+        [
+            group.broadcast(stored["latents"][step] if stored else torch.empty(shape[1:], dtype=dtype))[own]
+            for step in range(shape[0])
+        ]
+    )
+    trajectories = Trajectories(latents.to(device), logprob.to(device), own.start)
+    on_host = run.config.trajectories.device == "host"
+    return Rollout(trajectories.to_host() if on_host else trajectories, rewards)
+
+
+def _data_identity(run: Run) -> dict[str, str]:
+    """What the configuration's prompts and rewards stand for at present."""
+    prompts = {"prompts.source": prompts_identity(run.prompts)}
+    if run.config.evaluation.prompts is not None:
+        prompts["evaluation.prompts"] = prompts_identity(run.evaluation_prompts)
+    return prompts | run.reward_identity
+
+
+def _sampled_identity(run: Run, state: TrainState) -> dict[str, Any]:
+    """What the iteration's trajectories are sampled for and scored by at present."""
+    schedule, trained = run.steps.drawn(run.config.run.seed, state.iteration)
+    shape = run.sampler.policy.latent_shape
+    prompts = draw_prompts(run, state.iteration)
+    return sampled_identity(prompts, run.reward_identity, schedule, trained, shape)
