@@ -33,19 +33,20 @@ checkpoint: {every: 3}
 # A run's peak, less what its libraries take, and what of it the trajectories are.
 WORKER = """\
 import json, sys
+import loopfast.training.collect as collecting
 import loopfast.training.train as training
 from loopfast.system.allocator import reuse_freed_memory
 from loopfast.config import load_config
 from loopfast.run.console import Display
 
 kept = 0
-gathered = training.Trainer._gathered
-def counted(self, *arguments):
+gathered = collecting.gathered
+def counted(*arguments):
     global kept
-    found = gathered(self, *arguments)
+    found = gathered(*arguments)
     kept = max(kept, found[0].latents.nbytes + found[0].logprob.nbytes)
     return found
-training.Trainer._gathered = counted
+collecting.gathered = counted
 reuse_freed_memory()
 folder = training.train(load_config(sys.argv[1]), display=Display(quiet=True))
 print(json.dumps({"folder": str(folder), "trajectories": kept}))

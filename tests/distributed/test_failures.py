@@ -199,7 +199,9 @@ def test_a_launch_names_the_process_that_fails(
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\necho "error: $*" >&2\n{end}\n')
     program.chmod(0o755)
-    before = f"import loopfast.distributed.launch\nloopfast.launch.sys.executable = {str(program)!r}\n"
+    before = (
+        f"import loopfast.distributed.launch\nloopfast.distributed.launch.sys.executable = {str(program)!r}\n"
+    )
     command = ["launch", "--nproc", "2", "--config", "tiny", "--resume", "nowhere"]
     runs.ranks.start([*command, "--max-restarts", str(restarts)], 1, before=before)
     assert runs.ranks.wait() == [code]

@@ -49,13 +49,13 @@ def test_what_two_processes_saved_another_number_goes_on_from(
 
 STOP = """\
 import os, signal, loopfast.training.train
-learn = loopfast.training.train.Trainer._learn
-def stopped(self, *arguments):
-    done = learn(self, *arguments)
-    if rank == 1 and self.progress.iteration == 1 and not self.progress.updates:
+update = loopfast.training.train.fitted_update
+def stopped(run, state, *arguments):
+    done = update(run, state, *arguments)
+    if rank == 1 and state.iteration == 1 and not state.updates:
         os.kill(os.getpid(), signal.SIGTERM)
     return done
-loopfast.training.train.Trainer._learn = stopped
+loopfast.training.train.fitted_update = stopped
 """
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from loopfast.config import ModelConfig, load_config
 from loopfast.errors import ConfigError
-from loopfast.policies import Policy, levers, load_policy
+from loopfast.policies import Policy, load_policy
+from loopfast.policies.fast import switches
 from loopfast.policies.fast.switches import Tf32Conv2d, decoder_precision, set_arithmetic, set_attention
 from loopfast.system import xformers_build
 
@@ -36,7 +37,7 @@ def _process() -> Iterator[None]:
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     fills, workspace = (
         torch.utils.deterministic.fill_uninitialized_memory,
-        os.environ.get(levers.CUBLAS_WORKSPACE),
+        os.environ.get(switches.CUBLAS_WORKSPACE),
     )
     yield
     for backend, value in zip(backends, tf32, strict=True):
@@ -44,9 +45,9 @@ def _process() -> Iterator[None]:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fills
-    os.environ.pop(levers.CUBLAS_WORKSPACE, None)
+    os.environ.pop(switches.CUBLAS_WORKSPACE, None)
     if workspace is not None:
-        os.environ[levers.CUBLAS_WORKSPACE] = workspace
+        os.environ[switches.CUBLAS_WORKSPACE] = workspace
 
 
 def settings(folder: Path | str = "-", **options: Any) -> ModelConfig:
@@ -141,7 +142,7 @@ def test_a_decoder_in_tf32_leaves_the_process_and_the_denoiser_alone(
     fast: str, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = load_policy(settings(pipeline_folder, fast_layers=fast))
-    monkeypatch.setattr(levers, "_without_tf32", lambda device: None)
+    monkeypatch.setattr(switches, "_without_tf32", lambda device: None)
     policy: Any = load_policy(settings(pipeline_folder, fast_layers=fast))
     assert policy.levers["decoder"] == "tf32"
     assert not any(isinstance(module, Tf32Conv2d) for module in policy.denoiser.modules())
@@ -198,11 +199,11 @@ def test_a_gpu_decodes_in_tf32(pipeline_folder: Path) -> None:
 
 
 def test_deterministic_algorithms_are_set(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(levers.CUBLAS_WORKSPACE, raising=False)
+    monkeypatch.delenv(switches.CUBLAS_WORKSPACE, raising=False)
     torch.backends.cudnn.benchmark = True
     load_policy(settings(pipeline_folder))
     assert not torch.are_deterministic_algorithms_enabled()
-    assert levers.CUBLAS_WORKSPACE not in os.environ
+    assert switches.CUBLAS_WORKSPACE not in os.environ
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     policy = load_policy(settings(pipeline_folder, deterministic=True))
     assert policy.levers["deterministic"] is True
@@ -211,7 +212,7 @@ def test_deterministic_algorithms_are_set(pipeline_folder: Path, monkeypatch: py
     assert torch.backends.cudnn.deterministic
     assert not torch.backends.cudnn.benchmark
     assert not torch.utils.deterministic.fill_uninitialized_memory
-    assert os.environ[levers.CUBLAS_WORKSPACE] == ":4096:8"
+    assert os.environ[switches.CUBLAS_WORKSPACE] == ":4096:8"
     # the value is there now: it no longer matters whether CUDA runs
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     set_arithmetic(settings(deterministic=True), CPU)
@@ -221,9 +222,9 @@ def test_deterministic_algorithms_are_set(pipeline_folder: Path, monkeypatch: py
 def test_a_workspace_that_is_not_deterministic(
     found: str | None, started: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(levers.CUBLAS_WORKSPACE, raising=False)
+    monkeypatch.delenv(switches.CUBLAS_WORKSPACE, raising=False)
     if found is not None:
-        monkeypatch.setenv(levers.CUBLAS_WORKSPACE, found)
+        monkeypatch.setenv(switches.CUBLAS_WORKSPACE, found)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
     with pytest.raises(
         ConfigError, match=r"model\.deterministic: needs .* CUBLAS_WORKSPACE_CONFIG before CUDA"
@@ -235,11 +236,11 @@ def test_a_workspace_that_is_not_deterministic(
 def test_the_command_line_sets_the_workspace_before_processes_join(monkeypatch: pytest.MonkeyPatch) -> None:
     from loopfast.cli.options import load
 
-    monkeypatch.delenv(levers.CUBLAS_WORKSPACE, raising=False)
+    monkeypatch.delenv(switches.CUBLAS_WORKSPACE, raising=False)
     load("tiny", [])
-    assert levers.CUBLAS_WORKSPACE not in os.environ
+    assert switches.CUBLAS_WORKSPACE not in os.environ
     load("tiny", ["model.deterministic=true"])
-    assert os.environ[levers.CUBLAS_WORKSPACE] in levers.CUBLAS_WORKSPACES
+    assert os.environ[switches.CUBLAS_WORKSPACE] in switches.CUBLAS_WORKSPACES
 
 
 # Runs in a process of its own: the environment variable has no effect after the first product on CUDA.
@@ -413,8 +414,8 @@ def test_attention_is_timed_on_the_policys_gpu(
     monkeypatch.setitem(sys.modules, "xformers.ops", theirs)
     draw = torch.randn
     monkeypatch.setattr(torch, "randn", lambda shape, **options: draw(shape))
-    monkeypatch.setattr(levers, "why_unusable", lambda: None)
-    monkeypatch.setattr(levers, "_milliseconds", milliseconds)
+    monkeypatch.setattr(switches, "why_unusable", lambda: None)
+    monkeypatch.setattr(switches, "_milliseconds", milliseconds)
     monkeypatch.setattr(torch.cuda, "device", device)
-    assert levers._fastest(unet, GPU, torch.float32) == "xformers"
+    assert switches._fastest(unet, GPU, torch.float32) == "xformers"
     assert timed == [(GPU,), (GPU,)]

@@ -22,7 +22,7 @@ from loopfast.rewards.base import CountError
 from loopfast.rewards.models.pretrained import Placement, PretrainedReward
 from loopfast.run.folder import RunFolder
 from loopfast.training.microbatch import Microbatches
-from loopfast.training.scoring import Judge
+from loopfast.training.scoring import Scoring
 
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is "
@@ -196,16 +196,16 @@ class TwoProcesses(Group):
 @pytest.fixture
 def judge(
     small_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Judge]]:
+) -> Iterator[Callable[..., Scoring]]:
     made = []
 
-    def make(reward: Any, group: Group | None = None, *overrides: str) -> Judge:
+    def make(reward: Any, group: Group | None = None, *overrides: str) -> Scoring:
         monkeypatch.setattr(
             "loopfast.training.scoring.build_rewards",
             lambda terms, **options: RewardSet([RewardTerm("mine", reward)], **options),
         )
         config = small_config("reward=[{name: jpeg_compressibility, label: mine}]", *overrides)
-        made.append(Judge(config, group or ALONE, RunFolder(config), lambda text: None))
+        made.append(Scoring(config, group or ALONE, RunFolder(config), lambda text: None))
         return made[-1]
 
     yield make
@@ -220,20 +220,15 @@ def untimed() -> Iterator[None]:
 
 @pytest.mark.parametrize("worker", ["inline", "thread", "none"])
 def test_the_sampling_is_not_made_smaller_for_a_rewards_sake(
-    worker: Any, judge: Callable[..., Judge]
+    worker: Any, judge: Callable[..., Scoring]
 ) -> None:
     microbatches = Microbatches("auto", "auto", 64, lambda text: None)
     judging = judge(Brightness(0), None, f"rollout.reward_worker={worker}")
 
     def attempt(rows: int) -> Any:
-        def sample(finished: Callable[[slice, Tensor], None]) -> Any:
-            finished(slice(0, 5), images())
-            return type("Trajectories", (), {"final": images()})
-
-        with judging.together():
-            return judging.sample(
-                worker, sample, lambda latents: latents, [Prompt(text) for text in PROMPTS], untimed
-            )
+        with judging.together(), judging.scorer(worker, lambda latents: latents, untimed) as scorer:
+            scorer.submit(images(), [Prompt(text) for text in PROMPTS])
+            return scorer.result()
 
     with pytest.raises(
         RewardMemoryError, match="iteration 0: reward 'mine' ran out of memory on cpu"
@@ -244,7 +239,7 @@ def test_the_sampling_is_not_made_smaller_for_a_rewards_sake(
     assert not (judging._folder.path / "failures").exists()
 
 
-def test_processes_end_together_with_the_same_error(judge: Callable[..., Judge]) -> None:
+def test_processes_end_together_with_the_same_error(judge: Callable[..., Scoring]) -> None:
     prompts = [Prompt(text) for text in PROMPTS]
     short = judge(Brightness(0), TwoProcesses())
     with (

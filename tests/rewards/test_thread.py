@@ -30,7 +30,7 @@ from loopfast.rewards import RewardProcess, RewardThread, Scores, build_rewards
 from loopfast.run.console import Display
 from loopfast.run.folder import RunFolder
 from loopfast.run.tracking import describe, read_metrics
-from loopfast.training.scoring import Judge
+from loopfast.training.scoring import Scoring
 from tests.distributed.ranks import shared_ranks
 
 MakeConfig = Callable[..., Config]
@@ -432,7 +432,7 @@ def test_a_process_computes_in_the_precision_of_the_configuration(
         "rollout.reward_worker=process",
         f"model.tf32={str(wanted).lower()}",
     )
-    judge = Judge(config, ALONE, RunFolder(config), lambda text: None)
+    judge = Scoring(config, ALONE, RunFolder(config), lambda text: None)
     try:
         found = judge.score(images(1), [Prompt("a")]).total
     finally:

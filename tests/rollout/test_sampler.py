@@ -36,6 +36,14 @@ def sampler(policy: Policy, microbatch: int = 4, guidance: float = 1.0, reductio
     return Sampler(policy, schedule, guidance, reduction, microbatch)
 
 
+def stream(made: Sampler, **options: Any) -> Trajectories:
+    """What comes out of the microbatches, one after the other."""
+    found = made.allocate(len(SEEDS))
+    for _ in made.stream(found, made.policy.encode(PROMPTS), ROWS, SEEDS, **options):
+        pass
+    return found
+
+
 def run(made: Sampler, rows: Tensor = ROWS, seeds: Tensor = SEEDS) -> Trajectories:
     return made.sample(made.policy.encode(PROMPTS), rows, seeds)
 
@@ -155,7 +163,7 @@ def test_what_is_between_microbatches_may_stop_it(policy: Policy) -> None:
 
     made = sampler(policy, 3)
     with pytest.raises(KeyboardInterrupt):
-        made.sample(policy.encode(PROMPTS), ROWS, SEEDS, between=between)
+        stream(made, between=between)
     assert len(calls) == 2
 
 

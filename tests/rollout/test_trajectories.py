@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loopfast.rollout.trajectories import Trajectories, shuffled_pairs
+from loopfast.rollout.trajectories import Trajectories
+from loopfast.training.pairs import shuffled_pairs
 
 
 def test_pairs_are_neighboring_latents() -> None:

@@ -36,7 +36,10 @@ def sampler(
 
 
 def run(made: Sampler, **options: Any) -> Trajectories:
-    return made.sample(made.policy.encode(PROMPTS), ROWS, SEEDS, **options)
+    found = made.allocate(len(SEEDS))
+    for _ in made.stream(found, made.policy.encode(PROMPTS), ROWS, SEEDS, **options):
+        pass
+    return found
 
 
 def same(first: Trajectories, second: Trajectories) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import loopfast.distributed.launch
-import loopfast.training.train
+import loopfast.training.setup
 from loopfast.__main__ import main
 from loopfast.config import load_config
 from loopfast.engines import require_type
@@ -105,8 +105,8 @@ def test_float16_that_deepspeed_refuses_is_one_line_before_anything_is_loaded(
 
     monkeypatch.setattr(processor, "has_kernels", lambda dtype: False)
     for place, name in (
-        (loopfast.training.train, "joined"),
-        (loopfast.training.train, "load_policy"),
+        (loopfast.training.setup, "joined"),
+        (loopfast.training.setup, "load_policy"),
         (loopfast.distributed.launch, "launch"),
     ):
         monkeypatch.setattr(place, name, unwanted)

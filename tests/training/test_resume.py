@@ -19,6 +19,7 @@ from loopfast.rollout import Sampler
 from loopfast.run.console import Display
 from loopfast.run.lock import NAME, locked
 from loopfast.run.tracking import Tracker, read_metrics
+from loopfast.training import saving
 from tests.distributed.ranks import Ranks, shared_ranks
 from tests.outcomes import differences, leftovers, outcome
 from tests.rounding import no_deviation
@@ -242,22 +243,22 @@ def test_a_folder_that_holds_no_run_is_not_resumed(copied: Path, small_config: M
         run(small_config(*FEW), "auto")
 
 
-# Files cannot grow beyond a limit from the nth call of a method of the trainer on.
+# Files cannot grow beyond a limit from the nth call of a function of the trainer on.
 LIMITED = """\
 import resource
 import loopfast.training.train
 
-original = loopfast.training.train.Trainer.{method}
+original = loopfast.training.train.{method}
 calls = 0
 
-def limited(self, *args, **kwargs):
+def limited(*args, **kwargs):
     global calls
     calls += 1
     if calls == {call}:
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-    return original(self, *args, **kwargs)
+    return original(*args, **kwargs)
 
-loopfast.training.train.Trainer.{method} = limited
+loopfast.training.train.{method} = limited
 """
 
 
@@ -265,9 +266,9 @@ loopfast.training.train.Trainer.{method} = limited
     ("method", "call", "limit", "iterations", "said"),
     [
         pytest.param("save", 2, 20_000, 2, "cannot save checkpoint iteration-000002", id="checkpoint"),
-        pytest.param("record", 3, 1_300, 3, "cannot write the metrics in ", id="metrics"),
-        pytest.param("record", 3, 200, 2, "cannot write in ", id="evaluation"),
-        pytest.param("finish", 1, 10_000, 1, "cannot write in ", id="export"),
+        pytest.param("finish_iteration", 3, 1_300, 3, "cannot write the metrics in ", id="metrics"),
+        pytest.param("finish_iteration", 3, 200, 2, "cannot write in ", id="evaluation"),
+        pytest.param("export", 1, 10_000, 1, "cannot write in ", id="export"),
     ],
 )
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
@@ -397,7 +398,7 @@ def test_a_second_process_in_the_same_folder_is_refused(
     config = make_config(tmp_path, *FEW)
     folder = tmp_path / "small"
     with locked(folder, print):
-        ranks.start(written(config), 1, before="import loopfast.run.lock\nloopfast.run_lock.PATIENCE = 0\n")
+        ranks.start(written(config), 1, before="import loopfast.run.lock\nloopfast.run.lock.PATIENCE = 0\n")
         assert ranks.wait() == [1]
         [line] = ranks.errors(0).splitlines()
         assert line.startswith(f"error: {folder} is in use by process {os.getpid()} on host ")
@@ -476,8 +477,8 @@ def test_a_checkpoint_that_does_not_say_what_it_belongs_to_is_resumed_as_before(
         run(with_files.model_copy(update={"run": with_files.run.model_copy(update={"name": "u"})}))
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Trainer, "_data_identity", lambda self: {})
-        patch.setattr(training.Trainer, "_sampled_identity", lambda self: {})
+        patch.setattr(saving, "_data_identity", lambda run: {})
+        patch.setattr(saving, "_sampled_identity", lambda run, state: {})
         with pytest.raises(Interrupted):
             run(with_files, None, Signals(signal.SIGTERM, "replay", 1))
     with (tmp_path / "others.txt").open("a", encoding="utf-8") as file:
@@ -500,18 +501,18 @@ def test_sampling_looks_for_signals_between_batches(
 ) -> None:
     config = small_config("rollout.microbatch=2", "train.microbatch=2", "train.iterations=1")
     calls = []
-    predict = Sampler.sample
+    stream = Sampler.stream
 
-    def sample(self: Sampler, *args: Any, between: Any = lambda: None, **kwargs: Any) -> Any:
+    def watched(self: Sampler, *args: Any, between: Any = lambda: None, **kwargs: Any) -> Any:
         def counted() -> None:
             calls.append(len(calls))
             if len(calls) == 3:
                 os.kill(os.getpid(), signal.SIGINT)
             between()
 
-        return predict(self, *args, between=counted, **kwargs)
+        return stream(self, *args, between=counted, **kwargs)
 
-    monkeypatch.setattr(Sampler, "sample", sample)
+    monkeypatch.setattr(Sampler, "stream", watched)
     with pytest.raises(LoopfastError, match="stopped"):
         run(config)
     # two batches of the evaluation, and none of the rollout's but the one that was asked about

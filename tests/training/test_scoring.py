@@ -21,7 +21,7 @@ from loopfast.errors import ConfigError, Interrupted, RewardError
 from loopfast.run.console import Display
 from loopfast.run.folder import RunFolder
 from loopfast.run.tracking import read_metrics
-from loopfast.training.loss import Surrogate
+from loopfast.training.loss import compare
 from tests.rewards.test_thread import in_a_thread  # noqa: F401
 from tests.training.test_resume import Signals, outcome
 
@@ -146,12 +146,12 @@ def test_advantages_and_history_are_those_of_the_others(name: str) -> None:
     rewards = torch.tensor([[1.0, 3.0], [math.nan, math.nan], [2.0, 7.0]])
     kept, device = torch.tensor([0, 2]), torch.device("cpu")
     histories = PromptStatistics(min_count=1), PromptStatistics(min_count=1)
-    whole = Surrogate(AlgorithmConfig(name=name), rewards, ["a", "b", "c"], histories[0], device)
-    rest = Surrogate(AlgorithmConfig(name=name), rewards[kept], ["a", "c"], histories[1], device)
-    assert torch.equal(whole._advantage.view(3, 2)[kept], rest._advantage.view(2, 2))
-    assert torch.equal(whole._scale, rest._scale)
+    whole = compare(AlgorithmConfig(name=name), rewards, ["a", "b", "c"], histories[0], device)
+    rest = compare(AlgorithmConfig(name=name), rewards[kept], ["a", "c"], histories[1], device)
+    assert torch.equal(whole.values.view(3, 2)[kept], rest.values.view(2, 2))
+    assert torch.equal(whole.scale, rest.scale)
     # a process without pairs of its own makes a call of any row, which counts for nothing: it must not be NaN
-    assert whole._advantage[2:4].tolist() == whole._rewards[1].tolist() == [0.0, 0.0]
+    assert whole.values[2:4].tolist() == whole.rewards[1].tolist() == [0.0, 0.0]
     assert histories[0].state_dict() == histories[1].state_dict()
 
 

@@ -35,8 +35,13 @@ from loopfast.rewards import RewardMemoryError
 from loopfast.rollout import Sampler
 from loopfast.run.console import Display
 from loopfast.run.tracking import describe, read_metrics
-from loopfast.system.interrupts import StopRequest
-from loopfast.training.loss import Surrogate
+from loopfast.training.batch import draw_batch
+from loopfast.training.facts import announce
+from loopfast.training.loss import PolicyLoss
+from loopfast.training.probe import probe
+from loopfast.training.run import Run
+from loopfast.training.setup import start
+from loopfast.training.state import TrainState
 from loopfast.training.update import UpdateStatistics
 from loopfast_kernels import backend
 from tests.rounding import no_deviation
@@ -263,7 +268,7 @@ def test_the_ratio_is_one_for_every_pair_before_the_first_update(
 ) -> None:
     updates: list[list[Tensor]] = []
 
-    class Recorded(Surrogate):
+    class Recorded(PolicyLoss):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             result = super().__call__(*args, **kwargs)
             updates[-1].append(result.ratio.detach().clone())
@@ -274,7 +279,7 @@ def test_the_ratio_is_one_for_every_pair_before_the_first_update(
         return original(*args, **kwargs)
 
     original = training.update
-    monkeypatch.setattr(training, "Surrogate", Recorded)
+    monkeypatch.setattr(training, "PolicyLoss", Recorded)
     monkeypatch.setattr(training, "update", update)
     # a screening's ratios would be counted, too
     config = small_config("train.iterations=2", "train.screening=off", *BARE, *overrides)
@@ -370,12 +375,12 @@ def test_a_loss_that_is_not_finite_is_explained_and_changes_nothing(
     small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = itertools.count()
-    trainers = []
+    runs: list[Run] = []
+    announce = training.announce
 
-    class Kept(training.Trainer):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            trainers.append(self)
+    def begun(run: Run, state: TrainState) -> None:
+        runs.append(run)
+        announce(run, state)
 
     def spoil(output: Tensor) -> Tensor:
         # the second call of the second iteration's training, that is, its second update
@@ -383,13 +388,13 @@ def test_a_loss_that_is_not_finite_is_explained_and_changes_nothing(
             return output
         return torch.cat([output[:1] * math.nan, output[1:]])
 
-    monkeypatch.setattr(training, "Trainer", Kept)
+    monkeypatch.setattr(training, "announce", begun)
     config = small_config("train.microbatch=16", "rollout.microbatch=16")
     snapshots = []
     original = training.update
 
     def update(*args: Any, **kwargs: Any) -> Any:
-        parameters = trainers[0].sampler.policy.trainable()
+        parameters = runs[0].sampler.policy.trainable()
         snapshots.append({name: value.detach().clone() for name, value in parameters.items()})
         return original(*args, **kwargs)
 
@@ -401,9 +406,9 @@ def test_a_loss_that_is_not_finite_is_explained_and_changes_nothing(
     assert str(caught.value) == (f"iteration 2: the loss is not finite; images and prompts are in {failures}")
     [(image, prompt)] = json.loads((failures / "prompts.json").read_text("utf-8")).items()
     assert Image.open(failures / image).size == (32, 32)
-    assert prompt in {p.text for p in trainers[0].prompts}
+    assert prompt in {p.text for p in runs[0].prompts}
     assert len(snapshots) == 4
-    assert same(dict(trainers[0].sampler.policy.trainable()), snapshots[-1])
+    assert same(dict(runs[0].sampler.policy.trainable()), snapshots[-1])
     assert [line["iteration"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 1]
     # what went wrong is over: the run goes on from its last checkpoint
     resumed = run(config, "auto")
@@ -584,16 +589,16 @@ def test_what_cannot_fit_into_memory_is_told(
 def test_a_training_call_is_rehearsed_before_images_are_sampled_for_it(small_config: MakeConfig) -> None:
     warnings = io.StringIO()
     display = Display(quiet=True, errors=Console(file=warnings, width=1000))
-    with StopRequest() as stop:
-        trainer = training.Trainer(small_config(), None, display, stop)
-    before = {name: p.detach().clone() for name, p in trainer.sampler.policy.trainable().items()}
-    with memory_for(3, of_training_calls=True) as calls:
-        trainer._rehearse()
-    assert calls == [8, 4, 2]
-    assert (trainer.microbatches.rollout, trainer.microbatches.train) == (2, 2)
-    assert warnings.getvalue().count("do not fit") == 2
-    assert same(dict(trainer.sampler.policy.trainable()), before)
-    assert all(p.grad is None for p in trainer.sampler.policy.trainable().values())
+    with start(small_config(), None, display) as (run, _):
+        policy = run.sampler.policy
+        before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+        with memory_for(3, of_training_calls=True) as calls:
+            probe(run)
+        assert calls == [8, 4, 2]
+        assert (run.microbatches.rollout, run.microbatches.train) == (2, 2)
+        assert warnings.getvalue().count("do not fit") == 2
+        assert same(dict(policy.trainable()), before)
+        assert all(p.grad is None for p in policy.trainable().values())
 
 
 def test_recorded_steps_are_freed_when_the_rows_of_a_call_change(small_config: MakeConfig) -> None:
@@ -634,18 +639,18 @@ class Replayed:
 @contextmanager
 def replayed(zero_gradient: Sequence[float] = ()) -> Iterator[list[Replayed]]:
     """Inside, updates are entered in the list; their shares without a gradient read as given, if they are."""
-    fit = training.Trainer._learn
+    fit = training.fitted_update
     entered: list[Replayed] = []
 
-    def learn(self: training.Trainer, *args: Any) -> UpdateStatistics:
+    def update(run: Run, *args: Any) -> UpdateStatistics:
         def called(module: Any, args: Any, kwargs: Any) -> None:
             part = entry.training if torch.is_grad_enabled() else entry.screening
             part.append(len(kwargs.get("sample", args[0] if args else None)))
 
         entered.append(entry := Replayed())
-        handle = self.sampler.policy.denoiser.register_forward_pre_hook(called, with_kwargs=True)
+        handle = run.sampler.policy.denoiser.register_forward_pre_hook(called, with_kwargs=True)
         try:
-            entry.done = fit(self, *args)
+            entry.done = fit(run, *args)
         finally:
             handle.remove()
         if zero_gradient:
@@ -653,7 +658,7 @@ def replayed(zero_gradient: Sequence[float] = ()) -> Iterator[list[Replayed]]:
         return entry.done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Trainer, "_learn", learn)
+        patch.setattr(training, "fitted_update", update)
         yield entered
 
 
@@ -923,16 +928,14 @@ def test_prompts_are_drawn_without_repeating_any_before_all_had_their_turn(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\na green cross\n")
     config = small_config(f"prompts.source={tmp_path / 'prompts.txt'}", "rollout.prompts_per_iteration=7")
-    with StopRequest() as stop:
-        trainer = training.Trainer(config, None, Display(quiet=True), stop)
     batches = []
-    for trainer.progress.iteration in range(6):
-        batch, conditioning, owner = trainer._batch()
-        texts = [prompt.text for prompt in batch]
-        assert sorted(texts[:3]) == sorted(texts[3:6]) == sorted(p.text for p in trainer.prompts)
-        assert owner.tolist() == [index for index in range(7) for _ in range(2)]
-        assert len(conditioning["encoder_hidden_states"]) == 7
-        batches.append(tuple(texts))
+    with start(config, None, Display(quiet=True)) as (run, _):
+        for iteration in range(6):
+            batch = draw_batch(run, iteration)
+            assert sorted(batch.texts[:3]) == sorted(batch.texts[3:6]) == sorted(p.text for p in run.prompts)
+            assert batch.prompt_index.tolist() == [index for index in range(7) for _ in range(2)]
+            assert len(batch.conditioning["encoder_hidden_states"]) == 7
+            batches.append(tuple(batch.texts))
     assert len(set(batches)) > 1
 
 
@@ -952,8 +955,8 @@ def test_a_scheduler_that_ddim_replaces_and_prompts_that_are_cut_are_said_at_the
     )
     warnings, shown = io.StringIO(), io.StringIO()
     display = Display(console=Console(file=shown, width=1000), errors=Console(file=warnings, width=1000))
-    with StopRequest() as stop:
-        training.Trainer(config, None, display, stop).start()
+    with start(config, None, display) as parts:
+        announce(*parts)
     limit = "longer than a text encoder reads and cut (CLIP at 16 tokens"
     scheduler, first, second = warnings.getvalue().splitlines()
     assert scheduler.startswith(

@@ -15,8 +15,9 @@ from loopfast.errors import NonFiniteError
 from loopfast.rollout import Sampler
 from loopfast.rollout.trajectories import Trajectories
 from loopfast.schedules import TransitionSchedule
-from loopfast.training.loss import Surrogate
-from loopfast.training.replay import Replay, rehearse
+from loopfast.training.loss import PolicyLoss, compare
+from loopfast.training.probe import rehearse
+from loopfast.training.replay import Replay
 from loopfast.training.update import Screening, UpdateStatistics, screen, update
 
 GROUPS, SAMPLES, STEPS, SHAPE = 2, 3, 3, (2, 2)
@@ -107,8 +108,14 @@ class Case:
         self.rows, self.steps = order % ROWS, order // ROWS
 
     def replay(self, algorithm: AlgorithmConfig, rewards: Tensor = REWARDS) -> Replay:
-        surrogate = Surrogate(algorithm, rewards, ["a", "b"], PromptStatistics(), torch.device("cpu"))
-        return Replay(self.sampler, surrogate, self.trajectories, {"text": self.text}, self.prompts)
+        advantages = compare(algorithm, rewards, ["a", "b"], PromptStatistics(), torch.device("cpu"))
+        return Replay(
+            self.sampler,
+            PolicyLoss(algorithm, advantages),
+            self.trajectories,
+            {"text": self.text},
+            self.prompts,
+        )
 
     def screen(
         self, algorithm: AlgorithmConfig, microbatch: int = 11, rewards: Tensor = REWARDS
