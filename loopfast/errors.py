@@ -7,8 +7,10 @@ The command line prints ``error: <message>`` and exits with ``exit_code``. So it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
+    "CallbackError",
     "CheckpointError",
     "ConfigError",
     "Interrupted",
@@ -17,6 +19,7 @@ __all__ = [
     "NonFiniteError",
     "PeerError",
     "RewardError",
+    "RunExistsError",
     "WriteError",
     "first_line",
     "one_line",
@@ -61,6 +64,34 @@ class ConfigError(LoopfastError):
     exit_code = 2
 
 
+class RunExistsError(ConfigError):
+    """A new run would be written over another.
+
+    Args:
+        folder: of the run that is there.
+        free_name: a name for the new one, which no run in the same directory has.
+        resume, rename: how to go on with the one, and how to name the other; None: as options of the command line.
+    """
+
+    def __init__(
+        self, folder: object, free_name: str, resume: str = "--resume auto", rename: str | None = None
+    ) -> None:
+        rename = rename or f"--set run.name={free_name}"
+        super().__init__(
+            f"{folder} already holds a run: go on with it ({resume}), or give this one another name ({rename})"
+        )
+        self.folder, self.free_name = folder, free_name
+
+    def advising(self, resume: str, rename: str) -> RunExistsError:
+        """The same error with other advice."""
+        other = RunExistsError(self.folder, self.free_name, resume, rename)
+        other.shared, other.silent = self.shared, self.silent
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder, self.free_name), self.__dict__
+
+
 class RewardError(LoopfastError):
     """A reward raised, or returned something that is not one finite number per image.
 
@@ -73,6 +104,10 @@ class RewardError(LoopfastError):
     def __init__(self, message: str, images_index: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.images_index: tuple[int, ...] = tuple(images_index)
+
+
+class CallbackError(LoopfastError):
+    """A callback of the user's raised; what it raised is the cause."""
 
 
 class CheckpointError(LoopfastError):

@@ -37,9 +37,9 @@ checkpoint: {every: 1}
 FORKED = (
     "distributed",
     "test_resume",
-    "test_profile_run",
+    "test_profile",
     "test_process",
-    "test_reward_worker",
+    "test_thread",
     "test_http",
     "test_study",
 )

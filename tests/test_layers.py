@@ -22,7 +22,7 @@ LAYERS = [
     {"distributed", "prompts", "rewards"},
     {"engines", "evaluation"},
     {"exporting", "training"},
-    {"planning"},
+    {"api", "planning"},
     {"cli"},
     {"__main__", ""},
 ]

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from loopfast.cli.app import config_app
-from loopfast.cli.options import ConfigArgument, Overrides, load, quiet_libraries
+from loopfast.cli.options import ConfigArgument, ConfigOption, Overrides, load, one_config
+from loopfast.system.libraries import quiet_libraries
 
 if TYPE_CHECKING:
     from loopfast.policies import TextLimit
@@ -17,15 +18,19 @@ if TYPE_CHECKING:
 @config_app.command(
     "show", epilog="**Example:** `loopfast config show tiny --set model.tune=lora > mine.yaml`"
 )
-def config_show(config: ConfigArgument, overrides: Overrides = None) -> None:
+def config_show(
+    config: ConfigArgument = None, named: ConfigOption = None, overrides: Overrides = None
+) -> None:
     """Print a configuration with every default filled in."""
     from loopfast.config import config_to_yaml
 
-    print(config_to_yaml(load(config, overrides)), end="")
+    print(config_to_yaml(load(one_config(config, named), overrides)), end="")
 
 
 @config_app.command("check", epilog="**Example:** `loopfast config check mine.yaml`")
-def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
+def config_check(
+    config: ConfigArgument = None, named: ConfigOption = None, overrides: Overrides = None
+) -> None:
     """Check a configuration, its prompts, rewards, scheduler and DeepSpeed file without loading any model.
 
     Prompts that are longer than the model's text encoders read are listed, with where they are cut.
@@ -33,7 +38,8 @@ def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
     Names of models on the hub are not looked up; that their weights can be read shows when training starts, before
     anything is sampled.
     """
-    settings = load(config, overrides)
+    name = one_config(config, named)
+    settings = load(name, overrides)
     quiet_libraries()
     from loopfast.engines import require_settings, require_type
     from loopfast.policies import check_model, load_schedule, local_text_limits
@@ -59,7 +65,7 @@ def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
         )
     rewards = build_rewards(settings.reward, load=False)
     lines += [f"reward {term.name}: weight {term.weight:g}" for term in rewards.terms]
-    print(*lines, f"{config}: no problem found", sep="\n")
+    print(*lines, f"{name}: no problem found", sep="\n")
 
 
 def _describe_prompts(source: str, prompts: PromptList, limits: Sequence[TextLimit] | None) -> Iterator[str]:
@@ -84,9 +90,11 @@ def _describe_prompts(source: str, prompts: PromptList, limits: Sequence[TextLim
 @config_app.command(
     "deepspeed", epilog="**Example:** `loopfast config deepspeed tiny --set distributed.zero_stage=3`"
 )
-def config_deepspeed(config: ConfigArgument, overrides: Overrides = None) -> None:
+def config_deepspeed(
+    config: ConfigArgument = None, named: ConfigOption = None, overrides: Overrides = None
+) -> None:
     """Print the JSON that DeepSpeed is started with."""
-    settings = load(config, overrides)
+    settings = load(one_config(config, named), overrides)
     quiet_libraries()
     from loopfast.engines import deepspeed_settings, require_settings
     from loopfast.planning.architectures import load_architecture

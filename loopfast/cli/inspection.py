@@ -15,16 +15,18 @@ from rich.console import Console
 from rich.table import Table
 
 from loopfast.cli.app import app
-from loopfast.cli.options import ConfigOption, Overrides, Quiet, load, quiet_libraries
+from loopfast.cli.options import ConfigArgument, ConfigOption, Overrides, Quiet, load, one_config
 from loopfast.errors import LoopfastError
 from loopfast.system.files import writing
+from loopfast.system.libraries import quiet_libraries
 
 
 @app.command(
     epilog="**Example:** `loopfast schedule --config tiny --set rollout.steps=20 --plot schedule.png`"
 )
 def schedule(
-    config: ConfigOption,
+    config: ConfigArgument = None,
+    named: ConfigOption = None,
     overrides: Overrides = None,
     plot: Annotated[
         Path | None,
@@ -37,7 +39,7 @@ def schedule(
     standard deviation `σ`. The sensitivity `(b/σ)²` is how strongly the log-probability reacts to the model
     output; steps far above the others dominate the gradient, and `train.steps: auto` leaves them out.
     """
-    settings = load(config, overrides)
+    settings = load(one_config(config, named), overrides)
     quiet_libraries()
     from loopfast.policies import load_schedule, scheduler_notes
     from loopfast.rollout import stochastic_steps
@@ -79,7 +81,8 @@ def schedule(
     epilog="**Example:** `loopfast plan --config sd15-jpeg --gpus 4 --memory 24GiB --set model.tune=full`"
 )
 def plan(
-    config: ConfigOption,
+    config: ConfigArgument = None,
+    named: ConfigOption = None,
     overrides: Overrides = None,
     gpus: Annotated[
         int | None, typer.Option(metavar="N", help="Processes, each with a device; default: 1.")
@@ -110,7 +113,7 @@ def plan(
     it fits, the largest sizes that do, the cheapest changes that make it fit, seconds an iteration estimated from
     counted operations and the card's datasheet, and how they scale to 512 GPUs.
     """
-    settings = load(config, overrides)
+    settings = load(one_config(config, named), overrides)
     quiet_libraries()
     from loopfast.planning import as_dict, as_tables
     from loopfast.planning import plan as make_plan
@@ -126,7 +129,8 @@ def plan(
     epilog="**Example:** `loopfast profile --config tiny --iterations 2 --set rollout.guidance_scale=3`"
 )
 def profile(
-    config: ConfigOption,
+    config: ConfigArgument = None,
+    named: ConfigOption = None,
     overrides: Overrides = None,
     iterations: Annotated[
         int, typer.Option("--iterations", "-n", metavar="N", min=1, help="Iterations to time, and to trace.")
@@ -156,11 +160,12 @@ def profile(
     are timed, and as many under torch's profiler. Prints the seconds of each part, the share outside model calls, and
     the time of every operator and kernel; writes them to `profile.md` and `profile.json`, and a Chrome trace.
     """
-    settings = load(config, overrides)
+    name = one_config(config, named)
+    settings = load(name, overrides)
     folder = output or Path(f"profile-{settings.run.name}")
     from loopfast.profiling import nsys_command
 
-    command = nsys_command(config, overrides or [], iterations=iterations, output=folder)
+    command = nsys_command(name, overrides or [], iterations=iterations, output=folder)
     if nsys:
         replace_process(command, "--nsys needs Nsight Systems", folder)
     quiet_libraries()

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loopfast.errors import ConfigError, one_line
+
 if TYPE_CHECKING:
     from loopfast.config import Config
 
+_CONFIG_HELP = "A recipe's name, such as tiny, or a YAML file."
+ConfigArgument = Annotated[str | None, typer.Argument(metavar="NAME|FILE", help=_CONFIG_HELP)]
 ConfigOption = Annotated[
-    str,
-    typer.Option(
-        "--config", "-c", metavar="NAME|FILE", help="A recipe's name, such as tiny, or a YAML file."
-    ),
-]
-ConfigArgument = Annotated[
-    str, typer.Argument(metavar="NAME|FILE", help="A recipe's name, such as tiny, or a YAML file.")
+    str | None, typer.Option("--config", "-c", metavar="NAME|FILE", help="The same, as an option.")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -43,6 +39,24 @@ Resume = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
 
 
+def one_config(argument: str | None, option: str | None) -> str:
+    """The configuration's name, which a command takes as an argument or as an option.
+
+    Raises:
+        ConfigError: it is given twice, or not at all.
+    """
+    if argument is not None and option is not None:
+        raise ConfigError(
+            f"the configuration is given twice, as {one_line(argument)!r} and as --config {one_line(option)!r}"
+        )
+    name = option if argument is None else argument
+    if name is None:
+        raise ConfigError(
+            "no configuration; give a recipe's name, such as tiny, or a YAML file, with or without --config"
+        )
+    return name
+
+
 def load(source: str, overrides: list[str] | None) -> Config:
     """The configuration that a command was given."""
     from loopfast.config import load_config
@@ -52,21 +66,3 @@ def load(source: str, overrides: list[str] | None) -> Config:
         # processes of a group start CUDA before the model is loaded
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return config
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' warnings and loading bars from between our lines, unless asked for by ``-W``."""
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-    import torch
-
-    if not torch.cuda.is_available():
-        # DeepSpeed, which other libraries import where it is installed, says at length what it found
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from loopfast.cli.app import app
-from loopfast.cli.options import Quiet, Seed, quiet_libraries
+from loopfast.cli.options import Quiet, Seed
 from loopfast.errors import ConfigError, one_line
+from loopfast.system.libraries import quiet_libraries
 
 _EVAL_EXAMPLES = """
 **Examples**

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 
 from loopfast.cli.app import app
-from loopfast.cli.options import Overrides, load, quiet_libraries
+from loopfast.cli.options import Overrides, load
 from loopfast.errors import ConfigError
+from loopfast.system.libraries import quiet_libraries
 
 
 @app.command(epilog="**Example:** `loopfast rewards aesthetic`")

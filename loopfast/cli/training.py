@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from loopfast.cli.app import app
-from loopfast.cli.options import ConfigOption, Overrides, Quiet, Resume, load, quiet_libraries
+from loopfast.cli.options import ConfigArgument, ConfigOption, Overrides, Quiet, Resume, load, one_config
+from loopfast.errors import RunExistsError
 
 
 @app.command(
     epilog="**Example:** `loopfast train --config tiny --set algorithm.name=ppo --set run.name=tiny-ppo`"
 )
 def train(
-    config: ConfigOption,
+    config: ConfigArgument = None,
+    named: ConfigOption = None,
     overrides: Overrides = None,
     resume: Resume = None,
     quiet: Quiet = False,
@@ -25,13 +30,12 @@ def train(
     otherwise: checkpoints, metrics, images and `report.html`. Ctrl-C finishes the update at hand, saves and
     stops; `--resume auto` goes on from there as if nothing had happened.
     """
-    settings = load(config, overrides)
-    quiet_libraries()
-    from loopfast.run.console import Display
-    from loopfast.training.train import train as run
+    name = one_config(config, named)
+    settings = load(name, overrides)
+    from loopfast.api import train as run
 
-    with Display(quiet=quiet) as display:
-        run(settings, resume=resume, display=display)
+    with _command_in_error("train", *_arguments(name, overrides, None, quiet)):
+        run(settings, resume=resume, quiet=quiet)
 
 
 @app.command(
@@ -41,7 +45,8 @@ def launch(
     processes: Annotated[
         int, typer.Option("--nproc", "-n", metavar="N", min=1, help="Processes, normally one for each GPU.")
     ],
-    config: ConfigOption,
+    config: ConfigArgument = None,
+    named: ConfigOption = None,
     overrides: Overrides = None,
     restarts: Annotated[
         int,
@@ -61,13 +66,38 @@ def launch(
     joins what `torchrun -m loopfast train ...`, `deepspeed --module loopfast train ...`, `mpirun` or `srun` has
     started.
     """
-    settings = load(config, overrides)
+    name = one_config(config, named)
+    settings = load(name, overrides)
     from loopfast.distributed.launch import launch as run
     from loopfast.engines import require_type
+    from loopfast.run.folder import RunFolder
     from loopfast.system.device import torch_device
 
     require_type(settings, torch_device(settings.model.device).type)
-    arguments = ["train", "--config", config]
-    arguments += [part for override in overrides or [] for part in ("--set", override)]
-    arguments += [*(["--resume", resume] if resume else []), *(["--quiet"] if quiet else [])]
-    run(arguments, processes=processes, restarts=restarts)
+    arguments = _arguments(name, overrides, resume, quiet)
+    with _command_in_error("launch", "--nproc", str(processes), *arguments):
+        if resume is None:
+            RunFolder(settings).require_unused()
+        run(["train", *arguments], processes=processes, restarts=restarts)
+
+
+def _arguments(name: str, overrides: list[str] | None, resume: str | None, quiet: bool) -> list[str]:
+    """The part of a command line that says what is trained."""
+    sets = [part for override in overrides or [] for part in ("--set", override)]
+    return [
+        "--config",
+        name,
+        *sets,
+        *(["--resume", resume] if resume else []),
+        *(["--quiet"] if quiet else []),
+    ]
+
+
+@contextmanager
+def _command_in_error(*command: str) -> Iterator[None]:
+    """Context that completes the error about a run that is there by the command that starts another beside it."""
+    try:
+        yield
+    except RunExistsError as error:
+        again = shlex.join(["loopfast", *command, "--set", f"run.name={error.free_name}"])
+        raise error.advising("--resume auto", again) from None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -92,8 +93,7 @@ class Document:
                 raise ConfigError(f"{place}: {dotted(path)} is {found(target)} and has no keys")
             path = (*path, index)
             if last:
-                for known in [known for known in self.places if known[: len(path)] == path]:
-                    del self.places[known]
+                self._forget(path)
                 parsed = self._parse(value, lambda line: place, path)
                 # "5:" and "a: b" are text here; a mapping is written in braces.
                 is_text = isinstance(parsed, dict) and not value.lstrip().startswith("{")
@@ -104,6 +104,27 @@ class Document:
                     target[part] = {}
                     self.places[path] = place
                 target = target[index]
+
+    def change(
+        self, changes: Mapping[str, Any], is_section: Callable[[KeyPath], bool], path: KeyPath = ()
+    ) -> None:
+        """Sets values of a Python program in the section at ``path``; keys that are not named stay as they are."""
+        target = self.value(path)
+        for key, value in changes.items():
+            here = (*path, key)
+            if isinstance(value, Mapping) and is_section(here):
+                if not isinstance(target.get(key), dict):
+                    target[key] = {}
+                self.change(value, is_section, here)
+                continue
+            self._forget(here)
+            target[key] = _plain(value)
+            self.places[here] = f"argument {here[0]}"
+
+    def _forget(self, path: KeyPath) -> None:
+        """Forgets where what is at ``path`` and below was written."""
+        for known in [known for known in self.places if known[: len(path)] == path]:
+            del self.places[known]
 
     def value(self, path: KeyPath) -> Any:
         """The value at ``path``."""
@@ -189,4 +210,16 @@ def found(value: object) -> str:
         return "a list"
     if isinstance(value, str):
         return repr(short(value))
-    return short(yaml.dump(value, Dumper=Dumper).splitlines()[0])
+    try:
+        return short(yaml.dump(value, Dumper=Dumper).splitlines()[0])
+    except yaml.YAMLError:  # an object of a Python program
+        return f"an object of type {type(value).__name__}"
+
+
+def _plain(value: object) -> object:
+    """A value of a Python program as YAML would give it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, PurePath) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from loopfast.config.document import Document, Dumper
-from loopfast.config.messages import explain
+from loopfast.config.messages import explain, is_section
 from loopfast.config.rules import conflicts
 from loopfast.config.sections import Config
 from loopfast.errors import ConfigError
@@ -20,25 +20,36 @@ from loopfast.system.files import read_settings
 _RECIPES = resources.files("loopfast") / "recipes"
 
 
-def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+) -> Config:
     """Read, override and validate a configuration.
 
     Args:
         source: name of a recipe of the package, or path of a YAML file.
         overrides: ``"section.key=value"`` each, the value in YAML; applied in order. Items of a list are
             reached by their number: ``reward.0.weight=2``.
+        changes: values of a Python program, by section; applied before the overrides. A section's keys that are not
+            named stay as they are.
 
     Raises:
         ConfigError: the source cannot be found or read, or something in it is not allowed. The message lists
             every problem with its key, its line or override, and what is allowed.
     """
     name, text = _read(source)
-    return parse_config(text, overrides, name=name)
+    return parse_config(text, overrides, changes, name=name)
 
 
-def parse_config(text: str, overrides: Sequence[str] = (), *, name: str = "configuration") -> Config:
+def parse_config(
+    text: str,
+    overrides: Sequence[str] = (),
+    changes: Mapping[str, Any] | None = None,
+    *,
+    name: str = "configuration",
+) -> Config:
     """As `load_config`, from text; ``name`` is what errors call it."""
     document = Document.from_yaml(text, name, list(Config.model_fields))
+    document.change(changes or {}, is_section)
     for override in overrides:
         document.override(override)
     try:

@@ -54,6 +54,12 @@ def schema_at(location: Sequence[str | int]) -> tuple[KeyPath, dict[str, Any]]:
     return path, schema
 
 
+def is_section(path: KeyPath) -> bool:
+    """Whether a key has keys of its own."""
+    known, schema = schema_at(path)
+    return known == path and "properties" in schema
+
+
 def _known_paths(schema: dict[str, Any], path: KeyPath = ()) -> Iterator[KeyPath]:
     for key, inner in schema.get("properties", {}).items():
         yield (*path, key)

@@ -103,8 +103,8 @@ def _reward_terms(config: Config) -> Iterator[tuple[KeyPath, str]]:
         if term.title in titles[:index]:
             allowed = "each reward once; a second one of that name needs a label of its own"
             yield problem(("reward", index, key), term.title, allowed)
-        if term.title in _TAKEN:
-            allowed = f"none of {', '.join(_TAKEN)}, which metrics have"
+        if term.title in TAKEN:
+            allowed = f"none of {', '.join(TAKEN)}, which metrics have"
             yield problem(("reward", index, key), term.title, allowed)
         if term.normalize == "range" and term.range is None:
             allowed = "two numbers, the lower first, with normalize: range"
@@ -115,8 +115,8 @@ def _reward_terms(config: Config) -> Iterator[tuple[KeyPath, str]]:
             yield problem(("reward", index, "range"), list(term.range), "null without normalize: range")
 
 
-# ``reward_mean`` and the like are metrics of the sum.
-_TAKEN = ("mean", "std", "reward", "dropped_images")
+TAKEN = ("mean", "std", "reward", "dropped_images")
+"""Names that no reward may have: ``reward_mean`` and the like are metrics of the sum."""
 
 
 def _distributed(config: Config) -> Iterator[tuple[KeyPath, str]]:

@@ -7,12 +7,17 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from loopfast.errors import Interrupted, LoopfastError
+
+SAID = "LOOPFAST_SAID"
+"""The variable that names the folder in which processes note the errors they have said, see `loopfast.__main__`."""
 
 
 def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
@@ -45,10 +50,20 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
         start_method="spawn",
         signals_to_handle=",".join(signals),
     )
-    # which process failed is an error of its own; that the others are told to end is not worth a line
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    # which process failed, and how, is said below
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # a share of the cores each, unless the user knows better
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    with TemporaryDirectory(prefix="loopfast-launch-") as said:
+        # an error that all processes end with is said by one
+        os.environ[SAID] = said
+        try:
+            _run(config, arguments, restarts, said)
+        finally:
+            del os.environ[SAID]
+
+
+def _run(config: LaunchConfig, arguments: Sequence[str], restarts: int, said: str) -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "loopfast", *arguments)
     except SignalException as stop:
@@ -70,4 +85,5 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
             + "; --resume auto goes on from the last checkpoint"
         )
         raised.exit_code = code if code > 0 else 128 - code
+        raised.silent = code > 0 and restarts == 0 and any(Path(said).iterdir())
         raise raised from None

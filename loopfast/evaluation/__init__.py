@@ -6,6 +6,7 @@ from loopfast.evaluation.compare import as_rich as comparison_tables
 from loopfast.evaluation.compare import compare_runs
 from loopfast.evaluation.evaluate import Evaluation, evaluate
 from loopfast.evaluation.measure import evaluate_checkpoint
+from loopfast.evaluation.models import run_config
 from loopfast.evaluation.sample import sample_images
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "evaluate",
     "evaluate_benchmark",
     "evaluate_checkpoint",
+    "run_config",
     "sample_images",
 ]

@@ -1,5 +1,6 @@
 """Gets what a run has trained out: in diffusers' form, with a model card."""
 
 from loopfast.exporting.export import export_run
+from loopfast.exporting.pipeline import trained_pipeline
 
-__all__ = ["export_run"]
+__all__ = ["export_run", "trained_pipeline"]

@@ -115,7 +115,7 @@ class PipelinePolicy(Policy):
         self._refuse()
         set_arithmetic(config, self.device)
         trained = self.dtype if cast else torch.float32
-        self.pipeline = self._load()
+        self.pipeline = self.load_pipeline(config, family)
         self.pipeline.register_modules(scheduler=scheduler)
         self._denoiser = getattr(self.pipeline, family.denoiser).requires_grad_(False).eval()
         for name in self._text_encoders():
@@ -168,27 +168,37 @@ class PipelinePolicy(Policy):
                 f"{self._family.title}, which has no T5 encoder"
             )
 
-    def _load(self, *without: str) -> Any:
-        """The pipeline, without the components that are named."""
-        config = self._config
+    @classmethod
+    def load_pipeline(cls, config: ModelConfig, family: Family, *without: str) -> Any:
+        """The pipeline of a configuration before training, without its scheduler and the components that are named.
+
+        Args:
+            config: the section ``model``.
+            family: of the pipeline.
+            without: names of components.
+
+        Raises:
+            ConfigError: it cannot be loaded.
+        """
         # an adapter's base is loaded in the type it is held in; the autoencoder computes in float32 anyway
-        types = {"vae": torch.float32, "default": self.dtype}
+        dtype = getattr(torch, config.dtype)
+        types = {"vae": torch.float32, "default": dtype}
         if config.tune == "full":
-            types[self._family.denoiser] = torch.float32
+            types[family.denoiser] = torch.float32
         # the model's own scheduler gives way to another, and its class may need packages that are not here
         absent = (*absent_components(config), *without, "scheduler")
-        options = {**dict.fromkeys(absent), **self.load_options}
+        options = {**dict.fromkeys(absent), **cls.load_options}
         source = find_source(config)
         try:
             if source.file is not None:
                 loaded = load_single_file(
-                    self.pipeline_class, source.file, source.pipeline, config.revision, options
+                    cls.pipeline_class, source.file, source.pipeline, config.revision, options
                 )
                 for name, part in loaded.components.items():
                     if isinstance(part, torch.nn.Module):
-                        part.to(types.get(name, self.dtype))
+                        part.to(types.get(name, dtype))
                 return loaded
-            return self.pipeline_class.from_pretrained(
+            return cls.pipeline_class.from_pretrained(
                 source.pipeline,
                 revision=config.revision,
                 variant=config.variant,
@@ -381,7 +391,7 @@ class PipelinePolicy(Policy):
         """Inside, the pipeline has those that were released, too."""
         released = self._released if self._encoded is not None else []
         if released:
-            loaded = self._load(self._family.denoiser, "vae")
+            loaded = self.load_pipeline(self._config, self._family, self._family.denoiser, "vae")
             self.pipeline.register_modules(**{name: getattr(loaded, name) for name in released})
         try:
             yield

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from loopfast.config import RewardConfig
 from loopfast.errors import ConfigError, MissingExtraError
@@ -27,7 +28,7 @@ from loopfast.rewards.models.spatial import spatial, spatial_3d
 from loopfast.rewards.models.three_in_one import ThreeInOne, three_in_one
 from loopfast.rewards.models.vqa_score import vqa_score
 from loopfast.rewards.normalize import bounds
-from loopfast.rewards.user import user_reward
+from loopfast.rewards.user import checked_reward, user_reward
 from loopfast.system.plugins import is_reference, reference_of_path
 
 __all__ = ["REWARDS", "RewardInfo", "build_rewards", "find_reward"]
@@ -156,6 +157,11 @@ def find_reward(name: str) -> RewardInfo:
         ConfigError: there is none.
     """
     if name not in REWARDS:
+        if name.startswith("<"):
+            raise ConfigError(
+                f"reward {name!r} is an object that a Python program gave, and that a configuration cannot name; give "
+                "it again: loopfast.train(..., reward=...)"
+            )
         if advice := reference_of_path(name):
             raise ConfigError(f"reward {name!r}: {advice}")
         near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
@@ -165,7 +171,13 @@ def find_reward(name: str) -> RewardInfo:
     return REWARDS[name]
 
 
-def build_rewards(terms: Sequence[RewardConfig], *, load: bool = True, whole: bool = False) -> RewardSet:
+def build_rewards(
+    terms: Sequence[RewardConfig],
+    *,
+    load: bool = True,
+    whole: bool = False,
+    given: Mapping[str, Callable[..., Any]] | None = None,
+) -> RewardSet:
     """The rewards of a configuration, ready to score.
 
     Args:
@@ -173,6 +185,7 @@ def build_rewards(terms: Sequence[RewardConfig], *, load: bool = True, whole: bo
         load: read the weights of those that have any. Without, their options are checked and that local weights are
             there; they are read when they first score.
         whole: see `RewardSet`.
+        given: functions of a Python program by the names that the terms have for them.
 
     Raises:
         RewardMemoryError: weights do not fit into a GPU's memory.
@@ -180,11 +193,17 @@ def build_rewards(terms: Sequence[RewardConfig], *, load: bool = True, whole: bo
             be read.
     """
     return RewardSet(
-        [RewardTerm(term.title, _build(term, load), term.weight, bounds(term)) for term in terms], whole=whole
+        [
+            RewardTerm(term.title, _build(term, load, given or {}), term.weight, bounds(term))
+            for term in terms
+        ],
+        whole=whole,
     )
 
 
-def _build(term: RewardConfig, load: bool) -> Reward:
+def _build(term: RewardConfig, load: bool, given: Mapping[str, Callable[..., Any]]) -> Reward:
+    if term.name in given:
+        return checked_reward(term.name, given[term.name], term.options)
     if is_reference(term.name):
         return user_reward(term.name, term.options)
     info = find_reward(term.name)

@@ -11,7 +11,7 @@ from loopfast.errors import ConfigError
 from loopfast.rewards.base import Reward
 from loopfast.system.plugins import import_function
 
-__all__ = ["user_reward"]
+__all__ = ["checked_reward", "user_reward"]
 
 _ALLOWED = "a function or object that takes images, prompts and metadata and returns a number for each image"
 # What can be called like a reward, and gives no numbers.
@@ -36,9 +36,18 @@ def user_reward(reference: str, options: Mapping[str, Any]) -> Reward:
         function = import_function(reference)
     except ConfigError as error:
         raise ConfigError(f"reward {error}") from error.__cause__
+    return checked_reward(reference, function, options)
+
+
+def checked_reward(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> Reward:
+    """A user's function with ``options`` as keyword arguments.
+
+    Raises:
+        ConfigError: it cannot be called as a reward; the message names it by ``name``.
+    """
     for test, what in _OTHER_KINDS.items():
         if test(function):
-            raise ConfigError(f"reward {reference!r} is {what}; allowed: {_ALLOWED}")
+            raise ConfigError(f"reward {name!r} is {what}; allowed: {_ALLOWED}")
     try:
         signature = inspect.signature(function)
     except ValueError:
@@ -49,7 +58,7 @@ def user_reward(reference: str, options: Mapping[str, Any]) -> Reward:
         except TypeError as error:
             arguments = ", ".join(["images", "prompts", "metadata", *(f"{key}=..." for key in options)])
             raise ConfigError(
-                f"reward {reference!r}, which takes {signature}, cannot be called with ({arguments}): {error}; "
+                f"reward {name!r}, which takes {signature}, cannot be called with ({arguments}): {error}; "
                 f"allowed: {_ALLOWED}"
             ) from None
     return functools.partial(function, **options) if options else function

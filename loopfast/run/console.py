@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from PIL import Image
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -94,24 +95,12 @@ class Display:
         Args:
             metrics: its numbers, named as in `loopfast.run.tracking.METRICS`; ``iteration`` must be there.
         """
-        iteration = int(metrics["iteration"])
-        if iteration > self._completed:
-            self._completed = iteration
-            self._advanced = time.monotonic()
-        for name in ("reward_mean", "reward_std", "eval_reward"):
-            if metrics.get(name) is not None:
-                self._last[name] = float(metrics[name])
-        evaluated = metrics.get("eval_reward") is not None
-        if self._live is None or evaluated:
-            width = len(str(self._total))
-            parts = [f"iteration {iteration:{width}d}/{self._total}"]
-            if metrics.get("reward_mean") is not None:
-                parts.append(f"reward {_spread(metrics)}")
-            if evaluated:
-                parts.append(f"held-out {float(metrics['eval_reward']):.3f}")
-            if self._live is None and (left := self._seconds_left()) is not None:
-                parts.append(f"{_clock(left)} left")
-            self._line("  ".join(parts))
+        self._note(metrics)
+        if self._live is None or metrics.get("eval_reward") is not None:
+            self._line(self._summary(metrics))
+
+    def image(self, image: Image.Image) -> None:
+        """Show the images of an evaluation, where images can be shown."""
 
     def message(self, text: str) -> None:
         """Say one thing on a line of its own."""
@@ -127,6 +116,28 @@ class Display:
         """End the progress and sum up, a line for each (name, value)."""
         self._stop()
         self._facts("", rows)
+
+    def _note(self, metrics: Mapping[str, Any]) -> None:
+        """Remembers how far the run is, and its latest rewards."""
+        iteration = int(metrics["iteration"])
+        if iteration > self._completed:
+            self._completed = iteration
+            self._advanced = time.monotonic()
+        for name in ("reward_mean", "reward_std", "eval_reward"):
+            if metrics.get(name) is not None:
+                self._last[name] = float(metrics[name])
+
+    def _summary(self, metrics: Mapping[str, Any]) -> str:
+        """An iteration in a line."""
+        width = len(str(self._total))
+        parts = [f"iteration {int(metrics['iteration']):{width}d}/{self._total}"]
+        if metrics.get("reward_mean") is not None:
+            parts.append(f"reward {_spread(metrics)}")
+        if metrics.get("eval_reward") is not None:
+            parts.append(f"held-out {float(metrics['eval_reward']):.3f}")
+        if self._live is None and (left := self._seconds_left()) is not None:
+            parts.append(f"{_clock(left)} left")
+        return "  ".join(parts)
 
     @property
     def _interactive(self) -> bool:

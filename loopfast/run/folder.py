@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from loopfast.config import Config, config_to_yaml, load_config
-from loopfast.errors import CheckpointError, ConfigError
+from loopfast.errors import CheckpointError, ConfigError, RunExistsError
 from loopfast.run.checkpoints import Checkpoint, CheckpointStore
 from loopfast.run.console import Display
 from loopfast.run.images import save_image
@@ -64,7 +65,7 @@ class RunFolder:
         """
         checkpoint = None
         if resume is None:
-            self._require_unused()
+            self.require_unused()
         elif resume == "auto":
             with writing(self.checkpoints.directory):
                 self.checkpoints.recover()
@@ -78,17 +79,20 @@ class RunFolder:
             self._require_same(origin / "config.yaml")
         with writing(self.path):
             if checkpoint is not None and origin != self.path.resolve():
-                self._require_unused()
+                self.require_unused()
                 self._continue_record(origin, checkpoint.iteration)
             write_file(self.path / "config.yaml", config_to_yaml(self._config).encode())
         return checkpoint
 
-    def _require_unused(self) -> None:
-        if self.checkpoints.paths() or (self.path / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"{self.path} already holds a run: go on with it (--resume auto), or give this one another name "
-                f"(--set run.name=...)"
-            )
+    def require_unused(self) -> None:
+        """Checks that no run is in the folder.
+
+        Raises:
+            RunExistsError: one is.
+        """
+        if _holds_run(self.path):
+            number = next(n for n in count(2) if not _holds_run(self.path.with_name(f"{self.path.name}-{n}")))
+            raise RunExistsError(self.path, f"{self.path.name}-{number}")
 
     def _continue_record(self, origin: Path, iteration: int) -> None:
         """Copies what another run recorded up to the iteration that this one goes on from."""
@@ -152,6 +156,10 @@ class RunFolder:
             for name, image in zip(names, images, strict=True):
                 save_image(image, folder / name)
         return folder
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("iteration-*"))
 
 
 def _comparable(config: Config) -> dict[str, Any]:

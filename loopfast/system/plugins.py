@@ -12,7 +12,7 @@ from typing import Any
 
 from loopfast.errors import ConfigError
 
-__all__ = ["import_function", "is_reference", "reference_of_path", "source_file"]
+__all__ = ["import_function", "is_reference", "reference_of_path", "reference_to", "source_file"]
 
 _REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
@@ -70,6 +70,15 @@ def import_function(reference: str) -> Callable[..., Any]:
         origin = getattr(module, "__file__", None) or module_name
         raise ConfigError(f"{reference!r}: {function_name!r} {state} in {origin}")
     return function
+
+
+def reference_to(function: object) -> str | None:
+    """``module:function`` of a function that another process can import; None where there is no such name."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    reference = f"{module}:{name}"
+    if module in (None, "__main__") or not is_reference(reference):
+        return None
+    return reference if getattr(sys.modules.get(str(module)), name, None) is function else None
 
 
 def source_file(reference: str) -> Path | None:

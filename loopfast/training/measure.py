@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from loopfast.evaluation import Evaluation, evaluate
@@ -11,7 +13,17 @@ from loopfast.training.run import Run
 from loopfast.training.state import TrainState
 
 
-def evaluate_policy(run: Run, state: TrainState, rows: int) -> Evaluation:
+def evaluated(run: Run, state: TrainState, metrics: dict[str, Any]) -> Evaluation:
+    """Measures the policy on fixed prompts and noise, and adds what was measured to the iteration's metrics."""
+    began = time.perf_counter()
+    with run.phase("evaluation"):
+        result = run.microbatches.fitting("rollout", partial(_evaluate, run, state))
+    metrics |= result.metrics(dropped=run.config.rollout.on_bad_reward == "drop_group")
+    metrics["seconds_eval"] = time.perf_counter() - began
+    return result
+
+
+def _evaluate(run: Run, state: TrainState, rows: int) -> Evaluation:
     """Measures the policy itself, by the whole schedule: what is measured depends on no lever of the rollout."""
     sampler = run.resize(rows)
     # where the weights are spread over processes, a copy that computes the same bits is the faster way to them
@@ -39,4 +51,5 @@ def record(run: Run, state: TrainState, result: Evaluation | None, metrics: dict
             grid = result.save(run.folder.path, state.iteration, state.images)
         if grid is not None:
             run.tracker.image("samples", state.iteration, grid)
+            run.display.image(grid)
     run.tracker.record(metrics)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from loopfast.algorithms import ALGORITHMS
 from loopfast.config import Config
@@ -47,6 +47,7 @@ class Run:
         engine: owns the policy's weights.
         meter: the accounts of an iteration.
         tracker: the record of metrics; None in all processes but the first.
+        callbacks: called after every iteration, see `loopfast.training.callbacks`.
     """
 
     config: Config
@@ -65,6 +66,7 @@ class Run:
     engine: Engine
     meter: Meter
     tracker: Tracker | None = None
+    callbacks: Sequence[Callable[[Any], object]] = ()
 
     @property
     def images(self) -> int:

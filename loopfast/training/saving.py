@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopfast.errors import CheckpointError, Interrupted, LoopfastError, RewardError, WriteError
+from loopfast.errors import (
+    CallbackError,
+    CheckpointError,
+    Interrupted,
+    LoopfastError,
+    RewardError,
+    WriteError,
+)
 from loopfast.rewards import RewardMemoryError
 from loopfast.rollout.trajectories import Trajectories
 from loopfast.run.checkpoints import Checkpoint
@@ -70,11 +77,11 @@ def save_once(run: Run, state: TrainState) -> Path:
 
 @contextmanager
 def saved_on_failure(run: Run, state: TrainState) -> Iterator[None]:
-    """Context of a run's work, whose state is saved where a signal, a reward or a full disk ends it.
+    """Context of a run's work, whose state is saved where a signal, a reward, a callback or a full disk ends it.
 
     Raises:
         Interrupted: a signal stopped the run.
-        RewardError, RewardMemoryError, WriteError: as raised inside, with what was saved.
+        CallbackError, RewardError, RewardMemoryError, WriteError: as raised inside, with what was saved.
     """
     try:
         yield
@@ -82,7 +89,9 @@ def saved_on_failure(run: Run, state: TrainState) -> Iterator[None]:
         # on a full disk this fails too, and what came first says more
         with suppress(LoopfastError):
             run.close_tracker()
-        if isinstance(error, RewardError | RewardMemoryError | WriteError) and run.together(error):
+        if isinstance(error, CallbackError | RewardError | RewardMemoryError | WriteError) and run.together(
+            error
+        ):
             raise _with_state_saved(error, run, state) from error
         if not isinstance(error, Stopped):
             raise

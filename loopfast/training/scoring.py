@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,18 +40,29 @@ class Scoring:
         group: its processes.
         folder: where images that cannot be scored are kept.
         warn: called with a line where a run goes on without some of them.
+        given: functions of a Python program by the names that the configuration has for them.
+
+    Raises:
+        ConfigError: a reward cannot be used.
 
     Attributes:
         iteration: whose images are scored, for messages and files.
     """
 
-    def __init__(self, config: Config, group: Group, folder: RunFolder, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        group: Group,
+        folder: RunFolder,
+        warn: Callable[[str], None],
+        given: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:
         self._config, self._group, self._folder, self._warn = config, group, folder, warn
         worker = config.rollout.reward_worker
         self._rewards = (
             RewardProcess(config.reward, tf32=config.model.tf32)
             if worker == "process"
-            else build_rewards(config.reward, whole=worker == "none")
+            else build_rewards(config.reward, whole=worker == "none", given=given)
         )
         self._thread = RewardThread(self.score)
         self.iteration = 0

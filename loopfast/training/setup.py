@@ -24,6 +24,7 @@ from loopfast.run.lock import locked
 from loopfast.run.tracking import Tracker
 from loopfast.system.device import torch_device
 from loopfast.system.interrupts import StopRequest
+from loopfast.training.given import Given
 from loopfast.training.identity import reward_identity
 from loopfast.training.microbatch import Microbatches, start_size
 from loopfast.training.run import Run, images_per_iteration
@@ -36,7 +37,9 @@ PASSING_ON = 2.0
 
 
 @contextmanager
-def start(config: Config, resume: str | None, display: Display) -> Iterator[tuple[Run, TrainState]]:
+def start(
+    config: Config, resume: str | None, display: Display, given: Given | None = None
+) -> Iterator[tuple[Run, TrainState]]:
     """Context of a run, together with the other processes of its launch: its parts, and where it stands.
 
     Args:
@@ -44,10 +47,13 @@ def start(config: Config, resume: str | None, display: Display) -> Iterator[tupl
         resume: None for a new run, ``auto`` for its newest good checkpoint, or a checkpoint's path. A launch that
             ``torchrun`` has started anew goes on with its run.
         display: where progress is shown, by the first process.
+        given: objects of a Python program that the configuration has names for.
 
     Raises:
         LoopfastError: the run cannot start.
     """
+    given = given or Given()
+    given.check(config)
     place = find_place(os.environ)
     with (
         StopRequest(0.0 if place.size == 1 else PASSING_ON) as stop,
@@ -59,7 +65,10 @@ def start(config: Config, resume: str | None, display: Display) -> Iterator[tupl
         group.on_first(lambda: ends.enter_context(locked(folder.path, display.warning)))
         if resume is None and opened_before(place):
             resume = "auto"
-        run, state = _prepared(config, resume, display, stop, group, folder, ends)
+        for note in given.notes():
+            display.warning(note)
+        group.on_first(lambda: given.write(folder, new=resume is None))
+        run, state = _prepared(config, resume, display, stop, group, folder, given, ends)
         note_opened(place)
         yield run, state
 
@@ -98,12 +107,13 @@ def _prepared(
     stop: StopRequest,
     group: Group,
     folder: RunFolder,
+    given: Given,
     ends: ExitStack,
 ) -> tuple[Run, TrainState]:
     """The parts of a run and its state; what takes little time to find wrong comes first, what takes memory last."""
     prompts = load_prompts(config.prompts.source)
     evaluation_prompts = load_prompts(config.evaluation.prompts or config.prompts.source)
-    scoring = Scoring(config, group, folder, display.warning)
+    scoring = Scoring(config, group, folder, display.warning, given.rewards)
     ends.callback(scoring.close)
     schedule = load_schedule(config.model, config.rollout)
     for note in scheduler_notes(config.model):

@@ -47,7 +47,9 @@ class TrainState:
         zero_gradient: share of pairs without a gradient in the latest update that was not an iteration's first.
         rollout: what was sampled for the iteration under way.
         statistics: the history of each prompt's rewards.
-        times: the accounts of the latest stretch; not saved, like all that follows.
+        stopped: whether a callback has asked for an end; not saved, like all that follows.
+        latest: what the latest iteration sampled, until its callbacks were called; None where there are none.
+        times: the accounts of the latest stretch.
         began: the clock's reading when the run, had it not been interrupted, would have begun.
         saved: the newest checkpoint, and the position it is of.
         told_of_rounding, told_of_overflow: whether these warnings, given once, were.
@@ -62,6 +64,8 @@ class TrainState:
     zero_gradient: float = 0.0
     rollout: Rollout | None = None
     statistics: PromptStatistics = field(default_factory=PromptStatistics)
+    stopped: bool = False
+    latest: Rollout | None = None
     times: Times = field(default_factory=lambda: Times(0.0))
     began: float = field(default_factory=time.perf_counter)
     saved: tuple[tuple[int, ...], Path] | None = None

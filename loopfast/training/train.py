@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,13 @@ from loopfast.run.console import Display
 from loopfast.system.files import writing
 from loopfast.system.memory import memory_used
 from loopfast.training.batch import Batch, draw_batch
+from loopfast.training.callbacks import Callback, call_back
 from loopfast.training.checks import check_ratio, explained, tell_of_overflows
 from loopfast.training.collect import collect
 from loopfast.training.facts import announce, conclude
+from loopfast.training.given import Given
 from loopfast.training.loss import PolicyLoss, compare
-from loopfast.training.measure import evaluate_policy, record
+from loopfast.training.measure import evaluated, record
 from loopfast.training.metrics import iteration_metrics
 from loopfast.training.pairs import Pairs, update_pairs
 from loopfast.training.probe import fit_training_calls
@@ -46,7 +49,14 @@ SCREENING_SHARE = 0.4
 PADDING = 16
 
 
-def train(config: Config, *, resume: str | None = None, display: Display) -> Path:
+def train(
+    config: Config,
+    *,
+    resume: str | None = None,
+    display: Display,
+    given: Given | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
     """Trains a policy as a configuration says, together with the other processes of its launch, if any.
 
     Args:
@@ -54,6 +64,8 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
         resume: None for a new run, ``auto`` for its newest good checkpoint, or a checkpoint's path. A resumed run
             continues as if it had not stopped. A launch that ``torchrun`` has started anew goes on with its run.
         display: where progress is shown, by the first process.
+        given: objects of a Python program that the configuration has names for.
+        callbacks: called after every iteration.
 
     Returns:
         The run's folder.
@@ -62,7 +74,8 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
         LoopfastError: the run cannot start or go on; the message says why. What was saved stays.
         Interrupted: a signal stopped the run, which is saved.
     """
-    with start(config, resume, display) as (run, state):
+    with start(config, resume, display, given) as (run, state):
+        run.callbacks = callbacks
         with saved_on_failure(run, state):
             announce(run, state)
             fit_training_calls(run)
@@ -77,8 +90,8 @@ def train(config: Config, *, resume: str | None = None, display: Display) -> Pat
 
 
 def finished(run: Run, state: TrainState) -> bool:
-    """Whether all iterations are done."""
-    return state.iteration >= run.config.train.iterations
+    """Whether all iterations are done, or a callback has asked for an end."""
+    return state.stopped or state.iteration >= run.config.train.iterations
 
 
 def iterate(run: Run, state: TrainState) -> None:
@@ -119,6 +132,7 @@ def learn(run: Run, state: TrainState, batch: Batch) -> None:
         state.updates.append(asdict(done))
         run.check_stop()
     state.account(run.meter.stop())
+    state.latest = rollout if run.callbacks else None
     state.complete(iteration_metrics(run.config, state), history)
 
 
@@ -172,11 +186,11 @@ def finish_iteration(run: Run, state: TrainState) -> None:
     config, metrics, result = run.config, state.pending, None
     assert metrics is not None
     if state.iteration == 0 or finished(run, state) or _due(state.iteration, config.evaluation.every):
-        began = time.perf_counter()
-        with run.phase("evaluation"):
-            result = run.microbatches.fitting("rollout", partial(evaluate_policy, run, state))
-        metrics |= result.metrics(dropped=config.rollout.on_bad_reward == "drop_group")
-        metrics["seconds_eval"] = time.perf_counter() - began
+        result = evaluated(run, state, metrics)
+    if call_back(run, state, metrics):
+        state.stopped = True
+        result = result or evaluated(run, state, metrics)
+    state.latest = None
     metrics["seconds"] = state.elapsed
     memory = memory_used(run.sampler.policy.device)
     metrics |= {name: int(run.group.largest(size)) for name, size in memory.items()}

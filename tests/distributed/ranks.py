@@ -20,12 +20,12 @@ from tests.forks import Forks
 IMPORTS = """\
 os.environ["DS_ACCELERATOR"] = "cpu"
 import loopfast.cli.options, loopfast.engines.zero, loopfast.engines.data_parallel, loopfast.training.train
-import loopfast.evaluation, loopfast.distributed.launch, loopfast.reporting
+import loopfast.api, loopfast.evaluation, loopfast.system.libraries, loopfast.distributed.launch, loopfast.reporting
 from loopfast.config import ModelConfig
 from loopfast.engines.deepspeed import import_deepspeed
 from loopfast.policies import load_policy
 
-loopfast.cli.options.quiet_libraries()
+loopfast.system.libraries.quiet_libraries()
 import torch
 import_deepspeed(torch.device("cpu"))
 # DeepSpeed imports these, and torch's compiler with them, when it starts

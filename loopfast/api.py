@@ -1,0 +1,147 @@
+"""The Python interface: ``loopfast.train`` and the run that it returns. See docs/python.md."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from loopfast.config import Config
+from loopfast.errors import RunExistsError
+from loopfast.evaluation import run_config
+from loopfast.exporting import trained_pipeline
+from loopfast.prompts import Prompt
+from loopfast.run.console import Display
+from loopfast.run.notebook import NotebookDisplay, in_notebook
+from loopfast.run.tracking import read_metrics
+from loopfast.system.libraries import undisturbed
+from loopfast.training import train as training
+from loopfast.training.callbacks import Callback, Iteration
+from loopfast.training.objects import configured
+
+__all__ = ["Iteration", "Prompt", "TrainedRun", "train"]
+
+Reward = Callable[..., Any] | str | Mapping[str, Any]
+"""A function, the name of a reward, or a term of the reward: a mapping with the keys of `RewardConfig`, of which
+``name`` may be a function."""
+
+
+class TrainedRun:
+    """What a run has left in its folder.
+
+    Args:
+        folder: the run's.
+
+    Attributes:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def __repr__(self) -> str:
+        return f"TrainedRun({str(self.folder)!r})"
+
+    @cached_property
+    def config(self) -> Config:
+        """The run's configuration.
+
+        Raises:
+            ConfigError: the folder is not a run's.
+        """
+        return run_config(self.folder)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The numbers of each iteration, the first of them before training; `loopfast.run.tracking.METRICS` says more.
+
+        They are read anew at each use.
+        """
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    @property
+    def report(self) -> Path:
+        """The page with curves and images, written when the run ends."""
+        return self.folder / "report.html"
+
+    @property
+    def model(self) -> Path:
+        """What was exported: the folder of a pipeline, or of a LoRA."""
+        return self.folder / ("model" if self.config.model.tune == "full" else "lora")
+
+    def pipeline(self) -> Any:
+        """A diffusers pipeline with what was learned, on the CPU in ``model.dtype``.
+
+        Raises:
+            ConfigError: the run has exported nothing yet, or its base model cannot be loaded.
+        """
+        with undisturbed():
+            return trained_pipeline(self.config, self.model)
+
+
+def train(
+    config: str | Path | Config | Mapping[str, Any],
+    *,
+    reward: Reward | Iterable[Reward] | None = None,
+    prompts: Mapping[str, Any] | str | Path | Iterable[str | Prompt] | None = None,
+    model: Mapping[str, Any] | str | Path | object | None = None,
+    callbacks: Iterable[Callback] = (),
+    resume: str | Path | None = None,
+    quiet: bool = False,
+    display: Display | None = None,
+    overrides: Sequence[str] = (),
+    **sections: Mapping[str, Any],
+) -> TrainedRun:
+    """Trains a model, as ``loopfast train`` does.
+
+    Every process of a launch (``torchrun``, ``mpirun``, ...) calls it with the same arguments. The process is as it was
+    before afterwards: signals, warnings, verbosity of libraries, PyTorch's arithmetic.
+
+    Args:
+        config: name of a recipe, path of a YAML file, or what such a file holds.
+        reward: what to train on, in place of the configuration's. A function is called as
+            ``function(images [N, 3, H, W], prompts, metadata)`` and returns N numbers, see `loopfast.rewards.Reward`.
+        prompts: texts (or `Prompt` objects) to train on, a source of prompts by name, or keys of the section
+            ``prompts``. Texts are kept in the run's folder.
+        model: a diffusers pipeline, a model's name or path, or keys of the section ``model``, of which ``pretrained``
+            may be a pipeline. A pipeline is copied into the run's folder, and stays as it is.
+        callbacks: called with an `Iteration` after every iteration; its `stop` ends the run.
+        resume: None for a new run, ``auto`` for the newest good checkpoint of its folder, or a checkpoint's path.
+        quiet: show warnings only.
+        display: where progress is shown; None: the terminal or the notebook.
+        overrides: ``"section.key=value"`` each, as ``--set`` on the command line.
+        sections: keys of the other sections, such as ``train={"iterations": 5}``.
+
+    Returns:
+        The run.
+
+    Raises:
+        LoopfastError: the run cannot start or go on; the message says why. What was saved stays.
+        Interrupted: a signal stopped the run, which is saved.
+    """
+    changes: dict[str, Any] = dict(sections)
+    if reward is not None:
+        changes["reward"] = reward
+    if prompts is not None:
+        changes["prompts"] = prompts if isinstance(prompts, Mapping) else {"source": prompts}
+    if model is not None:
+        changes["model"] = model if isinstance(model, Mapping) else {"pretrained": model}
+    found, given = configured(config, changes, overrides)
+    shown = display or (NotebookDisplay(quiet) if in_notebook() else Display(quiet))
+    with undisturbed(), shown:
+        if found.model.deterministic:
+            # processes of a group start CUDA before the model is loaded
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        try:
+            folder = training.train(
+                found,
+                resume=None if resume is None else str(resume),
+                display=shown,
+                given=given,
+                callbacks=tuple(callbacks),
+            )
+        except RunExistsError as error:
+            raise error.advising('resume="auto"', f'run={{"name": "{error.free_name}"}}') from None
+    return TrainedRun(folder)

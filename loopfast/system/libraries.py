@@ -1,0 +1,100 @@
+"""What a run changes in its process: libraries are quiet while it goes on, and everything is as before afterwards."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+VERBOSITY = {"diffusers": "DIFFUSERS_VERBOSITY", "transformers": "TRANSFORMERS_VERBOSITY"}
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' warnings and loading bars from between our lines, unless they are asked for by ``-W``."""
+    for variable in VERBOSITY.values():
+        os.environ.setdefault(variable, "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    import torch
+
+    if not torch.cuda.is_available():
+        # DeepSpeed, which other libraries import where it is installed, says at length what it found
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for library, variable in VERBOSITY.items():
+        log = _logging_of(library)
+        log.disable_progress_bar()
+        if os.environ[variable] == "error":  # which is read only when the library is imported
+            log.set_verbosity_error()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Context in which libraries are quiet, and after which the process is as it was before.
+
+    This concerns the environment's variables, the path of modules, filters of warnings, verbosity and loading bars of
+    diffusers and transformers, the root logger, and PyTorch's settings of arithmetic.
+    """
+    with ExitStack() as after:
+        after.enter_context(warnings.catch_warnings())
+        after.callback(_restore_environment, dict(os.environ))
+        root = logging.getLogger()
+        after.callback(root.setLevel, root.level)
+        after.callback(_restore_list, root.handlers, list(root.handlers))
+        after.callback(_restore_list, sys.path, list(sys.path))
+        for library, variable in VERBOSITY.items():
+            if f"{library}.utils.logging" in sys.modules:
+                log = _logging_of(library)
+                after.callback(_set_verbosity, library, log.get_verbosity(), log.is_progress_bar_enabled())
+            elif variable not in os.environ:
+                # as after an import by the user
+                after.callback(_set_verbosity, library, logging.WARNING, True)
+        _keep_arithmetic(after)
+        quiet_libraries()
+        yield
+
+
+def _logging_of(library: str) -> Any:
+    if library == "diffusers":
+        from diffusers.utils import logging as found
+    else:
+        from transformers.utils import logging as found
+    return found
+
+
+def _set_verbosity(library: str, level: int, loading_bars: bool) -> None:
+    log = _logging_of(library)
+    log.set_verbosity(level)
+    (log.enable_progress_bar if loading_bars else log.disable_progress_bar)()
+
+
+def _restore_list(now: list[Any], before: list[Any]) -> None:
+    now[:] = before
+
+
+def _restore_environment(before: dict[str, str]) -> None:
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+def _keep_arithmetic(after: ExitStack) -> None:
+    import torch
+
+    matmul, cudnn, deterministic = torch.backends.cuda.matmul, torch.backends.cudnn, torch.utils.deterministic
+    settings: list[tuple[Any, str]] = [
+        (matmul, "allow_tf32"),
+        *((cudnn, name) for name in ("allow_tf32", "deterministic", "benchmark")),
+        (deterministic, "fill_uninitialized_memory"),
+    ]
+    for owner, name in settings:
+        after.callback(setattr, owner, name, getattr(owner, name))
+    restore: Callable[..., None] = torch.use_deterministic_algorithms
+    after.callback(
+        restore,
+        torch.are_deterministic_algorithms_enabled(),
+        warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
