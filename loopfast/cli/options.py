@@ -14,8 +14,22 @@ if TYPE_CHECKING:
 
 _CONFIG_HELP = "A recipe's name, such as tiny, or a YAML file."
 ConfigArgument = Annotated[str | None, typer.Argument(metavar="NAME|FILE", help=_CONFIG_HELP)]
+
+
+def _require_config(context: typer.Context, option: str | None) -> str | None:
+    """Called for the option, after an argument that is given."""
+    if option is None and context.params.get("config") is None:
+        raise typer.BadParameter(
+            "give a recipe's name, such as tiny, or a YAML file, with or without --config"
+        )
+    return option
+
+
 ConfigOption = Annotated[
-    str | None, typer.Option("--config", "-c", metavar="NAME|FILE", help="The same, as an option.")
+    str | None,
+    typer.Option(
+        "--config", "-c", metavar="NAME|FILE", help="The same, as an option.", callback=_require_config
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -43,18 +57,13 @@ def one_config(argument: str | None, option: str | None) -> str:
     """The configuration's name, which a command takes as an argument or as an option.
 
     Raises:
-        ConfigError: it is given twice, or not at all.
+        ConfigError: it is given twice.
     """
     if argument is not None and option is not None:
         raise ConfigError(
             f"the configuration is given twice, as {one_line(argument)!r} and as --config {one_line(option)!r}"
         )
-    name = option if argument is None else argument
-    if name is None:
-        raise ConfigError(
-            "no configuration; give a recipe's name, such as tiny, or a YAML file, with or without --config"
-        )
-    return name
+    return str(option if argument is None else argument)
 
 
 def load(source: str, overrides: list[str] | None) -> Config:
