@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 from typing import Any
@@ -14,8 +15,10 @@ from loopfast.distributed.heartbeat import Watch
 from loopfast.distributed.launcher import Place
 from loopfast.errors import LoopfastError, first_line
 
-_OPENED = "loopfast/opened"
 dist: Any = torch.distributed
+
+# A process may train one run after the other; in the launch's store each has a place of its own.
+_groups_joined = 0
 
 
 def joined(place: Place, device: torch.device, timeout: float) -> Group:
@@ -29,26 +32,30 @@ def joined(place: Place, device: torch.device, timeout: float) -> Group:
     Raises:
         LoopfastError: the others did not come, or the store cannot be reached.
     """
+    global _groups_joined
+    _groups_joined += 1
     wait = timedelta(seconds=timeout)
     # DeepSpeed takes this process's device from it; MPI and SLURM have other names for it
     os.environ["LOCAL_RANK"] = str(place.local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    # kept for the process's next run: DeepSpeed holds on to the first group it is given
+    kept = dist.is_initialized()
     if place.size == 1:
-        # kept for the process's next run: DeepSpeed holds on to the first group it is given
-        if not dist.is_initialized():
+        if not kept:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
         return Group(place, device=device)
     try:
         store = _store(place, wait)
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("group", store),
-            rank=place.rank,
-            world_size=place.size,
-            timeout=wait,
-        )
+        if not kept:
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("group", store),
+                rank=place.rank,
+                world_size=place.size,
+                timeout=wait,
+            )
         host = dist.new_group(backend="gloo", timeout=wait) if backend == "nccl" else None
         watch = Watch(_store(place, wait), place.rank, place.size, _keeps_store(place))
     except (RuntimeError, ValueError) as error:
@@ -60,23 +67,33 @@ def joined(place: Place, device: torch.device, timeout: float) -> Group:
 
 
 def leave(group: Group) -> None:
-    """Ends this process's part in a group; nobody is told of an error any more."""
-    group.end_watch()
+    """Ends this process's part in a run; nobody is told of an error any more. Connections end with the process."""
+    abandon(group)
     if not group.alone:
-        dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+
+
+def abandon(group: Group) -> None:
+    """As `leave`, after an error: connections to processes that have died would be waited for."""
+    group.end_watch()
+    atexit.unregister(dist.destroy_process_group)
 
 
 def opened_before(place: Place) -> bool:
     """Whether an earlier start of the same launch had opened its run: then this one goes on with it."""
     if not (place.hosted and place.restart):
         return False
-    return bool(_base(place, timedelta(seconds=60)).check([_OPENED]))
+    return bool(_base(place, timedelta(seconds=60)).check([_opened()]))
 
 
 def note_opened(place: Place) -> None:
     """Tells later starts of the same launch that the run's folder is this launch's."""
     if place.hosted and place.rank == 0:
-        _base(place, timedelta(seconds=60)).set(_OPENED, "1")
+        _base(place, timedelta(seconds=60)).set(_opened(), "1")
+
+
+def _opened() -> str:
+    return f"loopfast/opened/{_groups_joined}"
 
 
 def _keeps_store(place: Place) -> bool:
@@ -101,4 +118,4 @@ def _base(place: Place, wait: timedelta) -> Any:
 
 
 def _store(place: Place, wait: timedelta) -> Any:
-    return dist.PrefixStore(f"loopfast/{place.restart}", _base(place, wait))
+    return dist.PrefixStore(f"loopfast/{place.restart}/{_groups_joined}", _base(place, wait))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from loopfast.config import Config
 from loopfast.distributed.group import ALONE, Group
 from loopfast.distributed.launcher import find_place
-from loopfast.distributed.rendezvous import joined, leave, note_opened, opened_before
+from loopfast.distributed.rendezvous import abandon, joined, leave, note_opened, opened_before
 from loopfast.engines import build_engine, require_settings, require_type
 from loopfast.errors import ConfigError
 from loopfast.policies import Policy, load_policy, load_schedule, scheduler_notes
@@ -94,8 +94,7 @@ def processes(config: Config, stop: StopRequest) -> Iterator[Group]:
         with group.explained(lambda: stop.requested):
             yield group
     except BaseException:
-        # connections to processes that have died would be waited for: they end with this one
-        group.end_watch()
+        abandon(group)
         raise
     leave(group)
 
