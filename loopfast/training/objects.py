@@ -67,10 +67,19 @@ def _loaded(
     if isinstance(config, str | Path):
         return load_config(config, overrides, changes)
     if isinstance(config, Mapping):
-        return parse_config("", overrides, {**config, **changes}, name="the mapping")
+        return parse_config("", overrides, _merged(config, changes), name="the mapping")
     raise ConfigError(
         f"config: found {type(config).__name__}, allowed: a recipe's name, a file, a mapping or a Config"
     )
+
+
+def _merged(mapping: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping with changes in it, and in the mappings of both below it."""
+    merged = dict(mapping)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(mapping.get(key), Mapping)
+        merged[key] = _merged(mapping[key], value) if both else value
+    return merged
 
 
 def _with(config: Config, section: str, key: str, value: object) -> Config:
