@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
+from rich.console import Console
 
 from loopfast.run.console import Display
 
@@ -29,7 +30,9 @@ class NotebookDisplay(Display):
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        super().__init__(quiet)
+        # plain text: as a notebook's own output, each line would be a block
+        plain: dict[str, Any] = {"highlight": False, "force_jupyter": False, "force_terminal": False}
+        super().__init__(quiet, console=Console(**plain), errors=Console(stderr=True, **plain))
         self._shown: Any = None
 
     def advance(self, metrics: Mapping[str, Any]) -> None:  # noqa: D102

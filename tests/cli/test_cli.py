@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -407,3 +408,47 @@ def test_a_plan_is_printed_and_is_json(capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(capsys.readouterr().out)["device"]["gpus"] == 2
     assert main(["plan", "--config", "tiny", "--memory", "much"]) == 2
     assert "error: --memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["config show", "config check", "config deepspeed", "schedule", "plan --card rtx3060"]
+)
+def test_a_configuration_is_an_argument_or_an_option(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for given in (["tiny"], ["--config", "tiny"], ["-c", "tiny"]):
+        assert main([*command.split(), *given, "--set", "run.seed=3"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2] != ""
+    assert main([*command.split(), "tiny", "--config", "mine.yaml"]) == 2
+    error = "error: the configuration is given twice, as 'tiny' and as --config 'mine.yaml'\n"
+    assert capsys.readouterr().err == error
+    assert main(command.split()) == 2
+    assert "with or without --config" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", [["train"], ["launch", "--nproc", "2"]])
+def test_a_name_that_is_taken_comes_with_the_command_that_works(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "tiny-2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "metrics.jsonl").touch()
+    assert main([*command, "--config", "tiny", "--set", "reward=[{name: embedded}]"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    start = (
+        "error: runs/tiny already holds a run: go on with it (--resume auto), or give this one another name ("
+    )
+    assert line.startswith(start)
+    arguments = shlex.split(line[len(start) : -1])
+    assert arguments == [
+        *("loopfast", *command, "--config", "tiny"),
+        *("--set", "reward=[{name: embedded}]", "--set", "run.name=tiny-3"),
+    ]
+    done = Calls(tmp_path)
+    monkeypatch.setattr(loopfast.training.train, "train", done)
+    monkeypatch.setattr("loopfast.distributed.launch.launch", done)
+    assert main(arguments[1:]) == 0
+    assert len(done) == 1

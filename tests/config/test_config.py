@@ -438,3 +438,34 @@ keys = st.sampled_from([".".join(map(str, path)) for path in paths(load_config("
 @given(st.lists(st.tuples(keys | st.text(max_size=8), values.map(repr) | st.text(max_size=8)), max_size=3))
 def test_overrides_never_give_a_traceback(pairs: list[tuple[str, str]]) -> None:
     accepted_or_refused(SHORT, [f"{key}={value}" for key, value in pairs])
+
+
+def test_changes_of_a_program_go_into_their_sections_and_name_their_argument() -> None:
+    changes: dict[str, Any] = {
+        "model": {"lora": {"rank": 3}, "scheduler": {"eta": 1}, "pretrained": Path("a") / "b"},
+        "train": {"iterations": 2},
+        "run": {"trackers": ()},
+        "reward": [{"name": "embedded", "weight": 2.0}],
+    }
+    found = load_config("tiny", ["train.iterations=4"], changes)
+    plain = load_config("tiny")
+    assert (found.model.lora.rank, found.model.lora.alpha) == (3, plain.model.lora.alpha)
+    assert (found.model.scheduler, found.model.pretrained) == ({"eta": 1}, "a/b")
+    # what the command line says comes last, and other keys stay
+    assert (found.train.iterations, found.train.learning_rate) == (4, plain.train.learning_rate)
+    assert found.run.trackers == ()
+    assert [(term.name, term.weight) for term in found.reward] == [("embedded", 2.0)]
+    for wrong, reason in (
+        (
+            {"train": {"iterations": 0}},
+            "argument train: train.iterations: found 0, allowed: a whole number >= 1",
+        ),
+        ({"train": 3}, "argument train: train: found 3, allowed: a mapping with the keys iterations"),
+        (
+            {"model": {"lora": {"rank": object()}}},
+            "argument model: model.lora.rank: found an object of type object",
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config("tiny", [], wrong)
+        assert str(caught.value).startswith(reason)

@@ -185,6 +185,14 @@ def test_a_launch_goes_on_after_a_kill(runs: Runs) -> None:
     assert distance(saved(runs.folder / "launched"), saved(runs.folder / runs.shared(2, *OPTIONS))) < 1e-6
 
 
+def test_a_launch_says_an_error_that_all_processes_have_once(runs: Runs) -> None:
+    arguments = runs.arguments("unlaunched", *OPTIONS, "prompts.source=nowhere.txt")[1:]
+    runs.ranks.start(["launch", "--nproc", "2", *arguments], 1, before=FORKED_LAUNCH)
+    assert runs.ranks.wait() == [2]
+    [line] = runs.ranks.errors(0).splitlines()
+    assert line.startswith("error: prompts 'nowhere.txt': no such file; allowed: ")
+
+
 @pytest.mark.parametrize(
     ("end", "restarts", "code", "said"),
     [

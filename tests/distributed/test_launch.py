@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 import loopfast.distributed.launch as launching
 from loopfast.errors import Interrupted
+from tests.distributed.conftest import NO_REPORT, Runs, metrics, saved
 
 
 @pytest.fixture
@@ -38,3 +40,24 @@ def test_a_launch_that_is_stopped_exits_with_the_signals_code(monkeypatch: pytes
     with pytest.raises(Interrupted, match=r"^SIGTERM has stopped the processes; --resume auto ") as caught:
         launching.launch([], processes=2, restarts=0)
     assert caught.value.exit_code == 143
+
+
+# The command line trains another run after this one.
+FIRST = """\
+import sys, loopfast
+first = loopfast.train(sys.argv[3], run={"name": "first-of-two"}, quiet=True)
+assert len(first.metrics) == 3
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_processes_may_train_one_run_after_the_other(stage: int, runs: Runs) -> None:
+    settings = (f"distributed.zero_stage={stage}",)
+    folder = runs.train(
+        f"second-of-two-{stage}", 2, *settings, before=NO_REPORT + FIRST.replace("of-two", f"of-two-{stage}")
+    )
+    other = folder.with_name(f"first-of-two-{stage}")
+    assert metrics(folder) == metrics(other)
+    first, second = saved(other), saved(folder)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert runs.ranks.errors(0) == runs.ranks.errors(1) == ""
