@@ -130,7 +130,7 @@ def _tests(gpu: Sequence[str], cpu: Sequence[str], processes: int = 1) -> Callab
 _OPS = ("test_gpu", "test_philox", "test_denoise_step", "test_transition_logprob", "test_loop_loss")
 _LAST_OPS = ("test_leave_one_out", "test_reduction", "test_group_norm_silu")
 _OP_FILES = [f"tests/kernels/{name}.py" for name in (*_OPS, *_LAST_OPS)]
-_RECORDING_FILES = ("tests/rollout", "tests/rollout/test_trajectories.py", "tests/test_profiling.py")
+_RECORDING_FILES = ("tests/rollout", "tests/test_profiling.py")
 # What breaks a recording on purpose may break what follows it in its process.
 _WHOLE_RECORDINGS = (f"--ignore={BROKEN_CAPTURE}",)
 
