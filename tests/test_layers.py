@@ -158,3 +158,19 @@ def test_imports_are_found_wherever_they_stand(tmp_path):
         "loopfast.planning",
         "loopfast.training.train",
     }
+
+
+def test_the_page_is_a_page_and_its_parts_are_small():
+    files = {
+        path.name: path.read_text().splitlines() for path in (ROOT / "loopfast" / "training").glob("*.py")
+    }
+    assert len(files["train.py"]) <= 230
+    assert {name: len(lines) for name, lines in files.items() if len(lines) >= 250} == {}
+    functions = {
+        (name, node.name): node.end_lineno - node.lineno + 1
+        for name, lines in files.items()
+        for node in ast.walk(ast.parse("\n".join(lines)))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
+    }
+    assert {name: length for name, length in functions.items() if length > 60} == {}
+    assert len(list((ROOT / "loopfast").glob("*.py"))) <= 9

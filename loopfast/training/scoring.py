@@ -229,9 +229,7 @@ class Scoring:
 
     def _all_problems(self, place: str) -> str:
         """What was wrong with all processes' scores; keeps the images."""
-        told = [*self._problems.values()]
-        if told:
-            told.append(self._kept_images(place))
+        told = [*self._problems.values(), *([self._kept_images(place)] if self._problems else [])]
         return "; ".join(text for text in self._group.texts("; ".join(told)) if text)
 
     def _kept_images(self, place: str) -> str:

@@ -11,7 +11,7 @@ from loopfast.config import Config
 from loopfast.distributed.group import ALONE, Group
 from loopfast.distributed.launcher import find_place
 from loopfast.distributed.rendezvous import abandon, joined, leave, note_opened, opened_before
-from loopfast.engines import build_engine, require_settings, require_type
+from loopfast.engines import Engine, build_engine, require_settings, require_type
 from loopfast.errors import ConfigError
 from loopfast.policies import Policy, load_policy, load_schedule, scheduler_notes
 from loopfast.profiling import Meter
@@ -22,6 +22,7 @@ from loopfast.run.console import Display
 from loopfast.run.folder import RunFolder
 from loopfast.run.lock import locked
 from loopfast.run.tracking import Tracker
+from loopfast.schedules import TransitionSchedule
 from loopfast.system.device import torch_device
 from loopfast.system.interrupts import StopRequest
 from loopfast.training.given import Given
@@ -131,23 +132,7 @@ def _prepared(
         release=lambda: run.sampler.release(),
         retries=not config.distributed.needs_deepspeed(group.size),
     )
-    # before the engine takes the weights apart
-    replica = make_replica(policy, config.rollout, sharded=config.distributed.zero_stage == 3)
-    sampler = Sampler(
-        policy,
-        schedule.to(policy.device),
-        config.rollout.guidance_scale,
-        config.algorithm.logprob,
-        microbatches.rollout,
-        replica,
-        StepCache(capture=config.rollout.cuda_graph, warn=display.warning),
-    )
-    engine = build_engine(policy, config, group)
-    if replica is not None:
-        replica.whole = engine.whole
-    elif engine.sharded:
-        # gathered weights lie elsewhere in every call
-        sampler = replace(sampler, steps=StepCache(capture=False))
+    sampler, engine = _sampler_and_engine(config, policy, schedule, microbatches.rollout, display, group)
     run = Run(
         config=config,
         display=display,
@@ -207,6 +192,35 @@ def _policy(config: Config, texts: list[str], *, new: bool) -> Policy:
     if config.model.free_text_encoder:
         policy.free_text_encoder(texts)
     return policy
+
+
+def _sampler_and_engine(
+    config: Config,
+    policy: Policy,
+    schedule: TransitionSchedule,
+    rows: int,
+    display: Display,
+    group: Group,
+) -> tuple[Sampler, Engine]:
+    """How a policy is sampled, in calls of so many rows; and what owns its weights from now on."""
+    # before the engine takes the weights apart
+    replica = make_replica(policy, config.rollout, sharded=config.distributed.zero_stage == 3)
+    sampler = Sampler(
+        policy,
+        schedule.to(policy.device),
+        config.rollout.guidance_scale,
+        config.algorithm.logprob,
+        rows,
+        replica,
+        StepCache(capture=config.rollout.cuda_graph, warn=display.warning),
+    )
+    engine = build_engine(policy, config, group)
+    if replica is not None:
+        replica.whole = engine.whole
+    elif engine.sharded:
+        # gathered weights lie elsewhere in every call
+        sampler = replace(sampler, steps=StepCache(capture=False))
+    return sampler, engine
 
 
 def _steps_drawn(config: Config, steps: StochasticSteps, group: Group) -> int:
