@@ -1,4 +1,7 @@
-"""Tiny pipelines of every supported family, with random weights and the embedded world's vocabulary."""
+"""Tiny pipelines of every supported family, with random weights and the embedded world's vocabulary.
+
+Adapters of their denoisers must matter: random ones change outputs by more than 1e-3 (open gates, no zero initialization).
+"""
 
 from __future__ import annotations
 

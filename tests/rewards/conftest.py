@@ -60,7 +60,7 @@ def as_pictures() -> Callable[[Tensor], list[Any]]:
 
 @pytest.fixture(scope="session")
 def score() -> Score:
-    """``score(name, images, prompts, **options)``: of one reward, reached from a configuration, on the CPU."""
+    """``score(name, images, prompts, **options)``: of one reward with weights, by a configuration, on the CPU."""
 
     def call(name: str, images: Tensor, prompts: list[str], **options: Any) -> Tensor:
         term = RewardConfig(name=name, options={"device": "cpu", **options})
