@@ -1,6 +1,6 @@
 """Tiny pipelines of every supported family, with random weights and the embedded world's vocabulary.
 
-Adapters of their denoisers must matter: random ones change outputs by more than 1e-3 (open gates, no zero initialization).
+A random adapter of a denoiser must change its outputs by more than 1e-3: gates are open, and nothing begins at zero.
 """
 
 from __future__ import annotations
