@@ -4,8 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,17 +11,13 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from loopfast.config import Config, load_config
-from loopfast.distributed.group import ALONE
 from loopfast.errors import ConfigError, LoopfastError
-from loopfast.prompts import Prompt, PromptList
 from loopfast.run.console import Display
 from loopfast.run.folder import RunFolder
 from loopfast.run.images import save_image
 from loopfast.run.tracking import METRICS
 from loopfast.system.files import write_file, writing
 from loopfast.system.memory import memory_used
-from loopfast.training.facts import describe_run
-from loopfast.training.microbatch import Microbatches
 
 MakeConfig = Callable[..., Config]
 QUIET = Display(quiet=True)
@@ -188,47 +182,3 @@ def test_memory_of_a_gpu_is_also_what_tensors_do_not_hold(monkeypatch: pytest.Mo
         "device_memory_bytes": 930,
     }
     assert all(METRICS[name].unit == "byte" for name in used)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "trained", "said"),
-    [
-        ((), (0, 1, 2, 3), "4 of 4 trained"),
-        (("train.steps=auto",), (0, 1, 2), "3 of 4 trained, not 3 (each would outweigh the others)"),
-        ((), (0, 1, 2), "3 of 4 trained, not 3 (deterministic)"),
-        (("train.steps=1:3",), (1, 2), "2 of 4 trained, not 0, 3"),
-    ],
-)
-def test_the_header_says_what_is_trained(
-    overrides: tuple[str, ...], trained: tuple[int, ...], said: str, small_config: MakeConfig
-) -> None:
-    config = small_config("train.inner_epochs=3", "rollout.steps=4", *overrides)
-    policy = SimpleNamespace(
-        describe=lambda: "the model", device=torch.device("cpu"), levers={"attention": "sdpa", "tf32": False}
-    )
-    trainer: Any = SimpleNamespace(
-        config=config,
-        sampler=SimpleNamespace(policy=policy, model=policy, replica=None),
-        steps=SimpleNamespace(trained=trained, count=len(trained), window=None),
-        drawn=len(trained),
-        screening="auto",
-        reward_worker="none",
-        microbatches=Microbatches(4, "auto", 8, QUIET.warning),
-        prompts=PromptList(Prompt(str(number)) for number in range(9)),
-        folder=RunFolder(config),
-        group=ALONE,
-    )
-    facts = dict(describe_run(trainer))
-    assert facts["steps"] == said
-    assert facts["model"] == "the model"
-    assert facts["algorithm"] == "loop, K = 2, learning rate 0.0001"
-    assert facts["prompts"] == "9 prompts from embedded:color"
-    assert facts["an iteration"] == f"8 images, 6 updates of {8 * len(trained) // 2} pairs"
-    assert facts["reward"] == "1 x jpeg_compressibility, 0 x jpeg_incompressibility"
-    assert facts["device"].startswith(f"cpu, {torch.get_num_threads()} thread(s)")
-    assert facts["speed"] == "attention sdpa, tf32 off, screening auto"
-    assert facts["rollout"].endswith("CUDA graph off, replica off, reward worker none")
-    assert facts["memory"].startswith(
-        "microbatch 4 in rollout, 4 (auto) in replay, gradient checkpointing off"
-    )
-    assert facts["run"] == str(RunFolder(config).path)

@@ -1,187 +1,16 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from loopfast.algorithms import PromptStatistics
 from loopfast.config import AlgorithmConfig, TrainConfig
 from loopfast.engines import LocalEngine
 from loopfast.errors import NonFiniteError
-from loopfast.rollout import Sampler
-from loopfast.rollout.trajectories import Trajectories
-from loopfast.schedules import TransitionSchedule
-from loopfast.training.loss import PolicyLoss, compare
-from loopfast.training.probe import rehearse
-from loopfast.training.replay import Replay
-from loopfast.training.update import Screening, UpdateStatistics, screen, update
-
-GROUPS, SAMPLES, STEPS, SHAPE = 2, 3, 3, (2, 2)
-ROWS = GROUPS * SAMPLES
-REWARDS = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
-LEAVE_ONE_OUT = torch.tensor([-3.0, -1.5, 4.5, -1.5, -1.5, 3.0], dtype=torch.float64)
-
-
-class ToyPolicy:
-    """One weight matrix on the latent, one on the prompt, in float64."""
-
-    latent_shape = SHAPE
-    device = torch.device("cpu")
-    dtype = torch.float64
-
-    def __init__(self) -> None:
-        self.weight = torch.nn.Parameter(0.3 * torch.randn(4, 4, dtype=torch.float64))
-        self.prompt = torch.nn.Parameter(0.3 * torch.randn(4, dtype=torch.float64))
-        self._initial = [self.weight.detach().clone(), self.prompt.detach().clone()]
-        self._inside_reference = False
-        self.batches: list[int] = []
-        self.outputs: list[Tensor] = []
-        self.gradients: list[Tensor] = []
-        self.denoiser = torch.nn.ParameterDict(self.trainable())
-
-    def trainable(self) -> dict[str, torch.nn.Parameter]:
-        return {"weight": self.weight, "prompt": self.prompt}
-
-    def predict(
-        self, sample: Tensor, timestep: Tensor, conditioning: dict[str, Tensor], guidance_scale: float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
-        self.batches.append(len(sample))
-        weight, prompt = self._initial if self._inside_reference else (self.weight, self.prompt)
-        plain = (sample.flatten(1) @ weight + timestep[:, None] / 10).view_as(sample)
-        told = plain + (conditioning["text"][:, None] * prompt).view_as(sample)
-        self.outputs.append(told)
-        if told.requires_grad:
-            told.register_hook(self.gradients.append)
-        return told, None if guidance_scale == 1.0 else plain
-
-    def forget(self) -> None:
-        for record in (self.batches, self.outputs, self.gradients):
-            record.clear()
-
-    @contextmanager
-    def reference(self) -> Any:
-        self._inside_reference = True
-        yield
-        self._inside_reference = False
-
-
-class Gradients:
-    """An engine that keeps its gradients and takes no step."""
-
-    learning_rate = 0.5
-
-    def __init__(self) -> None:
-        self.updates = self.discarded = 0
-
-    def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        loss.backward()
-
-    def discard(self) -> None:
-        self.discarded += 1
-
-    def update(self) -> float:
-        self.updates += 1
-        return 2.5
-
-
-class Case:
-    """Trajectories of a policy, and the policy after its weights have moved on."""
-
-    def __init__(self, *, guidance_scale: float = 1.0, reduction: str = "sum", moved: float = 0.05) -> None:
-        self.policy = ToyPolicy()
-        table = torch.tensor([[1.1, -0.2, 0.5], [0.9, 0.4, 0.7], [1.0, 0.3, 0.4]], dtype=torch.float64)
-        schedule = TransitionSchedule(torch.tensor([9, 5, 1]), table, table, (table[:, 1] / table[:, 2]) ** 2)
-        policy: Any = self.policy
-        self.sampler = Sampler(policy, schedule, guidance_scale, reduction, ROWS)
-        self.text = torch.randn(GROUPS, dtype=torch.float64)
-        self.prompts = torch.arange(GROUPS).repeat_interleave(SAMPLES)
-        sampled = self.sampler.sample({"text": self.text}, self.prompts, torch.arange(ROWS))
-        self.trajectories = Trajectories(sampled.latents, sampled.logprob.double())
-        with torch.no_grad():
-            for parameter in self.policy.trainable().values():
-                parameter += moved * torch.randn_like(parameter)
-        order = torch.randperm(ROWS * STEPS)[:11]
-        self.rows, self.steps = order % ROWS, order // ROWS
-
-    def replay(self, algorithm: AlgorithmConfig, rewards: Tensor = REWARDS) -> Replay:
-        advantages = compare(algorithm, rewards, ["a", "b"], PromptStatistics(), torch.device("cpu"))
-        return Replay(
-            self.sampler,
-            PolicyLoss(algorithm, advantages),
-            self.trajectories,
-            {"text": self.text},
-            self.prompts,
-        )
-
-    def screen(
-        self, algorithm: AlgorithmConfig, microbatch: int = 11, rewards: Tensor = REWARDS
-    ) -> Screening:
-        self.policy.forget()
-        replay = self.replay(algorithm, rewards)
-        return screen(replay, (self.rows, self.steps), microbatch=microbatch)
-
-    def update(
-        self,
-        algorithm: AlgorithmConfig,
-        microbatch: int = 4,
-        rewards: Tensor = REWARDS,
-        engine: Any = None,
-        **options: Any,
-    ) -> UpdateStatistics:
-        self.policy.forget()
-        for parameter in self.policy.trainable().values():
-            parameter.grad = None
-        done = update(
-            self.replay(algorithm, rewards),
-            gradients := engine or Gradients(),
-            (self.rows, self.steps),
-            microbatch=microbatch,
-            **options,
-        )
-        assert engine is not None or gradients.updates == 1
-        return done
-
-    def gradients(self) -> list[Tensor]:
-        found = [parameter.grad for parameter in self.policy.trainable().values()]
-        assert all(gradient is not None for gradient in found)
-        return [gradient.clone() for gradient in found if gradient is not None]
-
-    def plain(
-        self, advantage: Tensor, clip_range: float | None, kl_weight: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, ratios and gradients by autograd of the textbook formula, a pair at a time."""
-        g, mean = self.sampler.guidance_scale, self.sampler.reduction == "mean"
-        losses, ratios = [], []
-        for row, step in zip(self.rows.tolist(), self.steps.tolist(), strict=True):
-            a, b, sigma = self.sampler.schedule.table64[step]
-            x, y = self.trajectories.latents[step, row], self.trajectories.latents[step + 1, row]
-
-            def output(x: Tensor = x, row: int = row, step: int = step) -> Tensor:
-                text = {"text": self.text[self.prompts[row]].view(1)}
-                time = self.sampler.schedule.timesteps[step].view(1)
-                told, plain = self.policy.predict(x[None], time, text, g)
-                return (told if plain is None else plain + g * (told - plain))[0]
-
-            density = torch.distributions.Normal(a * x + b * output(), sigma).log_prob(y)
-            ratio = torch.exp(
-                (density.mean() if mean else density.sum()) - self.trajectories.logprob[step, row]
-            )
-            loss = -advantage[row] * ratio
-            if clip_range is not None:
-                loss = torch.maximum(loss, -advantage[row] * ratio.clamp(1 - clip_range, 1 + clip_range))
-            if kl_weight:
-                with torch.no_grad(), self.policy.reference():
-                    before = output()
-                shift = 0.5 * (b * (output() - before) / sigma) ** 2
-                loss = loss + kl_weight * (shift.mean() if mean else shift.sum())
-            losses.append(loss)
-            ratios.append(ratio)
-        total = torch.stack(losses).mean()
-        return total, torch.stack(ratios), torch.autograd.grad(total, self.policy.trainable().values())
+from loopfast.training.update import UpdateStatistics, update
+from tests.training.toys import GROUPS, LEAVE_ONE_OUT, REWARDS, SAMPLES, Case, Gradients
 
 
 def config(name: str, **options: Any) -> AlgorithmConfig:
@@ -340,36 +169,6 @@ def test_an_update_that_runs_out_of_memory_leaves_nothing_behind() -> None:
     assert len(shown) == 1
     assert done.loss == expected.loss
     assert done.grad_norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item())
-
-
-@pytest.mark.parametrize("with_reference", [False, True])
-def test_a_rehearsal_calls_as_an_update_does_and_changes_nothing(with_reference: bool) -> None:
-    case = Case(guidance_scale=2.0)
-    case.policy.batches.clear()
-    engine = LocalEngine(case.policy, TrainConfig())  # type: ignore[arg-type]
-    before = [parameter.detach().clone() for parameter in case.policy.trainable().values()]
-    backward = []
-    case.policy.weight.register_post_accumulate_grad_hook(lambda parameter: backward.append(1))
-    rehearse(case.sampler, engine, {"text": case.text}, microbatch=5, with_reference=with_reference)
-    assert case.policy.batches == [5] * (1 + with_reference)
-    assert len(backward) == 1
-    for parameter, value in zip(case.policy.trainable().values(), before, strict=True):
-        assert parameter.grad is None
-        assert torch.equal(parameter, value)
-
-
-def test_a_rehearsal_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, sizes, empty = Case(), list[int](), torch.empty
-
-    def noted(*size: int, **options: Any) -> torch.Tensor:
-        if options.get("dtype") == torch.uint8:
-            sizes.extend(size)
-        return empty(*size, **options)
-
-    monkeypatch.setattr(torch, "empty", noted)
-    engine = LocalEngine(case.policy, TrainConfig())  # type: ignore[arg-type]
-    rehearse(case.sampler, engine, {"text": case.text}, microbatch=5, with_reference=False, reserve=1000)
-    assert sizes == [1000]
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
