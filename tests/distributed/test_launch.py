@@ -47,6 +47,14 @@ FIRST = """\
 import sys, loopfast
 first = loopfast.train(sys.argv[3], run={"name": "first-of-two"}, quiet=True)
 assert len(first.metrics) == 3
+seen = []
+def stop(iteration):
+    seen.append((iteration.images().shape[0], iteration.rewards.shape))
+    iteration.stop()
+stopped = loopfast.train(sys.argv[3], run={"name": "first-of-two-stopped"}, quiet=True, callbacks=[stop])
+assert len(stopped.metrics) == 2
+# the first process calls back, for all images, with those of its own
+assert seen == ([(4, (3, 3))] if rank == 0 else []), seen
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,23 @@ def test_a_gathered_copy_is_given_back_whatever_is_raised(pipeline_folder: Path)
     assert all(parameter.numel() == 0 for parameter in replica.policy.denoiser.parameters())
     found = toy.run(toy.sampler(policy, pipeline_folder, replica=replica))
     assert toy.same(found, toy.run(toy.sampler(policy, pipeline_folder)))
+
+
+def test_a_gathered_copy_is_given_back_by_sampling_that_is_closed(pipeline_folder: Path) -> None:
+    policy = toy.load(pipeline_folder)
+    replica = make_replica(policy, RolloutConfig(replica="gathered"))
+    assert replica is not None
+    sampler = toy.sampler(policy, pipeline_folder, replica=replica)
+    found = sampler.allocate(len(toy.SEEDS))
+    sampling = sampler.stream(found, policy.encode(toy.PROMPTS), toy.ROWS, toy.SEEDS)
+    with closing(sampling):
+        rows = next(sampling)
+        assert rows == slice(0, sampler.microbatch)
+        # what is sampled needs no gradient; what is done with it between two microbatches may
+        assert torch.is_grad_enabled()
+        assert all(parameter.numel() > 0 for parameter in replica.policy.denoiser.parameters())
+    assert all(parameter.numel() == 0 for parameter in replica.policy.denoiser.parameters())
+    assert torch.is_grad_enabled()
 
 
 def test_sharded_weights_are_sampled_from_a_copy(pipeline_folder: Path) -> None:
