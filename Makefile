@@ -19,17 +19,18 @@ SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 BRIEF := -p tests.progress -q -r NfE
 # The tests that compute with floating-point numbers; Triton's interpreter does so in numpy on every processor.
 COMPUTING := tests/kernels tests/rollout tests/policies tests/rewards tests/evaluation tests/integrations \
-  tests/exporting tests/training/test_train.py tests/training/test_update.py tests/training/test_families.py tests/test_schedules.py \
-  tests/test_published_logprobs.py tests/engines/test_ema.py tests/training/test_resume.py -k 'not triton'
+  tests/exporting tests/training tests/engines/test_ema.py tests/test_schedules.py tests/test_published_logprobs.py -k 'not triton'
 # Those of them in which processors have differed, and that train little; of the ops, `test-wheel` runs them so.
-DIFFERING := tests/rewards tests/training/test_update.py tests/test_schedules.py tests/test_published_logprobs.py \
-  tests/training/test_rounding.py --ignore tests/rewards/test_http.py --ignore tests/training/test_scoring.py -k 'not triton'
+DIFFERING := tests/rewards tests/training/test_loss.py tests/training/test_update.py tests/training/test_rounding.py \
+  tests/test_schedules.py tests/test_published_logprobs.py --ignore tests/rewards/test_http.py \
+  --ignore tests/rewards/test_thread.py -k 'not triton'
 # Those of the ops, of the algorithm and of the configuration that start no process and train no model.
 each = $(addprefix tests/$(1)/test_,$(addsuffix .py,$(2)))
 FAST := $(call each,kernels,backends denoise_step group_norm_silu leave_one_out loop_loss philox reduction transition_logprob \
   validation) $(call each,rollout,capture recording trajectories) $(call each,policies,guided_unet layers loading) \
   $(call each,config,config) $(call each,engines,deepspeed_config local) $(call each,prompts,files sources) \
-  $(call each,rewards,base) $(call each,run,console folder tracking) $(call each,training,microbatch rounding update) \
+  $(call each,rewards,base) $(call each,run,console folder tracking) $(call each,training,batch checks collect loss \
+  metrics microbatch pairs rounding scorer state update) \
   $(call each,system,allocator doctor interrupts memory plugins processor) \
   $(addprefix tests/test_,$(addsuffix .py,algorithms documentation layers published_logprobs)) -k 'not triton'
 # What the libraries below may use of a processor: torch's own kernels, oneDNN, MKL, and loopfast's.

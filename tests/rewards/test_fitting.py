@@ -194,18 +194,13 @@ class TwoProcesses(Group):
 
 
 @pytest.fixture
-def judge(
-    small_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Scoring]]:
+def judge(small_config: Callable[..., Config]) -> Iterator[Callable[..., Scoring]]:
     made = []
 
     def make(reward: Any, group: Group | None = None, *overrides: str) -> Scoring:
-        monkeypatch.setattr(
-            "loopfast.training.scoring.build_rewards",
-            lambda terms, **options: RewardSet([RewardTerm("mine", reward)], **options),
-        )
-        config = small_config("reward=[{name: jpeg_compressibility, label: mine}]", *overrides)
-        made.append(Scoring(config, group or ALONE, RunFolder(config), lambda text: None))
+        config = small_config("reward=[{name: '<mine>', label: mine}]", *overrides)
+        given = {"<mine>": reward}
+        made.append(Scoring(config, group or ALONE, RunFolder(config), lambda text: None, given))
         return made[-1]
 
     yield make
