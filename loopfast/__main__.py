@@ -6,6 +6,7 @@ Needs the standard library only, so that a base install can say what it lacks.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from hashlib import sha256
@@ -119,6 +120,8 @@ def _said_by_another(text: str) -> bool:
     if folder is None:
         return False
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # one process may end with it, and another because of that
+    text = re.sub(r"^rank \d+ failed: ", "", text)
     try:
         Path(folder, f"{attempt}-{sha256(text.encode(errors='replace')).hexdigest()}").touch(exist_ok=False)
     except FileExistsError:

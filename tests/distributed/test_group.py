@@ -69,6 +69,9 @@ class Wires:
         self.gone: list[tuple[str, str]] = []
         self.groups: list[tuple[str, Any]] = []
 
+    def is_initialized(self) -> bool:
+        return False
+
     def _note(self, group: Any, tensor: Tensor) -> None:
         self.gone.append(("default" if group is None else str(group), tensor.device.type))
 

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,16 +14,7 @@ from loopfast.system.interrupts import StopRequest
 SIGNALS = [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
-@pytest.fixture(autouse=True)
-def _as_in_the_foreground() -> Iterator[None]:
-    """Python's own handlers; they are not there in a process that was started in the background, or by nohup."""
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
-        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-    }
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("foreground")
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)

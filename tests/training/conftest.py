@@ -9,6 +9,11 @@ import pytest
 from tests.training.toys import MakeToy, Toy, toy_run
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_in_the_foreground(foreground: None) -> None:
+    pass
+
+
 @pytest.fixture
 def make_toy(tmp_path: Path) -> Iterator[MakeToy]:
     """``make_toy("section.key=value", ...)``: a toy run in a folder of its own, open until the test ends."""
