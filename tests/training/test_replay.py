@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from loopfast.config import AlgorithmConfig
 from loopfast.training.replay import Gradient, Losses, reference_output
@@ -74,12 +75,20 @@ def test_rows_that_fill_a_call_up_count_for_nothing(padding: int | None, rows: l
     assert torch.equal(found.ratio, whole.ratio)
 
 
-def test_trajectories_of_another_type_are_replayed_in_the_policys_own() -> None:
-    case = Case()
-    expected = replayed(case)
+def test_trajectories_of_another_type_are_replayed_in_the_policys_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case, types = Case(), list[torch.dtype]()
+    expected, predict = replayed(case), case.policy.predict
+
+    def noted(sample: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+        types.append(sample.dtype)
+        return predict(sample, *args)
+
+    monkeypatch.setattr(case.policy, "predict", noted)
     half = replace(case.trajectories, latents=case.trajectories.latents.float())
     found = replace(case.replay(ALGORITHM), trajectories=half).losses((case.rows, case.steps), 11)
-    assert case.policy.outputs[-1].dtype == torch.float64
+    assert types == [torch.float64]
     torch.testing.assert_close(found.ratio, expected.ratio, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
@@ -91,7 +100,7 @@ def test_the_reference_is_the_guided_output_of_the_policy_before_training(guidan
         torch.arange(5),
         {"text": torch.randn(5)},
     )
-    found = reference_output(case.sampler, sample, timestep, text)
+    found = reference_output(case.sampler, sample.requires_grad_(), timestep, text)
     with torch.no_grad(), case.policy.reference():
         told, plain = case.policy.predict(sample, timestep, text, guidance_scale)
     expected = told if plain is None else plain + guidance_scale * (told - plain)

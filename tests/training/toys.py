@@ -258,13 +258,14 @@ evaluation: {every: 0, images_per_prompt: 1, limit_prompts: 2, preview_images: 1
 def first_pixel(
     images: Tensor, prompts: list[str], metadata: list[dict[str, Any]], word: str = "none", how: str = "nan"
 ) -> list[float]:
-    """The first pixel's red; for prompts with the word in them no number, or an error."""
+    """The first pixel's red; for prompts with the word in them always the same, no number, or an error."""
     bad = [word in prompt for prompt in prompts]
     if any(bad) and how == "raises":
         raise ZeroDivisionError("no luck")
     if any(bad) and how == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    return [torch.nan if no else pixel for no, pixel in zip(bad, images[:, 0, 0, 0].tolist(), strict=True)]
+    value = 0.5 if how == "flat" else torch.nan
+    return [value if no else pixel for no, pixel in zip(bad, images[:, 0, 0, 0].tolist(), strict=True)]
 
 
 class Heard(Display):
