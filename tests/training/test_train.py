@@ -4,9 +4,9 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,10 @@ from loopfast.errors import (
 from loopfast.policies import load_policy
 from loopfast.policies.families.sd import StableDiffusionPolicy
 from loopfast.rewards import RewardMemoryError
-from loopfast.rollout import Sampler
 from loopfast.run.console import Display
 from loopfast.run.tracking import describe, read_metrics
-from loopfast.training.batch import draw_batch
 from loopfast.training.facts import announce
 from loopfast.training.loss import PolicyLoss
-from loopfast.training.probe import probe
 from loopfast.training.run import Run
 from loopfast.training.setup import start
 from loopfast.training.state import TrainState
@@ -86,8 +83,8 @@ GUIDED_AND_PADDED = ("rollout.guidance_scale=3.0", "rollout.microbatch=5", "trai
 
 
 @contextmanager
-def memory_for(rows: int, *, of_training_calls: bool, skip: int = 0) -> Iterator[list[int]]:
-    """Inside, a model call with more rows runs out of memory, after the first ``skip`` ones; gives the calls' rows.
+def memory_for(rows: int, *, of_training_calls: bool) -> Iterator[list[int]]:
+    """Inside, a model call with more rows runs out of memory; gives the calls' rows.
 
     Args:
         of_training_calls: calls without gradients always fit.
@@ -98,7 +95,7 @@ def memory_for(rows: int, *, of_training_calls: bool, skip: int = 0) -> Iterator
     def limited(self: StableDiffusionPolicy, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() or not of_training_calls:
             calls.append(len(sample))
-            if len(sample) > rows and len(calls) > skip:
+            if len(sample) > rows:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return predict(self, sample, *args, **kwargs)
 
@@ -355,22 +352,6 @@ def test_replay_that_disagrees_with_the_rollout_stops_the_run(small_config: Make
     assert not (folder / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("check", ["warn", "off"])
-def test_the_on_policy_check_can_be_weakened(check: str, small_config: MakeConfig) -> None:
-    warnings = io.StringIO()
-    display = Display(quiet=True, errors=Console(file=warnings, width=400))
-    config = small_config("train.iterations=1", f"train.on_policy_check={check}")
-    with predictions_in_training(lambda output: output + 0.01):
-        folder = training.train(config, display=display)
-    assert read_metrics(folder / "metrics.jsonl")[1]["ratio_max_deviation"] > 1e-3
-    if check == "warn":
-        assert warnings.getvalue().startswith(
-            "warning: iteration 1: before the first update the ratio differs"
-        )
-    else:
-        assert warnings.getvalue() == ""
-
-
 def test_a_loss_that_is_not_finite_is_explained_and_changes_nothing(
     small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -500,7 +481,6 @@ def test_the_microbatch_changes_no_result(
     ("of_training_calls", "options"),
     [
         (False, ()),
-        (True, ()),
         (True, ("model.tune=lora", "model.lora.rank=2", "model.dtype=float16", "train.iterations=1")),
     ],
 )
@@ -535,40 +515,6 @@ def without_overflows(warnings: list[str]) -> list[str]:
     return [line for line in warnings if "the gradient overflowed float16" not in line]
 
 
-def test_an_update_that_runs_out_of_memory_halfway_is_done_again_with_smaller_calls(
-    small_config: MakeConfig, user_module: Callable[[str], str]
-) -> None:
-    options = (
-        f"reward=[{{name: '{user_module(SMOOTH)}:reward'}}]",
-        "train.iterations=1",
-        "evaluation.every=0",
-        "rollout.steps=4",
-    )
-    whole = run(small_config(*options))
-    # two calls for the first update, and one of the second's
-    with memory_for(4, of_training_calls=True, skip=3) as calls:
-        folder, [warning] = run_told(small_config(*options, "run.name=halved"))
-    assert calls == [8, 8, 8, 8, 4, 4, 4, 4]
-    assert warning.startswith("warning: train.microbatch: 8 rows")
-    assert relative_distance(weights(folder, 1), weights(whole, 1)) < 1e-6
-    first, second = (read_metrics(path / "metrics.jsonl")[1] for path in (whole, folder))
-    for name in ("loss", "grad_norm", "images", "ratio_max_deviation"):
-        assert second[name] == pytest.approx(first[name], rel=1e-5), name
-
-
-def test_a_resumed_run_goes_on_with_the_size_that_fitted(small_config: MakeConfig) -> None:
-    options = ("evaluation.every=0",)
-    with memory_for(2, of_training_calls=True):
-        straight, _ = run_told(small_config(*options, "train.iterations=2", "run.name=straight"))
-        folder, warnings = run_told(small_config(*options, "train.iterations=1"))
-    assert len(warnings) == 2
-    with memory_for(2, of_training_calls=True) as calls:
-        _, warnings = run_told(small_config(*options, "train.iterations=2"), "auto")
-    assert same(weights(folder, 2), weights(straight, 2))
-    assert warnings == []
-    assert set(calls) == {2}
-
-
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
@@ -584,36 +530,6 @@ def test_what_cannot_fit_into_memory_is_told(
 ) -> None:
     with memory_for(0, of_training_calls=True), pytest.raises(LoopfastError, match=reason):
         run(small_config(*overrides))
-
-
-def test_a_training_call_is_rehearsed_before_images_are_sampled_for_it(small_config: MakeConfig) -> None:
-    warnings = io.StringIO()
-    display = Display(quiet=True, errors=Console(file=warnings, width=1000))
-    with start(small_config(), None, display) as (run, _):
-        policy = run.sampler.policy
-        before = {name: p.detach().clone() for name, p in policy.trainable().items()}
-        with memory_for(3, of_training_calls=True) as calls:
-            probe(run)
-        assert calls == [8, 4, 2]
-        assert (run.microbatches.rollout, run.microbatches.train) == (2, 2)
-        assert warnings.getvalue().count("do not fit") == 2
-        assert same(dict(policy.trainable()), before)
-        assert all(p.grad is None for p in policy.trainable().values())
-
-
-def test_recorded_steps_are_freed_when_the_rows_of_a_call_change(small_config: MakeConfig) -> None:
-    kept = []
-    release = Sampler.release
-
-    def noted(self: Sampler) -> None:
-        kept.append((self.microbatch, len(self.steps)))
-        release(self)
-
-    with memory_for(3, of_training_calls=True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sampler, "release", noted)
-        run(small_config("train.iterations=1"))
-    # at each halving, when the rollout takes as many rows, and at the end
-    assert kept == [(8, 1), (8, 0), (4, 1), (4, 0), (2, 1)]
 
 
 # Few ratios stay inside this clip range after an update.
@@ -637,8 +553,8 @@ class Replayed:
 
 
 @contextmanager
-def replayed(zero_gradient: Sequence[float] = ()) -> Iterator[list[Replayed]]:
-    """Inside, updates are entered in the list; their shares without a gradient read as given, if they are."""
+def replayed() -> Iterator[list[Replayed]]:
+    """Inside, updates are entered in the list."""
     fit = training.fitted_update
     entered: list[Replayed] = []
 
@@ -653,8 +569,6 @@ def replayed(zero_gradient: Sequence[float] = ()) -> Iterator[list[Replayed]]:
             entry.done = fit(run, *args)
         finally:
             handle.remove()
-        if zero_gradient:
-            entry.done = replace(entry.done, zero_gradient=zero_gradient[len(entered) - 1])
         return entry.done
 
     with pytest.MonkeyPatch.context() as patch:
@@ -706,47 +620,6 @@ def test_screening_leaves_out_the_backward_pass_of_pairs_without_a_gradient_and_
     calls = sum(len(update.screening) + len(update.training) for update in updates)
     assert line["model_calls"] == 4 + calls
     assert other["model_calls"] == 4 + 8
-
-
-def test_auto_screens_an_update_where_the_one_before_had_few_gradients(small_config: MakeConfig) -> None:
-    # of an iteration's first update nothing is learned about the others, and it is not screened
-    shares = [1.0, 0.3, 0.41, 0.5, 0.0, 0.39, 0.9, 0.6]
-    screened = [False, False, False, True, False, True, False, True]
-    options = MUCH_CLIPPED
-    with replayed(shares) as updates:
-        folder = run(small_config(*options))
-    assert [update.screening != [] for update in updates] == screened
-    # what the last update of an iteration had is in its checkpoint
-    with replayed(shares[:4]):
-        run(small_config(*options, "train.iterations=1", "run.name=resumed"))
-    with replayed(shares[4:]) as updates:
-        resumed = run(small_config(*options, "run.name=resumed"), "auto")
-    assert [update.screening != [] for update in updates] == screened[4:]
-    assert same(weights(resumed, 2), weights(folder, 2))
-
-
-@pytest.mark.parametrize("option", ["algorithm.kl_weight=0.1", "train.screening=off"])
-def test_what_is_not_to_be_screened_is_not(option: str, small_config: MakeConfig) -> None:
-    with replayed([0.9] * 4) as updates:
-        run(small_config(*MUCH_CLIPPED, "train.iterations=1", option))
-    assert [update.screening for update in updates] == [[]] * 4
-    assert [update.training for update in updates] == [[8]] * 4
-
-
-def test_only_an_iterations_first_update_is_filled_up_to_calls_of_the_rollouts_size(
-    small_config: MakeConfig,
-) -> None:
-    options = (
-        "rollout.prompts_per_iteration=5",
-        "train.updates_per_iteration=2",
-        "train.screening=off",
-        "rollout.steps=4",
-    )
-    sizes = ("rollout.microbatch=18", "train.microbatch=18", "train.iterations=1", "train.steps=all")
-    with replayed() as updates:
-        run(small_config(*options, *sizes))
-    # 20 pairs each
-    assert [update.training for update in updates] == [[18, 18], [18, 16]]
 
 
 def test_a_screening_call_that_does_not_fit_halves_its_rows(
@@ -921,22 +794,6 @@ def test_a_users_reward_and_prompts_train(
     assert lines[1]["reward_std"] == pytest.approx(3.5, abs=0.5)
     assert lines[1][f"reward_{module}:reward"] == pytest.approx(lines[1]["reward_mean"])
     assert (folder / "report.html").exists()
-
-
-def test_prompts_are_drawn_without_repeating_any_before_all_had_their_turn(
-    small_config: MakeConfig, tmp_path: Path
-) -> None:
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\na green cross\n")
-    config = small_config(f"prompts.source={tmp_path / 'prompts.txt'}", "rollout.prompts_per_iteration=7")
-    batches = []
-    with start(config, None, Display(quiet=True)) as (run, _):
-        for iteration in range(6):
-            batch = draw_batch(run, iteration)
-            assert sorted(batch.texts[:3]) == sorted(batch.texts[3:6]) == sorted(p.text for p in run.prompts)
-            assert batch.prompt_index.tolist() == [index for index in range(7) for _ in range(2)]
-            assert len(batch.conditioning["encoder_hidden_states"]) == 7
-            batches.append(tuple(batch.texts))
-    assert len(set(batches)) > 1
 
 
 def test_a_scheduler_that_ddim_replaces_and_prompts_that_are_cut_are_said_at_the_start(
