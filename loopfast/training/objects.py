@@ -15,7 +15,6 @@ from loopfast.run.folder import RunFolder
 from loopfast.system.plugins import reference_to
 from loopfast.training.given import PIPELINE, Given, as_prompts
 
-Changes = dict[str, dict[str, Any] | list[dict[str, Any]]]
 _FILES = {"prompts": ("source", "prompts.jsonl"), "evaluation": ("prompts", "evaluation-prompts.jsonl")}
 """By section, the key that may have a list of prompts, and the name of the file that it is kept in."""
 
@@ -88,7 +87,7 @@ def _with(config: Config, section: str, key: str, value: object) -> Config:
 
 
 def _is_list(value: object) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str | Path | Mapping)
+    return isinstance(value, Iterable) and not (isinstance(value, str | Path | Mapping) or callable(value))
 
 
 def _named_rewards(given: object, functions: dict[str, Callable[..., Any]]) -> list[dict[str, Any]]:
