@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from loopfast.policies import load_policy
+from loopfast.training import setup
 from tests.training.toys import MakeToy, Toy, toy_run
 
 
 @pytest.fixture(autouse=True)
-def _signals_as_in_the_foreground(foreground: None) -> None:
-    pass
+def _as_it_was(foreground: None) -> Iterator[None]:
+    """Signals as in the foreground; and no toy takes the place of a model in tests that follow."""
+    yield
+    assert setup.load_policy is load_policy
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def test_an_evaluation_can_be_stopped(make_toy: MakeToy) -> None:
 
 
 def test_metrics_and_evaluations_are_recorded(make_toy: MakeToy, monkeypatch: pytest.MonkeyPatch) -> None:
-    toy, shown = make_toy(), list[Any]()
+    toy, shown = make_toy("evaluation.preview_images=1"), list[Any]()
     assert toy.run.tracker is not None
     monkeypatch.setattr(toy.run.tracker, "image", lambda *given: shown.append(given))
     found, folder = evaluated(toy), toy.run.folder.path

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loopfast.errors import Interrupted, LoopfastError
+from loopfast.algorithms import ALGORITHMS
+from loopfast.errors import ConfigError, Interrupted, LoopfastError, NonFiniteError
 from loopfast.run.tracking import read_metrics
 from loopfast.training.batch import Batch
 from loopfast.training.loss import PolicyLoss, compare
@@ -62,6 +63,29 @@ def test_an_iteration_samples_scores_and_learns(make_toy: MakeToy) -> None:
     assert not toy.run.meter.running
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_learns(name: str, make_toy: MakeToy) -> None:
+    toy = make_toy(f"algorithm.name={name}")
+    before = toy.weights
+    iterate(toy.run, toy.state)
+    metrics = counted(toy.state.pending)
+    assert metrics["grad_norm"] > 0
+    assert (metrics["ratio_outside_clip"] > 0) == (ALGORITHMS[name].clip_range is not None)
+    for weight, other in zip(toy.weights.values(), before.values(), strict=True):
+        assert weight.isfinite().all()
+        assert not torch.equal(weight, other)
+
+
+def test_images_are_used_for_several_epochs(make_toy: MakeToy) -> None:
+    options = ("train.inner_epochs=2", "train.updates_per_iteration=2", "train.lr_schedule=linear")
+    toy = make_toy("train.iterations=1", "train.screening=off", *options)
+    iterate(toy.run, toy.state)
+    # four updates of 9 pairs; the last one has a quarter of the rate left
+    assert calls(toy) == [(6, "asks")] * 3 + [(6, "trains")] * 4 * 2
+    assert counted(toy.state.pending)["learning_rate"] == pytest.approx(0.1 / 4)
+    assert toy.state.images == 6
+
+
 def test_encoding_is_a_part_of_the_iterations_time(
     make_toy: MakeToy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,8 +128,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("overrides", WAYS)
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize(("updates", "overrides"), [*zip([1, 2] * 3, WAYS, strict=True)])
 def test_an_iteration_that_is_stopped_between_updates_goes_on_as_if_it_were_not(
     updates: int, overrides: tuple[str, ...], make_toy: MakeToy
 ) -> None:
@@ -131,20 +154,27 @@ def test_an_iteration_that_is_stopped_between_updates_goes_on_as_if_it_were_not(
     assert "rollout" not in other.heard.phases
 
 
-def test_images_are_sampled_anew_in_calls_of_the_size_they_are_trained_in(
-    make_toy: MakeToy, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("training", "tried"),
+    [
+        # each size is tried by a training call, and the next is sampled in
+        (True, [*[(6, "asks")] * 3, (6, "trains"), *[(3, "asks")] * 6, (3, "trains"), *[(1, "asks")] * 18]),
+        (False, [(6, "asks"), (3, "asks"), *[(1, "asks")] * 18]),
+    ],
+)
+def test_images_are_sampled_in_calls_of_the_size_they_are_trained_in(
+    training: bool, tried: list[tuple[int, str]], make_toy: MakeToy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toy = make_toy()
-    memory_for(toy, 1, monkeypatch)
+    memory_for(toy, 1, monkeypatch, training=training)
     iterate(toy.run, toy.state)
-    # each size is tried by a training call, and the next is sampled in
-    tried = [*[(6, "asks")] * 3, (6, "trains"), *[(3, "asks")] * 6, (3, "trains"), *[(1, "asks")] * 18]
     assert calls(toy)[: len(tried)] == tried
     assert {*calls(toy)[len(tried) :]} == {(1, "trains")}
     assert toy.state.images == 6
+    key = "train" if training else "rollout"
     assert [warning.split(" rows")[0] for warning in toy.heard.warnings] == [
-        "train.microbatch: 6",
-        "train.microbatch: 3",
+        f"{key}.microbatch: 6",
+        f"{key}.microbatch: 3",
     ]
     given = make_toy("rollout.microbatch=1", "train.microbatch=1")
     iterate(given.run, given.state)
@@ -166,6 +196,43 @@ def test_a_later_update_that_does_not_fit_is_made_again_in_smaller_calls(
     iterate(whole.run, whole.state)
     for name, weight in whole.weights.items():
         torch.testing.assert_close(toy.weights[name], weight, rtol=1e-4, atol=1e-4)
+    found, expected = counted(toy.state.pending), counted(whole.state.pending)
+    assert found == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in expected.items()}
+
+
+def test_screening_changes_nothing_but_the_work(make_toy: MakeToy) -> None:
+    options = ("algorithm.clip_range=0.01", "train.inner_epochs=2")
+    toy, whole = (make_toy(*options, f"train.screening={switch}") for switch in ("on", "off"))
+    for each in (toy, whole):
+        iterate(each.run, each.state)
+    found, expected = counted(toy.state.pending), counted(whole.state.pending)
+    assert (found.pop("screened_out"), expected.pop("screened_out")) == (found["zero_gradient"], 0.0)
+    assert found["zero_gradient"] > 0.1
+    assert found == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in expected.items()}
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(toy.weights[name], weight, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_were(
+    make_toy: MakeToy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy, before = make_toy(), dict[str, Tensor]()
+    batch, predict = toy.sampled(), toy.policy.predict
+
+    def spoilt(*args: Any) -> tuple[Tensor, None]:
+        output, _ = predict(*args)
+        if toy.state.updates:
+            before.update(toy.weights)
+            output = torch.cat([output[:1] * torch.nan, output[1:]])
+        return output, None
+
+    monkeypatch.setattr(toy.policy, "predict", spoilt)
+    with pytest.raises(
+        NonFiniteError, match="iteration 1: the loss is not finite; images and prompts are in"
+    ):
+        learn(toy.run, toy.state, batch)
+    assert len(toy.state.updates) == 1
+    assert same(toy.weights, before)
 
 
 def test_a_stop_leaves_the_updates_that_are_made(make_toy: MakeToy) -> None:
@@ -226,7 +293,7 @@ def replay(toy: Toy, batch: Batch) -> Replay:
 
 def updated(toy: Toy, *, first: bool) -> UpdateStatistics:
     """An update on all pairs of new images; its model calls alone are kept."""
-    given, images = replay(toy, toy.sampled()), toy.run.images
+    given, images = replay(toy, toy.sampled()), toy.run.config.images_per_iteration
     toy.policy.forget()
     toy.state.updates = [] if first else [{"loss": 0.0}]
     pairs = torch.arange(images).repeat(3), torch.arange(3).repeat_interleave(images)
@@ -278,6 +345,20 @@ def test_a_screening_call_takes_the_most_rows_that_are_known_to_fit(
     toy = make_toy("train.screening=on", *sizes)
     updated(toy, first=False)
     assert [found for found in calls(toy) if found[1] == "asks"] == [(rows, "asks")] * (18 // rows)
+
+
+def test_a_screening_call_that_does_not_fit_is_halved(
+    make_toy: MakeToy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy, given = make_toy("train.screening=on"), ("rollout.microbatch=9", "train.microbatch=2")
+    # the first three calls sample
+    memory_for(toy, 3, monkeypatch, after=3, training=False)
+    updated(toy, first=False)
+    assert calls(toy) == [(6, "asks")] + [(3, "asks")] * 6 + [(3, "trains")] * 6
+    fixed = make_toy("train.screening=on", *given)
+    memory_for(fixed, 3, monkeypatch, after=3, training=False)
+    with pytest.raises(ConfigError, match=r"rollout\.microbatch: 9 row\(s\) per model call do not fit"):
+        updated(fixed, first=False)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +432,9 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_not_updated(make_toy: Make
 def test_an_iteration_is_evaluated_recorded_and_saved_where_it_is_due(
     iteration: int, due: str, evaluated: bool, saved: bool, make_toy: MakeToy
 ) -> None:
-    toy = make_toy("train.iterations=5", "evaluation.every=0", "checkpoint.every=20", due)
+    toy = make_toy(
+        "train.iterations=5", "evaluation.every=0", "evaluation.preview_images=1", "checkpoint.every=20", due
+    )
     folder, given = toy.run.folder, {"iteration": iteration, "images": 6 * iteration}
     toy.state.iteration, toy.state.pending = iteration, {**given}
     finish_iteration(toy.run, toy.state)
@@ -409,7 +492,7 @@ def test_a_stop_comes_before_an_evaluation_or_after_the_record(
 def test_what_was_trained_is_exported_with_a_report(
     overrides: tuple[str, ...], name: str, make_toy: MakeToy
 ) -> None:
-    toy = make_toy("train.iterations=1", "evaluation.preview_images=0", *overrides)
+    toy = make_toy("train.iterations=1", *overrides)
     for _ in range(2):
         finish_iteration(toy.run, toy.state)
         iterate(toy.run, toy.state)
@@ -453,3 +536,18 @@ def test_a_run_that_a_signal_stops_goes_on_from_there(tmp_path: Path) -> None:
     assert [counted(line) for line in lines] == [counted(line) for line in expected]
     first, second = (load_file(folder / "model" / "toy.safetensors") for folder in folders)
     assert same(first, second)
+
+
+def test_a_finished_run_writes_what_is_missing_and_may_be_given_more_iterations(tmp_path: Path) -> None:
+    one, two = (toy_config(tmp_path, f"train.iterations={iterations}") for iterations in (1, 2))
+    straight = toy_config(tmp_path, "run.name=straight")
+    with toy_model():
+        folder = train(one, display=Heard())
+        before = (folder / "metrics.jsonl").read_bytes()
+        (folder / "report.html").unlink()
+        assert train(one, resume="auto", display=Heard()) == folder
+        assert (folder / "report.html").is_file()
+        assert (folder / "metrics.jsonl").read_bytes() == before
+        folders = train(two, resume="auto", display=Heard()), train(straight, display=Heard())
+    assert [line["iteration"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
+    assert same(*(load_file(path / "model" / "toy.safetensors") for path in folders))

@@ -10,13 +10,13 @@ from loopfast.algorithms import ALGORITHMS
 from loopfast.distributed.group import Group
 from loopfast.distributed.launcher import Place
 from loopfast.errors import LoopfastError
-from loopfast.training.run import Stopped, images_per_iteration
+from loopfast.training.run import Stopped
 from tests.training.toys import MakeToy
 
 
 def test_an_iteration_samples_all_images_of_its_prompts(make_toy: MakeToy) -> None:
     run = make_toy("rollout.prompts_per_iteration=5", "algorithm.samples_per_prompt=3").run
-    assert run.images == images_per_iteration(run.config) == 15
+    assert run.config.images_per_iteration == 15
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.1])

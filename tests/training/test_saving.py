@@ -89,7 +89,6 @@ MOMENTS = {
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
         ("algorithm.name=ppo", "train.inner_epochs=2", "train.ema_decay=0.9"),
         (
             "trajectories.device=host",

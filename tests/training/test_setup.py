@@ -21,11 +21,9 @@ from loopfast.training.setup import _policy, _steps_drawn, start
 from loopfast.training.train import finish_iteration, iterate
 from tests.training.toys import PROMPTS, Heard, Toy, schedule, toy_config, toy_model, toy_run
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 def handlers() -> list[Any]:
-    return [signal.getsignal(number) for number in SIGNALS]
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
 def test_a_run_has_all_its_parts(tmp_path: Path) -> None:
@@ -50,6 +48,27 @@ def test_a_run_has_all_its_parts(tmp_path: Path) -> None:
         assert run.tracker is not None
         assert (toy.state.iteration, toy.state.images, toy.state.rollout) == (0, 0, None)
         assert toy.heard.warnings == []
+
+
+def test_a_halving_frees_what_calls_keep(tmp_path: Path) -> None:
+    with toy_run(tmp_path) as toy:
+        toy.sampled()
+        assert len(toy.run.sampler.steps) == 1
+        toy.run.microbatches.halve("train", "as a test says")
+        assert len(toy.run.sampler.steps) == 0
+
+
+def test_what_is_sampled_otherwise_than_a_scheduler_says_is_told(tmp_path: Path) -> None:
+    heard = Heard()
+    with toy_model(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "scheduler_notes", lambda model: ("one thing", "another"))
+        with start(toy_config(tmp_path), None, heard):
+            assert heard.warnings == ["one thing", "another"]
+
+
+def test_auto_begins_a_run_where_there_is_no_checkpoint(tmp_path: Path) -> None:
+    with toy_run(tmp_path, resume="auto") as toy:
+        assert (toy.state.iteration, toy.state.images, recorded(toy)) == (0, 0, [])
 
 
 def test_what_is_ended_is_ended_from_the_inside_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +137,7 @@ def test_a_start_that_fails_halfway_leaves_nothing_open(
         close(self)
 
     monkeypatch.setattr(Scoring, "close", noted)
-    with pytest.MonkeyPatch.context() as patch, toy_model():
+    with toy_model(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, part, fail)
         with pytest.raises(ConfigError, match=f"no {part}"), start(toy_config(tmp_path), None, Heard()):
             raise AssertionError("it has started")

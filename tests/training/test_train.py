@@ -420,20 +420,6 @@ def reward(images, prompts, metadata, fail_at, how):
 """
 
 
-@pytest.fixture
-def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes a module of the user's into the current folder, and returns its name."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def write(text: str) -> str:
-        name = f"user_module_{tmp_path.name}".replace("-", "_")
-        (tmp_path / f"{name}.py").write_text(text)
-        return name
-
-    return write
-
-
 def losses_of(config: Config) -> list[float]:
     """Trains, and gives the loss of each update."""
     update, losses = training.update, []

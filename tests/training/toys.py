@@ -112,7 +112,7 @@ class ToyPolicy:
         return squares[:, None].expand(-1, 3, -1, -1).contiguous()
 
     def export(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         save_file(dict(weights), directory / "toy.safetensors")
 
 
@@ -251,7 +251,7 @@ reward: [{name: "tests.training.toys:first_pixel", label: pixel}]
 algorithm: {samples_per_prompt: 2}
 rollout: {prompts_per_iteration: 3, steps: 3}
 train: {iterations: 2, updates_per_iteration: 3, steps: all, learning_rate: 0.1, warmup_updates: 0}
-evaluation: {every: 0, images_per_prompt: 1, limit_prompts: 2, preview_images: 1}
+evaluation: {every: 0, images_per_prompt: 1, limit_prompts: 2, preview_images: 0}
 """
 
 
