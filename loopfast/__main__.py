@@ -6,18 +6,15 @@ Needs the standard library only, so that a base install can say what it lacks.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
-from hashlib import sha256
-from pathlib import Path
 
 # before torch is imported: of a process that has died it would show a backtrace for each connection
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from loopfast.errors import Interrupted, LoopfastError, MissingExtraError, one_line
 from loopfast.system.allocator import reuse_freed_memory
-from loopfast.system.streams import lost_output, open_streams
+from loopfast.system.streams import lost_output, open_streams, said_by_another
 
 __all__ = ["main"]
 
@@ -109,26 +106,9 @@ def _top_level(error: ModuleNotFoundError) -> str:
 
 
 def _fail(error: LoopfastError) -> int:
-    if not error.silent and not _said_by_another(str(error)):
+    if not error.silent and not said_by_another(str(error)):
         print(f"error: {error}", file=sys.stderr)
     return error.exit_code
-
-
-def _said_by_another(text: str) -> bool:
-    """Whether another process of the same ``loopfast launch`` has ended with this error, and has said it."""
-    folder = os.environ.get("LOOPFAST_SAID")
-    if folder is None:
-        return False
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    # one process may end with it, and another because of that
-    text = re.sub(r"^rank \d+ failed: ", "", text)
-    try:
-        Path(folder, f"{attempt}-{sha256(text.encode(errors='replace')).hexdigest()}").touch(exist_ok=False)
-    except FileExistsError:
-        return True
-    except OSError:  # said twice is better than not at all
-        pass
-    return False
 
 
 if __name__ == "__main__":

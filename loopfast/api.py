@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -131,9 +130,6 @@ def train(
     found, given = configured(config, changes, overrides)
     shown = display or (NotebookDisplay(quiet) if in_notebook() else Display(quiet))
     with undisturbed(), shown:
-        if found.model.deterministic:
-            # processes of a group start CUDA before the model is loaded
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         try:
             folder = training.train(
                 found,

@@ -114,6 +114,20 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Writes a module of the user's into the current folder, and returns its name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(text: str) -> str:
+        name = f"user_module_{tmp_path.name}".replace("-", "_")
+        (tmp_path / f"{name}.py").write_text(text)
+        return name
+
+    return write
+
+
+@pytest.fixture
 def foreground() -> Iterator[None]:
     """Python's own handlers; they are not there in a process that was started in the background, or by nohup."""
     before = {

@@ -284,6 +284,37 @@ def test_a_pipeline_is_not_written_over_another_runs(small_config: MakeConfig, p
     assert not {"base", "prompts.jsonl"} & {path.name for path in run.folder.iterdir()}
 
 
+def test_what_was_given_is_written_only_into_a_run_that_goes_on(
+    small_config: MakeConfig, pipeline_folder: Path
+) -> None:
+    config = small_config(*FEW, "train.iterations=1")
+    run = loopfast.train(config, prompts=["a red circle", "a blue square"], quiet=True)
+    kept = (run.folder / "prompts.jsonl").read_bytes()
+    # neither a resumption with other settings nor a branch into this folder touches its prompts
+    for change, resume in (
+        ({"seed": 7}, "auto"),
+        ({"name": run.folder.name}, str(pipeline_folder / "a" / "b")),
+    ):
+        with pytest.raises((ConfigError, RunExistsError)):
+            loopfast.train(config, prompts=["a star"], run=change, resume=resume, quiet=True)
+        assert (run.folder / "prompts.jsonl").read_bytes() == kept
+
+
+def test_a_pipeline_that_nothing_was_trained_of_gives_way(
+    small_config: MakeConfig, pipeline_folder: Path
+) -> None:
+    config = small_config(*FEW, "train.iterations=1", "model.device=cpu")
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    lora = {"pretrained": pipeline, "tune": "lora", "lora": {"targets": ["nothing"]}}
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets"):
+        loopfast.train(config, model=lora, quiet=True)
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.mul_(1.5)
+    run = loopfast.train(config, model=pipeline, resume="auto", quiet=True)
+    base = StableDiffusionPipeline.from_pretrained(run.folder / "base")
+    assert torch.equal(base.unet.conv_in.weight, pipeline.unet.conv_in.weight)
+
+
 def test_a_function_without_a_name_suffers_at_resumption_only(
     small_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,7 +348,8 @@ def test_what_is_wrong_names_the_argument(small_config: MakeConfig) -> None:
         ({"reward": lambda images: 1}, r"reward '<lambda>', which takes \(images\), cannot be called with"),
         ({"reward": object()}, r"^argument reward: reward\.0\.name: found an object of type object, allowed: text"),
         ({"prompts": [1]}, r"^prompts\.source: item 0 is int; allowed: text or a Prompt"),
-        ({"prompts": []}, r"there is no prompt in it"),
+        ({"prompts": []}, r"^prompts\.source: there is no prompt in it"),
+        ({"prompts": [" "]}, r"^prompts\.source: item 0 is empty"),
         ({"prompts": [loopfast.Prompt("x", {"a": object()})]}, r"the metadata of item 0 cannot be written"),
         ({"prompts": [loopfast.Prompt("x", {"Prompt": 1})]}, r"the metadata of item 0 has the key 'Prompt'"),
         ({"model": "/nowhere/at/all"}, r"no such folder or file"),

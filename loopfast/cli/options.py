@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -70,8 +69,4 @@ def load(source: str, overrides: list[str] | None) -> Config:
     """The configuration that a command was given."""
     from loopfast.config import load_config
 
-    config = load_config(source, overrides or [])
-    if config.model.deterministic:
-        # processes of a group start CUDA before the model is loaded
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return config
+    return load_config(source, overrides or [])

@@ -21,7 +21,7 @@ _RECIPES = resources.files("loopfast") / "recipes"
 
 
 def load_config(
-    source: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+    source: str | Path, overrides: Sequence[str] = (), changes: Sequence[Mapping[str, Any]] = ()
 ) -> Config:
     """Read, override and validate a configuration.
 
@@ -29,8 +29,8 @@ def load_config(
         source: name of a recipe of the package, or path of a YAML file.
         overrides: ``"section.key=value"`` each, the value in YAML; applied in order. Items of a list are
             reached by their number: ``reward.0.weight=2``.
-        changes: values of a Python program, by section; applied before the overrides. A section's keys that are not
-            named stay as they are.
+        changes: values of a Python program, by section; applied in order, before the overrides. A section's keys that
+            are not named stay as they are.
 
     Raises:
         ConfigError: the source cannot be found or read, or something in it is not allowed. The message lists
@@ -43,13 +43,14 @@ def load_config(
 def parse_config(
     text: str,
     overrides: Sequence[str] = (),
-    changes: Mapping[str, Any] | None = None,
+    changes: Sequence[Mapping[str, Any]] = (),
     *,
     name: str = "configuration",
 ) -> Config:
     """As `load_config`, from text; ``name`` is what errors call it."""
     document = Document.from_yaml(text, name, list(Config.model_fields))
-    document.change(changes or {}, is_section)
+    for change in changes:
+        document.change(change, is_section)
     for override in overrides:
         document.override(override)
     try:

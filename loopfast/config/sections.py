@@ -384,3 +384,8 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     distributed: DistributedConfig = DistributedConfig()
+
+    @property
+    def images_per_iteration(self) -> int:
+        """N = G · K, the number of images that an iteration samples."""
+        return self.rollout.prompts_per_iteration * self.algorithm.samples_per_prompt

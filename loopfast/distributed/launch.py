@@ -15,9 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from loopfast.errors import Interrupted, LoopfastError
-
-SAID = "LOOPFAST_SAID"
-"""The variable that names the folder in which processes note the errors they have said, see `loopfast.__main__`."""
+from loopfast.system.streams import SAID
 
 
 def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
@@ -51,7 +49,8 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
         signals_to_handle=",".join(signals),
     )
     # which process failed, and how, is said below
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for library in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     # a share of the cores each, unless the user knows better
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with TemporaryDirectory(prefix="loopfast-launch-") as said:

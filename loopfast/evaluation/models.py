@@ -101,7 +101,7 @@ def sampler_of(config: Config, policy: Policy) -> Sampler:
         ConfigError: the model's scheduler does not allow the sampler's settings.
     """
     schedule = load_schedule(config.model, config.rollout)
-    images = config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt
+    images = config.images_per_iteration
     microbatch = config.rollout.microbatch
     if microbatch == "auto":
         microbatch = automatic_microbatch(images, policy.latent_shape)

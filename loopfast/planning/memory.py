@@ -153,7 +153,7 @@ def batch_of(config: Config, architecture: Architecture, resources: Resources, h
         resources: where it runs.
         halvings: how often a microbatch that is ``auto`` has been halved.
     """
-    images = config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt
+    images = config.images_per_iteration
     each = math.ceil(images / resources.gpus)
     given = (config.rollout.microbatch, config.train.microbatch)
     numbers = [size for size in given if size != "auto"]

@@ -253,7 +253,7 @@ def _facts(run: Run, iterations: int) -> dict[str, Any]:
         "model": config.model.pretrained,
         "device": name,
         "dtype": config.model.dtype,
-        "images": config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt,
+        "images": config.images_per_iteration,
         "peak memory, MiB": round(memory_used(device)["peak_memory_bytes"] / 2**20),
         "iterations timed": iterations,
         "loopfast": __version__,

@@ -1,5 +1,5 @@
 """The prompts of a run, and where they come from."""
 
-from loopfast.prompts.sources import Prompt, PromptList, load_prompts
+from loopfast.prompts.sources import Prompt, PromptList, as_prompts, load_prompts
 
-__all__ = ["Prompt", "PromptList", "load_prompts"]
+__all__ = ["Prompt", "PromptList", "as_prompts", "load_prompts"]

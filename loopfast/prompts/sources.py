@@ -146,7 +146,7 @@ def _checked(source: str, entries: Iterable[Entry], comments: int = 0) -> Prompt
     """The prompts of a file or a dataset, without those that are invisible."""
     found, places, invisible = [], [], 0
     for entry in entries:
-        _refuse_characters(source, entry.place, entry.text)
+        _refuse_characters(f"prompts {source!r}", entry.place, entry.text)
         if _visible(entry.text):
             found.append(Prompt(entry.text.strip(), entry.metadata))
             places.append(entry.place)
@@ -155,12 +155,12 @@ def _checked(source: str, entries: Iterable[Entry], comments: int = 0) -> Prompt
     return PromptList(found, places, comments, invisible)
 
 
-def _refuse_characters(source: str, place: str, text: str) -> None:
+def _refuse_characters(name: str, place: str, text: str) -> None:
     """Raises `ConfigError` where a text holds what no tokenizer and no file takes."""
     if "\0" in text:
-        raise ConfigError(f"prompts {source!r}: {place} holds a NUL character")
+        raise ConfigError(f"{name}: {place} holds a NUL character")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConfigError(f"prompts {source!r}: {place} holds half of a surrogate pair")
+        raise ConfigError(f"{name}: {place} holds half of a surrogate pair")
 
 
 def _from_file(source: str, path: Path) -> PromptList:
@@ -220,15 +220,22 @@ def _from_function(source: str) -> list[Prompt]:
         raise ConfigError(
             f"prompts {source!r}: returned {type(found).__name__}; allowed: a list of texts or Prompts"
         )
+    return as_prompts(f"prompts {source!r}", items)
+
+
+def as_prompts(name: str, items: Iterable[object]) -> list[Prompt]:
+    """Prompts from the texts or `Prompt`\\ s of a program.
+
+    Raises:
+        ConfigError: an item is neither, or is nothing to see; the message begins with ``name``.
+    """
     prompts = []
     for index, item in enumerate(items):
         prompt = Prompt(item) if isinstance(item, str) else item
         if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
-            raise ConfigError(
-                f"prompts {source!r}: item {index} is {type(item).__name__}; allowed: text or a Prompt"
-            )
+            raise ConfigError(f"{name}: item {index} is {type(item).__name__}; allowed: text or a Prompt")
         if not _visible(prompt.text):
-            raise ConfigError(f"prompts {source!r}: item {index} is empty")
-        _refuse_characters(source, f"item {index}", prompt.text)
+            raise ConfigError(f"{name}: item {index} is empty")
+        _refuse_characters(name, f"item {index}", prompt.text)
         prompts.append(prompt)
     return prompts

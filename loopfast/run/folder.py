@@ -84,6 +84,26 @@ class RunFolder:
             write_file(self.path / "config.yaml", config_to_yaml(self._config).encode())
         return checkpoint
 
+    def continues(self, resume: str | None) -> bool:
+        """Whether a run of this very folder is gone on with. Checks before anything is written what `open` checks.
+
+        Args:
+            resume: as for `open`.
+
+        Raises:
+            RunExistsError: a run is in the folder, and another or none is gone on with.
+            ConfigError: the configuration is not that of the run to resume.
+            CheckpointError: the run to resume is not there.
+        """
+        own = self.path.resolve()
+        origin = own if resume == "auto" else Path(resume).resolve().parent.parent if resume else None
+        if origin != own:
+            self.require_unused()
+        if origin is None or (resume == "auto" and not self.checkpoints.paths()):
+            return False
+        self._require_same(origin / "config.yaml")
+        return origin == own
+
     def require_unused(self) -> None:
         """Checks that no run is in the folder.
 
@@ -159,7 +179,8 @@ class RunFolder:
 
 
 def _holds_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("iteration-*"))
+    store = CheckpointStore(folder / "checkpoints", keep=1, keep_best=False)
+    return bool(store.paths()) or (folder / "metrics.jsonl").exists()
 
 
 def _comparable(config: Config) -> dict[str, Any]:

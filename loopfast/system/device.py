@@ -6,6 +6,9 @@ import torch
 
 from loopfast.errors import ConfigError
 
+CUBLAS_WORKSPACE, CUBLAS_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+"""What cuBLAS needs to sum in one order in every stream: a variable, and the values that PyTorch takes."""
+
 
 def torch_device(name: str, *, key: str = "model.device") -> torch.device:
     """The device that a configuration's ``key`` names.

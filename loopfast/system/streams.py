@@ -1,4 +1,4 @@
-"""Makes stdout and stderr streams that no character, closed pipe or full disk can fail.
+"""Makes stdout and stderr streams that no character, closed pipe or full disk can fail, and says an error once.
 
 Needs the standard library only, as the command line calls it first.
 """
@@ -9,13 +9,18 @@ import codecs
 import errno
 import io
 import os
+import re
 import select
 import sys
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["REPLACE", "lost_output", "open_streams"]
+__all__ = ["REPLACE", "SAID", "lost_output", "open_streams", "said_by_another"]
+
+SAID = "LOOPFAST_SAID"
+"""The variable that names the folder in which the processes of a launch note the errors that they have said."""
 
 REPLACE = "loopfast-replace"
 """Name of the codecs' error handler that writes what an encoding lacks in ASCII."""
@@ -168,3 +173,20 @@ def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 codecs.register_error(REPLACE, _replace)
+
+
+def said_by_another(text: str) -> bool:
+    """Whether another process of the same ``loopfast launch`` has ended with this error, and has said it."""
+    folder = os.environ.get(SAID)
+    if folder is None:
+        return False
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # one process may end with it, and another because of that
+    text = re.sub(r"^rank \d+ failed: ", "", text)
+    try:
+        Path(folder, f"{attempt}-{sha256(text.encode(errors='replace')).hexdigest()}").touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    except OSError:  # said twice is better than not at all
+        pass
+    return False

@@ -10,7 +10,7 @@ from loopfast.config import RewardConfig
 from loopfast.policies import read_prompts
 from loopfast.prompts import Prompt
 from loopfast.run.tracking import read_metrics
-from loopfast.training.run import Run, images_per_iteration
+from loopfast.training.run import Run
 from loopfast.training.state import TrainState
 from loopfast_kernels import info
 
@@ -77,7 +77,7 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
     config, sampler = run.config, run.sampler
     policy, algorithm, settings = sampler.policy, config.algorithm, config.train
     steps = config.rollout.steps
-    images = images_per_iteration(config)
+    images = config.images_per_iteration
     pairs = images * run.drawn // settings.updates_per_iteration
     left_out = [str(step) for step in range(steps) if step not in run.steps.trained]
     reason = {"auto": " (each would outweigh the others)", "all": " (deterministic)"}.get(settings.steps, "")

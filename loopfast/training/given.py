@@ -10,7 +10,7 @@ from typing import Any
 
 from loopfast.config import Config
 from loopfast.errors import ConfigError, first_line
-from loopfast.prompts import Prompt
+from loopfast.prompts import Prompt, as_prompts
 from loopfast.run.folder import RunFolder
 from loopfast.system.files import write_file, writing
 
@@ -52,24 +52,26 @@ class Given:
             for name in self.rewards
         ]
 
-    def write(self, folder: RunFolder, *, new: bool) -> None:
+    def write(self, folder: RunFolder, resume: str | None) -> None:
         """Writes prompts and pipeline into a run's folder. A run that is resumed keeps its pipeline.
 
         Args:
             folder: the run's.
-            new: whether the run is not resumed.
+            resume: as for `RunFolder.open`.
 
         Raises:
-            ConfigError: the folder has a run already, or something cannot be written in a file's form.
+            ConfigError: the folder has a run that may not be gone on with, or the pipeline cannot be saved.
+            CheckpointError: the run to resume is not there.
             WriteError: the folder cannot be written.
         """
-        if new and (self.prompts or self.pipeline is not None):
-            folder.require_unused()
+        if not self.prompts and self.pipeline is None:
+            return
+        continues = folder.continues(resume)
         for name, prompts in self.prompts.items():
             with writing(folder.path):
                 write_file(folder.path / name, _as_lines(prompts).encode())
         place = folder.path / PIPELINE
-        if self.pipeline is None or (place.exists() and not new):
+        if self.pipeline is None or (continues and place.exists()):
             return
         whole = place.with_name(f".tmp-{PIPELINE}")
         with writing(folder.path):
@@ -87,17 +89,17 @@ def _save(pipeline: Any, place: str) -> None:
         raise ConfigError(f"model.pretrained: the {kind} cannot be saved: {first_line(error)}") from error
 
 
-def as_prompts(key: str, items: Iterable[object]) -> list[Prompt]:
-    """Prompts from texts or `Prompt` objects.
+def storable_prompts(key: str, items: Iterable[object]) -> list[Prompt]:
+    """Prompts from texts or `Prompt` objects, which a file can hold.
 
     Raises:
         ConfigError: an item is neither, or its metadata is not what JSON can hold. ``key`` is what messages name.
     """
-    prompts = [Prompt(item) if isinstance(item, str) else item for item in items]
+    prompts = as_prompts(key, items)
+    if not prompts:
+        raise ConfigError(f"{key}: there is no prompt in it")
     for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, Prompt):
-            raise ConfigError(f"{key}: item {index} is {type(prompt).__name__}; allowed: text or a Prompt")
-        strange = [key for key in prompt.metadata if not isinstance(key, str) or key.lower() == "prompt"]
+        strange = [name for name in prompt.metadata if not isinstance(name, str) or name.lower() == "prompt"]
         if strange:
             raise ConfigError(
                 f"{key}: the metadata of item {index} has the key {strange[0]!r}; allowed: other texts"
@@ -106,7 +108,7 @@ def as_prompts(key: str, items: Iterable[object]) -> list[Prompt]:
             json.dumps(dict(prompt.metadata))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{key}: the metadata of item {index} cannot be written: {error}") from None
-    return [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+    return prompts
 
 
 def _as_lines(prompts: Sequence[Prompt]) -> str:

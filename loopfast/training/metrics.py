@@ -7,7 +7,6 @@ from typing import Any
 
 from loopfast.config import Config
 from loopfast.rewards import Scores
-from loopfast.training.run import images_per_iteration
 from loopfast.training.state import Rollout, TrainState
 
 
@@ -46,7 +45,7 @@ def iteration_metrics(config: Config, state: TrainState) -> dict[str, Any]:
     seconds = metrics["seconds_iteration"]
     return {
         **metrics,
-        "images_per_second": images_per_iteration(config) / seconds,
+        "images_per_second": config.images_per_iteration / seconds,
         "model_calls_per_second": metrics["model_calls"] / seconds,
         "outside_model_share": 1 - metrics["seconds_model"] / seconds,
         **means,

@@ -13,7 +13,7 @@ from loopfast.errors import ConfigError
 from loopfast.prompts import Prompt
 from loopfast.run.folder import RunFolder
 from loopfast.system.plugins import reference_to
-from loopfast.training.given import PIPELINE, Given, as_prompts
+from loopfast.training.given import PIPELINE, Given, storable_prompts
 
 _FILES = {"prompts": ("source", "prompts.jsonl"), "evaluation": ("prompts", "evaluation-prompts.jsonl")}
 """By section, the key that may have a list of prompts, and the name of the file that it is kept in."""
@@ -41,7 +41,7 @@ def configured(
     for section, (key, file) in _FILES.items():
         found = changes.get(section)
         if isinstance(found, Mapping) and _is_list(found.get(key)):
-            lists[file] = as_prompts(f"{section}.{key}", found[key])
+            lists[file] = storable_prompts(f"{section}.{key}", found[key])
             changes[section] = {**found, key: file}
     model, pipeline = changes.get("model"), None
     if isinstance(model, Mapping) and hasattr(model.get("pretrained"), "save_pretrained"):
@@ -62,23 +62,14 @@ def _loaded(
     config: str | Path | Config | Mapping[str, Any], overrides: Sequence[str], changes: Mapping[str, Any]
 ) -> Config:
     if isinstance(config, Config):
-        return parse_config(config_to_yaml(config), overrides, changes) if overrides or changes else config
+        return parse_config(config_to_yaml(config), overrides, [changes]) if overrides or changes else config
     if isinstance(config, str | Path):
-        return load_config(config, overrides, changes)
+        return load_config(config, overrides, [changes])
     if isinstance(config, Mapping):
-        return parse_config("", overrides, _merged(config, changes), name="the mapping")
+        return parse_config("", overrides, [config, changes], name="the mapping")
     raise ConfigError(
         f"config: found {type(config).__name__}, allowed: a recipe's name, a file, a mapping or a Config"
     )
-
-
-def _merged(mapping: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping with changes in it, and in the mappings of both below it."""
-    merged = dict(mapping)
-    for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(mapping.get(key), Mapping)
-        merged[key] = _merged(mapping[key], value) if both else value
-    return merged
 
 
 def _with(config: Config, section: str, key: str, value: object) -> Config:

@@ -69,11 +69,6 @@ class Run:
     callbacks: Sequence[Callable[[Any], object]] = ()
 
     @property
-    def images(self) -> int:
-        """N, the number of images that an iteration samples."""
-        return images_per_iteration(self.config)
-
-    @property
     def screening(self) -> Literal["auto", "on", "off"]:
         """``train.screening``; off where nothing is clipped, or where a divergence gives every pair a gradient."""
         algorithm = self.config.algorithm
@@ -115,8 +110,3 @@ class Run:
         """Ends the record of metrics."""
         if self.tracker is not None:
             self.tracker.close()
-
-
-def images_per_iteration(config: Config) -> int:
-    """N = G · K, the number of images that an iteration samples."""
-    return config.rollout.prompts_per_iteration * config.algorithm.samples_per_prompt

@@ -23,12 +23,12 @@ from loopfast.run.folder import RunFolder
 from loopfast.run.lock import locked
 from loopfast.run.tracking import Tracker
 from loopfast.schedules import TransitionSchedule
-from loopfast.system.device import torch_device
+from loopfast.system.device import CUBLAS_WORKSPACE, CUBLAS_WORKSPACES, torch_device
 from loopfast.system.interrupts import StopRequest
 from loopfast.training.given import Given
 from loopfast.training.identity import reward_identity
 from loopfast.training.microbatch import Microbatches, start_size
-from loopfast.training.run import Run, images_per_iteration
+from loopfast.training.run import Run
 from loopfast.training.saving import restored
 from loopfast.training.scoring import Scoring
 from loopfast.training.state import TrainState
@@ -68,7 +68,7 @@ def start(
             resume = "auto"
         for note in given.notes():
             display.warning(note)
-        group.on_first(lambda: given.write(folder, new=resume is None))
+        group.on_first(lambda: given.write(folder, resume))
         run, state = _prepared(config, resume, display, stop, group, folder, given, ends)
         note_opened(place)
         yield run, state
@@ -84,6 +84,9 @@ def processes(config: Config, stop: StopRequest) -> Iterator[Group]:
         PeerError: one of them has ended, or does not answer.
     """
     place = find_place(os.environ)
+    if config.model.deterministic:
+        # before the processes of a group start CUDA
+        os.environ.setdefault(CUBLAS_WORKSPACE, CUBLAS_WORKSPACES[0])
     if not config.distributed.needs_deepspeed(place.size):
         yield ALONE
         return
@@ -127,7 +130,7 @@ def _prepared(
     microbatches = Microbatches(
         config.rollout.microbatch,
         config.train.microbatch,
-        start_size(-(-images_per_iteration(config) // group.size), policy.latent_shape, policy.device),
+        start_size(-(-config.images_per_iteration // group.size), policy.latent_shape, policy.device),
         display.warning,
         release=lambda: run.sampler.release(),
         retries=not config.distributed.needs_deepspeed(group.size),
@@ -232,14 +235,13 @@ def _steps_drawn(config: Config, steps: StochasticSteps, group: Group) -> int:
             f"train.step_fraction: found {train.step_fraction:g}, allowed: at least {0.5 / count:.3g}, with which "
             f"one of {count} trained steps is drawn"
         )
-    images = images_per_iteration(config)
+    images = config.images_per_iteration
     if images < group.size:
         raise ConfigError(
             f"rollout.prompts_per_iteration x algorithm.samples_per_prompt: found {images} image(s), allowed: at "
             f"least {group.size}, one for each process"
         )
-    pairs = images * drawn
-    if pairs < train.updates_per_iteration:
+    if (pairs := images * drawn) < train.updates_per_iteration:
         raise ConfigError(
             f"train.updates_per_iteration: found {train.updates_per_iteration}, allowed: at most {pairs}, the "
             f"number of (image, step) pairs in an iteration"

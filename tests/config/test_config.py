@@ -447,7 +447,7 @@ def test_changes_of_a_program_go_into_their_sections_and_name_their_argument() -
         "run": {"trackers": ()},
         "reward": [{"name": "embedded", "weight": 2.0}],
     }
-    found = load_config("tiny", ["train.iterations=4"], changes)
+    found = load_config("tiny", ["train.iterations=4"], [{"train": {"iterations": 1}}, changes])
     plain = load_config("tiny")
     assert (found.model.lora.rank, found.model.lora.alpha) == (3, plain.model.lora.alpha)
     assert (found.model.scheduler, found.model.pretrained) == ({"eta": 1}, "a/b")
@@ -467,5 +467,5 @@ def test_changes_of_a_program_go_into_their_sections_and_name_their_argument() -
         ),
     ):
         with pytest.raises(ConfigError) as caught:
-            load_config("tiny", [], wrong)
+            load_config("tiny", [], [wrong])
         assert str(caught.value).startswith(reason)

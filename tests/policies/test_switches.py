@@ -20,11 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loopfast.config import ModelConfig, load_config
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, LoopfastError
 from loopfast.policies import Policy, load_policy
 from loopfast.policies.fast import switches
 from loopfast.policies.fast.switches import Tf32Conv2d, decoder_precision, set_arithmetic, set_attention
 from loopfast.system import xformers_build
+from loopfast.system.interrupts import StopRequest
+from loopfast.training.setup import processes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
 
@@ -233,13 +235,21 @@ def test_a_workspace_that_is_not_deterministic(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_the_command_line_sets_the_workspace_before_processes_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    from loopfast.cli.options import load
+def test_a_run_sets_the_workspace_before_processes_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    def joined(*_: Any) -> Any:
+        raise LoopfastError(f"the workspace is {os.environ.get(switches.CUBLAS_WORKSPACE)}")
 
+    monkeypatch.setattr("loopfast.training.setup.joined", joined)
     monkeypatch.delenv(switches.CUBLAS_WORKSPACE, raising=False)
-    load("tiny", [])
-    assert switches.CUBLAS_WORKSPACE not in os.environ
-    load("tiny", ["model.deterministic=true"])
+    sharded = ["distributed.zero_stage=1"]
+    with (
+        pytest.raises(LoopfastError, match="is None"),
+        processes(load_config("tiny", sharded), StopRequest()),
+    ):
+        pass
+    config = load_config("tiny", [*sharded, "model.deterministic=true"])
+    with pytest.raises(LoopfastError, match="is :4096:8"), processes(config, StopRequest()):
+        pass
     assert os.environ[switches.CUBLAS_WORKSPACE] in switches.CUBLAS_WORKSPACES
 
 

@@ -313,19 +313,6 @@ def test_images_on_a_gpu_are_scored_in_one_stream_beside_the_sampling() -> None:
     assert torch.cuda.current_stream().cuda_stream not in streams
 
 
-@pytest.fixture
-def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def write(text: str) -> str:
-        name = f"user_module_{tmp_path.name}".replace("-", "_")
-        (tmp_path / f"{name}.py").write_text(text)
-        return name
-
-    return write
-
-
 USER = """\
 import os, threading
 

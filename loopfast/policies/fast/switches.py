@@ -20,14 +20,13 @@ from typing_extensions import override
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError, first_line
 from loopfast.policies.fast.layers import ShortAttnProcessor, use_fast_layers
+from loopfast.system.device import CUBLAS_WORKSPACE, CUBLAS_WORKSPACES
 from loopfast.system.xformers_build import why_unusable
 
 # Blocks of one class, and calls of one function, share a compile cache; so many shapes and gradient modes may be in it.
 _COMPILED_VARIANTS = 64
 # How much faster xformers must be in a trial to be chosen: noise should not decide how a run rounds.
 _CLEARLY_FASTER = 0.9
-# What cuBLAS needs to sum in one order in every stream: the variable, and the values that PyTorch takes.
-CUBLAS_WORKSPACE, CUBLAS_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 
 
 class FlashAttention(AttnProcessor2_0):
