@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
 import loopfast.training.train as training
-from loopfast.algorithms import ALGORITHMS
 from loopfast.config import Config, load_config
 from loopfast.errors import (
     CheckpointError,
@@ -29,9 +27,7 @@ from loopfast.errors import (
     NonFiniteError,
     RewardError,
 )
-from loopfast.policies import load_policy
 from loopfast.policies.families.sd import StableDiffusionPolicy
-from loopfast.rewards import RewardMemoryError
 from loopfast.run.console import Display
 from loopfast.run.tracking import describe, read_metrics
 from loopfast.training.facts import announce
@@ -53,11 +49,6 @@ def run(config: Config, resume: str | None = None) -> Path:
 
 def weights(folder: Path, iteration: int) -> Weights:
     return load_file(folder / "checkpoints" / f"iteration-{iteration:06d}" / "policy.safetensors")
-
-
-def initial_weights(config: Config) -> Weights:
-    policy = load_policy(config.model, seed=config.run.seed)
-    return {name: parameter.detach().clone() for name, parameter in policy.trainable().items()}
 
 
 def relative_distance(found: Weights, expected: Weights) -> float:
@@ -83,17 +74,13 @@ GUIDED_AND_PADDED = ("rollout.guidance_scale=3.0", "rollout.microbatch=5", "trai
 
 
 @contextmanager
-def memory_for(rows: int, *, of_training_calls: bool) -> Iterator[list[int]]:
-    """Inside, a model call with more rows runs out of memory; gives the calls' rows.
-
-    Args:
-        of_training_calls: calls without gradients always fit.
-    """
+def memory_for(rows: int) -> Iterator[list[int]]:
+    """Inside, a training call with more rows runs out of memory; gives the training calls' rows."""
     predict = StableDiffusionPolicy.predict
     calls: list[int] = []
 
     def limited(self: StableDiffusionPolicy, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() or not of_training_calls:
+        if torch.is_grad_enabled():
             calls.append(len(sample))
             if len(sample) > rows:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -292,28 +279,6 @@ def test_the_ratio_is_one_for_every_pair_before_the_first_update(
         assert line["ratio_max_deviation"] == no_deviation()
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_trains(name: str, small_config: MakeConfig) -> None:
-    config = small_config("train.iterations=1", f"algorithm.name={name}", *BARE)
-    before = initial_weights(config)
-    folder = run(config)
-    after = weights(folder, 1)
-    assert not same(after, before)
-    assert all(tensor.isfinite().all() for tensor in after.values())
-    lines = read_metrics(folder / "metrics.jsonl")
-    assert all(line["grad_norm"] > 0 for line in lines[1:])
-    assert (lines[-1]["ratio_outside_clip"] == 0) or ALGORITHMS[name].clip_range is not None
-
-
-def test_samples_are_used_for_several_epochs(small_config: MakeConfig) -> None:
-    config = small_config("train.iterations=1", "train.inner_epochs=2", "train.lr_schedule=linear")
-    folder = run(config)
-    [_, line] = read_metrics(folder / "metrics.jsonl")
-    # four updates; the last one has a quarter of the rate left
-    assert line["learning_rate"] == pytest.approx(0.25e-4)
-    assert line["ratio_max_deviation"] == no_deviation()
-
-
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_the_divergence_from_the_model_before_training_is_penalized(
     tune: str, small_config: MakeConfig
@@ -463,22 +428,15 @@ def test_the_microbatch_changes_no_result(
         assert relative_distance(parts, whole) < 1e-5, sizes
 
 
-@pytest.mark.parametrize(
-    ("of_training_calls", "options"),
-    [
-        (False, ()),
-        (True, ("model.tune=lora", "model.lora.rank=2", "model.dtype=float16", "train.iterations=1")),
-    ],
-)
 def test_auto_halves_until_a_model_call_fits_and_then_trains_as_with_that_size(
-    of_training_calls: bool, options: tuple[str, ...], small_config: MakeConfig
+    small_config: MakeConfig,
 ) -> None:
-    options = ("train.iterations=2", "rollout.guidance_scale=3.0", *BARE, *options)
-    with memory_for(3, of_training_calls=of_training_calls) as calls:
+    options = ("train.iterations=1", "rollout.guidance_scale=3.0", *BARE)
+    options = (*options, "model.tune=lora", "model.lora.rank=2", "model.dtype=float16")
+    with memory_for(3) as calls:
         folder, warnings = run_told(small_config(*options))
-    key = "train" if of_training_calls else "rollout"
     assert without_overflows(warnings) == [
-        f"warning: {key}.microbatch: {rows} rows per model call do not fit into memory; going on with {rows // 2}"
+        f"warning: train.microbatch: {rows} rows per model call do not fit into memory; going on with {rows // 2}"
         for rows in (8, 4)
     ]
     assert calls[:3] == [8, 4, 2]
@@ -499,23 +457,6 @@ def test_auto_halves_until_a_model_call_fits_and_then_trains_as_with_that_size(
 def without_overflows(warnings: list[str]) -> list[str]:
     """The warnings but for that of float16, whose first loss scales are too high on purpose."""
     return [line for line in warnings if "the gradient overflowed float16" not in line]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "reason"),
-    [
-        (
-            ("train.microbatch=4",),
-            r"train\.microbatch: 4 row\(s\) per model call do not fit into memory; give a ",
-        ),
-        (("rollout.microbatch=1",), r"train\.microbatch: not even one row per model call fits into memory"),
-    ],
-)
-def test_what_cannot_fit_into_memory_is_told(
-    overrides: tuple[str, ...], reason: str, small_config: MakeConfig
-) -> None:
-    with memory_for(0, of_training_calls=True), pytest.raises(LoopfastError, match=reason):
-        run(small_config(*overrides))
 
 
 # Few ratios stay inside this clip range after an update.
@@ -608,50 +549,6 @@ def test_screening_leaves_out_the_backward_pass_of_pairs_without_a_gradient_and_
     assert other["model_calls"] == 4 + 8
 
 
-def test_a_screening_call_that_does_not_fit_halves_its_rows(
-    small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    screen, rows = training.screen, []
-
-    def limited(*args: Any, microbatch: int, **kwargs: Any) -> Any:
-        rows.append(microbatch)
-        if microbatch > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return screen(*args, microbatch=microbatch, **kwargs)
-
-    monkeypatch.setattr(training, "screen", limited)
-    options = (*MUCH_CLIPPED, "train.iterations=1", "train.screening=on")
-    with replayed() as updates:
-        folder, warnings = run_told(small_config(*options))
-    assert rows == [8, 4, 2, 2, 2]
-    assert [warning.split(" rows")[0] for warning in warnings] == [
-        "warning: train.microbatch: 8",
-        "warning: train.microbatch: 4",
-    ]
-    assert [update.training[0] for update in updates] == [8, 2, 2, 2]
-    assert read_metrics(folder / "metrics.jsonl")[1]["ratio_max_deviation"] == no_deviation()
-    sizes = ("rollout.microbatch=8", "train.microbatch=2", "run.name=given")
-    with pytest.raises(ConfigError, match=r"rollout\.microbatch: 8 row\(s\) per model call do not fit"):
-        run(small_config(*options, *sizes))
-
-
-def test_a_fraction_of_the_steps_is_a_fraction_of_the_model_calls(small_config: MakeConfig) -> None:
-    options = (
-        "train.iterations=1",
-        "evaluation.every=0",
-        "train.microbatch=4",
-        "train.inner_epochs=2",
-        "rollout.steps=4",
-    )
-    with memory_for(4, of_training_calls=True) as calls:
-        folder = run(small_config(*options, "train.step_fraction=0.5"))
-    assert len(calls) == 2 * 8 * 4 * 0.5 / 4
-    assert read_metrics(folder / "metrics.jsonl")[1]["ratio_max_deviation"] < 1e-3
-    with pytest.raises(ConfigError, match=r"train\.step_fraction: found 0\.13, allowed: at least 0\.167"):
-        # auto leaves the last of the four steps out
-        run(small_config("train.step_fraction=0.13", "train.steps=auto", "rollout.steps=4", "run.name=none"))
-
-
 def test_trajectories_on_the_host_and_a_released_text_encoder_change_no_bit(small_config: MakeConfig) -> None:
     options = ("train.iterations=1", "rollout.guidance_scale=2.0", "model.tune=lora", "evaluation.every=0")
     plain = run(small_config(*options))
@@ -679,23 +576,6 @@ def test_the_native_kernels_train_as_the_reference_does(
     # The losses are small differences of terms whose size is the advantages': their standard deviation, 1.
     assert losses["native"] == pytest.approx(losses["reference"], rel=0, abs=1e-5)
     assert max(map(abs, losses["native"])) > 1e-2
-
-
-def test_the_state_is_saved_where_a_reward_runs_out_of_memory(
-    small_config: MakeConfig, user_module: Callable[[str], str]
-) -> None:
-    code = """
-import torch
-
-def reward(images, prompts, metadata):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-"""
-    config = small_config(f"reward=[{{name: '{user_module(code)}:reward'}}]")
-    with pytest.raises(
-        RewardMemoryError, match=r"ran out of memory on cpu .* is saved, --resume auto goes on"
-    ):
-        run(config)
-    assert (Path(config.run.directory, "small") / "checkpoints" / "iteration-000000").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -743,18 +623,6 @@ def test_a_reward_that_fails_is_reported(
             assert image.size == (32, 32)
     recorded = [line["iteration"] for line in read_metrics(folder / "metrics.jsonl")]
     assert recorded == ([] if iteration == 0 else [0, 1])
-
-
-def test_a_failure_is_told_although_its_images_cannot_be_kept(
-    small_config: MakeConfig, user_module: Callable[[str], str]
-) -> None:
-    reward = f"{user_module(REWARD)}:reward"
-    config = small_config(f"reward=[{{name: '{reward}', options: {{fail_at: 1, how: raises}}}}]")
-    failures = Path(config.run.directory, "small", "failures")
-    failures.parent.mkdir(parents=True)
-    failures.write_text("in the way")
-    with pytest.raises(RewardError, match=r"no luck .* the images could not be kept: cannot write in"):
-        run(config)
 
 
 def test_a_users_reward_and_prompts_train(
@@ -824,26 +692,6 @@ def test_starting_over_an_existing_run_is_refused(finished: Path, make_config: M
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_finished_run_may_be_given_more_iterations(small_config: MakeConfig, finished: Path) -> None:
-    config = small_config("train.iterations=1")
-    run(config)
-    folder = run(small_config("checkpoint.keep=5"), "auto")
-    lines = read_metrics(folder / "metrics.jsonl")
-    assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
-    assert same(weights(folder, 3), weights(finished, 3))
-    assert yaml.safe_load((folder / "config.yaml").read_text("utf-8"))["train"]["iterations"] == 3
-
-
-def test_resuming_a_finished_run_writes_what_may_be_missing(small_config: MakeConfig) -> None:
-    config = small_config("train.iterations=1")
-    folder = run(config)
-    before = (folder / "metrics.jsonl").read_text("utf-8")
-    (folder / "report.html").unlink()
-    run(config, "auto")
-    assert (folder / "report.html").exists()
-    assert (folder / "metrics.jsonl").read_text("utf-8") == before
-
-
 @pytest.mark.parametrize("resume", ["auto", "path"])
 def test_resuming_with_another_configuration_names_what_changed(
     resume: str, finished: Path, make_config: MakeConfig
@@ -878,11 +726,6 @@ def test_resuming_from_nowhere_is_refused(small_config: MakeConfig, tmp_path: Pa
     with pytest.raises(CheckpointError, match="does not exist"):
         run(small_config(), str(tmp_path / "nowhere"))
     assert not (tmp_path / "small").exists()
-
-
-def test_auto_without_a_checkpoint_starts_a_run(small_config: MakeConfig) -> None:
-    folder = run(small_config("train.iterations=1"), "auto")
-    assert read_metrics(folder / "metrics.jsonl")[-1]["iteration"] == 1
 
 
 def test_a_configuration_that_cannot_run_leaves_nothing_behind(
