@@ -29,7 +29,7 @@ def collect(run: Run, state: TrainState, batch: Batch) -> Rollout:
     run.meter.start()
     run.scoring.iteration = state.number
     with run.phase("rollout"):
-        trajectories, scores = run.microbatches.fitting(
+        trajectories, scores = run.microbatches.with_oom_fallback(
             "rollout", lambda rows: _sampled(run, state, batch, rows)
         )
     if run.config.trajectories.device == "host":

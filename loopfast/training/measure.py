@@ -17,7 +17,7 @@ def evaluated(run: Run, state: TrainState, metrics: dict[str, Any]) -> Evaluatio
     """Measures the policy on fixed prompts and noise, and adds what was measured to the iteration's metrics."""
     began = time.perf_counter()
     with run.phase("evaluation"):
-        result = run.microbatches.fitting("rollout", partial(evaluate_policy, run, state))
+        result = run.microbatches.with_oom_fallback("rollout", partial(evaluate_policy, run, state))
     metrics |= result.metrics(dropped=run.config.rollout.on_bad_reward == "drop_group")
     metrics["seconds_eval"] = time.perf_counter() - began
     return result

@@ -45,7 +45,7 @@ def probe(run: Run) -> None:
             reserve=reserve,
         )
 
-    run.microbatches.fitting("train", attempt)
+    run.microbatches.with_oom_fallback("train", attempt)
 
 
 def rehearse(
