@@ -102,7 +102,7 @@ class Run:
         if self.world.any(self.stop.requested):
             raise Stopped
 
-    def together(self, error: LoopfastError) -> bool:
+    def raised_on_all_ranks(self, error: LoopfastError) -> bool:
         """Whether an error is raised in all processes at once, so that they can still save together."""
         return error.on_all_ranks or self.world.size == 1
 

@@ -89,9 +89,9 @@ def saved_on_failure(run: Run, state: TrainState) -> Iterator[None]:
         # on a full disk this fails too, and what came first says more
         with suppress(LoopfastError):
             run.close_tracker()
-        if isinstance(error, CallbackError | RewardError | RewardMemoryError | WriteError) and run.together(
-            error
-        ):
+        if isinstance(
+            error, CallbackError | RewardError | RewardMemoryError | WriteError
+        ) and run.raised_on_all_ranks(error):
             raise _with_state_saved(error, run, state) from error
         if not isinstance(error, Stopped):
             raise

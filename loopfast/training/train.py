@@ -24,7 +24,7 @@ from loopfast.system.files import writing
 from loopfast.system.memory import memory_used
 from loopfast.training.batch import Batch, draw_batch
 from loopfast.training.callbacks import Callback, call_back
-from loopfast.training.checks import check_ratio, explained, tell_of_overflows
+from loopfast.training.checks import check_ratio, explained, warn_of_overflows
 from loopfast.training.collect import collect
 from loopfast.training.facts import announce, conclude
 from loopfast.training.given import Given
@@ -106,7 +106,7 @@ def iterate(run: Run, state: TrainState) -> None:
             return
         except Resized:
             # nothing is learned from these images yet: new ones come from calls of the size they are trained in
-            state.forget_rollout()
+            state.discard_rollout()
 
 
 def learn(run: Run, state: TrainState, batch: Batch) -> None:
@@ -126,7 +126,7 @@ def learn(run: Run, state: TrainState, batch: Batch) -> None:
     for pairs in update_pairs(run, state, rollout):
         with run.phase("replay"), explained(run, state, batch):
             done = update_with_fallback(run, state, update_pass, pairs)
-        tell_of_overflows(run, state, done)
+        warn_of_overflows(run, state, done)
         if state.updates:
             state.zero_gradient = done.zero_gradient
         state.updates.append(asdict(done))
