@@ -14,7 +14,7 @@ from loopfast.errors import LoopfastError
 from loopfast.policies import Conditioning, Policy, pad_rows
 from loopfast.profiling import model_call
 from loopfast.rollout.capture import StepCache
-from loopfast.rollout.replica import Replica
+from loopfast.rollout.rollout_copy import RolloutCopy
 from loopfast.rollout.step import DenoisingStep
 from loopfast.rollout.trajectories import Trajectories
 from loopfast.schedules import TransitionSchedule
@@ -49,7 +49,7 @@ class Sampler:
         guidance_scale: of classifier-free guidance; 1 for none.
         reduction: ``sum`` or ``mean``, of the log-probability over a latent's elements.
         microbatch: rows per model call. It changes neither the noise nor, beyond rounding in the model, the result.
-        replica: the copy of the policy to sample from; None: the policy itself.
+        rollout_copy: the copy of the policy to sample from; None: the policy itself.
         steps: the denoising steps recorded so far.
         decoder_rows: how many latents are decoded at a time. The denoiser's microbatch does not depend on it.
     """
@@ -59,14 +59,14 @@ class Sampler:
     guidance_scale: float
     reduction: str
     microbatch: int
-    replica: Replica | None = None
+    rollout_copy: RolloutCopy | None = None
     steps: StepCache = field(default_factory=StepCache)
     decoder_rows: DecoderRows = field(default_factory=DecoderRows)
 
     @property
     def model(self) -> Policy:
         """What is sampled from: the replica's policy, or the policy itself."""
-        return self.policy if self.replica is None else self.replica.policy
+        return self.policy if self.rollout_copy is None else self.rollout_copy.policy
 
     def allocate(self, count: int, schedule: TransitionSchedule | None = None) -> Trajectories:
         """Room for N trajectories, on the policy's device, in the type of the model that is sampled from.
@@ -150,7 +150,7 @@ class Sampler:
 
     def ready(self) -> AbstractContextManager[None]:
         """Inside, samples are those of the policy as it was on entering, and the replica is refreshed no more."""
-        return nullcontext() if self.replica is None else self.replica.ready()
+        return nullcontext() if self.rollout_copy is None else self.rollout_copy.ready()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images float32 ``[N, 3, H, W]`` in [0, 1] of latents ``[N, *L]``.

@@ -61,10 +61,10 @@ def describe_rollout(run: Run) -> str:
     sampler, config = run.sampler, run.config.rollout
     graphs = sampler.model.device.type == "cuda" and config.cuda_graph
     replica = "off"
-    if sampler.replica is not None:
+    if sampler.rollout_copy is not None:
         merged = ", LoRA merged" if config.merge_lora else ""
         dtype = str(sampler.model.dtype).removeprefix("torch.")
-        gathered = "" if sampler.replica.resident else ", gathered for each rollout"
+        gathered = "" if sampler.rollout_copy.resident else ", gathered for each rollout"
         replica = f"{dtype} on {sampler.model.device}{merged}{gathered}"
     return (
         f"stochastic steps {config.stochastic_steps}, CUDA graph {'on' if graphs else 'off'}, replica {replica}, "

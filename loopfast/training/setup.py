@@ -16,7 +16,7 @@ from loopfast.errors import ConfigError
 from loopfast.policies import Policy, load_policy, load_schedule, scheduler_notes
 from loopfast.profiling import Meter
 from loopfast.prompts import load_prompts
-from loopfast.rollout import Sampler, StepCache, StochasticSteps, make_replica, stochastic_steps
+from loopfast.rollout import Sampler, StepCache, StochasticSteps, make_rollout_copy, stochastic_steps
 from loopfast.run.checkpoints import Checkpoint
 from loopfast.run.console import Display
 from loopfast.run.folder import RunFolder
@@ -207,19 +207,19 @@ def _sampler_and_engine(
 ) -> tuple[Sampler, Engine]:
     """How a policy is sampled, in calls of so many rows; and what owns its weights from now on."""
     # before the engine takes the weights apart
-    replica = make_replica(policy, config.rollout, sharded=config.distributed.zero_stage == 3)
+    rollout_copy = make_rollout_copy(policy, config.rollout, sharded=config.distributed.zero_stage == 3)
     sampler = Sampler(
         policy,
         schedule.to(policy.device),
         config.rollout.guidance_scale,
         config.algorithm.logprob,
         rows,
-        replica,
+        rollout_copy,
         StepCache(capture=config.rollout.cuda_graph, warn=display.warning),
     )
     engine = build_engine(policy, config, group)
-    if replica is not None:
-        replica.whole = engine.whole
+    if rollout_copy is not None:
+        rollout_copy.whole = engine.whole
     elif engine.sharded:
         # gathered weights lie elsewhere in every call
         sampler = replace(sampler, steps=StepCache(capture=False))

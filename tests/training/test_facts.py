@@ -43,7 +43,7 @@ def test_the_header_says_what_is_trained(
     )
     trainer: Any = SimpleNamespace(
         config=config,
-        sampler=SimpleNamespace(policy=policy, model=policy, replica=None),
+        sampler=SimpleNamespace(policy=policy, model=policy, rollout_copy=None),
         steps=SimpleNamespace(trained=trained, count=len(trained), window=None),
         drawn=len(trained),
         screening="auto",

@@ -44,7 +44,7 @@ def test_a_run_has_all_its_parts(tmp_path: Path) -> None:
         assert list(run.reward_identity) == ["the file of reward 'tests.training.toys:first_pixel'"]
         assert (run.steps.trained, run.drawn) == ((0, 1), 1)
         assert (run.microbatches.rollout, run.microbatches.train) == (4, 4)
-        assert (run.sampler.policy, run.sampler.microbatch, run.sampler.replica) == (toy.policy, 4, None)
+        assert (run.sampler.policy, run.sampler.microbatch, run.sampler.rollout_copy) == (toy.policy, 4, None)
         assert run.tracker is not None
         assert (toy.state.iteration, toy.state.images, toy.state.rollout) == (0, 0, None)
         assert toy.heard.warnings == []
@@ -112,7 +112,7 @@ PARTS = (
     "_opened",
     "load_policy",
     "Microbatches",
-    "make_replica",
+    "make_rollout_copy",
     "Sampler",
     "build_engine",
     "Run",
@@ -236,8 +236,8 @@ def test_weights_that_are_spread_are_gathered_for_a_copy_or_for_every_call(
         sampler = toy.run.sampler
         # the addresses of what is gathered are others in every call, and a graph holds them
         assert sampler.steps._capture == (replica == "resident")
-        assert sampler.replica is None or sampler.replica.whole == toy.run.engine.whole
-        assert (sampler.replica is None) == (replica == "none")
+        assert sampler.rollout_copy is None or sampler.rollout_copy.whole == toy.run.engine.whole
+        assert (sampler.rollout_copy is None) == (replica == "none")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ Whole = Callable[[Iterable[torch.nn.Parameter]], AbstractContextManager[None]]
 """Shows the whole values of parameters that an engine may have spread over processes."""
 
 
-class Replica:
+class RolloutCopy:
     """A copy of a policy's denoiser, made equal to it again before sampling.
 
     Made before an engine takes the policy's weights apart.
@@ -112,7 +112,7 @@ class Replica:
             target.data = target.data.new_empty(0)
 
 
-def make_replica(policy: Policy, config: RolloutConfig, *, sharded: bool = False) -> Replica | None:
+def make_rollout_copy(policy: Policy, config: RolloutConfig, *, sharded: bool = False) -> RolloutCopy | None:
     """The replica that a configuration asks for; None where the policy itself can be sampled from.
 
     Args:
@@ -135,7 +135,7 @@ def make_replica(policy: Policy, config: RolloutConfig, *, sharded: bool = False
         kind = "none" if not wanted else "gathered" if sharded and not adapter else "resident"
     if kind == "none":
         return None
-    return Replica(
+    return RolloutCopy(
         policy, dtype=dtype, device=device, merge_lora=config.merge_lora, resident=kind == "resident"
     )
 
