@@ -21,32 +21,32 @@ class StochasticSteps:
 
     Attributes:
         schedule: the T transitions of the steps outside the window, too, as if they drew noise; on any device.
-        trained: the steps that may be trained on, ascending.
+        trained_steps: the steps that may be trained on, ascending.
         window: W steps in a row that one iteration is given of them; None: all.
         starts: where a window may begin.
     """
 
     schedule: TransitionSchedule
-    trained: tuple[int, ...]
+    trained_steps: tuple[int, ...]
     window: int | None = None
     starts: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
         """How many steps of each trajectory an iteration trains on."""
-        return len(self.trained) if self.window is None else self.window
+        return len(self.trained_steps) if self.window is None else self.window
 
-    def drawn(self, seed: int, iteration: int) -> tuple[TransitionSchedule, tuple[int, ...]]:
+    def for_iteration(self, seed: int, iteration: int) -> tuple[TransitionSchedule, tuple[int, ...]]:
         """An iteration's transitions, and the steps that it trains on; a function of the run's seed and iteration."""
         if self.window is None:
-            return self.schedule, self.trained
+            return self.schedule, self.trained_steps
         start = self.starts[derive(seed, "window", iteration) % len(self.starts)]
         stop = start + self.window
         return self.schedule.stochastic_in(start, stop), tuple(range(start, stop))
 
     def to(self, device: torch.device) -> StochasticSteps:
         """Copy with the schedule on a device."""
-        return StochasticSteps(self.schedule.to(device), self.trained, self.window, self.starts)
+        return StochasticSteps(self.schedule.to(device), self.trained_steps, self.window, self.starts)
 
 
 def stochastic_steps(schedule: TransitionSchedule, stochastic: str, trained: str) -> StochasticSteps:

@@ -60,7 +60,7 @@ def check_ratio(run: Run, state: TrainState, done: UpdateStatistics) -> None:
 def _rounding(run: Run, state: TrainState) -> float:
     """How far rounding alone can take the logarithm of this iteration's ratios from 0."""
     config, policy = run.config, run.sampler.policy
-    schedule, steps = run.steps.drawn(config.run.seed, state.iteration)
+    schedule, steps = run.steps.for_iteration(config.run.seed, state.iteration)
     return rounding_bound(
         schedule,
         steps,

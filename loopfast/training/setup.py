@@ -122,7 +122,7 @@ def _prepared(
     for note in scheduler_notes(config.model):
         display.warning(note)
     steps = stochastic_steps(schedule, config.rollout.stochastic_steps, config.train.steps)
-    drawn = _steps_drawn(config, steps, group)
+    trained_per_trajectory = _trained_per_trajectory(config, steps, group)
     identity = reward_identity(config.reward)
     checkpoint = _opened(folder, resume, display, group)
 
@@ -147,7 +147,7 @@ def _prepared(
         scoring=scoring,
         reward_identity=identity,
         steps=steps.to(policy.device),
-        drawn=drawn,
+        trained_per_trajectory=trained_per_trajectory,
         microbatches=microbatches,
         sampler=sampler,
         engine=engine,
@@ -226,11 +226,11 @@ def _sampler_and_engine(
     return sampler, engine
 
 
-def _steps_drawn(config: Config, steps: StochasticSteps, group: Group) -> int:
-    """How many steps of a trajectory each pass trains on."""
+def _trained_per_trajectory(config: Config, steps: StochasticSteps, group: Group) -> int:
+    """Returns the number of steps of a trajectory that each pass trains on."""
     train, count = config.train, steps.count
-    drawn = train.steps_drawn(count)
-    if drawn < 1:
+    trained = train.trained_per_trajectory(count)
+    if trained < 1:
         raise ConfigError(
             f"train.step_fraction: found {train.step_fraction:g}, allowed: at least {0.5 / count:.3g}, with which "
             f"one of {count} trained steps is drawn"
@@ -241,9 +241,9 @@ def _steps_drawn(config: Config, steps: StochasticSteps, group: Group) -> int:
             f"rollout.prompts_per_iteration x algorithm.samples_per_prompt: found {images} image(s), allowed: at "
             f"least {group.size}, one for each process"
         )
-    if (pairs := images * drawn) < train.updates_per_iteration:
+    if (pairs := images * trained) < train.updates_per_iteration:
         raise ConfigError(
             f"train.updates_per_iteration: found {train.updates_per_iteration}, allowed: at most {pairs}, the "
             f"number of (image, step) pairs in an iteration"
         )
-    return drawn
+    return trained

@@ -22,7 +22,7 @@ def done(deviation: float = 0.0, overflows: int = 0) -> UpdateStatistics:
 
 def explicable(toy: Toy) -> float:
     """The largest difference of the first iteration's ratios from 1 that rounding explains."""
-    config, (schedule, steps) = toy.run.config, toy.run.steps.drawn(0, 0)
+    config, (schedule, steps) = toy.run.config, toy.run.steps.for_iteration(0, 0)
     bound = rounding_bound(
         schedule,
         steps,
