@@ -89,4 +89,4 @@ def gathered(
     total = group.gather(scores.total, rows, count)
     parts = {name: group.gather(part, rows, count) for name, part in scores.parts.items()}
     logprob = group.gather(trajectories.logprob.T, rows, count).T.contiguous()
-    return replace(trajectories, logprob=logprob, first=own.start), Scores(total, parts)
+    return replace(trajectories, logprob=logprob, first_row=own.start), Scores(total, parts)
