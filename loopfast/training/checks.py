@@ -60,7 +60,7 @@ def check_ratio(run: Run, state: TrainState, done: UpdateStatistics) -> None:
 def _rounding(run: Run, state: TrainState) -> float:
     """How far rounding alone can take the logarithm of this iteration's ratios from 0."""
     config, policy = run.config, run.sampler.policy
-    schedule, steps = run.steps.drawn(config.run.seed, state.iteration)
+    schedule, steps = run.steps.for_iteration(config.run.seed, state.iteration)
     return rounding_bound(
         schedule,
         steps,
@@ -73,10 +73,10 @@ def _rounding(run: Run, state: TrainState) -> float:
 
 def _cause(run: Run) -> str | None:
     """The key that has the replay call the model otherwise than the rollout, and what to do about it."""
-    config, sizes, replica = run.config, run.microbatches, run.sampler.replica
+    config, sizes, rollout_copy = run.config, run.microbatches, run.sampler.rollout_copy
     if config.rollout.merge_lora:
         return "rollout.merge_lora=true rounds otherwise than the adapter that is trained"
-    if replica is not None and not replica.exact:
+    if rollout_copy is not None and not rollout_copy.exact:
         key = "dtype" if config.rollout.dtype not in (None, config.model.dtype) else "device"
         given, trained = getattr(config.rollout, key), getattr(config.model, key)
         return f"rollout.{key} ({given}) is not model.{key} ({trained})"

@@ -27,8 +27,8 @@ def evaluate_policy(run: Run, state: TrainState, rows: int) -> Evaluation:
     """Measures the policy itself, by the whole schedule: what is measured depends on no lever of the rollout."""
     sampler = run.resize(rows)
     # where the weights are spread over processes, a copy that computes the same bits is the faster way to them
-    if not (run.engine.sharded and sampler.replica is not None and sampler.replica.exact):
-        sampler = replace(sampler, replica=None)
+    if not (run.engine.sharded and sampler.rollout_copy is not None and sampler.rollout_copy.exact):
+        sampler = replace(sampler, rollout_copy=None)
     run.scoring.iteration = state.number
     with run.scoring.together(), run.engine.averaged():
         result = evaluate(

@@ -181,7 +181,7 @@ def update_with_fallback(
 def _screening_call(run: Run) -> Literal["rollout", "train"]:
     """Which call's rows a screening call takes: the larger number that is known to fit on the policy's device."""
     sizes = run.microbatches
-    return "rollout" if run.sampler.replica is None and sizes.rollout > sizes.train else "train"
+    return "rollout" if run.sampler.rollout_copy is None and sizes.rollout > sizes.train else "train"
 
 
 def finish_iteration(run: Run, state: TrainState) -> None:

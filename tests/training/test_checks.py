@@ -22,7 +22,7 @@ def done(deviation: float = 0.0, overflows: int = 0) -> UpdateStatistics:
 
 def explicable(toy: Toy) -> float:
     """The largest difference of the first iteration's ratios from 1 that rounding explains."""
-    config, (schedule, steps) = toy.run.config, toy.run.steps.drawn(0, 0)
+    config, (schedule, steps) = toy.run.config, toy.run.steps.for_iteration(0, 0)
     bound = rounding_bound(
         schedule,
         steps,
@@ -121,8 +121,8 @@ def test_a_key_that_makes_other_calls_is_named_beyond_the_tolerance(cause: str, 
 def test_another_device_is_a_cause(make_toy: MakeToy, tmp_path: Path) -> None:
     """A machine without a second kind of device can only be told that there is one."""
     toy = make_toy("rollout.replica=resident")
-    assert toy.run.sampler.replica is not None
-    toy.run.sampler.replica.exact = False
+    assert toy.run.sampler.rollout_copy is not None
+    toy.run.sampler.rollout_copy.exact = False
     toy.run.config = toy_config(tmp_path, "rollout.device=cuda:7")
     with pytest.raises(LoopfastError, match=r"rollout\.device \(cuda:7\) is not model\.device \(cpu\)"):
         check_ratio(toy.run, toy.state, done(0.5))
