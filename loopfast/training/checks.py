@@ -33,7 +33,7 @@ def check_ratio(run: Run, state: TrainState, done: UpdateStatistics) -> None:
     if cause is not None and deviation <= ON_POLICY_TOLERANCE:
         return
     rounding = cause is None and math.log1p(deviation) <= _rounding(run, state)
-    if rounding and state.told_of_rounding:
+    if rounding and state.warned_of_rounding:
         return
     sizes = f"rollout.microbatch and train.microbatch are both {run.microbatches.train}"
     if rounding:
@@ -51,9 +51,9 @@ def check_ratio(run: Run, state: TrainState, done: UpdateStatistics) -> None:
     )
     if check == "error" and not rounding:
         error = LoopfastError(message)
-        error.shared = True
+        error.on_all_ranks = True
         raise error
-    state.told_of_rounding |= rounding
+    state.warned_of_rounding |= rounding
     run.display.warning(message)
 
 
@@ -105,21 +105,21 @@ def explained(run: Run, state: TrainState, batch: Batch) -> Iterator[None]:
         assert state.rollout is not None
         trajectories = state.rollout.trajectories
         rows = error.rows[: run.sampler.microbatch]
-        final = run.group.gather(trajectories.final, trajectories.rows, trajectories.count)[list(rows)]
+        final = run.world.gather(trajectories.final, trajectories.rows, trajectories.count)[list(rows)]
         images = run.sampler.decode(final.to(run.sampler.policy.device))
         texts = [batch.prompts[int(batch.prompt_index[row])].text for row in rows]
         run.scoring.iteration = state.number
-        kept = run.group.on_first(lambda: run.scoring.keep(list(images), texts))
+        kept = run.world.on_main(lambda: run.scoring.keep(list(images), texts))
         raised = NonFiniteError(f"iteration {state.number}: {error}; {kept}", error.rows)
-        raised.shared = True
+        raised.on_all_ranks = True
         raise raised from error
 
 
-def tell_of_overflows(run: Run, state: TrainState, done: UpdateStatistics) -> None:
+def warn_of_overflows(run: Run, state: TrainState, done: UpdateStatistics) -> None:
     """Says once that updates are repeated, which takes time; the metrics say how often."""
-    if not done.overflows or state.told_of_overflow:
+    if not done.overflows or state.warned_of_overflow:
         return
-    state.told_of_overflow = True
+    state.warned_of_overflow = True
     run.display.warning(
         f"iteration {state.number}: the gradient overflowed float16, so that an update was repeated "
         f"{done.overflows} time(s), each with half of the loss scale. overflows in metrics.jsonl says how often in "

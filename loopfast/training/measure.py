@@ -17,7 +17,7 @@ def evaluated(run: Run, state: TrainState, metrics: dict[str, Any]) -> Evaluatio
     """Measures the policy on fixed prompts and noise, and adds what was measured to the iteration's metrics."""
     began = time.perf_counter()
     with run.phase("evaluation"):
-        result = run.microbatches.fitting("rollout", partial(evaluate_policy, run, state))
+        result = run.microbatches.with_oom_fallback("rollout", partial(evaluate_policy, run, state))
     metrics |= result.metrics(dropped=run.config.rollout.on_bad_reward == "drop_group")
     metrics["seconds_eval"] = time.perf_counter() - began
     return result
@@ -37,7 +37,7 @@ def evaluate_policy(run: Run, state: TrainState, rows: int) -> Evaluation:
             run.scoring.score,
             run.config.evaluation,
             between=run.check_stop,
-            group=run.group,
+            world=run.world,
         )
     run.scoring.account_for(result.dropped, len(result.items))
     return result
