@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from loopfast.config import Config, config_to_yaml, load_config
+from loopfast.config.messages import differences
 from loopfast.errors import CheckpointError, ConfigError, RunExistsError
 from loopfast.run.checkpoints import Checkpoint, CheckpointStore
 from loopfast.run.console import Display
@@ -20,6 +21,7 @@ from loopfast.system.files import write_file, writing
 
 # What may differ between a run and its continuation: nothing that changes what came before.
 _CHANGEABLE = {
+    "run.name",
     "run.directory",
     "run.trackers",
     "model.device",
@@ -128,13 +130,8 @@ class RunFolder:
     def _require_same(self, file: Path) -> None:
         if not file.is_file():
             raise CheckpointError(f"{file.parent} is not a run's folder: there is no config.yaml in it")
-        before, now = (_flatten(_comparable(config)) for config in (load_config(file), self._config))
-        changed = [
-            f"{key} (was {before.get(key)}, is {now.get(key)})"
-            for key in sorted({*before, *now} - _CHANGEABLE - {"run.name"})
-            if before.get(key) != now.get(key)
-        ]
-        if changed:
+        before, now = _comparable(load_config(file)), _comparable(self._config)
+        if changed := differences(before, now, ignored=_CHANGEABLE):
             raise ConfigError(f"cannot resume {file.parent} with another configuration: {', '.join(changed)}")
 
     def write_summary(self, facts: Sequence[tuple[str, str]]) -> None:
@@ -190,13 +187,3 @@ def _comparable(config: Config) -> dict[str, Any]:
         if term["name"] == "http":
             term["options"] = {}
     return sections
-
-
-def _flatten(section: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(section, dict):
-        return {prefix: section}
-    return {
-        key: value
-        for name, part in section.items()
-        for key, value in _flatten(part, f"{prefix}.{name}" if prefix else name).items()
-    }
