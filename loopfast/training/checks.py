@@ -51,7 +51,7 @@ def check_ratio(run: Run, state: TrainState, done: UpdateStatistics) -> None:
     )
     if check == "error" and not rounding:
         error = LoopfastError(message)
-        error.shared = True
+        error.on_all_ranks = True
         raise error
     state.told_of_rounding |= rounding
     run.display.warning(message)
@@ -105,13 +105,13 @@ def explained(run: Run, state: TrainState, batch: Batch) -> Iterator[None]:
         assert state.rollout is not None
         trajectories = state.rollout.trajectories
         rows = error.rows[: run.sampler.microbatch]
-        final = run.group.gather(trajectories.final, trajectories.rows, trajectories.count)[list(rows)]
+        final = run.world.gather(trajectories.final, trajectories.rows, trajectories.count)[list(rows)]
         images = run.sampler.decode(final.to(run.sampler.policy.device))
         texts = [batch.prompts[int(batch.prompt_index[row])].text for row in rows]
         run.scoring.iteration = state.number
-        kept = run.group.on_first(lambda: run.scoring.keep(list(images), texts))
+        kept = run.world.on_main(lambda: run.scoring.keep(list(images), texts))
         raised = NonFiniteError(f"iteration {state.number}: {error}; {kept}", error.rows)
-        raised.shared = True
+        raised.on_all_ranks = True
         raise raised from error
 
 

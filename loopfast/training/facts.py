@@ -19,8 +19,8 @@ def announce(run: Run, state: TrainState) -> None:
     """Shows what is about to run, and which prompts the model does not read to their end."""
     facts = describe_run(run)
     run.display.header("loopfast train", facts)
-    run.group.on_first(lambda: run.folder.write_summary(facts))
-    if run.group.first:
+    run.world.on_main(lambda: run.folder.write_summary(facts))
+    if run.world.is_main:
         _warn_of_cut_prompts(run)
     run.display.start(run.config.train.iterations, state.iteration)
 
@@ -120,7 +120,7 @@ def _describe_term(term: RewardConfig) -> str:
 
 
 def _describe_processes(run: Run) -> str:
-    distributed, size = run.config.distributed, run.group.size
+    distributed, size = run.config.distributed, run.world.size
     if not distributed.needs_deepspeed(size):
         return "1"
     offload = "" if distributed.offload == "none" else f", {distributed.offload} offloaded to the host"

@@ -37,7 +37,7 @@ def evaluate_policy(run: Run, state: TrainState, rows: int) -> Evaluation:
             run.scoring.score,
             run.config.evaluation,
             between=run.check_stop,
-            group=run.group,
+            world=run.world,
         )
     run.scoring.account_for(result.dropped, len(result.items))
     return result

@@ -7,8 +7,8 @@ import torch
 from loopfast.engines import Engine
 from loopfast.policies import Conditioning, expand
 from loopfast.rollout import Sampler
-from loopfast.training.replay import reference_output
 from loopfast.training.run import Run
+from loopfast.training.update_pass import reference_output
 
 # Bytes that the rehearsal of a training call leaves free: for decoded images, rewards, and the libraries under PyTorch,
 # which fail in ways of their own when a GPU is full to the last byte.

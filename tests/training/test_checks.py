@@ -83,7 +83,7 @@ def test_a_larger_difference_between_equal_calls_is_an_error(override: str, make
     with pytest.raises(LoopfastError, match="disagree, by more than rounding explains, though ") as caught:
         check_ratio(toy.run, toy.state, done(1.1 * explicable(toy)))
     # all processes know the same ratios: they can save together
-    assert caught.value.shared
+    assert caught.value.on_all_ranks
     assert toy.heard.warnings == []
 
 
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_is_told_with_prompts_and_images(make_toy: Mak
         raise NonFiniteError("the loss is not finite", (1, 4, 5))
     kept = toy.run.folder.path / "failures" / "iteration-000001"
     assert str(caught.value) == f"iteration 1: the loss is not finite; images and prompts are in {kept}"
-    assert (caught.value.rows, caught.value.shared) == ((1, 4, 5), True)
+    assert (caught.value.rows, caught.value.on_all_ranks) == ((1, 4, 5), True)
     # as many as a call has rows: more may not fit into memory
     prompts = json.loads((kept / "prompts.json").read_text("utf-8"))
     assert list(prompts.values()) == [batch.texts[0], batch.texts[2]]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from loopfast.distributed.group import ALONE, Group
-from loopfast.distributed.launcher import Place
+from loopfast.distributed.launcher import LaunchEnvironment
+from loopfast.distributed.world import SINGLE_PROCESS, World
 from loopfast.errors import ConfigError, LoopfastError
 from loopfast.rollout import Sampler, StochasticSteps
 from loopfast.run.lock import NAME, locked
@@ -35,7 +35,7 @@ def test_a_run_has_all_its_parts(tmp_path: Path) -> None:
     )
     with toy_run(tmp_path, *overrides) as toy:
         run = toy.run
-        assert run.group is ALONE
+        assert run.world is SINGLE_PROCESS
         assert run.display is toy.heard
         assert run.folder.path == tmp_path / "toy"
         assert (run.folder.path / "config.yaml").is_file()
@@ -118,7 +118,7 @@ PARTS = (
     "Run",
     "restored",
     "Tracker",
-    "note_opened",
+    "mark_opened",
 )
 
 
@@ -145,7 +145,7 @@ def test_a_start_that_fails_halfway_leaves_nothing_open(
     assert not (tmp_path / "toy" / NAME).exists()
     assert handlers() == before
     # the next try is a new run in the same place, where no record was begun
-    if part != "note_opened":
+    if part != "mark_opened":
         with toy_run(tmp_path) as toy:
             assert toy.state.images == 0
 
@@ -208,12 +208,12 @@ def test_a_run_goes_on_with_its_record_from_its_checkpoint(
 def test_a_launch_that_is_started_anew_goes_on_with_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = list[Place]()
-    monkeypatch.setattr(setup, "opened_before", lambda place: bool(opened))
-    monkeypatch.setattr(setup, "note_opened", opened.append)
+    opened = list[LaunchEnvironment]()
+    monkeypatch.setattr(setup, "is_elastic_restart", lambda place: bool(opened))
+    monkeypatch.setattr(setup, "mark_opened", opened.append)
     for started in (1, 2):
         with toy_run(tmp_path) as toy:
-            assert opened == [Place()] * started
+            assert opened == [LaunchEnvironment()] * started
             assert toy.state.iteration == started - 1
             iterate(toy.run, toy.state)
             finish_iteration(toy.run, toy.state)
@@ -314,7 +314,7 @@ def test_too_few_pairs_are_an_error_that_names_the_key(
 ) -> None:
     steps = StochasticSteps(schedule(), trained)
     with pytest.raises(ConfigError, match=said):
-        _steps_drawn(toy_config(tmp_path, *overrides), steps, Group(Place(size=size)))
+        _steps_drawn(toy_config(tmp_path, *overrides), steps, World(LaunchEnvironment(size=size)))
 
 
 @pytest.mark.parametrize(
@@ -330,4 +330,4 @@ def test_a_pass_draws_the_fraction_of_the_steps(
     overrides: tuple[str, ...], trained: tuple[int, ...], drawn: int, tmp_path: Path
 ) -> None:
     steps = StochasticSteps(schedule(), trained)
-    assert _steps_drawn(toy_config(tmp_path, *overrides), steps, Group(Place(size=6))) == drawn
+    assert _steps_drawn(toy_config(tmp_path, *overrides), steps, World(LaunchEnvironment(size=6))) == drawn
