@@ -17,9 +17,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["REPLACE", "SAID", "lost_output", "open_streams", "said_by_another"]
+__all__ = ["PRINTED_ERRORS", "REPLACE", "lost_output", "open_streams", "printed_by_another"]
 
-SAID = "LOOPFAST_SAID"
+PRINTED_ERRORS = "LOOPFAST_PRINTED_ERRORS"
 """The environment variable with the folder in which the processes of a launch record the errors they printed."""
 
 REPLACE = "loopfast-replace"
@@ -175,9 +175,9 @@ def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error(REPLACE, _replace)
 
 
-def said_by_another(text: str) -> bool:
+def printed_by_another(text: str) -> bool:
     """Returns whether another process of the same ``loopfast launch`` has ended with this error and printed it."""
-    folder = os.environ.get(SAID)
+    folder = os.environ.get(PRINTED_ERRORS)
     if folder is None:
         return False
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
