@@ -75,11 +75,11 @@ def _broken_rules(config: Config) -> Iterator[tuple[str, str]]:
     if rollout.merge_lora and model.tune != "lora":
         yield "rollout.merge_lora", "false with model.tune: full, which has no adapter"
     trained = min(stop - start, stochastic)
-    drawn = train.steps_drawn(trained)
-    if drawn < 1:
+    per_trajectory = train.trained_per_trajectory(trained)
+    if per_trajectory < 1:
         reason = f"with which one of {trained} trained steps is drawn"
         yield "train.step_fraction", f"at least {0.5 / trained:.3g}, {reason}"
-    pairs = rollout.prompts_per_iteration * samples * max(1, drawn)
+    pairs = rollout.prompts_per_iteration * samples * max(1, per_trajectory)
     if pairs < train.updates_per_iteration:
         reason = "the number of (image, step) pairs in an iteration"
         yield "train.updates_per_iteration", f"at most {pairs}, {reason}"

@@ -46,7 +46,7 @@ class PairShard:
     def __init__(self, world: World, trajectories: Trajectories, pairs: tuple[Tensor, Tensor]) -> None:
         self._trajectories, self._device = trajectories, trajectories.logprob.device
         rows, steps = (index.cpu() for index in pairs)
-        self._any = (torch.tensor([trajectories.first]), steps[:1])
+        self._any = (torch.tensor([trajectories.first_row]), steps[:1])
         self.most = -(-len(rows) // world.size)
         self._received: tuple[Tensor, ...] = ()
         if world.size == 1:

@@ -29,13 +29,13 @@ def collect(run: Run, state: TrainState, batch: Batch) -> Rollout:
     run.meter.start()
     run.scoring.iteration = state.number
     with run.phase("rollout"):
-        trajectories, scores = run.microbatches.fitting(
+        trajectories, scores = run.microbatches.with_oom_fallback(
             "rollout", lambda rows: _sampled(run, state, batch, rows)
         )
     if run.config.trajectories.device == "host":
         trajectories = trajectories.to_host()
     trajectories, scores = gathered(run.world, trajectories, scores, len(batch.seeds))
-    rollout = Rollout(trajectories, run.scoring.rewards(scores, batch.texts, run.drawn))
+    rollout = Rollout(trajectories, run.scoring.rewards(scores, batch.texts, run.trained_per_trajectory))
     state.metrics |= rollout_metrics(run.config, scores, rollout)
     state.images += len(batch.seeds)
     return rollout
@@ -47,7 +47,7 @@ def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Traj
     own = run.world.shard(len(batch.seeds))
     prompt_index, seeds = batch.prompt_index[own], batch.seeds[own]
     prompts = [batch.prompts[index] for index in prompt_index.tolist()]
-    schedule, _ = run.steps.drawn(run.config.run.seed, state.iteration)
+    schedule, _ = run.steps.for_iteration(run.config.run.seed, state.iteration)
     trajectories = sampler.allocate(len(seeds), schedule)
     with (
         run.scoring.together(),
@@ -89,4 +89,4 @@ def gathered(
     total = world.gather(scores.total, rows, count)
     parts = {name: world.gather(part, rows, count) for name, part in scores.parts.items()}
     logprob = world.gather(trajectories.logprob.T, rows, count).T.contiguous()
-    return replace(trajectories, logprob=logprob, first=own.start), Scores(total, parts)
+    return replace(trajectories, logprob=logprob, first_row=own.start), Scores(total, parts)

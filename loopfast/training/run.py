@@ -41,7 +41,7 @@ class Run:
         scoring: its rewards.
         reward_identity: what the rewards' names stand for, see `loopfast.training.identity`.
         steps: the denoising steps that draw noise, and those that are trained on.
-        drawn: how many steps of each trajectory one pass trains on.
+        trained_per_trajectory: the number of steps of each trajectory that one pass trains on.
         microbatches: rows per model call.
         sampler: the policy, and how it is sampled; `resize` replaces it.
         engine: owns the policy's weights.
@@ -60,7 +60,7 @@ class Run:
     scoring: Scoring
     reward_identity: dict[str, str]
     steps: StochasticSteps
-    drawn: int
+    trained_per_trajectory: int
     microbatches: Microbatches
     sampler: Sampler
     engine: Engine
@@ -102,7 +102,7 @@ class Run:
         if self.world.any(self.stop.requested):
             raise Stopped
 
-    def together(self, error: LoopfastError) -> bool:
+    def raised_on_all_ranks(self, error: LoopfastError) -> bool:
         """Whether an error is raised in all processes at once, so that they can still save together."""
         return error.on_all_ranks or self.world.size == 1
 

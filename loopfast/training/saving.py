@@ -89,9 +89,9 @@ def saved_on_failure(run: Run, state: TrainState) -> Iterator[None]:
         # on a full disk this fails too, and what came first says more
         with suppress(LoopfastError):
             run.close_tracker()
-        if isinstance(error, CallbackError | RewardError | RewardMemoryError | WriteError) and run.together(
-            error
-        ):
+        if isinstance(
+            error, CallbackError | RewardError | RewardMemoryError | WriteError
+        ) and run.raised_on_all_ranks(error):
             raise _with_state_saved(error, run, state) from error
         if not isinstance(error, Stopped):
             raise
@@ -199,7 +199,7 @@ def _data_identity(run: Run) -> dict[str, str]:
 
 def _sampled_identity(run: Run, state: TrainState) -> dict[str, Any]:
     """What the iteration's trajectories are sampled for and scored by at present."""
-    schedule, trained = run.steps.drawn(run.config.run.seed, state.iteration)
+    schedule, trained = run.steps.for_iteration(run.config.run.seed, state.iteration)
     shape = run.sampler.policy.latent_shape
     prompts = draw_prompts(run, state.iteration)
     return sampled_identity(prompts, run.reward_identity, schedule, trained, shape)

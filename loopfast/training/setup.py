@@ -16,7 +16,7 @@ from loopfast.errors import ConfigError
 from loopfast.policies import Policy, load_policy, load_schedule, scheduler_notes
 from loopfast.profiling import Meter
 from loopfast.prompts import load_prompts
-from loopfast.rollout import Sampler, StepCache, StochasticSteps, make_replica, stochastic_steps
+from loopfast.rollout import Sampler, StepCache, StochasticSteps, make_rollout_copy, stochastic_steps
 from loopfast.run.checkpoints import Checkpoint
 from loopfast.run.console import Display
 from loopfast.run.folder import RunFolder
@@ -116,7 +116,7 @@ def _prepared(
     for note in scheduler_notes(config.model):
         display.warning(note)
     steps = stochastic_steps(schedule, config.rollout.stochastic_steps, config.train.steps)
-    drawn = _steps_drawn(config, steps, world)
+    trained_per_trajectory = _trained_per_trajectory(config, steps, world)
     identity = reward_identity(config.reward)
     checkpoint = _opened(folder, resume, display, world)
 
@@ -141,7 +141,7 @@ def _prepared(
         scoring=scoring,
         reward_identity=identity,
         steps=steps.to(policy.device),
-        drawn=drawn,
+        trained_per_trajectory=trained_per_trajectory,
         microbatches=microbatches,
         sampler=sampler,
         engine=engine,
@@ -201,30 +201,30 @@ def _sampler_and_engine(
 ) -> tuple[Sampler, Engine]:
     """How a policy is sampled, in calls of so many rows; and what owns its weights from now on."""
     # before the engine takes the weights apart
-    replica = make_replica(policy, config.rollout, sharded=config.distributed.zero_stage == 3)
+    rollout_copy = make_rollout_copy(policy, config.rollout, sharded=config.distributed.zero_stage == 3)
     sampler = Sampler(
         policy,
         schedule.to(policy.device),
         config.rollout.guidance_scale,
         config.algorithm.logprob,
         rows,
-        replica,
+        rollout_copy,
         StepCache(capture=config.rollout.cuda_graph, warn=display.warning),
     )
     engine = build_engine(policy, config, world)
-    if replica is not None:
-        replica.whole = engine.whole
+    if rollout_copy is not None:
+        rollout_copy.whole = engine.whole
     elif engine.sharded:
         # gathered weights lie elsewhere in every call
         sampler = replace(sampler, steps=StepCache(capture=False))
     return sampler, engine
 
 
-def _steps_drawn(config: Config, steps: StochasticSteps, world: World) -> int:
+def _trained_per_trajectory(config: Config, steps: StochasticSteps, world: World) -> int:
     """How many steps of a trajectory each pass trains on."""
     train, count = config.train, steps.count
-    drawn = train.steps_drawn(count)
-    if drawn < 1:
+    trained = train.trained_per_trajectory(count)
+    if trained < 1:
         raise ConfigError(
             f"train.step_fraction: found {train.step_fraction:g}, allowed: at least {0.5 / count:.3g}, with which "
             f"one of {count} trained steps is drawn"
@@ -235,9 +235,9 @@ def _steps_drawn(config: Config, steps: StochasticSteps, world: World) -> int:
             f"rollout.prompts_per_iteration x algorithm.samples_per_prompt: found {images} image(s), allowed: at "
             f"least {world.size}, one for each process"
         )
-    if (pairs := images * drawn) < train.updates_per_iteration:
+    if (pairs := images * trained) < train.updates_per_iteration:
         raise ConfigError(
             f"train.updates_per_iteration: found {train.updates_per_iteration}, allowed: at most {pairs}, the "
             f"number of (image, step) pairs in an iteration"
         )
-    return drawn
+    return trained

@@ -24,7 +24,7 @@ from loopfast.system.files import writing
 from loopfast.system.memory import memory_used
 from loopfast.training.batch import Batch, draw_batch
 from loopfast.training.callbacks import Callback, call_back
-from loopfast.training.checks import check_ratio, explained, tell_of_overflows
+from loopfast.training.checks import check_ratio, explained, warn_of_overflows
 from loopfast.training.collect import collect
 from loopfast.training.facts import announce, conclude
 from loopfast.training.given import Given
@@ -106,7 +106,7 @@ def iterate(run: Run, state: TrainState) -> None:
             return
         except Resized:
             # nothing is learned from these images yet: new ones come from calls of the size they are trained in
-            state.forget_rollout()
+            state.discard_rollout()
 
 
 def learn(run: Run, state: TrainState, batch: Batch) -> None:
@@ -125,8 +125,8 @@ def learn(run: Run, state: TrainState, batch: Batch) -> None:
     )
     for pairs in update_pairs(run, state, rollout):
         with run.phase("replay"), explained(run, state, batch):
-            done = fitted_update(run, state, update_pass, pairs)
-        tell_of_overflows(run, state, done)
+            done = update_with_fallback(run, state, update_pass, pairs)
+        warn_of_overflows(run, state, done)
         if state.updates:
             state.zero_gradient = done.zero_gradient
         state.updates.append(asdict(done))
@@ -140,7 +140,9 @@ class Resized(Exception):  # noqa: N818 - a way out, not an error
     """Updates take fewer rows per model call than the rollout did."""
 
 
-def fitted_update(run: Run, state: TrainState, update_pass: UpdatePass, pairs: Pairs) -> UpdateStatistics:
+def update_with_fallback(
+    run: Run, state: TrainState, update_pass: UpdatePass, pairs: Pairs
+) -> UpdateStatistics:
     """Takes one optimizer step on the mean loss of M pairs, in model calls that fit into memory.
 
     Each call computes the policy's prediction, log p, ρ, the clipped loss and its gradient
@@ -156,7 +158,7 @@ def fitted_update(run: Run, state: TrainState, update_pass: UpdatePass, pairs: P
     # in the first update the ratio is 1, and nothing is clipped
     wanted = run.screening == "on" or (run.screening == "auto" and state.zero_gradient > SCREENING_SHARE)
     if wanted and not first:
-        screening = run.microbatches.fitting(
+        screening = run.microbatches.with_oom_fallback(
             _screening_call(run), lambda rows: screen(update_pass, pairs, microbatch=rows, padding=padding)
         )
 
@@ -173,13 +175,13 @@ def fitted_update(run: Run, state: TrainState, update_pass: UpdatePass, pairs: P
             before_step=partial(check_ratio, run, state),
         )
 
-    return run.microbatches.fitting("train", attempt)
+    return run.microbatches.with_oom_fallback("train", attempt)
 
 
 def _screening_call(run: Run) -> Literal["rollout", "train"]:
     """Which call's rows a screening call takes: the larger number that is known to fit on the policy's device."""
     sizes = run.microbatches
-    return "rollout" if run.sampler.replica is None and sizes.rollout > sizes.train else "train"
+    return "rollout" if run.sampler.rollout_copy is None and sizes.rollout > sizes.train else "train"
 
 
 def finish_iteration(run: Run, state: TrainState) -> None:

@@ -228,7 +228,7 @@ def test_the_sampling_is_not_made_smaller_for_a_rewards_sake(
     with pytest.raises(
         RewardMemoryError, match="iteration 0: reward 'mine' ran out of memory on cpu"
     ) as caught:
-        microbatches.fitting("rollout", attempt)
+        microbatches.with_oom_fallback("rollout", attempt)
     assert microbatches.rollout == 64
     assert not caught.value.on_all_ranks
     assert not (judging._folder.path / "failures").exists()

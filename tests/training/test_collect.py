@@ -68,7 +68,7 @@ def test_outside_of_the_window_steps_draw_no_noise(make_toy: MakeToy) -> None:
     for toy.state.iteration in range(8):
         latents = rollout(toy).trajectories.latents
         text = draw_batch(toy.run, toy.state.iteration).conditioning["text"].repeat_interleave(2)
-        schedule, [window] = toy.run.steps.drawn(0, toy.state.iteration)
+        schedule, [window] = toy.run.steps.for_iteration(0, toy.state.iteration)
         windows.add(window)
         for step, (a, b, _) in enumerate(schedule.table.tolist()):
             output, _ = toy.policy.predict(latents[step], schedule.timesteps[step].expand(6), {"text": text})

@@ -43,9 +43,9 @@ def test_the_header_says_what_is_trained(
     )
     trainer: Any = SimpleNamespace(
         config=config,
-        sampler=SimpleNamespace(policy=policy, model=policy, replica=None),
-        steps=SimpleNamespace(trained=trained, count=len(trained), window=None),
-        drawn=len(trained),
+        sampler=SimpleNamespace(policy=policy, model=policy, rollout_copy=None),
+        steps=SimpleNamespace(trained_steps=trained, count=len(trained), window=None),
+        trained_per_trajectory=len(trained),
         screening="auto",
         reward_worker="none",
         microbatches=Microbatches(4, "auto", 8, QUIET.warning),

@@ -25,10 +25,10 @@ from loopfast.training.train import (
     export,
     finish_iteration,
     finished,
-    fitted_update,
     iterate,
     learn,
     train,
+    update_with_fallback,
 )
 from loopfast.training.update import UpdateStatistics
 from loopfast.training.update_pass import UpdatePass
@@ -262,14 +262,14 @@ def test_the_share_without_a_gradient_is_that_of_the_last_update_but_a_first(
     flat = ("rollout.prompts_per_iteration=4", bad_reward("l", "flat"))
     toy = make_toy(*flat, f"train.updates_per_iteration={updates}", "algorithm.clip_range=0.01")
     shares = list[float]()
-    original = fitted_update
+    original = update_with_fallback
 
     def noted(*args: Any) -> UpdateStatistics:
         done = original(*args)
         shares.append(done.zero_gradient)
         return done
 
-    monkeypatch.setattr("loopfast.training.train.fitted_update", noted)
+    monkeypatch.setattr("loopfast.training.train.update_with_fallback", noted)
     iterate(toy.run, toy.state)
     assert len(shares) == updates
     assert min(shares) > 0
@@ -297,7 +297,7 @@ def updated(toy: Toy, *, first: bool) -> UpdateStatistics:
     toy.policy.forget()
     toy.state.updates = [] if first else [{"loss": 0.0}]
     pairs = torch.arange(images).repeat(3), torch.arange(3).repeat_interleave(images)
-    return fitted_update(toy.run, toy.state, given, pairs)
+    return update_with_fallback(toy.run, toy.state, given, pairs)
 
 
 @pytest.mark.parametrize(

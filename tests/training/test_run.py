@@ -86,7 +86,7 @@ def test_processes_can_save_together_after_an_error_that_all_have(
     run, error = make_toy().run, LoopfastError("wrong")
     error.on_all_ranks = shared
     monkeypatch.setattr(run, "world", World(LaunchEnvironment(size=size)))
-    assert run.together(error) == together
+    assert run.raised_on_all_ranks(error) == together
 
 
 def test_the_record_can_be_closed_where_there_is_one(make_toy: MakeToy) -> None:
