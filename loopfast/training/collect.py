@@ -35,7 +35,7 @@ def collect(run: Run, state: TrainState, batch: Batch) -> Rollout:
     if run.config.trajectories.device == "host":
         trajectories = trajectories.to_host()
     trajectories, scores = gathered(run.group, trajectories, scores, len(batch.seeds))
-    rollout = Rollout(trajectories, run.scoring.rewards(scores, batch.texts, run.drawn))
+    rollout = Rollout(trajectories, *run.scoring.rewards(scores, batch.texts, run.drawn))
     state.metrics |= rollout_metrics(run.config, scores, rollout)
     state.images += len(batch.seeds)
     return rollout

@@ -18,16 +18,16 @@ Pairs = tuple[Tensor, Tensor]
 def update_pairs(run: Run, state: TrainState, rollout: Rollout) -> list[Pairs]:
     """The pairs of each update that an iteration has still to make.
 
-    Pairs are shuffled and cut as if a prompt that is left out were not there.
+    Pairs are shuffled and cut as if a prompt that is not kept had not been sampled.
     """
     config = run.config
     _, trained = run.steps.drawn(config.run.seed, state.iteration)
-    kept = rollout.kept.repeat_interleave(rollout.rewards.shape[1]).nonzero()[:, 0]
+    kept_rows = rollout.kept.repeat_interleave(rollout.rewards.shape[1]).nonzero()[:, 0]
     parts = [
-        (kept[rows], steps)
+        (kept_rows[rows], steps)
         for epoch in range(config.train.inner_epochs)
         for rows, steps in shuffled_pairs(
-            len(kept),
+            len(kept_rows),
             trained,
             config.train.updates_per_iteration,
             config.run.seed,

@@ -17,20 +17,17 @@ from loopfast.rollout.trajectories import Trajectories
 
 @dataclass(frozen=True)
 class Rollout:
-    """What an iteration has sampled, and what came of it.
+    """The trajectories that an iteration has sampled, with their rewards.
 
     Attributes:
         trajectories: N of them; each process has the latents of its own rows.
-        rewards: float32 ``[G, K]`` of all of them; NaN for all images of a prompt that is left out.
+        rewards: float32 ``[G, K]`` of all of them; NaN for all images of a prompt that is not kept.
+        kept: bool ``[G]``, the prompts that are trained on.
     """
 
     trajectories: Trajectories
     rewards: Tensor
-
-    @property
-    def kept(self) -> Tensor:
-        """Bool ``[G]``: the prompts that are trained on."""
-        return self.rewards.isfinite().all(1)
+    kept: Tensor
 
 
 @dataclass
