@@ -22,15 +22,9 @@ from loopfast.policies import pad_rows
 from loopfast.rewards.base import Reward, shown
 from loopfast.rewards.models.noun_phrases import SPLITTERS, load_spacy
 from loopfast.rewards.models.preprocessing import load_preprocessing
-from loopfast.rewards.models.pretrained import (
-    Placement,
-    PretrainedReward,
-    ScoreBatch,
-    load_pretrained,
-    load_tokenizer,
-    placement,
-    require_folder,
-)
+from loopfast.rewards.models.pretrained import Placement, PretrainedReward, ScoreBatch, placement
+from loopfast.rewards.models.sources import require_folder
+from loopfast.rewards.models.weights import load_pretrained, load_tokenizer
 
 __all__ = ["blip_vqa"]
 

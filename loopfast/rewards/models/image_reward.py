@@ -18,17 +18,9 @@ from loopfast.errors import ConfigError
 from loopfast.rewards.base import Reward
 from loopfast.rewards.models.aesthetic import ScoreHead
 from loopfast.rewards.models.preprocessing import OPENAI_MEAN, OPENAI_STD, ImagePreprocessing
-from loopfast.rewards.models.pretrained import (
-    PretrainedReward,
-    ScoreBatch,
-    load_converted,
-    load_state,
-    load_tokenizer,
-    placement,
-    read_state,
-    require_file,
-    require_folder,
-)
+from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
+from loopfast.rewards.models.sources import require_file, require_folder
+from loopfast.rewards.models.weights import load_converted, load_state, load_tokenizer, read_state
 from loopfast.system.memory import to_device
 
 __all__ = ["from_blip", "image_reward"]

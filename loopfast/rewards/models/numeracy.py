@@ -16,7 +16,8 @@ from torch import Tensor
 from loopfast.errors import ConfigError, RewardError
 from loopfast.rewards.base import Reward, shown
 from loopfast.rewards.models.detection import OWLV2, Detection, check_threshold, load_detector
-from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement, require_folder
+from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
+from loopfast.rewards.models.sources import require_folder
 
 __all__ = ["OBJECTS", "count_objects", "count_score", "counted_objects", "numeracy"]
 

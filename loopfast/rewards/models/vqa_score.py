@@ -19,15 +19,9 @@ from torch import Tensor
 
 from loopfast.errors import ConfigError
 from loopfast.rewards.base import Reward
-from loopfast.rewards.models.pretrained import (
-    Placement,
-    PretrainedReward,
-    ScoreBatch,
-    load_config,
-    load_pretrained,
-    placement,
-    require_folder,
-)
+from loopfast.rewards.models.pretrained import Placement, PretrainedReward, ScoreBatch, placement
+from loopfast.rewards.models.sources import require_folder
+from loopfast.rewards.models.weights import load_config, load_pretrained
 
 __all__ = ["vqa_score"]
 
