@@ -73,7 +73,7 @@ class Detection:
 
 
 def without_overlaps(found: Sequence[Detection], same: float = _SAME_OBJECT) -> list[Detection]:
-    """Sorts detections by falling confidence, and drops those that overlap one of their name by an IoU above ``same``."""
+    """Sorts detections by falling confidence; drops those that overlap one of their name by an IoU above ``same``."""
     kept: list[Detection] = []
     for one in sorted(found, key=lambda detection: -detection.score):
         if not any(one.name == other.name and one.box.iou(other.box) > same for other in kept):
