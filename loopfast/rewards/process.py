@@ -18,7 +18,6 @@ from torch import Tensor
 from loopfast.config import RewardConfig
 from loopfast.errors import LoopfastError, RewardError
 from loopfast.rewards.base import Scores
-from loopfast.rewards.precision import set_tf32
 from loopfast.system.streams import open_streams
 
 _PROGRAM = "from loopfast.rewards.process import serve; serve()"
@@ -132,7 +131,8 @@ def answer_questions(connection: Connection[Any, Any]) -> None:
                 terms, gpu, tf32 = question
                 if gpu is not None:
                     torch.cuda.set_device(gpu)
-                set_tf32(tf32)
+                # a run's setting holds for its process; PyTorch's default would convolve in TF32
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
                 rewards = build_rewards(terms)
             else:
                 images, prompts, metadata, keep_bad = question

@@ -162,7 +162,7 @@ class _Questioner:
         ]
 
     def _ask(self, seen: Tensor, ids: Tensor) -> Tensor:
-        """Returns P(yes), float32 ``[R]``, of the questions ``ids`` ``[R, L]`` about the encoded images ``[R, S, D]``."""
+        """Returns P(yes), float32 ``[R]``, of questions ``ids`` ``[R, L]`` about encoded images ``[R, S, D]``."""
         question = self._model.text_encoder(input_ids=ids, encoder_hidden_states=seen).last_hidden_state
         answer = self._model.text_decoder(
             input_ids=torch.full((len(ids), 1), self._start, device=ids.device),
