@@ -140,4 +140,4 @@ class PretrainedReward:
                 parts.append(found[: len(texts)].float())
             return torch.cat(parts).cpu() if parts else torch.zeros(0)
 
-        return self._calls.fitting(len(prompts), place.device, attempt)
+        return self._calls.with_oom_fallback(len(prompts), place.device, attempt)
