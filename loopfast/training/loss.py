@@ -43,6 +43,7 @@ class Advantages:
 def compare(
     config: AlgorithmConfig,
     rewards: Tensor,
+    kept: Tensor,
     prompts: list[str],
     statistics: PromptStatistics,
     device: torch.device,
@@ -51,17 +52,18 @@ def compare(
 
     Args:
         config: the section ``algorithm``.
-        rewards: float32 ``[G, K]``; NaN for all images of a prompt that is left out: the others' advantages, their
-            scale and the history are as if it were not there, and its own are 0.
+        rewards: float32 ``[G, K]``.
+        kept: bool ``[G]``. The advantages of a prompt that is not kept are 0; the other advantages, their scale and the
+            history are as if it had not been sampled.
         prompts: the G prompts.
         statistics: the prompts' history, updated by algorithms that keep one.
         device: the device of the latents.
     """
-    row, kept = ALGORITHMS[config.name], rewards.isfinite().all(1)
+    row = ALGORITHMS[config.name]
     difference, scale = advantages(
         row,
         rewards[kept],
-        [prompt for prompt, there in zip(prompts, kept.tolist(), strict=True) if there],
+        [prompts[index] for index in kept.nonzero()[:, 0].tolist()],
         statistics,
         normalize=config.advantage.normalize,
     )

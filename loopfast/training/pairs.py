@@ -19,12 +19,12 @@ def update_pairs(run: Run, state: TrainState, rollout: Rollout) -> list[Pairs]:
     """Returns the pairs of each remaining update of an iteration. They belong to kept prompts only."""
     config = run.config
     _, trained = run.steps.for_iteration(config.run.seed, state.iteration)
-    kept = rollout.kept.repeat_interleave(rollout.rewards.shape[1]).nonzero()[:, 0]
+    kept_rows = rollout.kept.repeat_interleave(rollout.rewards.shape[1]).nonzero()[:, 0]
     parts = [
-        (kept[rows], steps)
+        (kept_rows[rows], steps)
         for epoch in range(config.train.inner_epochs)
         for rows, steps in shuffled_pairs(
-            len(kept),
+            len(kept_rows),
             trained,
             config.train.updates_per_iteration,
             config.run.seed,

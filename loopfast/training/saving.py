@@ -187,7 +187,7 @@ def _stored_rollout(run: Run, tensors: Mapping[str, Mapping[str, Tensor]]) -> Ro
     )
     trajectories = Trajectories(latents.to(device), logprob.to(device), own.start)
     on_host = run.config.trajectories.device == "host"
-    return Rollout(trajectories.to_host() if on_host else trajectories, rewards)
+    return Rollout(trajectories.to_host() if on_host else trajectories, rewards, rewards.isfinite().all(1))
 
 
 def _data_identity(run: Run) -> dict[str, str]:

@@ -21,16 +21,13 @@ class Rollout:
 
     Attributes:
         trajectories: N trajectories; each rank holds the latents of its own rows.
-        rewards: float32 ``[G, K]`` of all of them; NaN for all images of a prompt that is left out.
+        rewards: float32 ``[G, K]`` of all of them; NaN for all images of a prompt that is not kept.
+        kept: bool ``[G]``, the prompts to train on.
     """
 
     trajectories: Trajectories
     rewards: Tensor
-
-    @property
-    def kept(self) -> Tensor:
-        """Bool ``[G]``: the prompts that are trained on."""
-        return self.rewards.isfinite().all(1)
+    kept: Tensor
 
 
 @dataclass

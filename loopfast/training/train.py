@@ -117,7 +117,7 @@ def learn(run: Run, state: TrainState, batch: Batch) -> None:
     # The copy becomes the history when the iteration is complete, so that a resumed one counts its rewards once.
     history = copy.deepcopy(state.statistics)
     # A_i = (r_i − mean of the other K − 1) / std, for kept prompts
-    advantages = compare(algorithm, rollout.rewards, batch.texts, history, device)
+    advantages = compare(algorithm, rollout.rewards, rollout.kept, batch.texts, history, device)
     # max(−A ρ, −A clip(ρ, 1 ± ε)) + kl_weight · KL, by one fused op with its gradient
     loss = PolicyLoss(algorithm, advantages)
     update_pass = UpdatePass(

@@ -27,7 +27,9 @@ def test_the_metrics_of_a_rollout_are_those_of_the_prompts_that_are_kept(bad: st
     scores = Scores(
         torch.tensor([1.0, 3.0, 9.0, nan, 2.0, 8.0]), {"a": torch.tensor([0.0, 1.0, 5.0, nan, 2.0, 3.0])}
     )
-    rollout = Rollout(Trajectories(torch.zeros(2, 6, 1), torch.zeros(1, 6)), rewards)
+    rollout = Rollout(
+        Trajectories(torch.zeros(2, 6, 1), torch.zeros(1, 6)), rewards, torch.tensor([True, False, True])
+    )
     found = rollout_metrics(scores, rollout, count_dropped=bad == "drop_group")
     assert found == {
         "reward_mean": 3.5,
