@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loopfast.evaluation.exported import plain_config
-from loopfast.evaluation.models import RunModels, find_trained, sampler_of
+from loopfast.evaluation.models import RunModels, find_trained, sampler_of, with_rollout
 from loopfast.policies import is_lora, load_policy, read_prompts
 from loopfast.reporting import image_grid
 from loopfast.rollout import Sampler, slices
@@ -63,9 +63,9 @@ def sample_images(
     whole = pretrained is None and not is_lora(folder) and not (folder / "config.yaml").is_file()
     found = (plain_config(target), None) if whole else find_trained(folder, display, pretrained=pretrained)
     config, checkpoint = found
-    given = {"steps": steps, "eta": eta, "noise_level": noise_level, "guidance_scale": guidance_scale}
-    changes = {key: value for key, value in given.items() if value is not None}
-    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=changes)})
+    config = with_rollout(
+        config, steps=steps, eta=eta, noise_level=noise_level, guidance_scale=guidance_scale
+    )
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
     if whole:

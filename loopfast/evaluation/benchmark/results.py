@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loopfast.errors import LoopfastError, one_line
 from loopfast.evaluation.benchmark.bootstrap import LEVEL, RESAMPLES, mean_interval
-from loopfast.evaluation.benchmark.run import Candidate, Category, Scope
+from loopfast.evaluation.benchmark.run import Category, MeasuredModel, SamplingPlan
 from loopfast.system.files import write_file, writing
 from loopfast.version import __version__
 
@@ -26,18 +26,18 @@ _PACKAGES = ("torch", "diffusers", "transformers")
 
 def summarize(
     benchmark: str,
-    candidates: Sequence[Candidate],
+    models: Sequence[MeasuredModel],
     categories: Sequence[Category],
-    scope: Scope,
+    plan: SamplingPlan,
     scores: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Any]:
     """All that a benchmark found, as JSON can hold it.
 
     Args:
         benchmark: its name.
-        candidates: the models; where there are two, the second's difference from the first is worked out, too.
+        models: the models; where there are two, the second's difference from the first is worked out, too.
         categories: those that were measured.
-        scope: how much was drawn.
+        plan: how much was drawn.
         scores: float64 ``[P, K]`` of each model, of each category.
 
     Returns:
@@ -47,9 +47,9 @@ def summarize(
     """
     found = {}
     for category in categories:
-        by_model = {candidate.name: scores[candidate.name][category.name] for candidate in candidates}
+        by_model = {model.name: scores[model.name][category.name] for model in models}
         means = {name: values.mean(1).tolist() for name, values in by_model.items()}
-        if len(candidates) == 2:
+        if len(models) == 2:
             first, second = means.values()
             differences = [after - before for before, after in zip(first, second, strict=True)]
             intervals = {**means, DIFFERENCE: differences}
@@ -58,9 +58,9 @@ def summarize(
         found[category.name] = {
             "metric": {"name": category.metric.name, "options": category.metric.options},
             "prompts": len(next(iter(means.values()))),
-            "images_per_prompt": scope.images_per_prompt,
+            "images_per_prompt": plan.images_per_prompt,
             "intervals": {
-                name: mean_interval(values, seed=scope.seed).as_dict() for name, values in intervals.items()
+                name: mean_interval(values, seed=plan.seed).as_dict() for name, values in intervals.items()
             },
             "items": [
                 {
@@ -79,8 +79,8 @@ def summarize(
             "loopfast": __version__,
             **{name: metadata.version(name) for name in _PACKAGES},
         },
-        "seed": scope.seed,
-        "models": {candidate.name: dict(candidate.settings) for candidate in candidates},
+        "seed": plan.seed,
+        "models": {model.name: dict(model.settings) for model in models},
         "confidence": {"level": LEVEL, "resamples": RESAMPLES, "over": "prompts"},
         "categories": found,
     }
