@@ -97,15 +97,15 @@ def _warn_of_cut(sampler: Sampler, prompts: Sequence[str], display: Display) -> 
 def _draw(sampler: Sampler, prompts: Sequence[str], count: int, seed: int, display: Display) -> Tensor:
     """Images ``[P · count, 3, H, W]``, prompt by prompt; a function of the seed and the prompt's position."""
     seeds = row_seeds(seed, "sample", 0, list(range(len(prompts))), count)
-    owner = torch.arange(len(prompts)).repeat_interleave(count)
+    prompt_index = torch.arange(len(prompts)).repeat_interleave(count)
     conditioning = sampler.policy.encode(list(prompts))
     images: list[Tensor] = []
     done = 0
-    for rows in slices(len(owner), sampler.microbatch):
-        trajectories = sampler.sample(conditioning, owner[rows], seeds[rows])
+    for rows in slices(len(prompt_index), sampler.microbatch):
+        trajectories = sampler.sample(conditioning, prompt_index[rows], seeds[rows])
         images.append(sampler.decode(trajectories.final).cpu())
         done += len(images[-1])
-        display.message(f"{done}/{len(owner)} images")
+        display.message(f"{done}/{len(prompt_index)} images")
     return torch.cat(images)
 
 

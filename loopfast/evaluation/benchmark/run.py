@@ -16,9 +16,10 @@ from torch import Tensor
 
 from loopfast.config import RewardConfig
 from loopfast.evaluation.benchmark.score_file import Scored, ScoreFile
+from loopfast.evaluation.draw import draw
 from loopfast.prompts import Prompt
 from loopfast.rewards import RewardSet, build_rewards
-from loopfast.rollout import Sampler, slices
+from loopfast.rollout import Sampler
 from loopfast.run.console import Display
 from loopfast.run.images import save_image
 from loopfast.seeds import derive
@@ -179,44 +180,39 @@ class _Task:
         title = f"{self.model.name}, {self.category.name}"
         if len(pending) < total:
             display.message(f"{title}: {total - len(pending)} of {total} images are scored already")
+        prompts = [self.prompts[p] for p, _ in pending]
         occurrences = _occurrences(self.prompts)
-        said = time.monotonic()
-        for rows in slices(len(pending), sampler.microbatch):
-            images = pending[rows]
-            self._chunk(sampler, metric, images, occurrences)
-            left = len(pending) - rows.stop
-            if left == 0 or time.monotonic() - said >= _SECONDS_BETWEEN_MESSAGES:
-                said = time.monotonic()
-                display.message(f"{title}: {total - left}/{total} images")
-
-    def _chunk(
-        self,
-        sampler: Sampler,
-        metric: RewardSet,
-        wanted: Sequence[tuple[int, int]],
-        occurrences: Sequence[int],
-    ) -> None:
-        batch = [self.prompts[p] for p, _ in wanted]
-        seeds = [
-            image_seed(self.plan.seed, prompt.text, occurrences[p], k)
-            for prompt, (p, k) in zip(batch, wanted, strict=True)
-        ]
-        texts = list(dict.fromkeys(prompt.text for prompt in batch))
-        position = {text: index for index, text in enumerate(texts)}
-        conditioning = sampler.policy.encode(texts)
-        owners = torch.tensor([position[prompt.text] for prompt in batch])
-        latents = sampler.sample(conditioning, owners, torch.tensor(seeds, dtype=torch.int64)).final
-        images = sampler.decode(latents)
-        scores = metric.score(
-            images, [prompt.text for prompt in batch], [prompt.metadata for prompt in batch]
+        seeds = torch.tensor(
+            [image_seed(self.plan.seed, self.prompts[p].text, occurrences[p], k) for p, k in pending],
+            dtype=torch.int64,
         )
-        for image, prompt, (p, k) in zip(images, batch, wanted, strict=True):
+        announced = time.monotonic()
+        for rows, images in draw(sampler, prompts, seeds):
+            self._score(metric, prompts[rows], images, pending[rows], seeds[rows].tolist())
+            missing = len(pending) - rows.stop
+            if missing == 0 or time.monotonic() - announced >= _SECONDS_BETWEEN_MESSAGES:
+                announced = time.monotonic()
+                display.message(f"{title}: {total - missing}/{total} images")
+
+    def _score(
+        self,
+        metric: RewardSet,
+        prompts: Sequence[Prompt],
+        images: Tensor,
+        positions: Sequence[tuple[int, int]],
+        seeds: Sequence[int],
+    ) -> None:
+        """Scores images and writes their scores, and those images that are to be kept."""
+        scores = metric.score(
+            images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+        )
+        for image, prompt, (p, k) in zip(images, prompts, positions, strict=True):
             if k < self.plan.keep_images:
                 self._keep(image, prompt.text, p * self.plan.keep_images + k)
         self.file.add(
             [
                 Scored(p, k, seed, score)
-                for (p, k), seed, score in zip(wanted, seeds, scores.total.tolist(), strict=True)
+                for (p, k), seed, score in zip(positions, seeds, scores.total.tolist(), strict=True)
             ]
         )
 
