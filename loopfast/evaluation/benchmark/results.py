@@ -15,6 +15,7 @@ from torch import Tensor
 from loopfast.errors import LoopfastError, one_line
 from loopfast.evaluation.benchmark.bootstrap import LEVEL, RESAMPLES, mean_interval
 from loopfast.evaluation.benchmark.run import Category, MeasuredModel, SamplingPlan
+from loopfast.reporting.tables import plain_table
 from loopfast.system.files import write_file, writing
 from loopfast.version import __version__
 
@@ -127,37 +128,33 @@ def as_rich(result: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
 def as_markdown(result: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     """The table and what it was measured by, as Markdown."""
     head, rows = _table(result, titles)
-    lines = [f"# {result['benchmark']}", "", _row(head), _row(["---"] * len(head))]
     # the difference by its whole name, for which a terminal has no room
     named = {DIFFERENCE: " − ".join(reversed([title for title, _ in rows[:2]]))}
-    lines += [
-        _row([named.get(title, title), *(f"{mean} [{low}, {high}]" for mean, low, high in numbers)])
+    means = [
+        [named.get(title, title), *(f"{mean} [{low}, {high}]" for mean, low, high in numbers)]
         for title, numbers in rows
     ]
-    lines.append("")
     confidence = result["confidence"]
     sentence = (
         f"Means over prompts with {confidence['level']:.0%} confidence intervals from {confidence['resamples']} "
         f"bootstrap resamples of the prompts. Seed {result['seed']}."
     )
-    lines += [
-        sentence,
-        "",
-        _row(["category", "metric", "prompts", "images each"]),
-        _row(["---"] * 4),
-    ]
-    lines += [
-        _row(
-            [
-                titles.get(name, name),
-                category["metric"]["name"],
-                str(category["prompts"]),
-                str(category["images_per_prompt"]),
-            ]
+    measured = [
+        (
+            titles.get(name, name),
+            category["metric"]["name"],
+            str(category["prompts"]),
+            str(category["images_per_prompt"]),
         )
         for name, category in result["categories"].items()
     ]
-    return "\n".join(lines) + "\n"
+    parts = [
+        f"# {result['benchmark']}",
+        plain_table(head, means),
+        sentence,
+        plain_table(["category", "metric", "prompts", "images each"], measured),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def write_results(result: Mapping[str, Any], titles: Mapping[str, str], folder: Path) -> tuple[Path, Path]:
@@ -186,7 +183,3 @@ def read_results(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoopfastError(f"{file} is damaged: {type(error).__name__}: {one_line(error)}") from None
     return dict(found)
-
-
-def _row(values: Sequence[str]) -> str:
-    return f"| {' | '.join(values)} |"
