@@ -61,10 +61,10 @@ class ZeroEngine(Engine):
             lay_out(reference)
             frozen = _Denoiser(reference, channels_last)
             self._engines[id(reference)] = initialize(frozen, config, policy, None, [])
-        policy.hand_over(self)
+        policy.attach_engine(self)
 
     def call(self, denoiser: torch.nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
-        """What ``function(denoiser, *inputs)`` returns, its weights being gathered; see `Policy.hand_over`."""
+        """What ``function(denoiser, *inputs)`` returns, its weights being gathered; see `Policy.attach_engine`."""
         engine = self._engines.get(id(denoiser))
         return function(denoiser, *inputs) if engine is None else engine(function, *inputs)
 

@@ -16,11 +16,11 @@ Conditioning = dict[str, Tensor]
 """What a prompt becomes: tensors by name, a row each per prompt."""
 
 
-class Caller(Protocol):
-    """Who calls a denoiser whose weights are not all here."""
+class ForwardWrapper(Protocol):
+    """An engine that makes the calls of a denoiser, as this process does not hold all of its weights."""
 
     def call(self, denoiser: torch.nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
-        """What ``function(denoiser, *inputs)`` returns, called with the weights it needs."""
+        """Returns ``function(denoiser, *inputs)``, called with the weights that it needs."""
 
 
 class Policy(Protocol):
@@ -57,8 +57,8 @@ class Policy(Protocol):
     def reference_denoiser(self) -> torch.nn.Module | None:
         """The network before training, where it is a second one."""
 
-    def hand_over(self, caller: Caller) -> None:
-        """Has every call of its denoisers made by an engine that has taken their weights."""
+    def attach_engine(self, wrapper: ForwardWrapper) -> None:
+        """Lets an engine, which now owns the weights, make every call of the denoisers."""
 
     def with_denoiser(
         self, denoiser: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, autocast: bool

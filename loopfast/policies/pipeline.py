@@ -24,7 +24,7 @@ from loopfast.policies.adapter import (
     merge_adapter,
     without_adapter,
 )
-from loopfast.policies.base import Caller, Conditioning, Policy
+from loopfast.policies.base import Conditioning, ForwardWrapper, Policy
 from loopfast.policies.families import Family
 from loopfast.policies.fast.guided_unet import shares_trunk
 from loopfast.policies.fast.switches import (
@@ -134,7 +134,7 @@ class PipelinePolicy(Policy):
 
         self._start: Lora | None = None
         self._base: torch.nn.Module | None = None
-        self._caller: Caller | None = None
+        self._wrapper: ForwardWrapper | None = None
         home = torch.device("cpu") if sharded else self.device
         if config.tune == "full":
             if keep_reference:
@@ -341,8 +341,8 @@ class PipelinePolicy(Policy):
         return self._base
 
     @override
-    def hand_over(self, caller: Caller) -> None:
-        self._caller = caller
+    def attach_engine(self, wrapper: ForwardWrapper) -> None:
+        self._wrapper = wrapper
 
     @override
     def with_denoiser(
@@ -351,7 +351,7 @@ class PipelinePolicy(Policy):
         nothing = self._unconditional_half()
         twin = copy.copy(self)
         twin._denoiser = twin._active = denoiser
-        twin.device, twin.dtype, twin._autocast, twin._caller = device, dtype, autocast, None
+        twin.device, twin.dtype, twin._autocast, twin._wrapper = device, dtype, autocast, None
         twin._unconditional = {name: _moved(value, device, dtype) for name, value in nothing.items()}
         return twin
 
@@ -423,9 +423,9 @@ class PipelinePolicy(Policy):
         return result
 
     def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        if self._caller is None:
+        if self._wrapper is None:
             return function(self._active, *inputs)
-        return self._caller.call(self._active, function, *inputs)
+        return self._wrapper.call(self._active, function, *inputs)
 
     def _precision(self) -> AbstractContextManager[object]:
         if not self._autocast:
