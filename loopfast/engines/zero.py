@@ -51,7 +51,7 @@ class ZeroEngine(Engine):
         lay_out(policy.denoiser)
         parameters = list(self._named.values())
         self._optimizer = build_optimizer(parameters, config.train)
-        channels_last = bool(policy.levers.get("channels last"))
+        channels_last = bool(policy.performance_options.get("channels last"))
         module = _Denoiser(policy.denoiser, channels_last)
         self._engine = initialize(module, config, policy, self._optimizer, parameters)
         self._engines = {id(policy.denoiser): self._engine}

@@ -31,7 +31,7 @@ class Policy(Protocol):
         latent_shape: ``*L``, the shape of one latent.
         decoder_rows: how many latents :meth:`decode` is given at a time.
         device, dtype: where the denoiser is, and the type its latents have.
-        levers: what makes its denoiser faster, by name: on or off, or which.
+        performance_options: the options that make its denoiser faster, by name: on, off or the variant in use.
         text_limits: how many tokens of a prompt its text encoders read.
     """
 
@@ -40,7 +40,7 @@ class Policy(Protocol):
     decoder_rows: int
     device: torch.device
     dtype: torch.dtype
-    levers: dict[str, bool | str]
+    performance_options: dict[str, bool | str]
     text_limits: tuple[TextLimit, ...]
 
     def describe(self) -> str:

@@ -221,7 +221,7 @@ class PipelinePolicy(Policy):
         return vae.to(self.device, torch.float32)
 
     def _accelerate(self) -> None:
-        """Sets the levers of the configuration that leave the mathematics alone."""
+        """Sets the performance options of the configuration, which leave the mathematics alone."""
         config = self._config
         if config.vae_tiling:
             self._vae.enable_tiling()
@@ -231,7 +231,7 @@ class PipelinePolicy(Policy):
         layers = set_layers(networks, config, self.device)
         if self._precision_of_decoder == "tf32":
             use_tf32_convolutions(self._vae)
-        self.levers = {
+        self.performance_options = {
             "attention": attention + (" (auto)" if config.attention == "auto" else ""),
             "shared trunk": config.shared_trunk and shares_trunk(self._denoiser),
             # of the denoiser; a transformer has neither

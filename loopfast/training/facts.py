@@ -57,7 +57,7 @@ def _warn_of_cut_prompts(run: Run) -> None:
 
 
 def describe_rollout(run: Run) -> str:
-    """The levers of the rollout, off or on."""
+    """Returns the performance options of the rollout, each on or off."""
     sampler, config = run.sampler, run.config.rollout
     graphs = sampler.model.device.type == "cuda" and config.cuda_graph
     replica = "off"
@@ -81,7 +81,7 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
     pairs = images * run.drawn // settings.updates_per_iteration
     left_out = [str(step) for step in range(steps) if step not in run.steps.trained]
     reason = {"auto": " (each would outweigh the others)", "all": " (deterministic)"}.get(settings.steps, "")
-    levers = {**policy.levers, "screening": run.screening}
+    options = {**policy.performance_options, "screening": run.screening}
     threads = f", {torch.get_num_threads()} thread(s)" if policy.device.type == "cpu" else ""
     facts = info()
     by_device = facts.get(policy.device.type, "reference")
@@ -108,7 +108,7 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
         ),
         ("processes", _describe_processes(run)),
         ("rollout", describe_rollout(run)),
-        ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in levers.items())),
+        ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in options.items())),
         ("memory", _describe_memory(run)),
         ("run", str(run.folder.path)),
     ]

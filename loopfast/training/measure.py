@@ -24,7 +24,7 @@ def evaluated(run: Run, state: TrainState, metrics: dict[str, Any]) -> Evaluatio
 
 
 def evaluate_policy(run: Run, state: TrainState, rows: int) -> Evaluation:
-    """Measures the policy itself, by the whole schedule: what is measured depends on no lever of the rollout."""
+    """Measures the policy itself, by the whole schedule; the rollout's performance options change nothing here."""
     sampler = run.resize(rows)
     # where the weights are spread over processes, a copy that computes the same bits is the faster way to them
     if not (run.engine.sharded and sampler.replica is not None and sampler.replica.exact):
