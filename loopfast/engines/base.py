@@ -19,7 +19,7 @@ class Engine(Protocol):
     In a group of processes every method is called by all of them, in the same order.
 
     Attributes:
-        sharded: whether the denoiser's weights are spread over processes, so that only `whole` shows them.
+        sharded: whether the denoiser's weights are spread over processes, so that they are read inside `gathered`.
         retries: whether an update that ran out of memory can be tried again with fewer rows.
     """
 
@@ -54,10 +54,10 @@ class Engine(Protocol):
                 they were.
         """
 
-    def averaged(self) -> AbstractContextManager[None]:
+    def ema_weights(self) -> AbstractContextManager[None]:
         """Inside, the policy has the moving average of its weights, where ``train.ema_decay`` keeps one."""
 
-    def whole(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
+    def gathered(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
         """Inside, these parameters of the denoiser have their whole values, to be read."""
 
     def weights(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from loopfast.config import Config
 from loopfast.distributed.group import Group
-from loopfast.engines.deepspeed import initialize, lay_out, require_same_everywhere
+from loopfast.engines.deepspeed import initialize, make_contiguous, require_same_everywhere
 from loopfast.engines.local import LocalEngine
 from loopfast.policies import Policy
 
@@ -33,7 +33,7 @@ class ReplicatedEngine(LocalEngine):
 
     def __init__(self, policy: Policy, config: Config, group: Group) -> None:
         self._group = group
-        lay_out(policy.denoiser)
+        make_contiguous(policy.denoiser)
         super().__init__(policy, config.train)
         module = torch.nn.ParameterList(self._parameters)
         # not the clipping, nor the step, which are the base's

@@ -102,7 +102,7 @@ def initialize(
     return engine
 
 
-def lay_out(module: torch.nn.Module) -> None:
+def make_contiguous(module: torch.nn.Module) -> None:
     """Gives every weight the strides of its shape: shards are cut from flat memory."""
     for parameter in module.parameters():
         parameter.data = parameter.data.contiguous().reshape(-1).view(parameter.shape)

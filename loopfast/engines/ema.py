@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class WeightAverage:
+class EMAWeights:
     """An exponential moving average of parameters, in float32.
 
     After update n it is ``d · average + (1 - d) · weights`` with ``d = min(decay, (1 + n) / (10 + n))``, so that the

@@ -15,7 +15,7 @@ from typing_extensions import override
 from loopfast.config import Config
 from loopfast.distributed.group import Group
 from loopfast.engines.base import Engine, learning_rate, tensor_bytes
-from loopfast.engines.deepspeed import initialize, lay_out, require_same_everywhere
+from loopfast.engines.deepspeed import initialize, make_contiguous, require_same_everywhere
 from loopfast.engines.optimizers import build_optimizer
 from loopfast.errors import NonFiniteError
 from loopfast.policies import Policy
@@ -48,7 +48,7 @@ class ZeroEngine(Engine):
         self._scaled = policy.dtype == torch.float16
         self._named = policy.trainable()
         self._shapes = {name: parameter.shape for name, parameter in self._named.items()}
-        lay_out(policy.denoiser)
+        make_contiguous(policy.denoiser)
         parameters = list(self._named.values())
         self._optimizer = build_optimizer(parameters, config.train)
         channels_last = bool(policy.performance_options.get("channels last"))
@@ -58,7 +58,7 @@ class ZeroEngine(Engine):
         self._updates = 0
         reference = policy.reference_denoiser
         if reference is not None and self.sharded:
-            lay_out(reference)
+            make_contiguous(reference)
             frozen = _Denoiser(reference, channels_last)
             self._engines[id(reference)] = initialize(frozen, config, policy, None, [])
         policy.attach_engine(self)
@@ -106,12 +106,12 @@ class ZeroEngine(Engine):
         return norm
 
     @override
-    def averaged(self) -> AbstractContextManager[None]:
+    def ema_weights(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     @override
     @contextmanager
-    def whole(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    def gathered(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
         import deepspeed
 
         wanted = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]

@@ -219,7 +219,7 @@ def _sampler_and_engine(
     )
     engine = build_engine(policy, config, group)
     if replica is not None:
-        replica.whole = engine.whole
+        replica.gathered = engine.gathered
     elif engine.sharded:
         # gathered weights lie elsewhere in every call
         sampler = replace(sampler, steps=StepCache(capture=False))

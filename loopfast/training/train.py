@@ -214,7 +214,7 @@ def export(run: Run, state: TrainState) -> None:
     """Exports the model, writes the report, and says what came out."""
     path = run.folder.path
     exported = path / ("model" if run.config.model.tune == "full" else "lora")
-    with run.engine.averaged():
+    with run.engine.ema_weights():
         weights = run.engine.weights()
 
         def write() -> Path:
