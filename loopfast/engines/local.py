@@ -1,4 +1,4 @@
-"""All weights in this process: AdamW on the policy's trainable parameters."""
+"""The engine that holds all weights in this process."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class LocalEngine(Engine):
     """AdamW by PyTorch or bitsandbytes; see `Engine`.
 
     Args:
-        policy: whose trainable parameters it owns.
-        config: the section ``train``.
+        policy: the policy whose trainable parameters the engine owns.
+        train: the section.
 
     Raises:
         MissingExtraError: ``train.optimizer`` needs a package that is not installed.
@@ -34,20 +34,20 @@ class LocalEngine(Engine):
     sharded = False
     retries = True
 
-    def __init__(self, policy: Policy, config: TrainConfig) -> None:
-        self._policy, self._config = policy, config
+    def __init__(self, policy: Policy, train: TrainConfig) -> None:
+        self._policy, self._train = policy, train
         self._named = policy.trainable()
         self._parameters = list(self._named.values())
-        self._optimizer = build_optimizer(self._parameters, config)
+        self._optimizer = build_optimizer(self._parameters, train)
         self._updates = 0
-        decay = config.ema_decay
+        decay = train.ema_decay
         self._ema = None if decay is None else EMAWeights(self._named, decay)
         self._scale = LossScale(enabled=policy.dtype == torch.float16)
 
     @property
     @override
     def learning_rate(self) -> float:
-        return learning_rate(self._config, self._updates)
+        return learning_rate(self._train, self._updates)
 
     @override
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
@@ -62,9 +62,8 @@ class LocalEngine(Engine):
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         self._scale.unscale(self._parameters)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self._parameters, self._config.max_grad_norm, foreach=True
-        ).item()
+        total = torch.nn.utils.clip_grad_norm_(self._parameters, self._train.max_grad_norm, foreach=True)
+        norm = total.item()
         if not math.isfinite(norm):
             self.discard()
             if self._scale.lower():

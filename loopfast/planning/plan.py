@@ -81,7 +81,7 @@ def plan(
             configuration cannot be read.
     """
     chosen, resources = choose(config, card, memory, gpus)
-    require_type(config, resources.device)
+    require_type(config.model.dtype, config.distributed.zero_stage, resources.device)
     architecture = load_architecture(config.model, model)
     stages = tuple(_stage(config, architecture, resources, stage) for stage in STAGES)
     here = stages[config.distributed.zero_stage].footprint

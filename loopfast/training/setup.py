@@ -91,8 +91,8 @@ def processes(config: Config, stop: StopRequest) -> Iterator[Group]:
         yield ALONE
         return
     device = torch_device(config.model.device)
-    require_type(config, device.type)
-    require_settings(config, device.type)
+    require_type(config.model.dtype, config.distributed.zero_stage, device.type)
+    require_settings(config.train, config.distributed, config.model.dtype, device.type)
     group = joined(place, device, config.distributed.timeout)
     try:
         with group.explained(lambda: stop.requested):
@@ -217,7 +217,7 @@ def _sampler_and_engine(
         replica,
         StepCache(capture=config.rollout.cuda_graph, warn=display.warning),
     )
-    engine = build_engine(policy, config, group)
+    engine = build_engine(policy, config.train, config.distributed, group)
     if replica is not None:
         replica.gathered = engine.gathered
     elif engine.sharded:

@@ -236,7 +236,7 @@ def test_weights_that_are_spread_are_gathered_for_a_copy_or_for_every_call(
         sampler = toy.run.sampler
         # the addresses of what is gathered are others in every call, and a graph holds them
         assert sampler.steps._capture == (replica == "resident")
-        assert sampler.replica is None or sampler.replica.whole == toy.run.engine.whole
+        assert sampler.replica is None or sampler.replica.gathered == toy.run.engine.gathered
         assert (sampler.replica is None) == (replica == "none")
 
 
