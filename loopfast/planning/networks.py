@@ -15,18 +15,11 @@ from loopfast.config import Config, LoraConfig, ModelConfig
 from loopfast.planning.architectures import Architecture, without_numbers
 from loopfast.planning.counting import Precision, Recorder, Trace, rows_to_trace
 from loopfast.policies.adapter import add_adapter
-from loopfast.policies.fast.guided_unet import guided_forward, plain_forward, shares_trunk
+from loopfast.policies.fast.guided_unet import guided_forward, shares_trunk
 from loopfast.policies.fast.layers import ShortAttnProcessor
 from loopfast.policies.fast.switches import set_layers
 
-Device = Literal["cpu", "cuda"]
-
-# Those of the policies, which would load the pipelines of diffusers.
-ATTENTION_PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0")
-JOINT_PROJECTIONS = (
-    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
-)
+DeviceKind = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Form:
         fast_layers, channels_last, attention, shared_trunk: as in ``model``.
     """
 
-    device: Device
+    device: DeviceKind
     adapter: LoraConfig | None
     weights: str
     adapter_weights: str
@@ -63,7 +56,7 @@ class Form:
         return getattr(torch, self.compute) if differs else None
 
 
-def form_of(config: Config, device: Device, *, sharded: bool) -> Form:
+def form_of(config: Config, device: DeviceKind, *, sharded: bool) -> Form:
     """The form in which a configuration trains its denoiser.
 
     Args:
@@ -148,7 +141,7 @@ def sampling_call(architecture: Architecture, form: Form) -> Trace:
     return _traced(architecture, form, backward=False, accumulating=False)
 
 
-def decoding_call(architecture: Architecture, config: ModelConfig, device: Device) -> Trace:
+def decoding_call(architecture: Architecture, config: ModelConfig, device: DeviceKind) -> Trace:
     """Of the autoencoder's decoder."""
     key = (
         "decode",
@@ -260,70 +253,44 @@ def _made(architecture: Architecture, form: Form) -> Any:
     torch.nn.Module.to(module, getattr(torch, form.weights))  # past diffusers' own, which warns
     if form.adapter is None:
         return module.requires_grad_(True)
-    targets = form.adapter.targets or adapted(architecture.pipeline)
+    targets = form.adapter.targets or architecture.family.policy_class().lora_targets
     with without_numbers():
         add_adapter(module, form.adapter, targets, seed=0, dtype=getattr(torch, form.adapter_weights))
     return module
 
 
-def adapted(pipeline: str) -> tuple[str, ...]:
-    """Ends of the names of the modules that get an adapter where the configuration names none."""
-    joint = pipeline in ("StableDiffusion3Pipeline", "FluxPipeline")
-    return JOINT_PROJECTIONS if joint else ATTENTION_PROJECTIONS
-
-
 def _outputs(architecture: Architecture, form: Form, module: Any, sample: Tensor) -> list[Tensor]:
-    """The denoiser's outputs for M latents, as loopfast's policies call it: one, or two under guidance."""
-    rows, dtype = len(sample), sample.dtype
+    """Returns the denoiser's outputs for M latents, called as its policy does: one, or two under guidance."""
+    rows, dtype, config = len(sample), sample.dtype, module.config
     guided = form.guided and not architecture.distilled
+    flow = architecture.family.process == "flow"
 
     def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
         return torch.empty(rows, *shape, dtype=like, device="meta")
 
     text = empty(architecture.text_tokens, architecture.text_width)
-    timestep = empty(like=torch.int64)
+    timestep = empty(like=torch.float32 if flow else torch.int64)
     if guided and form.shared_trunk and shares_trunk(module):
         return list(guided_forward(module, sample, timestep, text, torch.empty_like(text)))
-    kind, config = architecture.denoiser.class_name, module.config
-    extra: dict[str, Tensor] = {}
-    if kind in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
-        timestep = empty(like=torch.float32)
-        extra = {"pooled_projections": empty(config.pooled_projection_dim)}
+    conditioning = {"encoder_hidden_states": text}
+    if flow:
+        conditioning["pooled_projections"] = empty(config.pooled_projection_dim)
         if architecture.distilled:
-            extra["guidance"] = empty(like=torch.float32)
-    elif kind == "PixArtTransformer2DModel":
-        extra = {"encoder_attention_mask": empty(architecture.text_tokens, like=torch.int64)}
+            conditioning["guidance"] = empty(like=torch.float32)
+    elif architecture.denoiser.class_name == "PixArtTransformer2DModel":
+        conditioning["encoder_attention_mask"] = empty(architecture.text_tokens, like=torch.int64)
         if config.use_additional_conditions:
-            extra |= {"resolution": empty(2), "aspect_ratio": empty(1)}
-    elif getattr(config, "addition_embed_type", None) == "text_time":
+            conditioning |= {"resolution": empty(2), "aspect_ratio": empty(1)}
+    elif config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        extra = {"text_embeds": empty(pooled), "time_ids": empty(6)}
+        conditioning |= {"text_embeds": empty(pooled), "time_ids": empty(6)}
     if guided:
-        sample, timestep, text = (torch.cat([part, part]) for part in (sample, timestep, text))
-        extra = {name: torch.cat([part, part]) for name, part in extra.items()}
-    output = _called(kind, module, sample, timestep, text, extra)
-    return list(output.chunk(2)) if guided else [output]
-
-
-def _called(
-    kind: str, module: Any, sample: Tensor, timestep: Tensor, text: Tensor, extra: dict[str, Tensor]
-) -> Tensor:
-    """The output for rows that all have a prompt, of a denoiser of this class."""
-    if kind == "UNet2DConditionModel" and not extra:
-        return plain_forward(module, sample, timestep, text)
-    if kind == "UNet2DConditionModel":
-        extra = {"added_cond_kwargs": extra}  # type: ignore[dict-item]
-    elif kind == "PixArtTransformer2DModel":
-        conditions = {name: extra.pop(name, None) for name in ("resolution", "aspect_ratio")}
-        extra["added_cond_kwargs"] = conditions  # type: ignore[assignment]
-    elif kind == "FluxTransformer2DModel":
-        timestep = timestep / 1000
-        positions = {"img_ids": sample, "txt_ids": text}
-        extra |= {
-            name: torch.empty(of.shape[1], 3, dtype=sample.dtype, device="meta")
-            for name, of in positions.items()
+        sample, timestep = torch.cat([sample, sample]), torch.cat([timestep, timestep])
+        conditioning = {name: torch.cat([value, value]) for name, value in conditioning.items()}
+    if architecture.denoiser.class_name == "FluxTransformer2DModel":
+        tokens = {"img_ids": sample.shape[1], "txt_ids": text.shape[1]}
+        conditioning |= {
+            name: torch.empty(count, 3, dtype=dtype, device="meta") for name, count in tokens.items()
         }
-    output: Tensor = module(
-        sample, timestep=timestep, encoder_hidden_states=text, return_dict=False, **extra
-    )[0]
-    return output[:, : sample.shape[1]] if kind == "PixArtTransformer2DModel" else output
+    output = architecture.family.policy_class().forward(module, sample, timestep, conditioning)
+    return list(output.chunk(2)) if guided else [output]

@@ -279,10 +279,10 @@ class PipelinePolicy(Policy):
     @property
     def max_sequence_length(self) -> int | None:
         """Tokens that a T5 encoder reads."""
-        return self._t5_tokens(self._config, type(self.pipeline).__name__)
+        return self.t5_tokens(self._config, type(self.pipeline).__name__)
 
     @classmethod
-    def _t5_tokens(cls, config: ModelConfig, pipeline: str) -> int | None:
+    def t5_tokens(cls, config: ModelConfig, pipeline: str) -> int | None:
         """Tokens that a T5 encoder reads in a pipeline of this class's name."""
         return config.max_sequence_length or cls.sequence_length
 
@@ -302,7 +302,7 @@ class PipelinePolicy(Policy):
         """
         limits: dict[tuple[str, int, int], TextLimit] = {}
         for name, tokenizer in tokenizers.items():
-            t5_tokens = cls._t5_tokens(config, pipeline) if name == cls.t5_tokenizer else None
+            t5_tokens = cls.t5_tokens(config, pipeline) if name == cls.t5_tokenizer else None
             encoder, tokens = ("T5", t5_tokens) if t5_tokens else ("CLIP", tokenizer.model_max_length)
             limit = TextLimit(encoder, tokens, tokenizer, cls.lowers_prompts)
             limits.setdefault((encoder, tokens, len(tokenizer)), limit)
