@@ -1,11 +1,12 @@
-"""Traces of a run's networks: the denoiser's calls in rollout and replay, and the autoencoder's decoder."""
+"""Traces the networks of a run: the denoiser's calls in rollout and replay, and the autoencoder's decoder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,21 +21,22 @@ from loopfast.policies.fast.layers import ShortAttnProcessor
 from loopfast.policies.fast.switches import set_layers
 
 DeviceKind = Literal["cpu", "cuda"]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a denoiser is held and called.
+    """The types and the options with which a denoiser is held and called.
 
     Attributes:
-        device: kind of the device; it decides on layers, attention and autocast.
-        adapter: the adapter that is trained; None: all weights.
-        weights: type of the weights, apart from those of an adapter.
-        adapter_weights: type of those.
-        compute: type of the latents and of the activations.
+        device: the kind of the device, which decides on layers, attention and autocast.
+        adapter: the adapter that is trained. None trains all weights.
+        weights: the type of the weights, without an adapter's.
+        adapter_weights: the type of the adapter's weights.
+        compute: the type of latents and activations.
         guided: whether both halves of classifier-free guidance are computed.
         checkpointing: whether activations are recomputed.
-        fast_layers, channels_last, attention, shared_trunk: as in ``model``.
+        fast_layers, channels_last, attention, shared_trunk: the keys of the section ``model``.
     """
 
     device: DeviceKind
@@ -51,17 +53,16 @@ class Form:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The type to compute in where the weights have another one; frozen weights have it."""
-        differs = self.weights != self.compute
-        return getattr(torch, self.compute) if differs else None
+        """The type of autocast; None if the weights have the type to compute in."""
+        return getattr(torch, self.compute) if self.weights != self.compute else None
 
 
 def form_of(config: Config, device: DeviceKind, *, sharded: bool) -> Form:
-    """The form in which a configuration trains its denoiser.
+    """Returns the form in which a configuration trains its denoiser.
 
     Args:
         config: the run.
-        device: kind of its device.
+        device: the kind of its device.
         sharded: whether DeepSpeed holds the float32 weights (ZeRO stages 1 to 3).
     """
     model = config.model
@@ -83,14 +84,14 @@ def form_of(config: Config, device: DeviceKind, *, sharded: bool) -> Form:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a denoiser is made of, in numbers.
+    """The sizes of a denoiser's weights.
 
     Attributes:
-        parameters: without an adapter.
-        trained: those that training changes.
-        buffers: bytes.
-        images: numbers in trained convolution kernels, whose layout may be another in memory than in files.
-        largest: numbers in the largest weight.
+        parameters: the number of parameters, without an adapter's.
+        trained: the number of trained parameters.
+        buffers: bytes of the buffers.
+        images: the number of parameters in trained convolution kernels, whose layout in memory and in files may differ.
+        largest: the number of parameters in the largest weight.
     """
 
     parameters: int
@@ -100,60 +101,58 @@ class Weights:
     largest: int
 
 
-# Architectures are not hashable (their configurations are dictionaries), and a process plans few of them.
+# The results by their arguments' text: architectures are not hashable, as their configurations are dictionaries.
 _TRACES: dict[tuple[Any, ...], Any] = {}
 _LATEST: dict[str, Any] = {}
 
 
-def weights_of(architecture: Architecture, form: Form) -> Weights:
-    """Counts of a denoiser's weights."""
-    key = ("weights", repr(architecture.denoiser), repr(form.adapter))
+def _once(key: tuple[Any, ...], make: Callable[[], Result]) -> Result:
     if key not in _TRACES:
-        module = _denoiser(architecture, form)
-        trained = [p for p in module.parameters() if p.requires_grad]
-        frozen = [p for p in module.parameters() if not p.requires_grad]
-        extra = sum(p.numel() for p in trained) if form.adapter else 0
-        _TRACES[key] = Weights(
-            parameters=sum(p.numel() for p in (*trained, *frozen)) - extra,
-            trained=sum(p.numel() for p in trained),
-            buffers=sum(b.numel() * b.element_size() for b in module.buffers()),
-            images=sum(p.numel() for p in trained if p.dim() == 4),
-            largest=max(p.numel() for p in (*trained, *frozen)),
-        )
-    found: Weights = _TRACES[key]
+        _TRACES[key] = make()
+    found: Result = _TRACES[key]
     return found
 
 
+def weights_of(architecture: Architecture, form: Form) -> Weights:
+    """Returns the sizes of a denoiser's weights."""
+
+    def count() -> Weights:
+        module = _denoiser(architecture, form)
+        sizes = [p.numel() for p in module.parameters()]
+        trained = [p for p in module.parameters() if p.requires_grad]
+        count = sum(p.numel() for p in trained)
+        return Weights(
+            parameters=sum(sizes) - (count if form.adapter else 0),
+            trained=count,
+            buffers=sum(b.numel() * b.element_size() for b in module.buffers()),
+            images=sum(p.numel() for p in trained if p.dim() == 4),
+            largest=max(sizes),
+        )
+
+    return _once(("weights", repr(architecture.denoiser), repr(form.adapter)), count)
+
+
 def training_call(architecture: Architecture, form: Form, *, accumulating: bool) -> Trace:
-    """Of a forward and backward pass.
+    """Returns the trace of a forward and backward pass.
 
     Args:
         architecture: the model.
-        form: how it is held.
-        accumulating: whether the gradients are there before, and not counted; else the call makes them.
+        form: its form.
+        accumulating: whether gradients exist before the call, so that they are not counted, or the call makes them.
     """
-    return _traced(architecture, form, backward=True, accumulating=accumulating)
+    return _denoising_call(architecture, form, backward=True, accumulating=accumulating)
 
 
 def sampling_call(architecture: Architecture, form: Form) -> Trace:
-    """Of a forward pass without gradients; an adapter counts as float32, which makes little difference."""
+    """Returns the trace of a forward pass without gradients. An adapter counts as float32, which is nearly the same."""
     form = replace(form, checkpointing=False, adapter_weights="float32")
-    return _traced(architecture, form, backward=False, accumulating=False)
+    return _denoising_call(architecture, form, backward=False, accumulating=False)
 
 
 def decoding_call(architecture: Architecture, config: ModelConfig, device: DeviceKind) -> Trace:
-    """Of the autoencoder's decoder."""
-    key = (
-        "decode",
-        repr(architecture.vae),
-        architecture.decoded_shape,
-        config.vae_tiling,
-        config.fast_layers,
-        config.channels_last,
-        decoder_type(config),
-        device,
-    )
-    if key not in _TRACES:
+    """Returns the trace of the autoencoder's decoder."""
+
+    def trace() -> Trace:
         dtype = getattr(torch, decoder_type(config))
         vae: Any = torch.nn.Module.to(architecture.vae.build(), dtype)
         set_layers((vae,), config, torch.device(device))
@@ -166,30 +165,37 @@ def decoding_call(architecture: Architecture, config: ModelConfig, device: Devic
             latents = (latents / vae.config.scaling_factor).to(dtype)
             images = vae.decode(latents, return_dict=False)[0].float()
             images = (images / 2 + 0.5).clamp(0, 1).contiguous()
-        _TRACES[key] = recorder.trace()
-    found: Trace = _TRACES[key]
-    return found
+        return recorder.trace()
+
+    key = (
+        "decode",
+        repr(architecture.vae),
+        architecture.decoded_shape,
+        config.vae_tiling,
+        config.fast_layers,
+        config.channels_last,
+        decoder_type(config),
+        device,
+    )
+    return _once(key, trace)
 
 
 def decoder_type(config: ModelConfig) -> str:
-    """The type that the decoder's weights and activations have."""
+    """Returns the type of the decoder's weights and activations."""
     return config.dtype if config.decoder_precision == "model" else "float32"
 
 
-def _traced(architecture: Architecture, form: Form, *, backward: bool, accumulating: bool) -> Trace:
+def _denoising_call(architecture: Architecture, form: Form, *, backward: bool, accumulating: bool) -> Trace:
     shape = (*architecture.latent_shape, architecture.text_tokens)
     key = ("denoise", repr(architecture.denoiser), shape, repr(form), backward, accumulating)
-    if key not in _TRACES:
-        _TRACES[key] = _trace(architecture, form, backward, accumulating)
-    found: Trace = _TRACES[key]
-    return found
+    return _once(key, lambda: _trace(architecture, form, backward, accumulating))
 
 
 def _trace(architecture: Architecture, form: Form, backward: bool, accumulating: bool) -> Trace:
     module = _denoiser(architecture, form)
     on_gpu = form.device == "cuda"
     if form.checkpointing:
-        # the recomputation happens inside of the backward pass, where the mode around it is not active
+        # activations are recomputed inside the backward pass, where the mode around it is not active
         recomputing = partial(Precision, form.autocast, on_gpu=on_gpu)
         module.enable_gradient_checkpointing(
             partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing()))
@@ -205,28 +211,22 @@ def _trace(architecture: Architecture, form: Form, backward: bool, accumulating:
                 parameter.grad = torch.empty_like(parameter)
                 present.append(parameter.grad)
     recorder = Recorder(rows, present)
-    kept = (0, 0)
-    with (
-        torch.set_grad_enabled(backward),
-        Precision(form.autocast, on_gpu=on_gpu),
-        recorder,
-    ):
+    with torch.set_grad_enabled(backward), Precision(form.autocast, on_gpu=on_gpu), recorder:
         sample = torch.empty(rows, *architecture.latent_shape, dtype=compute, device="meta")
-        # the latents before and after the transition; the loss reads both
+        # the loss reads the latents before and after the transition
         previous = torch.empty_like(sample)
         outputs = _outputs(architecture, form, module, sample)
         outputs = [output.to(compute).contiguous() for output in outputs]
         if backward:
-            kept = recorder.held
-            # the loss has its gradients as soon as it is computed
+            # the loss computes its gradients with its value
             gradients = [torch.empty_like(output) for output in outputs]
             torch.autograd.backward(outputs, gradients)
         del previous
-    return recorder.trace(kept)
+    return recorder.trace()
 
 
 def _denoiser(architecture: Architecture, form: Form) -> Any:
-    """The denoiser on ``meta``, without gradients; the one of the call before, if it is the same."""
+    """Returns the denoiser on ``meta``, without gradients. The latest one is reused if it is the same."""
     same = replace(form, checkpointing=False, guided=False, compute="", adapter_weights="")
     key = (repr(architecture.denoiser), repr(same))
     if _LATEST.get("key") != key:
@@ -250,7 +250,7 @@ def _made(architecture: Architecture, form: Form) -> Any:
         {"pretrained": "-", "fast_layers": form.fast_layers, "channels_last": form.channels_last}
     )
     set_layers((module,), layers, torch.device(form.device))
-    torch.nn.Module.to(module, getattr(torch, form.weights))  # past diffusers' own, which warns
+    torch.nn.Module.to(module, getattr(torch, form.weights))  # diffusers' own method warns
     if form.adapter is None:
         return module.requires_grad_(True)
     targets = form.adapter.targets or architecture.family.policy_class().lora_targets
