@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from loopfast.config import DistributedConfig, TrainConfig
-from loopfast.distributed.group import Group
+from loopfast.distributed.world import World
 from loopfast.engines.base import require_same
 from loopfast.engines.deepspeed import check_on_all, initialize, make_contiguous
 from loopfast.engines.local import LocalEngine
@@ -23,7 +23,7 @@ class ReplicatedEngine(LocalEngine):
     Args:
         policy: the policy whose trainable parameters the engine owns.
         train, distributed: the sections.
-        group: the processes, joined to a group of ``torch.distributed``.
+        world: the processes, joined to a group of ``torch.distributed``.
 
     Raises:
         ConfigError: the settings of ``distributed.deepspeed`` cannot be used.
@@ -33,9 +33,9 @@ class ReplicatedEngine(LocalEngine):
     retries = False
 
     def __init__(
-        self, policy: Policy, train: TrainConfig, distributed: DistributedConfig, group: Group
+        self, policy: Policy, train: TrainConfig, distributed: DistributedConfig, world: World
     ) -> None:
-        self._group = group
+        self._world = world
         make_contiguous(policy.denoiser)
         super().__init__(policy, train)
         # DeepSpeed only reduces the gradients: the base class clips them and takes the steps
@@ -46,13 +46,13 @@ class ReplicatedEngine(LocalEngine):
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed takes the mean over the processes
-        self._engine.backward(self._scale.scaled(loss) * self._group.size, scale_wrt_gas=False)
+        self._engine.backward(self._scale.scaled(loss) * self._world.size, scale_wrt_gas=False)
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
         shapes = {name: parameter.shape for name, parameter in self._named.items()}
-        check_on_all(self._group, lambda: require_same(tensors["policy"], shapes))
-        layout = self._group.on_first(
+        check_on_all(self._world, lambda: require_same(tensors["policy"], shapes))
+        layout = self._world.on_main(
             lambda: {
                 file: {name: (value.shape, value.dtype) for name, value in tensors.get(file, {}).items()}
                 for file in ("policy", "optimizer", "average")
@@ -60,8 +60,8 @@ class ReplicatedEngine(LocalEngine):
         )
         received = {
             file: {
-                name: self._group.broadcast(
-                    tensors[file][name] if self._group.first else torch.empty(shape, dtype=dtype)
+                name: self._world.broadcast(
+                    tensors[file][name] if self._world.is_main else torch.empty(shape, dtype=dtype)
                 )
                 for name, (shape, dtype) in named.items()
             }

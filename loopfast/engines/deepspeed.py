@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from loopfast.config import DistributedConfig, TrainConfig
-from loopfast.distributed.group import Group
+from loopfast.distributed.world import World
 from loopfast.engines.deepspeed_config import deepspeed_settings
 from loopfast.errors import ConfigError, MissingExtraError, one_line, short
 from loopfast.policies import Policy
@@ -110,7 +110,7 @@ def make_contiguous(module: torch.nn.Module) -> None:
         parameter.data = parameter.data.contiguous().reshape(-1).view(parameter.shape)
 
 
-def check_on_all(group: Group, check: Callable[[], None]) -> None:
+def check_on_all(world: World, check: Callable[[], None]) -> None:
     """Runs a check in the first process, and raises its ValueError in all processes."""
 
     def problem() -> str | None:
@@ -120,5 +120,5 @@ def check_on_all(group: Group, check: Callable[[], None]) -> None:
             return str(error)
         return None
 
-    if found := group.on_first(problem):
+    if found := world.on_main(problem):
         raise ValueError(found)

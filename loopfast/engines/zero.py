@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from loopfast.config import DistributedConfig, TrainConfig
-from loopfast.distributed.group import Group
+from loopfast.distributed.world import World
 from loopfast.engines.base import Engine, learning_rate, require_same, tensor_bytes
 from loopfast.engines.deepspeed import check_on_all, initialize, make_contiguous
 from loopfast.engines.optimizers import build_optimizer, require_state_of
@@ -32,7 +32,7 @@ class ZeroEngine(Engine):
     Args:
         policy: a policy loaded with ``cast`` (and ``sharded`` at stage 3), see `load_policy`.
         train, distributed: the sections.
-        group: the processes, joined to a group of ``torch.distributed`` even if there is only one.
+        world: the processes, joined to a group of ``torch.distributed`` even if there is only one.
 
     Raises:
         ConfigError: the settings of ``distributed.deepspeed`` cannot be used, or DeepSpeed refuses ``model.dtype``.
@@ -42,9 +42,9 @@ class ZeroEngine(Engine):
     retries = False
 
     def __init__(
-        self, policy: Policy, train: TrainConfig, distributed: DistributedConfig, group: Group
+        self, policy: Policy, train: TrainConfig, distributed: DistributedConfig, world: World
     ) -> None:
-        self._train, self._group, self._policy = train, group, policy
+        self._train, self._world, self._policy = train, world, policy
         self.sharded = distributed.zero_stage == 3
         self._named = policy.trainable()
         self._shapes = {name: parameter.shape for name, parameter in self._named.items()}
@@ -79,7 +79,7 @@ class ZeroEngine(Engine):
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed takes the mean over the processes
-        self._engine.backward(loss * self._group.size, scale_wrt_gas=False)
+        self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
 
     @override
     def discard(self) -> None:
@@ -124,7 +124,7 @@ class ZeroEngine(Engine):
     def weights(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return self._gathered_on_first(safe_get_full_fp32_param)
+        return self._gathered_on_main(safe_get_full_fp32_param)
 
     @override
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -133,7 +133,7 @@ class ZeroEngine(Engine):
         optimizer: dict[str, Tensor] = {}
         if self._optimizer.state:
             for key in _MOMENTS:
-                moments = self._gathered_on_first(safe_get_full_optimizer_state, key)
+                moments = self._gathered_on_main(safe_get_full_optimizer_state, key)
                 optimizer |= {f"{name}.{key}": value for name, value in moments.items()}
             step = next(iter(self._optimizer.state.values()))["step"]
             optimizer |= {f"{name}.step": step.detach().cpu().clone() for name in self._named}
@@ -148,18 +148,20 @@ class ZeroEngine(Engine):
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        optimizer = tensors.get("optimizer", {}) if self._group.first else {}
+        optimizer = tensors.get("optimizer", {}) if self._world.is_main else {}
 
         def check() -> None:
             require_same(tensors["policy"], self._shapes)
             require_state_of(optimizer, eight_bit=False)
 
-        check_on_all(self._group, check)
-        steps = self._group.on_first(
+        check_on_all(self._world, check)
+        steps = self._world.on_main(
             lambda: [float(v) for k, v in optimizer.items() if k.endswith(".step")][:1]
         )
         for name, parameter in self._named.items():
-            value = self._received(tensors["policy"][name] if self._group.first else None, self._shapes[name])
+            value = self._received(
+                tensors["policy"][name] if self._world.is_main else None, self._shapes[name]
+            )
             with self._written(parameter):
                 parameter.data.copy_(value)
             self._set(parameter, value)
@@ -206,12 +208,12 @@ class ZeroEngine(Engine):
         name = "fp32_partitioned_groups_flat" if self.sharded else "single_partition_of_fp32_groups"
         return list(getattr(self._engine.optimizer, name))
 
-    def _gathered_on_first(self, gather: Callable[..., Tensor], *key: str) -> dict[str, Tensor]:
+    def _gathered_on_main(self, gather: Callable[..., Tensor], *key: str) -> dict[str, Tensor]:
         """Gathers a tensor of every trained parameter; the first process has them, on the host."""
         found = {}
         for name, parameter in self._named.items():
             value = gather(parameter, *key)
-            if self._group.first:
+            if self._world.is_main:
                 found[name] = value.detach().float().cpu().clone()
         return found
 
@@ -223,14 +225,14 @@ class ZeroEngine(Engine):
         if self.sharded:
             # DeepSpeed's own split fails if the last parts are shorter than the others, or empty
             length = parameter.ds_tensor.numel()
-            missing = length * self._group.size - value.numel()
-            value = torch.nn.functional.pad(value.flatten(), (0, missing)).split(length)[self._group.rank]
+            missing = length * self._world.size - value.numel()
+            value = torch.nn.functional.pad(value.flatten(), (0, missing)).split(length)[self._world.rank]
         getattr(utils, f"safe_set_{'local' if self.sharded else 'full'}_{kind}")(parameter, value, *key)
 
     def _received(self, value: Tensor | None, shape: torch.Size) -> Tensor:
         device = self._policy.device
         local = torch.empty(shape, device=device) if value is None else value.to(device, torch.float32)
-        return self._group.broadcast(local.contiguous())
+        return self._world.broadcast(local.contiguous())
 
     def _written(self, parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
         if not self.sharded:
