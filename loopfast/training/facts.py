@@ -81,7 +81,7 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
     pairs = images * run.trained_per_trajectory // settings.updates_per_iteration
     left_out = [str(step) for step in range(steps) if step not in run.steps.trained_steps]
     reason = {"auto": " (each would outweigh the others)", "all": " (deterministic)"}.get(settings.steps, "")
-    levers = {**policy.levers, "screening": run.screening}
+    options = {**policy.performance_options, "screening": run.screening}
     threads = f", {torch.get_num_threads()} thread(s)" if policy.device.type == "cpu" else ""
     facts = info()
     by_device = facts.get(policy.device.type, "reference")
@@ -112,7 +112,7 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
         ),
         ("processes", _describe_processes(run)),
         ("rollout", describe_rollout(run)),
-        ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in levers.items())),
+        ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in options.items())),
         ("memory", _describe_memory(run)),
         ("run", str(run.folder.path)),
     ]

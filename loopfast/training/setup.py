@@ -91,8 +91,8 @@ def processes(config: Config, stop: StopRequest) -> Iterator[World]:
         yield SINGLE_PROCESS
         return
     device = torch_device(config.model.device)
-    require_type(config, device.type)
-    require_settings(config, device.type)
+    require_type(config.model.dtype, config.distributed.zero_stage, device.type)
+    require_settings(config.train, config.distributed, config.model.dtype, device.type)
     with connected(launch_env, device, config.distributed.timeout, lambda: stop.requested) as world:
         yield world
 
@@ -208,9 +208,9 @@ def _sampler_and_engine(
         rollout_copy,
         StepCache(capture=config.rollout.cuda_graph, warn=display.warning),
     )
-    engine = build_engine(policy, config, world)
+    engine = build_engine(policy, config.train, config.distributed, world)
     if rollout_copy is not None:
-        rollout_copy.whole = engine.whole
+        rollout_copy.gathered = engine.gathered
     elif engine.sharded:
         # The addresses of gathered weights change with every call, so that nothing can be captured.
         sampler = replace(sampler, steps=StepCache(capture=False))

@@ -217,7 +217,7 @@ def export(run: Run, state: TrainState) -> None:
     """Exports the model, writes the report, and shows a summary."""
     path = run.folder.path
     exported = path / ("model" if run.config.model.tune == "full" else "lora")
-    with run.engine.averaged():
+    with run.engine.ema_weights():
         weights = run.engine.weights()
 
         def write() -> Path:
