@@ -62,7 +62,7 @@ class Scoring:
         self._rewards = (
             RewardProcess(config.reward, tf32=config.model.tf32)
             if worker == "process"
-            else build_rewards(config.reward, whole=worker == "none", given=given)
+            else build_rewards(config.reward, whole=worker == "none", functions=given)
         )
         self._thread = RewardThread(self.score)
         self.iteration = 0
