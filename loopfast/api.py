@@ -77,7 +77,7 @@ class TrainedRun:
             ConfigError: the run has exported nothing yet, or its base model cannot be loaded.
         """
         with undisturbed():
-            return trained_pipeline(self.config, self.model)
+            return trained_pipeline(self.config.model, self.model)
 
 
 def train(
