@@ -64,8 +64,8 @@ def add_adapter(
         module: a network.
         settings: the section ``model.lora``.
         targets: the ends of the names of the modules that get an adapter.
-        seed: the seed of its first values.
-        dtype: the type of its parameters.
+        seed: the seed of the adapter's first values.
+        dtype: the type of the adapter's parameters.
 
     Raises:
         ConfigError: no module has such a name.

@@ -17,7 +17,7 @@ def local_text_limits(config: ModelConfig) -> tuple[TextLimit, ...] | None:
     The hub is not asked: for a hub name, the tokenizers are those in the hub's cache.
 
     Returns:
-        The limits; None if the model's tokenizers are not on this machine.
+        The limits; None if the tokenizers are not on this machine.
 
     Raises:
         ConfigError: the model's folder is no pipeline, or its tokenizers cannot be loaded.

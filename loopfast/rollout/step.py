@@ -104,8 +104,7 @@ class DenoisingStep:
             schedule: T transitions.
             latents: ``[M, *L]``, the initial noise.
             conditioning: the conditioning of P prompts, rows ``[P, ...]``.
-            prompts: int64 ``[M]``, the index of each row's prompt.
-            seeds: int64 ``[M]``, each row's noise seed.
+            prompts, seeds: int64 ``[M]`` each, the index of a row's prompt and its noise seed.
         """
         device = self._seed.device
         self._timesteps.copy_(to_device(schedule.timesteps, device))
