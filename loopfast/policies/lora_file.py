@@ -13,10 +13,9 @@ from torch import Tensor
 
 from loopfast.config import LoraConfig, ModelConfig
 from loopfast.errors import ConfigError, first_line, one_line
-from loopfast.policies.adapter import ADAPTER
 from loopfast.policies.families import Family
 from loopfast.policies.loading import component_config, load_family
-from loopfast.policies.signature import layers_with_adapter
+from loopfast.policies.signature import ADAPTER, layers_with_adapter
 from loopfast.policies.single_file import read_shapes
 from loopfast.policies.source import LORA_FILES, PICKLED, is_lora, local_path, locate, not_on_the_hub
 

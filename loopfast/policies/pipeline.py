@@ -293,12 +293,9 @@ class PipelinePolicy(Policy):
     def limits_of(
         cls, config: ModelConfig, pipeline: str, tokenizers: Mapping[str, Any]
     ) -> tuple[TextLimit, ...]:
-        """Returns the number of tokens that each text encoder reads, once for encoders that tokenize alike.
+        """Returns the number of tokens that each text encoder reads, once for encoders with equal tokenizers.
 
-        Args:
-            config: the section ``model``.
-            pipeline: the name of the pipeline's class.
-            tokenizers: the tokenizers of its text encoders, by the component's name.
+        It takes the name of the pipeline's class, and the tokenizers by the component's name.
         """
         limits: dict[tuple[str, int, int], TextLimit] = {}
         for name, tokenizer in tokenizers.items():
@@ -394,7 +391,7 @@ class PipelinePolicy(Policy):
 
     @override
     def enable_gradient_checkpointing(self) -> None:
-        self._denoiser.enable_gradient_checkpointing()
+        getattr(self.pipeline, self._family.denoiser).enable_gradient_checkpointing()
 
     @override
     def predict(

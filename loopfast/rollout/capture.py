@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
+from functools import cache
 
 import torch
 
@@ -103,10 +104,9 @@ class StepCache:
     """
 
     def __init__(self, *, capture: bool = True, warn: Callable[[str], None] = lambda text: None) -> None:
-        self._capture, self._warn = capture, warn
+        self._capture, self._warn = capture, cache(warn)
         self._steps: dict[Hashable, CapturedStep] = {}
         self._failed: set[Hashable] = set()
-        self._warned: set[str] = set()
         self._recorders: dict[torch.device, Recorder] = {}
 
     def __len__(self) -> int:
@@ -133,7 +133,7 @@ class StepCache:
         made = CapturedStep(
             DenoisingStep(policy, rows, schedule, conditioning, guidance_scale, reduction),
             recorder=self._recorder(policy.device) if capture else None,
-            warn=self._warn_once,
+            warn=self._warn,
         )
         if capture and not made.captured:
             self._failed.add(key)
@@ -146,11 +146,6 @@ class StepCache:
             # a pool ends with its last graph
             recorder.renew_pool()
         return recorder
-
-    def _warn_once(self, reason: str) -> None:
-        if reason not in self._warned:
-            self._warned.add(reason)
-            self._warn(reason)
 
     def release(self) -> None:
         """Frees every graph and buffer; the next sampling records its steps anew."""

@@ -28,15 +28,6 @@ class TextConditionedUNet(torch.nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
-    @property
-    def config(self) -> Any:
-        """The UNet's configuration."""
-        return self.unet.config
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Turns it on in the UNet, whose activations take most of the memory."""
-        self.unet.enable_gradient_checkpointing()
-
 
 class StableDiffusionPolicy(PipelinePolicy):
     """A ``StableDiffusionPipeline``; see `PipelinePolicy`.
