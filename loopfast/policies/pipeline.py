@@ -23,7 +23,7 @@ from loopfast.policies.adapter import (
     merge_adapter,
     without_adapter,
 )
-from loopfast.policies.base import Caller, Conditioning, Policy, call_denoiser
+from loopfast.policies.base import Conditioning, ForwardWrapper, Policy, call_denoiser
 from loopfast.policies.families import Family
 from loopfast.policies.fast.guided_unet import shares_trunk
 from loopfast.policies.fast.switches import (
@@ -136,7 +136,7 @@ class PipelinePolicy(Policy):
 
         self._start: Lora | None = None
         self._base: torch.nn.Module | None = None
-        self._caller: Caller | None = None
+        self._wrapper: ForwardWrapper | None = None
         home = torch.device("cpu") if sharded else self.device
         if config.tune == "full":
             if keep_reference:
@@ -218,7 +218,7 @@ class PipelinePolicy(Policy):
         return vae.to(self.device, torch.float32)
 
     def _accelerate(self) -> None:
-        """Sets the levers of the configuration that leave the mathematics alone."""
+        """Sets the performance options of the configuration, which leave the mathematics alone."""
         config = self._config
         if config.vae_tiling:
             self._vae.enable_tiling()
@@ -228,7 +228,7 @@ class PipelinePolicy(Policy):
         layers = set_layers(networks, config, self.device)
         if self._precision_of_decoder == "tf32":
             use_tf32_convolutions(self._vae)
-        self.levers = {
+        self.performance_options = {
             "attention": attention + (" (auto)" if config.attention == "auto" else ""),
             "shared trunk": config.shared_trunk and shares_trunk(self._denoiser),
             # options of the denoiser; a transformer has neither
@@ -282,10 +282,10 @@ class PipelinePolicy(Policy):
     @property
     def max_sequence_length(self) -> int | None:
         """The number of tokens that a T5 encoder reads."""
-        return self._t5_tokens(self._config, type(self.pipeline).__name__)
+        return self.t5_tokens(self._config, type(self.pipeline).__name__)
 
     @classmethod
-    def _t5_tokens(cls, config: ModelConfig, pipeline: str) -> int | None:
+    def t5_tokens(cls, config: ModelConfig, pipeline: str) -> int | None:
         """Returns the number of tokens that a T5 encoder reads in a pipeline of this class's name."""
         return config.max_sequence_length or cls.sequence_length
 
@@ -299,7 +299,7 @@ class PipelinePolicy(Policy):
         """
         limits: dict[tuple[str, int, int], TextLimit] = {}
         for name, tokenizer in tokenizers.items():
-            t5_tokens = cls._t5_tokens(config, pipeline) if name == cls.t5_tokenizer else None
+            t5_tokens = cls.t5_tokens(config, pipeline) if name == cls.t5_tokenizer else None
             encoder, tokens = ("T5", t5_tokens) if t5_tokens else ("CLIP", tokenizer.model_max_length)
             limit = TextLimit(encoder, tokens, tokenizer, cls.lowers_prompts)
             limits.setdefault((encoder, tokens, len(tokenizer)), limit)
@@ -338,8 +338,8 @@ class PipelinePolicy(Policy):
         return self._base
 
     @override
-    def hand_over(self, caller: Caller) -> None:
-        self._caller = caller
+    def attach_engine(self, wrapper: ForwardWrapper) -> None:
+        self._wrapper = wrapper
 
     @override
     def with_denoiser(
@@ -348,7 +348,7 @@ class PipelinePolicy(Policy):
         unconditional = self._unconditional
         twin = copy.copy(self)
         twin._denoiser = twin._active = denoiser
-        twin.device, twin.dtype, twin._autocast, twin._caller = device, dtype, autocast, None
+        twin.device, twin.dtype, twin._autocast, twin._wrapper = device, dtype, autocast, None
         twin._unconditional = {name: _moved(value, device, dtype) for name, value in unconditional.items()}
         return twin
 
@@ -414,9 +414,9 @@ class PipelinePolicy(Policy):
         return result
 
     def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        if self._caller is None:
+        if self._wrapper is None:
             return function(self._active, *inputs)
-        return self._caller.call(self._active, function, *inputs)
+        return self._wrapper.call(self._active, function, *inputs)
 
     def _precision(self) -> AbstractContextManager[object]:
         if not self._autocast:
