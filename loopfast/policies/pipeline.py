@@ -408,20 +408,18 @@ class PipelinePolicy(Policy):
         return conditional, unconditional
 
     def _denoise(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        with self._precision():
-            output = self._call(self._plain, sample, timestep, conditioning)
-        result: Tensor = output.to(self.dtype).contiguous()
+        result: Tensor = self._call(self._plain, sample, timestep, conditioning).to(self.dtype).contiguous()
         return result
 
     def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        if self._wrapper is None:
-            return function(self._active, *inputs)
-        return self._wrapper.call(self._active, function, *inputs)
-
-    def _precision(self) -> AbstractContextManager[object]:
-        if not self._autocast:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
+        """Calls a function of the denoiser, by the engine that owns its weights if there is one, with autocast."""
+        autocast: AbstractContextManager[object] = nullcontext()
+        if self._autocast:
+            autocast = torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
+        with autocast:
+            if self._wrapper is None:
+                return function(self._active, *inputs)
+            return self._wrapper.call(self._active, function, *inputs)
 
     @override
     @contextmanager

@@ -88,8 +88,7 @@ class StableDiffusionPolicy(PipelinePolicy):
         if guidance_scale == 1.0 or not (self._config.shared_trunk and shares_trunk(_unet(self._active))):
             return super().predict(sample, timestep, conditioning, guidance_scale)
         empty = {name: self._unconditional[name].expand_as(value) for name, value in conditioning.items()}
-        with self._precision():
-            conditional, unconditional = self._call(self._guided, sample, timestep, conditioning, empty)
+        conditional, unconditional = self._call(self._guided, sample, timestep, conditioning, empty)
         return conditional.to(self.dtype).contiguous(), unconditional.to(self.dtype).contiguous()
 
     @override
