@@ -294,19 +294,16 @@ def _forget(saved: Any) -> Any:
 
 
 def _prepare_compiling(device: torch.device) -> None:
-    if reason := _without_compiler(device):
-        raise ConfigError(f"model.compile: {reason}")
+    if device.type != "cuda":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except (InvalidCxxCompiler, RuntimeError) as error:
+            raise ConfigError(
+                f"model.compile: needs a C++ compiler on the CPU, such as g++ ({first_line(error)})"
+            ) from error
+    elif not importlib.util.find_spec("triton"):
+        raise ConfigError("model.compile: needs triton, which is not installed")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)
-
-
-def _without_compiler(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "needs triton, which is not installed"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError) as error:
-        return f"needs a C++ compiler on the CPU, such as g++ ({first_line(error)})"
-    return None
