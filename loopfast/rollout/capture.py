@@ -121,8 +121,14 @@ class StepCache:
         guidance_scale: float,
         reduction: str,
     ) -> CapturedStep:
-        """Returns the step of these arguments of `DenoisingStep`, recorded anew if weights have moved."""
-        key = DenoisingStep.key(policy, rows, schedule, conditioning, guidance_scale, reduction)
+        """Returns the step of these arguments of `DenoisingStep`, recorded anew if weights have moved.
+
+        Arguments share a step if all shapes, types and constants of their calls are equal.
+        """
+        text = tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in conditioning.items())
+        latents = (tuple(policy.latent_shape), policy.dtype, policy.device)
+        types = (len(schedule), schedule.timesteps.dtype, schedule.table.dtype)
+        key = id(policy), rows, latents, types, text, guidance_scale, reduction
         found = self._steps.get(key)
         if found is not None and found.is_current():
             return found

@@ -75,21 +75,6 @@ class DenoisingStep:
             }
         )
 
-    @staticmethod
-    def key(
-        policy: Policy,
-        rows: int,
-        schedule: TransitionSchedule,
-        conditioning: Conditioning,
-        guidance_scale: float,
-        reduction: str,
-    ) -> Hashable:
-        """Returns a key that is equal for arguments of this class that can share a step."""
-        text = tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in conditioning.items())
-        latents = (tuple(policy.latent_shape), policy.dtype, policy.device)
-        types = (len(schedule), schedule.timesteps.dtype, schedule.table.dtype)
-        return id(policy), rows, latents, types, text, guidance_scale, reduction
-
     def load(
         self,
         schedule: TransitionSchedule,
