@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -215,17 +215,15 @@ class Case:
 
 def trained_steps(config: Config) -> int:
     """Returns the number of a trajectory's steps that each pass trains on. ``auto`` counts as all."""
-    steps, spec = config.rollout.steps, config.train.steps
+    steps, spec, noisy = config.rollout.steps, config.train.steps, config.rollout.stochastic_steps
     start, _, stop = spec.partition(":") if ":" in spec else ("", "", "")
     first, last = int(start or 0), int(stop or steps)
-    noisy = config.rollout.stochastic_steps
-    if noisy.startswith("window:"):
-        count = min(int(noisy.removeprefix("window:")), last - first)
+    count = last - first
+    start, _, stop = noisy.partition(":")
+    if start == "window":
+        count = min(int(stop), count)
     elif ":" in noisy:
-        start, _, stop = noisy.partition(":")
         count = min(last, int(stop or steps)) - max(first, int(start or 0))
-    else:
-        count = last - first
     return max(1, config.train.trained_per_trajectory(count))
 
 
@@ -237,20 +235,17 @@ def with_sizes(
     prompts: int | None = None,
 ) -> Config:
     """Returns the configuration with other rows per model call (rollout, replay), K or prompts; not validated."""
-    rollout, train, algorithm = {}, {}, {}
-    if microbatch is not None:
-        rollout["microbatch"], train["microbatch"] = microbatch
-    if prompts is not None:
-        rollout["prompts_per_iteration"] = prompts
-    if samples is not None:
-        algorithm["samples_per_prompt"] = samples
-    return config.model_copy(
-        update={
-            "rollout": config.rollout.model_copy(update=rollout),
-            "train": config.train.model_copy(update=train),
-            "algorithm": config.algorithm.model_copy(update=algorithm),
-        }
-    )
+    rollout, replay = microbatch or (None, None)
+    sizes = {
+        "rollout": {"microbatch": rollout, "prompts_per_iteration": prompts},
+        "train": {"microbatch": replay},
+        "algorithm": {"samples_per_prompt": samples},
+    }
+    sections: dict[str, Any] = {}
+    for name, values in sizes.items():
+        given = {key: value for key, value in values.items() if value is not None}
+        sections[name] = getattr(config, name).model_copy(update=given)
+    return config.model_copy(update=sections)
 
 
 def footprint(
