@@ -10,7 +10,7 @@ import sys
 import tempfile
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from loopfast.config import Config
 from loopfast.errors import Interrupted, short
 from loopfast.profiling import DOMAIN, Times, range_
+from loopfast.reporting.tables import aligned_table
 from loopfast.run.console import Display
 from loopfast.system.files import write_file, writing
 from loopfast.system.memory import memory_used
@@ -127,9 +128,9 @@ class Profile:
             f"# Where the time goes: {self.facts['run']}",
             "\n".join(f"* {name}: {value}" for name, value in self.facts.items() if name != "run"),
             f"## By part, without torch's profiler\n\n{summary}",
-            _table(("part", "seconds", "share", "of it outside model calls, ms"), by_phase),
-            _table(("model calls", "number", "seconds", "share"), models),
-            _table(("outside model calls, by range", "ms", "share"), outside),
+            aligned_table(("part", "seconds", "share", "of it outside model calls, ms"), by_phase),
+            aligned_table(("model calls", "number", "seconds", "share"), models),
+            aligned_table(("outside model calls, by range", "ms", "share"), outside),
         ]
         for kind, title in (("kernel", "By kernel, on the GPU"), ("operator", "By operator, on the host")):
             rows = [row for row in self.rows if row.kind == kind]
@@ -145,8 +146,8 @@ class Profile:
                 by_row.append((name, row.group, f"{row.calls:g}", f"{own:.2f}", _percent(own / whole)))
             sections += [
                 f"## {title}, under torch's profiler\n\nIt slows Python and small operators.",
-                _table(("group", "own ms", "share"), by_group),
-                _table((kind, "group", "calls", "own ms", "share"), by_row),
+                aligned_table(("group", "own ms", "share"), by_group),
+                aligned_table((kind, "group", "calls", "own ms", "share"), by_row),
             ]
         return "\n\n".join(sections) + "\n"
 
@@ -361,19 +362,3 @@ def _longest_first(times: dict[str, float]) -> dict[str, float]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table in Markdown with aligned columns."""
-    cells = [tuple(header), *(tuple(row) for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-        for row in cells
-    ]
-    rule = (
-        "|"
-        + "|".join([":" + "-" * (widths[0] + 1), *("-" * (width + 1) + ":" for width in widths[1:])])
-        + "|"
-    )
-    return "\n".join([lines[0], rule, *lines[1:]])

@@ -242,7 +242,7 @@ def test_a_run_sets_the_workspace_before_processes_join(monkeypatch: pytest.Monk
     def joined(*_: Any) -> Any:
         raise LoopfastError(f"the workspace is {os.environ.get(switches.CUBLAS_WORKSPACE)}")
 
-    monkeypatch.setattr("loopfast.training.setup.joined", joined)
+    monkeypatch.setattr("loopfast.training.setup.connected", joined)
     monkeypatch.delenv(switches.CUBLAS_WORKSPACE, raising=False)
     sharded = ["distributed.zero_stage=1"]
     with (

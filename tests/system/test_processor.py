@@ -105,7 +105,7 @@ def test_float16_that_deepspeed_refuses_is_one_line_before_anything_is_loaded(
 
     monkeypatch.setattr(processor, "has_kernels", lambda dtype: False)
     for place, name in (
-        (loopfast.training.setup, "joined"),
+        (loopfast.training.setup, "connected"),
         (loopfast.training.setup, "load_policy"),
         (loopfast.distributed.launch, "launch"),
     ):

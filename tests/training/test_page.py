@@ -281,7 +281,9 @@ def update_pass(toy: Toy, batch: Batch) -> UpdatePass:
     """Of what was sampled, with the advantages that an update is given."""
     algorithm, rollout = toy.run.config.algorithm, toy.state.rollout
     assert rollout is not None
-    compared = compare(algorithm, rollout.rewards, batch.texts, toy.state.statistics, toy.policy.device)
+    compared = compare(
+        algorithm, rollout.rewards, rollout.kept, batch.texts, toy.state.statistics, toy.policy.device
+    )
     return UpdatePass(
         toy.run.sampler,
         PolicyLoss(algorithm, compared),
