@@ -126,26 +126,28 @@ def _decisions(
     train: TrainConfig, distributed: DistributedConfig, dtype: str
 ) -> dict[_Path, tuple[str, Any]]:
     """Returns the entries that a configuration decides: the keys that do, for an error, and the value that agrees."""
-    offload = distributed.offload
     updates = train.iterations * train.updates_per_iteration * train.inner_epochs
     course = {"constant": "WarmupLR", "linear": "WarmupDecayLR", "cosine": "WarmupCosineLR"}
-    # an entry without keys is decided by the engine, which supports one value only
+    offload = distributed.offload
+    # entries without keys are decided by the engine, which supports one value only
+    without_value = {
+        "train.updates_per_iteration": ("train_batch_size",),
+        "train.microbatch": ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+        "train.optimizer": ("optimizer", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+        "train.lr_schedule": ("scheduler",),
+        "model.dtype": ("bf16", "bfloat16", "amp", "torch_autocast", "data_types"),
+        "": ("tensor_parallel", "expert_parallel"),
+    }
     entries: dict[str, tuple[str, Any]] = {
-        "train_batch_size": ("train.updates_per_iteration", _NO_VALUE),
-        "train_micro_batch_size_per_gpu": ("train.microbatch", _NO_VALUE),
-        "gradient_accumulation_steps": ("train.microbatch", _NO_VALUE),
+        **{path: (key, _NO_VALUE) for key, paths in without_value.items() for path in paths},
         "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm),
         "gradient_allreduce_op": ("", "mean"),
         "sequence_parallel_size": ("", 1),
-        "tensor_parallel": ("", _NO_VALUE),
-        "expert_parallel": ("", _NO_VALUE),
-        "optimizer": ("train.optimizer", _NO_VALUE),
         "optimizer.type": ("train.optimizer", "AdamW" if train.optimizer == "adamw" else _NO_VALUE),
         "optimizer.params.lr": ("train.learning_rate", train.learning_rate),
         "optimizer.params.betas": ("train.beta1 train.beta2", [train.beta1, train.beta2]),
         "optimizer.params.eps": ("train.optimizer", 1e-8),
         "optimizer.params.weight_decay": ("train.weight_decay", train.weight_decay),
-        "scheduler": ("train.lr_schedule", _NO_VALUE),
         "scheduler.type": ("train.lr_schedule", course[train.lr_schedule]),
         "scheduler.params.warmup_min_lr": ("train.warmup_updates", 0),
         "scheduler.params.warmup_max_lr": ("train.learning_rate", train.learning_rate),
@@ -155,32 +157,22 @@ def _decisions(
             "train.iterations train.updates_per_iteration train.inner_epochs",
             updates,
         ),
-        "bf16": ("model.dtype", _NO_VALUE),
         "bf16.enabled": ("model.dtype", dtype == "bfloat16"),
-        "bfloat16": ("model.dtype", _NO_VALUE),
         "bfloat16.enabled": ("model.dtype", dtype == "bfloat16"),
         "fp16.enabled": ("model.dtype", dtype == "float16"),
         "fp16.auto_cast": ("model.dtype", False),
         "fp16.fp16_master_weights_and_grads": ("model.dtype", False),
-        "amp": ("model.dtype", _NO_VALUE),
         "amp.enabled": ("model.dtype", False),
-        "torch_autocast": ("model.dtype", _NO_VALUE),
         "torch_autocast.enabled": ("model.dtype", False),
-        "data_types": ("model.dtype", _NO_VALUE),
-        "zero_optimization.stage": ("distributed.zero_stage", distributed.zero_stage),
-        "zero_optimization.offload_param.device": (
-            "distributed.offload",
-            "cpu" if offload == "all" else "none",
-        ),
-        "zero_optimization.offload_optimizer.device": (
-            "distributed.offload",
-            "none" if offload == "none" else "cpu",
-        ),
-        "zero_optimization.cpu_offload": ("distributed.offload", offload != "none"),
-        "zero_optimization.cpu_offload_param": ("distributed.offload", offload == "all"),
-        "zero_allow_untested_optimizer": ("train.optimizer", _NO_VALUE),
-        "zero_force_ds_cpu_optimizer": ("train.optimizer", _NO_VALUE),
     }
+    zero: dict[str, tuple[str, Any]] = {
+        "stage": ("distributed.zero_stage", distributed.zero_stage),
+        "offload_param.device": ("distributed.offload", "cpu" if offload == "all" else "none"),
+        "offload_optimizer.device": ("distributed.offload", "none" if offload == "none" else "cpu"),
+        "cpu_offload": ("distributed.offload", offload != "none"),
+        "cpu_offload_param": ("distributed.offload", offload == "all"),
+    }
+    entries |= {f"zero_optimization.{path}": decision for path, decision in zero.items()}
     sections = {"train": dict(train), "distributed": dict(distributed), "model": {"dtype": dtype}}
 
     def in_words(keys: str) -> str:
