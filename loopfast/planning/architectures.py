@@ -163,6 +163,11 @@ class Architecture:
         return config["out_channels"], height * factor, width * factor
 
     @property
+    def text_parameters(self) -> int:
+        """The number of parameters of all text encoders."""
+        return sum(encoder.parameters() for encoder in self.text_encoders)
+
+    @property
     def text_tokens(self) -> int:
         """The number of rows of a prompt's encoding."""
         lengths = [int(encoder.config.get("max_position_embeddings", 0)) for encoder in self.text_encoders]

@@ -128,7 +128,7 @@ class Footprint:
         return self.in_phase(self.peak_phase)
 
 
-Replica = Literal["resident", "gathered"] | None
+RolloutCopy = Literal["resident", "gathered"] | None
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,11 @@ class Case:
         return weights_of(self.architecture, self.form)
 
     @cached_property
-    def replica(self) -> Replica:
+    def rollout_copy(self) -> RolloutCopy:
         """The kind of the denoiser's copy that is sampled from, if there is one."""
         rollout = self.config.rollout
         wanted = rollout.dtype is not None or rollout.device is not None or rollout.merge_lora
-        kind: Replica = "gathered" if self.stage == 3 and self.config.model.tune == "full" else "resident"
+        kind: RolloutCopy = "gathered" if self.stage == 3 and self.config.model.tune == "full" else "resident"
         if rollout.replica == "auto":
             return kind if wanted or self.stage == 3 else None
         return None if rollout.replica == "none" else rollout.replica
@@ -170,7 +170,7 @@ class Case:
     @cached_property
     def sampled(self) -> Form:
         """The form of the denoiser that is sampled from."""
-        if self.replica is None:
+        if self.rollout_copy is None:
             return self.form
         rollout = self.config.rollout
         dtype = rollout.dtype or self.config.model.dtype
@@ -186,11 +186,6 @@ class Case:
     def on_gpu(self) -> bool:
         """True if the devices are GPUs."""
         return self.resources.device == "cuda"
-
-    @property
-    def text_encoders(self) -> int:
-        """The number of the text encoders' parameters."""
-        return sum(encoder.parameters() for encoder in self.architecture.text_encoders)
 
     def gathered(self) -> int:
         """Returns the bytes that stage 3 gathers at a time: the weights in use and the next ones."""
@@ -282,11 +277,11 @@ def _footprint(case: Case, batch: Batch) -> Footprint:
     config, architecture, weights = case.config, case.architecture, case.weights
     held, host = _held(case)
     copy = weights.parameters * BYTES[case.sampled.weights]
-    if case.replica is not None and case.lora and not config.rollout.merge_lora:
+    if case.rollout_copy is not None and case.lora and not config.rollout.merge_lora:
         copy += weights.trained * BYTES[case.sampled.adapter_weights]
-    elsewhere = config.rollout.device == "cpu" and case.on_gpu
-    if case.replica == "resident" or (case.replica and elsewhere):
-        (host if elsewhere else held)["rollout replica"] = copy
+    on_host = config.rollout.device == "cpu" and case.on_gpu
+    if case.rollout_copy == "resident" or (case.rollout_copy and on_host):
+        (host if on_host else held)["rollout replica"] = copy
 
     latent = math.prod(architecture.latent_shape) * BYTES[case.sampled.compute]
     steps = config.rollout.steps
@@ -294,26 +289,26 @@ def _footprint(case: Case, batch: Batch) -> Footprint:
     store = (steps + 1) * batch.rollout * latent
     held["sampling buffers"] = store + batch.rollout * architecture.text_tokens * architecture.text_width * 4
     sampling = sampling_call(architecture, case.sampled).peak(batch.rollout)
-    if case.stage == 3 and case.replica is None:
+    if case.stage == 3 and case.rollout_copy is None:
         sampling += case.gathered()
 
     rollout = {"trajectories": stored, "sampling call": sampling}
-    if case.replica == "gathered" and not elsewhere:
+    if case.rollout_copy == "gathered" and not on_host:
         rollout["rollout replica"] = copy
     phases = {"rollout": rollout, **_scoring(case, batch, rollout), "replay": _replay(case, batch)}
     if config.trajectories.device == "policy" or not case.on_gpu:
         phases["replay"]["trajectories"] = stored
     else:
         host["trajectories"] = stored * case.resources.on_host
-    graph = case.on_gpu and config.rollout.cuda_graph and (case.stage < 3 or case.replica is not None)
-    if graph and case.replica != "gathered":
+    graph = case.on_gpu and config.rollout.cuda_graph and (case.stage < 3 or case.rollout_copy is not None)
+    if graph and case.rollout_copy != "gathered":
         # a recorded step keeps its working memory for the next iteration
         for name in phases.keys() - {"rollout"}:
             phases[name]["recorded step"] = sampling
     if not case.on_gpu:
         phases["checkpoint"] = _checkpoint(case)
     if config.model.free_text_encoder:
-        phases["encoding"] = {"text encoders": BYTES[config.model.dtype] * case.text_encoders}
+        phases["encoding"] = {"text encoders": BYTES[config.model.dtype] * architecture.text_parameters}
     for parts in phases.values():
         parts["fragmentation"] = round(FRAGMENTATION[case.resources.device] * sum(parts.values()))
     return Footprint(case.stage, batch, held, phases, host)
@@ -349,13 +344,13 @@ def _held(case: Case) -> tuple[dict[str, int], dict[str, int]]:
     if config.algorithm.kl_weight > 0 and not case.lora:
         held["reference"] = total * width // shards
     if not config.model.free_text_encoder:
-        held["text encoders"] = width * case.text_encoders
+        held["text encoders"] = width * architecture.text_parameters
     held["autoencoder"] = BYTES[decoder_type(config.model)] * architecture.vae.parameters()
     held["runtime"] = RUNTIME[case.resources.device]
     if case.on_gpu:
         # an adapter's base is loaded in the type that it is held in, weights that are all trained in float32
         loaded = (width if case.lora else 4) * total
-        read = loaded + width * case.text_encoders + 4 * architecture.vae.parameters()
+        read = loaded + width * architecture.text_parameters + 4 * architecture.vae.parameters()
         host["loading"] = read * processes
         host["writing a checkpoint"] = 12 * trained
     elif case.stage > 0 or ranks > 1:

@@ -103,7 +103,9 @@ def traffic_of(case: Case, batch: Batch) -> dict[str, int]:
         passes = 3 if config.train.gradient_checkpointing else 2
         sent["gather weights, replay"] = passes * ring * everything * calls
         # a copy to sample from is gathered once, and of it only what training changed
-        calls = config.rollout.steps * math.ceil(batch.images / batch.rollout) if case.replica is None else 1
+        calls = (
+            config.rollout.steps * math.ceil(batch.images / batch.rollout) if case.rollout_copy is None else 1
+        )
         gathered = everything if not case.lora or calls > 1 else trained
         sent["gather weights, rollout"] = calls * ring * gathered
     return {name: round(size) for name, size in sent.items()}
