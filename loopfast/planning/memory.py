@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -27,6 +27,9 @@ from loopfast.policies.resolution import decoder_rows
 from loopfast.training.microbatch import start_size
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# The number of processes on one host, with a GPU each.
+NODE = 8
 
 # Bytes of a process beside its tensors. On a GPU an assumption: the CUDA context, the libraries' code and their
 # workspaces. On a CPU the interpreter, the libraries (460 MiB) and oneDNN's caches for each convolution, fitted to two
@@ -58,13 +61,11 @@ class Resources:
         device: the kind of the devices.
         memory: bytes of each device; on a CPU, of the machine.
         gpus: W, the number of processes, each with a device.
-        per_node: the number of processes that share one host.
     """
 
     device: DeviceKind
     memory: int
     gpus: int = 1
-    per_node: int = 8
 
     @property
     def usable(self) -> int:
@@ -74,7 +75,7 @@ class Resources:
     @property
     def on_host(self) -> int:
         """The number of processes on one host."""
-        return min(self.gpus, self.per_node)
+        return min(self.gpus, NODE)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Footprint:
     batch: Batch
     held: dict[str, int]
     phases: dict[str, dict[str, int]]
-    host: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int]
 
     @property
     def peak_phase(self) -> str:

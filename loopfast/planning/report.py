@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from loopfast.planning.devices import NETWORK, NODE
-from loopfast.planning.memory import BYTES
+from loopfast.planning.devices import NETWORK
+from loopfast.planning.memory import BYTES, NODE
 from loopfast.planning.plan import Plan, Stage
 from loopfast.planning.savings import MOST_SAMPLES
 from loopfast.planning.speed import Scale
@@ -64,8 +64,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "seconds": {**plan.seconds, "total": sum(plan.seconds.values())},
         },
         "scaling": {
-            "weak": [_scale(scale) for scale in plan.weak],
-            "strong": [_scale(scale) for scale in plan.strong],
+            "weak": [asdict(scale) for scale in plan.weak],
+            "strong": [asdict(scale) for scale in plan.strong],
         },
         "not_counted": _not_counted(plan),
     }
@@ -84,18 +84,6 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "batch": asdict(found.batch),
         "largest_samples_per_prompt": stage.largest_samples,
         "largest_microbatch": stage.largest_microbatch,
-    }
-
-
-def _scale(scale: Scale) -> dict[str, Any]:
-    return {
-        "gpus": scale.gpus,
-        "images": scale.images,
-        "compute_seconds": scale.compute,
-        "communication_seconds": scale.communication,
-        "seconds": scale.seconds,
-        "efficiency": scale.efficiency,
-        "bytes_sent": scale.sent,
     }
 
 
@@ -207,9 +195,9 @@ def _scaling(plan: Plan, title: str, scales: list[Scale]) -> Table:
         table.add_row(
             str(scale.gpus),
             f"{scale.images:,}",
-            f"{_significant(scale.compute)} s",
-            f"{_significant(scale.communication)} s",
-            f"{sum(scale.sent.values()) / 1e9:,.3g} GB",
+            f"{_significant(scale.compute_seconds)} s",
+            f"{_significant(scale.communication_seconds)} s",
+            f"{sum(scale.bytes_sent.values()) / 1e9:,.3g} GB",
             f"{scale.efficiency:.0%}",
         )
     return table
