@@ -1,4 +1,4 @@
-"""Commands on what has been trained."""
+"""The commands on trained models."""
 
 from __future__ import annotations
 
@@ -30,8 +30,23 @@ Pretrained = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="The base model of a LoRA whose card does not say it: a folder, a file or a hub name.",
+        help="Base model of a LoRA whose card does not name it: a folder, a file or a hub name.",
     ),
+]
+Steps = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Denoising steps; default: the run's, or 50.")
+]
+Eta = Annotated[
+    float | None,
+    typer.Option(metavar="X", min=0, max=1, help="Noise of the DDIM sampler; default: the run's, or 0."),
+]
+NoiseLevel = Annotated[
+    float | None,
+    typer.Option(metavar="X", min=0, help="Noise of the flow-matching sampler; default: the run's, or 0."),
+]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(metavar="X", min=0, help="Classifier-free guidance; default: the run's, or 7.5."),
 ]
 
 
@@ -41,13 +56,13 @@ def sample(
         str,
         typer.Argument(
             metavar="RUN|MODEL",
-            help="A run's folder, an exported LoRA's, a pipeline's, embedded, or a hub name.",
+            help="Folder of a run, an exported LoRA or a pipeline; embedded; or a hub name.",
         ),
     ],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts to draw.")] = None,
     more: Annotated[
         list[str] | None,
-        typer.Option("--prompt", metavar="PROMPT", help="What to draw, too. May be given several times."),
+        typer.Option("--prompt", metavar="PROMPT", help="One more prompt. May be given several times."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -57,30 +72,17 @@ def sample(
             "embedded:CATEGORY.",
         ),
     ] = None,
-    count: Annotated[int, typer.Option(metavar="N", min=1, help="Images for each prompt.")] = 4,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Images per prompt.")] = 4,
     seed: Seed = 0,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Denoising steps; default: the run's, or 50.")
-    ] = None,
-    eta: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, max=1, help="Noise of the DDIM sampler; default: the run's, or 0."),
-    ] = None,
-    noise_level: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X", min=0, help="Noise of the flow-matching sampler; default: the run's, or 0."
-        ),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, help="Classifier-free guidance; default: the run's, or 7.5."),
-    ] = None,
+    steps: Steps = None,
+    eta: Eta = None,
+    noise_level: NoiseLevel = None,
+    guidance_scale: GuidanceScale = None,
     base: Annotated[
         bool,
         typer.Option(
             "--base/--no-base",
-            help="With a run or a LoRA, also draw with the base model, on the same noise, and show both in grid.png.",
+            help="For a run or a LoRA, also draw with the base model from the same noise, and show both in grid.png.",
         ),
     ] = True,
     output: Annotated[
@@ -96,7 +98,7 @@ def sample(
 
         wanted += [prompt.text for prompt in load_prompts(prompts)]
     for text in wanted:
-        # bytes of a command line that are not UTF-8 come as these
+        # Python replaces bytes of a command line that are not UTF-8 by these
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ConfigError(f"prompt {one_line(text)!r}: allowed: text in UTF-8")
     if not wanted:
@@ -125,15 +127,15 @@ def sample(
 
 @app.command(name="eval", epilog=_EVAL_EXAMPLES)
 def evaluate(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an exported LoRA's.")],
+    target: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of an exported LoRA.")],
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Prompts to draw; default: those the run was evaluated on."),
+        typer.Option(metavar="SOURCE", help="Source of prompts; default: the run's evaluation prompts."),
     ] = None,
     images_per_prompt: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Images for each prompt; default: as in the run, of a benchmark 10."
+            metavar="N", min=1, help="Images per prompt; default: the run's number, or 10 for a benchmark."
         ),
     ] = None,
     seed: Seed = 0,
@@ -143,21 +145,25 @@ def evaluate(
             "--output",
             "-o",
             metavar="PATH",
-            help="The file for the scores as JSON; of a benchmark the folder, default: benchmarks/NAME in the run's.",
+            help="JSON file for the scores; for a benchmark a folder, default: benchmarks/NAME in the run's folder.",
         ),
     ] = None,
     benchmark: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Measure on t2i-compbench or embedded, beside the base model."),
+        typer.Option(
+            metavar="NAME", help="Evaluate on t2i-compbench or embedded, with the base model for comparison."
+        ),
     ] = None,
     prompts_dir: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder of T2I-CompBench's files, such as color_val.txt."),
+        typer.Option(metavar="FOLDER", help="Folder with T2I-CompBench's files, such as color_val.txt."),
     ] = None,
     categories: Annotated[
         list[str] | None,
         typer.Option(
-            "--category", metavar="NAME", help="Of the benchmark; several times for several; default: all."
+            "--category",
+            metavar="NAME",
+            help="Category of the benchmark. May be given several times; default: all.",
         ),
     ] = None,
     metrics: Annotated[
@@ -165,7 +171,7 @@ def evaluate(
         typer.Option(
             "--metric",
             metavar="CATEGORY=REWARD",
-            help="Measure a category by another reward: its name, or YAML such as {name: ..., options: {...}}.",
+            help="Score a category with another reward: its name, or YAML such as {name: ..., options: {...}}.",
         ),
     ] = None,
     metric_options: Annotated[
@@ -179,35 +185,25 @@ def evaluate(
     limit_prompts: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Only the first N prompts of each category.")
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Denoising steps of a benchmark; default: the run's."),
-    ] = None,
-    eta: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, max=1, help="DDIM's noise in a benchmark; default: the run's."),
-    ] = None,
-    noise_level: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, help="A flow's noise in a benchmark; default: the run's."),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, help="Guidance in a benchmark; default: the run's."),
-    ] = None,
+    steps: Steps = None,
+    eta: Eta = None,
+    noise_level: NoiseLevel = None,
+    guidance_scale: GuidanceScale = None,
     base: Annotated[
         bool,
-        typer.Option("--base/--no-base", help="Measure the model before training on the benchmark, too."),
+        typer.Option("--base/--no-base", help="Also evaluate the base model on the benchmark."),
     ] = True,
     keep_images: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Keep the first N images of each prompt of a benchmark.")
+        int, typer.Option(metavar="N", min=0, help="Keep the first N images of each prompt of the benchmark.")
     ] = 0,
     pretrained: Pretrained = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the reward of a run's model, or what it and the base model reach on a benchmark.
+    """Evaluate the reward of a run's model, or the run's model and the base model on a benchmark.
 
-    A benchmark goes on where it was stopped, and draws every model's images from the same noise. Its folder has the
+    The options from `--prompts-dir` to `--keep-images` need `--benchmark`.
+
+    A stopped benchmark continues where it stopped, and all models draw from the same noise. Its folder contains the
     scores of each image, `results.json`, and `results.md`: the paper's table with 95 % confidence intervals.
     """
     for_benchmarks = {
@@ -284,15 +280,18 @@ def compare(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Also write the table and plots of the rewards there."
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Also write the table and plots of the rewards to FOLDER.",
         ),
     ] = None,
 ) -> None:
-    """Show several runs side by side.
+    """Compare several runs.
 
-    A row for each: algorithm, K, iterations, images, time, and of its evaluations each reward at the first, the last
-    and the best. Then what they reached on benchmarks (`loopfast eval --benchmark`). With `--output` also as Markdown,
-    JSON and plots against iterations, images and seconds.
+    The first table has one row per run: algorithm, K, iterations, images, time, and each reward in the first, the last
+    and the best evaluation. A second table has their benchmarks (`loopfast eval --benchmark`). `--output` also writes
+    Markdown, JSON, and plots against iterations, images and seconds.
     """
     from loopfast.evaluation import compare_runs, comparison_tables
 
@@ -310,21 +309,24 @@ def compare(
 )
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Folder to write, empty or new.")],
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="New or empty folder to write.")],
     form: Annotated[
         Literal["lora", "full"] | None,
-        typer.Option("--format", help="An adapter, or a whole pipeline; default: what was trained."),
+        typer.Option(
+            "--format",
+            help="An adapter (lora) or a whole pipeline (full); default: the form that was trained.",
+        ),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Add the adapter to the weights and write a whole pipeline.")
+        bool, typer.Option("--merge", help="Merge the adapter into the weights, and write a whole pipeline.")
     ] = False,
     best: Annotated[
         bool,
-        typer.Option("--best", help="From the checkpoint with the best evaluation, not from the newest."),
+        typer.Option("--best", help="Use the checkpoint with the best evaluation, not the newest one."),
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write what a run has trained in the form that diffusers opens, with a model card."""
+    """Write the trained model in the format of diffusers, with a model card."""
     quiet_libraries()
     from loopfast.exporting import export_run
     from loopfast.run.console import Display
@@ -338,10 +340,12 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     picture: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also draw the run in one picture: before, after, and the reward."),
+        typer.Option(
+            metavar="FILE", help="Also write a picture of the run: images before and after, and the reward."
+        ),
     ] = None,
 ) -> None:
-    """Write a run's `report.html`, also while it is going on."""
+    """Write a run's `report.html`, also while the run continues."""
     from loopfast.reporting import run_picture, write_report
 
     if not (run / "config.yaml").is_file():
