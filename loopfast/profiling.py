@@ -87,9 +87,7 @@ def model_call(
     """Context that marks a model call like `range_`, and adds its time to the model time of the current meter.
 
     Args:
-        name: ``denoiser`` for its forward calls, which are counted; any other as in `range_`.
-        category: the phase of the iteration.
-        payload: a number that distinguishes calls of one name.
+        name, category, payload: as for `range_`. ``denoiser`` is the name of its forward calls, which are counted.
         device: the device whose time is measured. The capture of a CUDA graph does not count, but its replays do. None
             measures the host's time, which is right for calls that wait for their result.
     """
@@ -118,18 +116,6 @@ def phase(name: Category) -> Iterator[None]:
 
 class _Range:
     """One use of `range_` or `model_call`."""
-
-    __slots__ = (
-        "_begin",
-        "_called",
-        "_category",
-        "_device",
-        "_meter",
-        "_name",
-        "_payload",
-        "_pushed",
-        "_record",
-    )
 
     def __init__(
         self,
@@ -314,6 +300,12 @@ def _capturing(device: torch.device | None) -> bool:
     return device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+_NSYS = (
+    "nsys profile --trace=cuda,nvtx,cudnn,cublas --sample=none --cpuctxsw=none --cuda-graph-trace=node "
+    f"--capture-range=nvtx --nvtx-capture=profile@{DOMAIN} --capture-range-end=stop --force-overwrite=true"
+)
+
+
 def nsys_command(source: str, overrides: Sequence[str], *, iterations: int, output: Path) -> list[str]:
     """Returns the command that records iterations with Nsight Systems.
 
@@ -324,25 +316,10 @@ def nsys_command(source: str, overrides: Sequence[str], *, iterations: int, outp
         output: the folder of the report, ``nsys.nsys-rep``.
     """
     return [
-        "nsys",
-        "profile",
-        "--trace=cuda,nvtx,cudnn,cublas",
-        "--sample=none",
-        "--cpuctxsw=none",
-        "--cuda-graph-trace=node",
-        "--capture-range=nvtx",
-        f"--nvtx-capture=profile@{DOMAIN}",
-        "--capture-range-end=stop",
-        "--force-overwrite=true",
+        *_NSYS.split(),
         f"--output={output / 'nsys'}",
-        sys.executable,
-        "-m",
-        "loopfast",
-        "profile",
-        f"--iterations={iterations}",
-        "--no-trace",
-        "--config",
-        source,
+        *(sys.executable, "-m", "loopfast", "profile", f"--iterations={iterations}", "--no-trace"),
+        *("--config", source),
         *(part for override in overrides for part in ("--set", override)),
     ]
 

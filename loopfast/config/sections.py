@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 def _pattern(pattern: str, allowed: str) -> Any:
@@ -57,6 +56,7 @@ class _Section(BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
         protected_namespaces=(),
+        serialize_by_alias=True,  # `from` is a keyword of Python, so that field has another name
     )
 
     @model_validator(mode="before")
@@ -97,11 +97,6 @@ class LoraConfig(_Section):
     from_: _Text | None = Field(default=None, alias="from")
     """LoRA to continue training: a folder, a file, a hub name, or a run's folder; null: start at the base model. The
     base model remains the reference of the KL divergence."""
-
-    @model_serializer(mode="wrap")
-    def _with_the_key_of_the_file(self, handler: Callable[[LoraConfig], dict[str, Any]]) -> dict[str, Any]:
-        # `from` is a keyword of Python, so the field has another name
-        return {"from" if name == "from_" else name: value for name, value in handler(self).items()}
 
 
 class ModelConfig(_Section):
