@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from loopfast.cli.app import app
 from loopfast.cli.options import Quiet, Seed
 from loopfast.errors import ConfigError, one_line
 from loopfast.system.libraries import quiet_libraries
 
-_EVAL_EXAMPLES = """
+_BENCHMARK_EXAMPLES = """
 **Examples**
 
-* `loopfast eval runs/tiny --prompts embedded:all-heldout`
+* `loopfast benchmark runs/tiny embedded --images-per-prompt 4`
 
-* `loopfast eval runs/tiny --benchmark embedded --images-per-prompt 4`
-
-* `loopfast eval runs/color --benchmark t2i-compbench --prompts-dir t2i-compbench --category color --metric-option
+* `loopfast benchmark runs/color t2i-compbench --prompts-dir t2i-compbench --category color --metric-option
 blip_vqa.weights=models/blip-vqa`
 """
 
-
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of an exported LoRA.")]
 Pretrained = Annotated[
     str | None,
     typer.Option(
@@ -125,34 +124,83 @@ def sample(
     print(f"{len(paths)} file(s) in {output}")
 
 
-@app.command(name="eval", epilog=_EVAL_EXAMPLES)
+class _Evaluate(TyperCommand):
+    """The command `eval`. Its older spelling with `--benchmark` calls the command `benchmark`."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        benchmark: TyperCommand = parent.command.commands["benchmark"]
+        given = dict.fromkeys(argument.partition("=")[0] for argument in args)
+        if "--benchmark" not in given:
+            own, other = (
+                {name for p in c.params for name in p.opts + p.secondary_opts} for c in (self, benchmark)
+            )
+            if misplaced := [name for name in given if name in other - own]:
+                raise ConfigError(
+                    f"{', '.join(misplaced)}: only with --benchmark, or in `loopfast benchmark`"
+                )
+            return super().make_context(info_name, args, parent, **extra)
+        if "--prompts" in given:
+            raise ConfigError("--prompts: not with --benchmark, which has prompts of its own")
+        return benchmark.make_context(benchmark.name, args, parent, **extra)
+
+
+@app.command(
+    name="eval", cls=_Evaluate, epilog="**Example:** `loopfast eval runs/tiny --prompts embedded:all-heldout`"
+)
 def evaluate(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of an exported LoRA.")],
+    target: Run,
     prompts: Annotated[
         str | None,
         typer.Option(metavar="SOURCE", help="Source of prompts; default: the run's evaluation prompts."),
     ] = None,
     images_per_prompt: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="Images per prompt; default: the run's number, or 10 for a benchmark."
-        ),
+        typer.Option(metavar="N", min=1, help="Images per prompt; default: the run's number."),
     ] = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            help="JSON file for the scores; for a benchmark a folder, default: benchmarks/NAME in the run's folder.",
-        ),
+        typer.Option("--output", "-o", metavar="FILE", help="JSON file for the scores."),
     ] = None,
-    benchmark: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Evaluate on t2i-compbench or embedded, with the base model for comparison."
-        ),
+    pretrained: Pretrained = None,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate the reward of a run's model on its evaluation prompts, or on others.
+
+    Deprecated: `loopfast eval RUN --benchmark NAME`, with the options of `loopfast benchmark`, is the older spelling of
+    `loopfast benchmark RUN NAME`.
+    """
+    quiet_libraries()
+    from loopfast.evaluation import evaluate_checkpoint
+    from loopfast.run.console import Display
+
+    with Display(quiet=quiet) as display:
+        result = evaluate_checkpoint(
+            target,
+            pretrained=pretrained,
+            prompts=prompts,
+            images_per_prompt=images_per_prompt,
+            seed=seed,
+            output=output,
+            display=display,
+        )
+    parts = list(result["parts"])
+    table = Table("category", "reward", *parts, "images")
+    rows = {**result["by_category"], "all": {**result, "count": len(result["items"])}}
+    for category, scores in rows.items():
+        values = (f"{value:.3f}" for value in (scores["reward"], *(scores["parts"][part] for part in parts)))
+        table.add_row(category, *values, str(scores["count"]))
+    Console().print(table)
+
+
+@app.command(epilog=_BENCHMARK_EXAMPLES)
+def benchmark(
+    target: Run,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The benchmark: t2i-compbench or embedded.")
+    ] = None,
+    option: Annotated[
+        str | None, typer.Option("--benchmark", metavar="NAME", help="The benchmark, as an option.")
     ] = None,
     prompts_dir: Annotated[
         Path | None,
@@ -182,96 +230,60 @@ def evaluate(
             help="An option of a metric, such as blip_vqa.weights=FOLDER. May be given several times.",
         ),
     ] = None,
+    images_per_prompt: Annotated[int, typer.Option(metavar="N", min=1, help="Images per prompt.")] = 10,
     limit_prompts: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Only the first N prompts of each category.")
     ] = None,
+    seed: Seed = 0,
     steps: Steps = None,
     eta: Eta = None,
     noise_level: NoiseLevel = None,
     guidance_scale: GuidanceScale = None,
-    base: Annotated[
-        bool,
-        typer.Option("--base/--no-base", help="Also evaluate the base model on the benchmark."),
-    ] = True,
+    base: Annotated[bool, typer.Option("--base/--no-base", help="Also evaluate the base model.")] = True,
     keep_images: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Keep the first N images of each prompt of the benchmark.")
+        int, typer.Option(metavar="N", min=0, help="Keep the first N images of each prompt.")
     ] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder for scores and results; default: benchmarks/NAME in the run's folder.",
+        ),
+    ] = None,
     pretrained: Pretrained = None,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate the reward of a run's model, or the run's model and the base model on a benchmark.
+    """Evaluate a run's model and the base model on a benchmark.
 
-    The options from `--prompts-dir` to `--keep-images` need `--benchmark`.
-
-    A stopped benchmark continues where it stopped, and all models draw from the same noise. Its folder contains the
+    A stopped benchmark continues where it stopped, and all models draw from the same noise. The folder contains the
     scores of each image, `results.json`, and `results.md`: the paper's table with 95 % confidence intervals.
     """
-    for_benchmarks = {
-        "--prompts-dir": prompts_dir,
-        "--category": categories or None,
-        "--metric": metrics or None,
-        "--metric-option": metric_options or None,
-        "--limit-prompts": limit_prompts,
-        "--steps": steps,
-        "--eta": eta,
-        "--noise-level": noise_level,
-        "--guidance-scale": guidance_scale,
-        "--no-base": None if base else True,
-        "--keep-images": keep_images or None,
-    }
-    given = [name for name, value in for_benchmarks.items() if value is not None]
-    if benchmark is None and given:
-        raise ConfigError(f"{', '.join(given)}: only with --benchmark")
-    if benchmark is not None and prompts is not None:
-        raise ConfigError("--prompts: not with --benchmark, which has prompts of its own")
+    chosen = option if name is None else name
+    if chosen is None or (name is not None and option is not None):
+        raise ConfigError("give one benchmark: t2i-compbench or embedded")
     quiet_libraries()
-    if benchmark is not None:
-        from loopfast.evaluation import benchmark_table, evaluate_benchmark
-        from loopfast.run.console import Display
-
-        with Display(quiet=quiet) as display:
-            found, titles = evaluate_benchmark(
-                target,
-                benchmark,
-                pretrained=pretrained,
-                prompts_dir=prompts_dir,
-                categories=categories or [],
-                metrics=metrics or [],
-                metric_options=metric_options or [],
-                images_per_prompt=images_per_prompt,
-                limit_prompts=limit_prompts,
-                steps=steps,
-                eta=eta,
-                noise_level=noise_level,
-                guidance_scale=guidance_scale,
-                base=base,
-                keep_images=keep_images,
-                seed=seed,
-                output=output,
-                display=display,
-            )
-        Console().print(benchmark_table(found, titles))
-        return
-    from loopfast.evaluation import evaluate_checkpoint
+    from loopfast.evaluation import BenchmarkChoice, SamplingPlan, benchmark_table, evaluate_benchmark
     from loopfast.run.console import Display
 
+    choice = BenchmarkChoice(chosen, prompts_dir, categories or (), metrics or (), metric_options or ())
+    plan = SamplingPlan(images_per_prompt, seed, limit_prompts, keep_images)
     with Display(quiet=quiet) as display:
-        result = evaluate_checkpoint(
+        found, titles = evaluate_benchmark(
             target,
+            choice,
+            plan,
+            steps=steps,
+            eta=eta,
+            noise_level=noise_level,
+            guidance_scale=guidance_scale,
             pretrained=pretrained,
-            prompts=prompts,
-            images_per_prompt=images_per_prompt,
-            seed=seed,
+            base=base,
             output=output,
             display=display,
         )
-    parts = list(result["parts"])
-    table = Table("category", "reward", *parts, "images")
-    rows = {**result["by_category"], "all": {**result, "count": len(result["items"])}}
-    for category, scores in rows.items():
-        values = (f"{value:.3f}" for value in (scores["reward"], *(scores["parts"][part] for part in parts)))
-        table.add_row(category, *values, str(scores["count"]))
-    Console().print(table)
+    Console().print(benchmark_table(found, titles))
 
 
 @app.command(epilog="**Example:** `loopfast compare runs/loop runs/ppo runs/grpo --output comparison`")
@@ -290,7 +302,7 @@ def compare(
     """Compare several runs.
 
     The first table has one row per run: algorithm, K, iterations, images, time, and each reward in the first, the last
-    and the best evaluation. A second table has their benchmarks (`loopfast eval --benchmark`). `--output` also writes
+    and the best evaluation. A second table has their benchmarks (`loopfast benchmark`). `--output` also writes
     Markdown, JSON, and plots against iterations, images and seconds.
     """
     from loopfast.evaluation import compare_runs, comparison_tables
