@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -114,42 +114,37 @@ def phase(name: Category) -> Iterator[None]:
             meter.enter(around)
 
 
+@dataclass
 class _Range:
     """One use of `range_` or `model_call`."""
 
-    def __init__(
-        self,
-        name: str,
-        category: str,
-        payload: int | None,
-        meter: Meter | None,
-        device: torch.device | None,
-        called: bool,
-    ) -> None:
-        self._name, self._category, self._payload = name, category, payload
-        self._meter, self._device, self._called = meter, device, called
-        self._pushed = _nsight.attached
-        self._record: Any = None
-        self._begin: Mark | None = None
+    name: str
+    category: str
+    payload: int | None
+    meter: Meter | None
+    device: torch.device | None
+    called: bool
+    record: Any = None
+    begin: Mark | None = None
 
     def __enter__(self) -> None:
-        if self._pushed:
-            _nsight.push(self._name, self._category, self._payload)
+        if _nsight.attached:
+            _nsight.push(self.name, self.category, self.payload)
         if _profiled():
-            name = f"{DOMAIN}/{self._category}/{self._name}"
-            self._record = torch.profiler.record_function(name, str(self._payload))
-            self._record.__enter__()
-        if self._meter is not None:
-            self._begin = self._meter.mark(self._device)
+            name = f"{DOMAIN}/{self.category}/{self.name}"
+            self.record = torch.profiler.record_function(name, str(self.payload))
+            self.record.__enter__()
+        if self.meter is not None:
+            self.begin = self.meter.mark(self.device)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._begin is not None and self._meter is not None:
-            self._meter.add(self._name, self._called, self._begin, self._meter.mark(self._device))
-        if self._record is not None:
-            self._record.__exit__(kind, error, traceback)
-        if self._pushed:
+        if self.begin is not None and self.meter is not None:
+            self.meter.add(self.name, self.called, self.begin, self.meter.mark(self.device))
+        if self.record is not None:
+            self.record.__exit__(kind, error, traceback)
+        if _nsight.attached:
             _nsight.pop()
 
 
@@ -250,18 +245,16 @@ class Meter:
             phases[name] += following - moment
             inside[name] += busy.within(moment, following)
         phases.pop("", None)
-        count: dict[str, int] = defaultdict(int)
-        called_for: dict[str, float] = defaultdict(float)
+        called: dict[str, float] = defaultdict(float)
         for entry in calls:
-            count[entry.name] += 1
-            called_for[entry.name] += entry.end - entry.begin
+            called[entry.name] += entry.end - entry.begin
         ranges = _outside((entry for entry in entries if entry.thread == self._thread), busy)
         return Times(
             last - begin,
             dict(phases),
             dict(inside),
-            dict(count),
-            dict(called_for),
+            dict(Counter(entry.name for entry in calls)),
+            dict(called),
             ranges if self.detailed else {},
         )
 
