@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -35,8 +35,6 @@ _TAG = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """Resolves plain scalars by the core schema of YAML 1.2."""
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # without those of YAML 1.1
-
 
 class Dumper(yaml.SafeDumper):
     """Quotes text that either version of YAML would read as another type."""
@@ -45,6 +43,7 @@ class Dumper(yaml.SafeDumper):
         return True
 
 
+_Loader.yaml_implicit_resolvers = {}  # without those of YAML 1.1
 for _kind, (_pattern, _) in _SCALARS.items():
     for _class in (_Loader, Dumper):
         _class.add_implicit_resolver(_TAG + _kind, re.compile(rf"(?:{_pattern})\Z"), None)
