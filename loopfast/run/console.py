@@ -97,14 +97,15 @@ class Display:
         """
         self._note(metrics)
         if self._live is None or metrics.get("eval_reward") is not None:
-            self._line(self._summary(metrics))
+            self.message(self._summary(metrics))
 
     def image(self, image: Image.Image) -> None:
         """Shows the images of an evaluation, if the display can."""
 
     def message(self, text: str) -> None:
         """Shows a message on its own line."""
-        self._line(text)
+        if not self._quiet:
+            self._console.print(Text(text), soft_wrap=True)
 
     def warning(self, text: str) -> None:
         """Shows a warning on stderr, in quiet runs too."""
@@ -143,10 +144,6 @@ class Display:
     def _interactive(self) -> bool:
         return self._console.is_terminal and not self._console.is_dumb_terminal
 
-    def _line(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(Text(text), soft_wrap=True)
-
     def _facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         if self._quiet:
             return
@@ -160,10 +157,10 @@ class Display:
             self._console.print(Panel.fit(table, title=heading, title_align="left", border_style="dim"))
             return
         if title:
-            self._line(title)
+            self.message(title)
         width = max((len(name) for name, _ in rows), default=0)
         for name, value in rows:
-            self._line(f"  {name:<{width}}  {value}")
+            self.message(f"  {name:<{width}}  {value}")
 
     def _progress(self) -> RenderableType:
         left = self._seconds_left()
