@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from loopfast.config import EvaluationConfig
-from loopfast.distributed.group import ALONE, Group
+from loopfast.distributed.world import SINGLE_PROCESS, World
 from loopfast.evaluation.draw import draw
 from loopfast.prompts import Prompt
 from loopfast.reporting import image_grid
@@ -114,7 +114,7 @@ def evaluate(
     config: EvaluationConfig,
     *,
     between: Callable[[], None] = lambda: None,
-    group: Group = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Evaluation:
     """Draws ``config.images_per_prompt`` images of each prompt and scores them.
 
@@ -128,15 +128,15 @@ def evaluate(
             out.
         config: the section ``evaluation``.
         between: called before each batch; it may raise to stop.
-        group: the processes that evaluate together, each its share of the images; all know the result.
+        world: the processes that evaluate together, each its share of the images; all know the result.
     """
     chosen = list(prompts[: config.limit_prompts])
     samples = config.images_per_prompt
     drawn = [prompt for prompt in chosen for _ in range(samples)]
     seeds = row_seeds(config.seed, "evaluation", 0, list(range(len(chosen))), samples)
     preview = _spread(len(chosen), config.preview_images, samples)
-    own = group.part(len(drawn))
-    most = max(part.stop - part.start for part in group.parts(len(drawn)))
+    own = world.shard(len(drawn))
+    most = max(part.stop - part.start for part in world.shards(len(drawn)))
     calls = -(-most // sampler.microbatch)
     names: list[str] = []
     values: list[Tensor] = []
@@ -149,7 +149,7 @@ def evaluate(
                 values.append(torch.stack([scores.total, *scores.parts.values()], 1).double().cpu())
                 kept |= {i: images[i - rows.start].cpu() for i in preview if rows.start <= i < rows.stop}
     empty = torch.empty(0, 1 + len(names), dtype=torch.float64)
-    rewards = group.gather(torch.cat([empty, *values]), torch.arange(own.start, own.stop), len(drawn))
+    rewards = world.gather(torch.cat([empty, *values]), torch.arange(own.start, own.stop), len(drawn))
     items = [
         {
             "prompt": prompt.text,
@@ -160,7 +160,7 @@ def evaluate(
         }
         for prompt, seed, row in zip(drawn, seeds.tolist(), rewards.tolist(), strict=True)
     ]
-    pictures = _gathered(kept, preview, images, group)
+    pictures = _gathered(kept, preview, images, world)
     finite = rewards.isfinite().all(1)
     shown = [number for number, item in enumerate(preview) if finite[item]]
     position = finite.cumsum(0) - 1
@@ -172,13 +172,13 @@ def evaluate(
     )
 
 
-def _gathered(kept: dict[int, Tensor], preview: list[int], images: Tensor, group: Group) -> Tensor:
+def _gathered(kept: dict[int, Tensor], preview: list[int], images: Tensor, world: World) -> Tensor:
     """The preview's images of all processes; ``images`` are any, for their shape."""
     if not preview:
         return torch.empty(0)
     numbers = torch.tensor([preview.index(item) for item in kept], dtype=torch.int64)
     local = torch.stack(list(kept.values())) if kept else images[:0].cpu()
-    return group.gather(local, numbers, len(preview))
+    return world.gather(local, numbers, len(preview))
 
 
 def _spread(prompts: int, wanted: int, samples: int) -> list[int]:
