@@ -1,4 +1,4 @@
-"""Commands on what has been trained."""
+"""Commands for trained models and finished runs."""
 
 from __future__ import annotations
 

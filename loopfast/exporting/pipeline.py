@@ -1,4 +1,4 @@
-"""A diffusers pipeline with what a run has trained."""
+"""Loads an exported model into a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from loopfast.policies import load_family, load_scheduler
 
 
 def trained_pipeline(config: Config, exported: Path) -> Any:
-    """A diffusers pipeline with what a run has exported, on the CPU in ``model.dtype``.
+    """Loads a diffusers pipeline with a run's exported model, on the CPU in ``model.dtype``.
 
     Args:
-        config: the run.
-        exported: the folder of the whole pipeline, or of the LoRA, which goes into the base model then.
+        config: the run's configuration.
+        exported: the folder of the whole pipeline, or of the LoRA, which is loaded into the base model.
 
     Raises:
-        ConfigError: there is nothing yet, or the base model cannot be loaded.
+        ConfigError: the folder does not exist, or the base model cannot be loaded.
     """
     from diffusers import DiffusionPipeline
 

@@ -172,7 +172,7 @@ def make_schedule(sigmas: Tensor, noise_level: float, device: torch.device) -> _
 
 
 def _index(timesteps: Tensor, timestep: Tensor) -> Tensor:
-    """Where in `timesteps` ``[T]`` each timestep is, and T where it is none of them."""
+    """The position in `timesteps` ``[T]`` of each timestep, and T for an unknown one."""
     matches = timestep[:, None] == timesteps
     index = torch.where(matches.any(1), matches.int().argmax(1), len(timesteps))
     check_known(timestep, index, len(timesteps))
