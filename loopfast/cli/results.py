@@ -61,7 +61,7 @@ def sample(
     texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
     more: Annotated[
         list[str] | None,
-        typer.Option("--prompt", metavar="PROMPT", help="What to draw, too. May be given several times."),
+        typer.Option("--prompt", metavar="PROMPT", help="A further prompt. May be given several times."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -97,7 +97,7 @@ def sample(
 
         wanted += [prompt.text for prompt in load_prompts(prompts)]
     for text in wanted:
-        # bytes of a command line that are not UTF-8 come as these
+        # Python turns bytes of a command line that are not UTF-8 into these characters
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ConfigError(f"prompt {one_line(text)!r}: allowed: text in UTF-8")
     if not wanted:
@@ -294,15 +294,15 @@ def compare(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Also write the table and plots of the rewards there."
+            "--output", "-o", metavar="FOLDER", help="A folder for the tables and plots of the rewards."
         ),
     ] = None,
 ) -> None:
     """Show several runs side by side.
 
-    A row for each: algorithm, K, iterations, images, time, and of its evaluations each reward at the first, the last
-    and the best. Then what they reached on benchmarks (`loopfast benchmark`). With `--output` also as Markdown,
-    JSON and plots against iterations, images and seconds.
+    Each run has a row with its algorithm, K, iterations, images and time, and each reward at the first, the last and
+    the best evaluation. Tables of benchmarks follow (`loopfast benchmark`). `--output` also writes Markdown, JSON and
+    plots against iterations, images and seconds.
     """
     from loopfast.evaluation import compare_runs, comparison_tables
 
@@ -323,18 +323,18 @@ def export(
     to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Folder to write, empty or new.")],
     form: Annotated[
         Literal["lora", "full"] | None,
-        typer.Option("--format", help="An adapter, or a whole pipeline; default: what was trained."),
+        typer.Option("--format", help="An adapter, or a whole pipeline; default: the form that was trained."),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Add the adapter to the weights and write a whole pipeline.")
+        bool, typer.Option("--merge", help="Add the adapter to the weights, and write a whole pipeline.")
     ] = False,
     best: Annotated[
         bool,
-        typer.Option("--best", help="From the checkpoint with the best evaluation, not from the newest."),
+        typer.Option("--best", help="Export the checkpoint with the best evaluation, not the newest."),
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write what a run has trained in the form that diffusers opens, with a model card."""
+    """Write a run's trained model in diffusers' form, with a model card."""
     quiet_libraries()
     from loopfast.exporting import export_run
     from loopfast.run.console import Display
@@ -348,10 +348,12 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     picture: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also draw the run in one picture: before, after, and the reward."),
+        typer.Option(
+            metavar="FILE", help="Also draw the run in one picture: images before and after, and the reward."
+        ),
     ] = None,
 ) -> None:
-    """Write a run's `report.html`, also while it is going on."""
+    """Write a run's `report.html`, also before the run has finished."""
     from loopfast.reporting import run_picture, write_report
 
     if not (run / "config.yaml").is_file():

@@ -132,9 +132,8 @@ def _run_cells(summaries: Sequence[RunSummary]) -> _Cells:
         done = str(summary.iterations)
         if summary.iterations != summary.planned:
             done += f" of {summary.planned}"
-        k = str(summary.samples_per_prompt)
-        images, seconds = str(summary.images), _clock(summary.seconds)
-        rows.append([summary.label, summary.algorithm, k, done, images, seconds])
+        numbers = [str(summary.samples_per_prompt), done, str(summary.images), _clock(summary.seconds)]
+        rows.append([summary.label, summary.algorithm, *numbers])
     return ["run", "algorithm", "K", "iterations", "images", "wall time"], rows
 
 
@@ -196,17 +195,18 @@ def _summary(run: _Run) -> RunSummary:
         lines = run.evaluations(metric)
         best = max(lines, key=lambda line: float(line[metric]))
         rewards[name] = RewardSummary(lines[0][metric], lines[-1][metric], best[metric], best["iteration"])
+    files = sorted(run.folder.glob(f"benchmarks/*/{RESULTS}"))
     return RunSummary(
-        run.label,
-        str(run.folder),
-        run.config.algorithm.name,
-        run.config.algorithm.samples_per_prompt,
-        last.get("iteration", 0),
-        run.config.train.iterations,
-        int(last.get("images") or 0),
-        float(last.get("seconds") or 0.0),
-        rewards,
-        {file.parent.name: _benchmark(file) for file in sorted(run.folder.glob(f"benchmarks/*/{RESULTS}"))},
+        label=run.label,
+        folder=str(run.folder),
+        algorithm=run.config.algorithm.name,
+        samples_per_prompt=run.config.algorithm.samples_per_prompt,
+        iterations=last.get("iteration", 0),
+        planned=run.config.train.iterations,
+        images=int(last.get("images") or 0),
+        seconds=float(last.get("seconds") or 0.0),
+        rewards=rewards,
+        benchmarks={file.parent.name: _benchmark(file) for file in files},
     )
 
 
@@ -227,14 +227,12 @@ def _plots(runs: Sequence[_Run], output: Path) -> list[Path]:
         having = [run for run in runs if name in run.metrics()]
         if len(having) == 1 < len(runs):
             continue
-        curves = [
-            Curve(
-                run.label,
-                {axis: [float(line[axis]) for line in run.evaluations(run.metrics()[name])] for axis in AXES},
-                [float(line[run.metrics()[name]]) for line in run.evaluations(run.metrics()[name])],
-            )
-            for run in having
-        ]
+        curves = []
+        for run in having:
+            metric = run.metrics()[name]
+            lines = run.evaluations(metric)
+            x = {axis: [float(line[axis]) for line in lines] for axis in AXES}
+            curves.append(Curve(run.label, x, [float(line[metric]) for line in lines]))
         title = "total reward of evaluations" if name == "reward" else f"{name} of evaluations"
         file = output / ("reward.png" if name == "reward" else f"reward-{_file_name(name)}.png")
         files.append(reward_curves(curves, AXES, title, file))

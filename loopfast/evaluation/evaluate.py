@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,12 @@ class Evaluation:
     @property
     def reward(self) -> float:
         """The mean of the total reward."""
-        return _mean(item["reward"] for item in self.items)
+        return float(_means(self.items)["reward"])
 
     @property
     def parts(self) -> dict[str, float]:
         """The mean of each reward by name."""
-        return {name: _mean(item["parts"][name] for item in self.items) for name in self.items[0]["parts"]}
+        return dict(_means(self.items)["parts"])
 
     def metrics(self, *, dropped: bool) -> dict[str, float]:
         """The evaluation's metrics for an iteration's line; with ``dropped`` also the number of dropped images."""
@@ -61,26 +61,14 @@ class Evaluation:
 
     def by_category(self) -> dict[str, dict[str, Any]]:
         """The mean reward, the means of the parts and the number of images of each category."""
-        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        categories: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for item in self.items:
-            groups[item["category"]].append(item)
-        return {
-            category: {
-                "reward": _mean(item["reward"] for item in items),
-                "parts": {name: _mean(item["parts"][name] for item in items) for name in items[0]["parts"]},
-                "count": len(items),
-            }
-            for category, items in groups.items()
-        }
+            categories[item["category"]].append(item)
+        return {name: {**_means(items), "count": len(items)} for name, items in categories.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """All scores, in a form that JSON can hold."""
-        return {
-            "reward": self.reward,
-            "parts": self.parts,
-            "by_category": self.by_category(),
-            "items": self.items,
-        }
+        return {**_means(self.items), "by_category": self.by_category(), "items": self.items}
 
     def save(self, folder: Path, iteration: int, images: int) -> Image.Image | None:
         """Writes ``evaluation/iteration-N.json`` and pictures of the kept images.
@@ -189,6 +177,11 @@ def _spread(prompts: int, wanted: int, samples: int) -> list[int]:
     return [prompts * index // count * samples for index in range(count)]
 
 
-def _mean(values: Any) -> float:
-    numbers = list(values)
-    return math.fsum(numbers) / len(numbers)
+def _means(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean reward of items, and the mean of each part."""
+    return {
+        "reward": math.fsum(item["reward"] for item in items) / len(items),
+        "parts": {
+            name: math.fsum(item["parts"][name] for item in items) / len(items) for name in items[0]["parts"]
+        },
+    }

@@ -24,7 +24,7 @@ from loopfast.version import __version__
 PICTURE = "training.png"
 
 
-def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, whole: bool) -> Path:
+def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, full: bool) -> Path:
     """Writes the card. If the run kept images of two evaluations, it also draws the run in a picture.
 
     Args:
@@ -32,7 +32,7 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, w
         to: the folder of the exported model.
         config: the run's configuration.
         checkpoint: the exported checkpoint.
-        whole: a whole pipeline was exported, not an adapter.
+        full: a whole pipeline was exported, not an adapter.
 
     Returns:
         The card's file.
@@ -48,12 +48,12 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, w
         base=_public_name(config.model.pretrained),
         is_hub=_is_hub_name(config.model.pretrained),
         is_embedded=config.model.pretrained == "embedded",
-        places={} if whole else _places(config.model, to),
-        pipeline_class="DiffusionPipeline" if whole else _pipeline_class(config.model),
+        places={} if full else _places(config.model, to),
+        pipeline_class="DiffusionPipeline" if full else _pipeline_class(config.model),
         load_base=_load_base(config.model),
         sampled_with=_sampled_with(config),
-        whole=whole,
-        pixart=not whole and (to / "adapter_config.json").is_file(),
+        full=full,
+        pixart=not full and (to / "adapter_config.json").is_file(),
         config=config,
         flow=load_family(config.model).process == "flow",
         rewards=config.reward,
@@ -80,7 +80,7 @@ def _has_two_previews(run: Path) -> bool:
 
 
 def _places(model: ModelConfig, to: Path) -> dict[str, str]:
-    """The keys of the card's header for a base model that is not on the hub, with paths relative to the card's folder."""
+    """The header's keys for a base model that is not on the hub, with paths relative to the card's folder."""
     keys = {BASE: model.pretrained, BASE_CONFIG: model.config}
     found = {}
     for key, name in keys.items():

@@ -54,14 +54,14 @@ def export_run(
     checkpoint = _best(run) if best else newest_checkpoint(run, display)
     policy = policy_of(config, checkpoint)
     weights = trained_weights(checkpoint)
-    whole = merge or form == "full" or tune == "full"
+    full = merge or form == "full" or tune == "full"
     display.message(f"exporting {checkpoint.path}")
     with writing(to):
-        if whole:
+        if full:
             policy.export_merged(to, weights)
         else:
             policy.export(to, weights)
-        write_card(run, to, config, checkpoint, whole=whole)
+        write_card(run, to, config, checkpoint, full=full)
     return to
 
 
