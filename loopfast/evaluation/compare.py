@@ -16,6 +16,7 @@ from loopfast.evaluation.benchmark.results import RESULTS, read_results
 from loopfast.evaluation.models import run_config
 from loopfast.reporting import Curve, reward_curves
 from loopfast.reporting.tables import plain_table
+from loopfast.run.console import clock
 from loopfast.run.tracking import read_metrics
 from loopfast.system.files import write_file, writing
 
@@ -132,8 +133,9 @@ def _run_cells(summaries: Sequence[RunSummary]) -> _Cells:
         done = str(summary.iterations)
         if summary.iterations != summary.planned:
             done += f" of {summary.planned}"
-        numbers = [str(summary.samples_per_prompt), done, str(summary.images), _clock(summary.seconds)]
-        rows.append([summary.label, summary.algorithm, *numbers])
+        k, images = str(summary.samples_per_prompt), str(summary.images)
+        seconds = clock(summary.seconds, hours=True)
+        rows.append([summary.label, summary.algorithm, k, done, images, seconds])
     return ["run", "algorithm", "K", "iterations", "images", "wall time"], rows
 
 
@@ -258,9 +260,3 @@ def _summary_text(reward: RewardSummary | None) -> str:
     if reward is None:
         return "-"
     return f"{reward.first:.3f} → {reward.last:.3f} ({reward.best:.3f} at {reward.best_iteration})"
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"
