@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -159,7 +160,8 @@ def reward(run: RunRecord) -> dict[str, Any] | None:
     return {"wide": wide, "narrow": narrow, "legend": legend, "note": note}
 
 
-class _Category(NamedTuple):
+@dataclass(frozen=True)
+class _Category:
     """A row of the table. ``values`` holds (before, after) of the reward and then of each part."""
 
     name: str
