@@ -27,10 +27,10 @@ from loopfast.training.callbacks import Callback, call_back
 from loopfast.training.checks import check_ratio, explained, warn_of_overflows
 from loopfast.training.collect import collect
 from loopfast.training.facts import announce, conclude
-from loopfast.training.given import Given
 from loopfast.training.loss import PolicyLoss, compare
 from loopfast.training.measure import evaluated, record
 from loopfast.training.metrics import iteration_metrics
+from loopfast.training.objects import ProgramObjects
 from loopfast.training.pairs import Pairs, update_pairs
 from loopfast.training.probe import fit_training_calls
 from loopfast.training.run import Run
@@ -54,7 +54,7 @@ def train(
     *,
     resume: str | None = None,
     display: Display,
-    given: Given | None = None,
+    objects: ProgramObjects | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Path:
     """Trains a policy as a configuration says, together with the other processes of its launch, if any.
@@ -64,7 +64,7 @@ def train(
         resume: None for a new run, ``auto`` for its newest good checkpoint, or a checkpoint's path. A resumed run
             continues as if it had not stopped. A launch that ``torchrun`` has started anew goes on with its run.
         display: where progress is shown, by the first process.
-        given: objects of a Python program that the configuration has names for.
+        objects: objects of a Python program that the configuration has names for.
         callbacks: called after every iteration.
 
     Returns:
@@ -74,7 +74,7 @@ def train(
         LoopfastError: the run cannot start or go on; the message says why. What was saved stays.
         Interrupted: a signal stopped the run, which is saved.
     """
-    with start(config, resume, display, given) as (run, state):
+    with start(config, resume, display, objects) as (run, state):
         run.callbacks = callbacks
         with saved_on_failure(run, state):
             announce(run, state)
