@@ -62,7 +62,7 @@ class Scoring:
         self._rewards = (
             RewardProcess(config.reward, tf32=config.model.tf32)
             if worker == "process"
-            else build_rewards(config.reward, whole=worker == "none", functions=functions)
+            else build_rewards(config.reward, full_batch=worker == "none", functions=functions)
         )
         self._thread = RewardThread(self.score)
         self.iteration = 0

@@ -139,10 +139,10 @@ def test_a_reward_that_may_compare_images_is_not() -> None:
     with pytest.raises(
         RewardMemoryError, match=r"a call with 5 image\(s\) .* rollout.reward_worker other than none"
     ):
-        RewardSet(terms(score), whole=True).score(images(), PROMPTS)
+        RewardSet(terms(score), full_batch=True).score(images(), PROMPTS)
     assert score.calls == [5]
     # what a model gives does not depend on the other images
-    assert RewardSet(terms(pretrained(Brightness(2))), whole=True).score(images(), PROMPTS).total[4] == 1
+    assert RewardSet(terms(pretrained(Brightness(2))), full_batch=True).score(images(), PROMPTS).total[4] == 1
 
 
 def test_what_is_wrong_in_a_later_call_has_its_place_in_the_batch() -> None:
