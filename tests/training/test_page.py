@@ -500,7 +500,7 @@ def test_what_was_trained_is_exported_with_a_report(
         iterate(toy.run, toy.state)
     export(toy.run, toy.state)
     exported = load_file(toy.run.folder.path / name / "toy.safetensors")
-    with toy.run.engine.averaged():
+    with toy.run.engine.ema_weights():
         assert same(exported, toy.weights)
     assert same(exported, toy.weights) == ("train.ema_decay=0.9" not in overrides)
     assert "<html" in (toy.run.folder.path / "report.html").read_text("utf-8")

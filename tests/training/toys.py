@@ -58,7 +58,7 @@ class ToyPolicy:
         self.prompt = torch.nn.Parameter(0.3 * torch.randn(4, dtype=kept))
         self._initial = [self.weight.detach().clone(), self.prompt.detach().clone()]
         self._inside_reference = False
-        self.levers: dict[str, bool | str] = {"attention": "none"}
+        self.performance_options: dict[str, bool | str] = {"attention": "none"}
         self.text_limits: tuple[TextLimit, ...] = ()
         self.batches: list[int] = []
         self.outputs: list[Tensor] = []
