@@ -128,7 +128,7 @@ def train(
         changes["prompts"] = prompts if isinstance(prompts, Mapping) else {"source": prompts}
     if model is not None:
         changes["model"] = model if isinstance(model, Mapping) else {"pretrained": model}
-    found, given = configured(config, changes, overrides)
+    found, objects = configured(config, changes, overrides)
     shown = display or (NotebookDisplay(quiet) if in_notebook() else Display(quiet))
     with undisturbed(), shown:
         try:
@@ -136,7 +136,7 @@ def train(
                 found,
                 resume=None if resume is None else str(resume),
                 display=shown,
-                given=given,
+                objects=objects,
                 callbacks=tuple(callbacks),
             )
         except RunExistsError as error:
