@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(bad: float) -> None:
 
 
 def large(policy_seed: int, **options: Any) -> tuple[LocalEngine, dict[str, torch.nn.Parameter]]:
-    """An engine of a parameter of over 4,096 elements, whose moments bitsandbytes keeps in 8 bits, and a smaller one."""
+    """An engine of a small parameter and one of over 4,096 elements, whose moments bitsandbytes keeps in 8 bits."""
     generator = torch.Generator().manual_seed(policy_seed)
     parameters = {
         "layer.weight": torch.nn.Parameter(torch.randn(64, 65, generator=generator)),
