@@ -35,7 +35,9 @@ def collect(run: Run, state: TrainState, batch: Batch) -> Rollout:
     if run.config.trajectories.device == "host":
         trajectories = trajectories.to_host()
     trajectories, scores = gathered(run.world, trajectories, scores, len(batch.seeds))
-    rollout = Rollout(trajectories, *run.scoring.rewards(scores, batch.texts, run.trained_per_trajectory))
+    updates = run.config.train.updates_per_iteration
+    rewards, kept = run.scoring.rewards(scores, batch.texts, run.trained_per_trajectory, updates)
+    rollout = Rollout(trajectories, rewards, kept)
     state.metrics |= rollout_metrics(scores, rollout, count_dropped=run.drops_bad_rewards)
     state.images += len(batch.seeds)
     return rollout
