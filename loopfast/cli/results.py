@@ -58,7 +58,7 @@ def sample(
             help="A run's folder, an exported LoRA's, a pipeline's, embedded, or a hub name.",
         ),
     ],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts to draw.")] = None,
     more: Annotated[
         list[str] | None,
         typer.Option("--prompt", metavar="PROMPT", help="A further prompt. May be given several times."),
