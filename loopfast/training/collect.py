@@ -62,18 +62,12 @@ def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Traj
             seeds,
             schedule=schedule,
             between=run.check_stop,
-            calls=_calls(run.world, len(batch.seeds), rows),
+            calls=run.world.calls(len(batch.seeds), rows),
         )
         with closing(sampling):
             for part in sampling:
                 scorer.submit(trajectories.final[part], prompts[part])
         return trajectories, scorer.result()
-
-
-def _calls(world: World, count: int, rows: int) -> int:
-    """Returns the number of model calls for ``count`` rows of all ranks. Every rank makes as many."""
-    most = max(part.stop - part.start for part in world.shards(count))
-    return -(-most // rows)
 
 
 def gathered(
