@@ -205,13 +205,11 @@ def _call(
 
 def _as_tensor(found: object) -> Tensor | None:
     """Converts what a reward returned to a tensor of real numbers of any shape; None if that is not possible."""
-    if isinstance(found, list | tuple):
-        try:
-            numbers = [None if isinstance(item, str | bytes) else float(item) for item in found]
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            return None
-        return None if None in numbers else torch.tensor(numbers, dtype=torch.float64)
     try:
+        if isinstance(found, list | tuple):
+            if any(isinstance(item, str | bytes) for item in found):
+                return None
+            return torch.tensor([float(item) for item in found], dtype=torch.float64)
         values = found.detach() if isinstance(found, Tensor) else torch.as_tensor(found)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loopfast.rewards.base import Reward
-from loopfast.rewards.models.clip import clip_similarity
+from loopfast.rewards.models.clip_score import clip_similarity
 from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, number, placement
 from loopfast.rewards.models.sources import require_folder
 from loopfast.rewards.models.weights import load_pretrained
