@@ -23,7 +23,7 @@ _PROMPT_LENGTH = 60
 
 
 class CountError(RewardError):
-    """Raised by a reward that has received another number of scores than it asked for."""
+    """A wrong number of scores that a reward has received from elsewhere."""
 
 
 class Reward(Protocol):
@@ -219,7 +219,7 @@ def _as_tensor(found: object) -> Tensor | None:
 def _finite(
     name: str, values: Tensor, prompts: Sequence[str], among: Tensor | None = None
 ) -> tuple[Tensor, RewardError | None]:
-    """Replaces values that are not finite by NaN, and returns the error about them, or about those in ``among``."""
+    """Replaces values that are not finite by NaN; returns them with an error about those in ``among`` (None: all)."""
     bad = ~values.isfinite()
     at_fault = (bad if among is None else bad & among).nonzero().flatten().tolist()
     if not at_fault:

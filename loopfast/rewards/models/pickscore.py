@@ -1,4 +1,4 @@
-"""PickScore: which of two images of a prompt people prefer (Kirstain et al., arXiv 2305.01569)."""
+"""PickScore: human preference between images of a prompt (Kirstain et al., arXiv 2305.01569)."""
 
 from __future__ import annotations
 
