@@ -115,7 +115,7 @@ def numeracy(
 ) -> Reward:
     """Score of the objects that the prompt counts, in [0, 1]: whether they are in the image, and in that number.
 
-    The objects are read from the metadata's ``objects``, such as ``{zebra: 2}``, if it is there, else from the prompt.
+    The objects are read from the metadata's ``objects``, such as ``{zebra: 2}``, if given, else from the prompt.
     A prompt that counts no known object is an error.
 
     Args:
@@ -126,9 +126,6 @@ def numeracy(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per model call.
-
-    Raises:
-        ConfigError: an option is not allowed, or the weights cannot be used.
     """
     place = placement("numeracy", device, dtype, batch_size)
     check_threshold("numeracy", threshold)

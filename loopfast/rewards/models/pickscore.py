@@ -1,9 +1,9 @@
-"""PickScore: which of two images of a prompt people prefer (Kirstain et al., arXiv 2305.01569)."""
+"""PickScore: human preference between images of a prompt (Kirstain et al., arXiv 2305.01569)."""
 
 from __future__ import annotations
 
 from loopfast.rewards.base import Reward
-from loopfast.rewards.models.clip import clip_similarity
+from loopfast.rewards.models.clip_score import clip_similarity
 from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, number, placement
 from loopfast.rewards.models.sources import require_folder
 from loopfast.rewards.models.weights import load_pretrained
@@ -28,7 +28,7 @@ def pickscore(
             laion/CLIP-ViT-H-14-laion2B-s32B-b79K; null takes those that come with the weights.
         scale: a further factor; Flow-GRPO divides by 26, which is 0.03846.
         revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
+        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16.
         batch_size: images per model call.
     """

@@ -182,7 +182,7 @@ def spatial(
     """Score of two objects that are left, right, on top, below or near each other as the prompt says, in [0, 1].
 
     The relation is read from the metadata's ``relation``, such as ``[cat, left, dog]``, with left, right, top, bottom
-    or near, if it is there, else from the prompt. A prompt without a relation is an error.
+    or near, if given, else from the prompt. A prompt without a relation is an error.
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
@@ -191,9 +191,6 @@ def spatial(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per model call.
-
-    Raises:
-        ConfigError: an option is not allowed, or the weights cannot be used.
     """
     place = placement("spatial", device, dtype, batch_size)
     check_threshold("spatial", threshold)
@@ -228,8 +225,8 @@ def spatial_3d(
 ) -> Reward:
     """Score of one object that is in front of, behind or hidden by the other as the prompt says, in [0, 1].
 
-    The relation is read from the metadata's ``relation``, such as ``[cat, front, dog]``, with front or behind, if it is
-    there, else from the prompt. A prompt without a relation is an error.
+    The relation is read from the metadata's ``relation``, such as ``[cat, front, dog]``, with front or behind, if
+    given, else from the prompt. A prompt without a relation is an error.
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
@@ -239,9 +236,6 @@ def spatial_3d(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per model call.
-
-    Raises:
-        ConfigError: an option is not allowed, or the weights cannot be used.
     """
     place = placement("spatial_3d", device, dtype, batch_size)
     check_threshold("spatial_3d", threshold)
