@@ -77,7 +77,7 @@ class TrainedRun:
             ConfigError: the run has not exported a model yet, or its base model cannot be loaded.
         """
         with undisturbed():
-            return trained_pipeline(self.config, self.model)
+            return trained_pipeline(self.config.model, self.model)
 
 
 def train(
@@ -128,7 +128,7 @@ def train(
         changes["prompts"] = prompts if isinstance(prompts, Mapping) else {"source": prompts}
     if model is not None:
         changes["model"] = model if isinstance(model, Mapping) else {"pretrained": model}
-    found, given = configured(config, changes, overrides)
+    found, objects = configured(config, changes, overrides)
     shown = display or (NotebookDisplay(quiet) if in_notebook() else Display(quiet))
     with undisturbed(), shown:
         try:
@@ -136,7 +136,7 @@ def train(
                 found,
                 resume=None if resume is None else str(resume),
                 display=shown,
-                given=given,
+                objects=objects,
                 callbacks=tuple(callbacks),
             )
         except RunExistsError as error:

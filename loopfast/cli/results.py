@@ -1,4 +1,4 @@
-"""The commands on trained models."""
+"""Commands for trained models and finished runs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def sample(
     texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts to draw.")] = None,
     more: Annotated[
         list[str] | None,
-        typer.Option("--prompt", metavar="PROMPT", help="One more prompt. May be given several times."),
+        typer.Option("--prompt", metavar="PROMPT", help="A further prompt. May be given several times."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -97,7 +97,7 @@ def sample(
 
         wanted += [prompt.text for prompt in load_prompts(prompts)]
     for text in wanted:
-        # Python replaces bytes of a command line that are not UTF-8 by these
+        # Python turns bytes of a command line that are not UTF-8 into these characters
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ConfigError(f"prompt {one_line(text)!r}: allowed: text in UTF-8")
     if not wanted:
@@ -292,18 +292,15 @@ def compare(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output",
-            "-o",
-            metavar="FOLDER",
-            help="Also write the table and plots of the rewards to FOLDER.",
+            "--output", "-o", metavar="FOLDER", help="A folder for the tables and plots of the rewards."
         ),
     ] = None,
 ) -> None:
     """Compare several runs.
 
-    The first table has one row per run: algorithm, K, iterations, images, time, and each reward in the first, the last
-    and the best evaluation. A second table has their benchmarks (`loopfast benchmark`). `--output` also writes
-    Markdown, JSON, and plots against iterations, images and seconds.
+    Each run has a row with its algorithm, K, iterations, images and time, and each reward at the first, the last and
+    the best evaluation. Tables of benchmarks follow (`loopfast benchmark`). `--output` also writes Markdown, JSON and
+    plots against iterations, images and seconds.
     """
     from loopfast.evaluation import compare_runs, comparison_tables
 
@@ -324,21 +321,18 @@ def export(
     to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="New or empty folder to write.")],
     form: Annotated[
         Literal["lora", "full"] | None,
-        typer.Option(
-            "--format",
-            help="An adapter (lora) or a whole pipeline (full); default: the form that was trained.",
-        ),
+        typer.Option("--format", help="An adapter, or a whole pipeline; default: the form that was trained."),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Merge the adapter into the weights, and write a whole pipeline.")
+        bool, typer.Option("--merge", help="Add the adapter to the weights, and write a whole pipeline.")
     ] = False,
     best: Annotated[
         bool,
-        typer.Option("--best", help="Use the checkpoint with the best evaluation, not the newest one."),
+        typer.Option("--best", help="Export the checkpoint with the best evaluation, not the newest."),
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the trained model in the format of diffusers, with a model card."""
+    """Write a run's trained model in diffusers' form, with a model card."""
     quiet_libraries()
     from loopfast.exporting import export_run
     from loopfast.run.console import Display
@@ -353,11 +347,11 @@ def report(
     picture: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Also write a picture of the run: images before and after, and the reward."
+            metavar="FILE", help="Also draw the run in one picture: images before and after, and the reward."
         ),
     ] = None,
 ) -> None:
-    """Write a run's `report.html`, also while the run continues."""
+    """Write a run's `report.html`, also before the run has finished."""
     from loopfast.reporting import run_picture, write_report
 
     if not (run / "config.yaml").is_file():

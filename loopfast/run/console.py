@@ -137,7 +137,7 @@ class Display:
         if metrics.get("eval_reward") is not None:
             parts.append(f"held-out {float(metrics['eval_reward']):.3f}")
         if self._live is None and (left := self._seconds_left()) is not None:
-            parts.append(f"{_clock(left)} left")
+            parts.append(f"{clock(left)} left")
         return "  ".join(parts)
 
     @property
@@ -172,7 +172,7 @@ class Display:
         bar.add_row(
             Text(f"{self._completed}/{self._total}", style="bold"),
             ProgressBar(total=max(self._total, 1), completed=self._completed, complete_style="cyan"),
-            Text(f"{_clock(elapsed)} so far" if left is None else f"{_clock(left)} left"),
+            Text(f"{clock(elapsed)} so far" if left is None else f"{clock(left)} left"),
         )
         status = Text(no_wrap=True, overflow="ellipsis")
         status.append(f"{self._phase or 'starting':<10}", style="cyan")
@@ -202,7 +202,8 @@ def _spread(metrics: Mapping[str, Any]) -> str:
     return mean if std is None else f"{mean} ± {float(std):.3f}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float, *, hours: bool = False) -> str:
+    """A duration as ``minutes:seconds``, with the hours in front if there are any, or always with ``hours``."""
     minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}" if hour or hours else f"{minute}:{second:02d}"
