@@ -194,6 +194,15 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float) -> None:
+    group = optimizer.param_groups[0]
+    group["lr"] = learning_rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+
+
 def train_autoencoder(vae: AutoencoderKL, recipe: Recipe, report: Report) -> None:
     """Fits the autoencoder to faithful pictures and sets its ``scaling_factor``."""
     rng = random.Random(recipe.seed + 1)
@@ -204,16 +213,12 @@ def train_autoencoder(vae: AutoencoderKL, recipe: Recipe, report: Report) -> Non
     started = time.perf_counter()
     for step in range(recipe.autoencoder_steps):
         factor = cosine(step, recipe.autoencoder_steps, recipe.warmup_steps)
-        optimizer.param_groups[0]["lr"] = recipe.autoencoder_learning_rate * factor
         batch = data[torch.randint(len(data), (recipe.autoencoder_batch,))]
         posterior = vae.encode(batch).latent_dist
         restored = vae.decode(posterior.sample()).sample
         error = F.mse_loss(restored, batch)
         loss = error + 1e-6 * posterior.kl().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        _step(optimizer, loss, recipe.autoencoder_learning_rate * factor)
         if step % 250 == 249:
             report(
                 f"autoencoder {step + 1}/{recipe.autoencoder_steps}  mse {error.item():.2e}"
@@ -254,9 +259,6 @@ def train_denoiser(pipeline: StableDiffusionPipeline, recipe: Recipe, report: Re
     modules.train()
     started, running = time.perf_counter(), 0.0
     for step in range(recipe.steps):
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate * cosine(
-            step, recipe.steps, recipe.warmup_steps
-        )
         rows = torch.randint(len(latents), (recipe.batch,))
         clean, ids = latents[rows], tokens[rows]
         dropped = torch.rand(recipe.batch, 1) < recipe.caption_dropout
@@ -266,10 +268,7 @@ def train_denoiser(pipeline: StableDiffusionPipeline, recipe: Recipe, report: Re
         noisy = scheduler.add_noise(clean, noise, timestep)
         embeddings = text_encoder(ids)[0]
         loss = F.mse_loss(unet(noisy, timestep, embeddings).sample, noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        _step(optimizer, loss, recipe.learning_rate * cosine(step, recipe.steps, recipe.warmup_steps))
         decay = min(recipe.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in parameters], 1 - decay)
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
@@ -372,14 +371,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="updates of the denoiser")
     parser.add_argument("--autoencoder-steps", type=int, default=Recipe.autoencoder_steps)
     parser.add_argument("--images", type=int, default=Recipe.images, help="pictures in the training set")
-    arguments = parser.parse_args()
-    recipe = Recipe(
-        seed=arguments.seed,
-        steps=arguments.steps,
-        autoencoder_steps=arguments.autoencoder_steps,
-        images=arguments.images,
-    )
-    pretrain(recipe, arguments.output, lambda line: print(line, flush=True))
+    settings = vars(parser.parse_args())
+    output = settings.pop("output")
+    pretrain(Recipe(**settings), output, lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def place(items: Sequence[Item], relation: str | None, rng: random.Random) -> li
 
 
 def apart(scene: Sequence[Placed], gap: float = 2.0) -> list[Placed]:
-    """Shrinks the objects of a scene of two until the gap between them is ``gap`` pixels."""
+    """Shrinks the objects of a scene of two as far as a gap of ``gap`` pixels between them needs."""
     if len(scene) != 2:
         return list(scene)
     first, second = scene

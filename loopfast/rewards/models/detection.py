@@ -82,7 +82,7 @@ def without_overlaps(found: Sequence[Detection], same: float = _SAME_OBJECT) -> 
 
 
 class Detector:
-    """Finds objects by their names.
+    """A detector that finds objects by their names.
 
     Args:
         place: device and type of the model.
