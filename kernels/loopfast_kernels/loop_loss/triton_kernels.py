@@ -4,8 +4,8 @@ A row that one program can keep in registers is read once: the program scores it
 residuals it still has. A larger row takes three launches: tiles leave partial sums, one program for each row finishes
 them, tiles write the gradients.
 
-Kernels take their pointers in tuples; the comments in the tuples' classes have the shapes. ``E`` is the number of
-elements of a row, and a pointer that is not given is None.
+Kernels take their pointers in tuples. A comment beside a pointer has its shape, where ``E`` is the number of elements
+of a row; a pointer that is not given is None.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -85,7 +85,7 @@ class Group(NamedTuple):
     advantage_scale: Tensor  # float32 []
     samples: int  # K
     factor: float  # K / (K - 1)
-    limit: float | None  # of an advantage's magnitude
+    advantage_clip: float | None
 
 
 class Weights(NamedTuple):
@@ -166,8 +166,8 @@ def leave_one_out_advantage(group, row, GROUP_BLOCK: tl.constexpr):
     first, mean = load_group(group.rewards, at // group.samples, group.samples, GROUP_BLOCK)
     relative = tl.load(group.rewards + at) - first - mean
     advantage = relative * group.factor * tl.load(group.advantage_scale)
-    if group.limit is not None:
-        advantage = clamp(advantage, group.limit)
+    if group.advantage_clip is not None:
+        advantage = clamp(advantage, group.advantage_clip)
     return advantage
 
 
@@ -241,13 +241,13 @@ def finish_row(
 
 @triton.jit
 def loss_kernel(
-    gradients,
-    transition,
-    latents,
-    results,
+    gradients,  # Gradients
+    transition,  # Transition
+    latents,  # Latents
+    results,  # RowResults
     old_logprob,  # float32 [N]
-    group,
-    weights,
+    group,  # Group or None
+    weights,  # Weights
     elements,
     GROUP_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -272,8 +272,8 @@ def loss_kernel(
 def loss_partials_kernel(
     partials,  # float32 [N, columns]
     shift_partials,  # float32 [N, columns] or None
-    transition,
-    latents,
+    transition,  # Transition
+    latents,  # Latents
     elements,
     TILE: tl.constexpr,
 ):
@@ -291,11 +291,11 @@ def finish_kernel(
     factors,  # float32 [N, 2]
     partials,  # float32 [N, COLUMNS]
     shift_partials,  # float32 [N, COLUMNS] or None
-    results,
-    transition,
+    results,  # RowResults
+    transition,  # Transition
     old_logprob,  # float32 [N]
-    group,
-    weights,
+    group,  # Group or None
+    weights,  # Weights
     GROUP_BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -315,10 +315,10 @@ def finish_kernel(
 
 @triton.jit
 def loss_gradients_kernel(
-    gradients,
+    gradients,  # Gradients
     factors,  # float32 [N, 2]
-    transition,
-    latents,
+    transition,  # Transition
+    latents,  # Latents
     elements,
     TILE: tl.constexpr,
 ):
@@ -514,7 +514,7 @@ def loop_loss(
         advantage_scale=rewards.advantage_scale.float(),
         samples=samples,
         factor=leave_one_out_factor(samples),
-        limit=rewards.advantage_clip,
+        advantage_clip=rewards.advantage_clip,
     )
     advantage = torch.empty(trajectory.shape, dtype=torch.float32, device=trajectory.device)
     return _loss(transition, prev_sample, old_logprob, advantage, group, options)
