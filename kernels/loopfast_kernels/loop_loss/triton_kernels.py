@@ -66,7 +66,7 @@ class Latents(NamedTuple):
 
 
 class RowResults(NamedTuple):
-    """The results of a row that a kernel writes; `advantage` is read where there are no rewards."""
+    """The results of a row that a kernel writes; without rewards, `advantage` is read instead."""
 
     objective: Tensor  # float32 [N]
     logprob: Tensor  # float32 [N]
@@ -143,7 +143,7 @@ def store_gradients(
 def power_of_two(magnitude):
     """Returns the largest power of two not above a number, from 2^-126 to 2^126, and its inverse.
 
-    Both are 1 for 0 and for what is not finite. The exponent is read from the bits of the float32.
+    Both are 1 for 0 and for a number that is not finite. The exponent is read from the bits of the float32.
     """
     exponent = (magnitude.to(tl.int32, bitcast=True) >> 23) - 127
     proper = (magnitude > 0.0) & (exponent < 128)
@@ -252,7 +252,7 @@ def loss_kernel(
     GROUP_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Handles a whole row: its sums, what follows from them and the gradients, from one read of the inputs."""
+    """Computes a whole row: its sums, its results and the gradients, from one read of the inputs."""
     row = tl.program_id(0).to(tl.int64)
     residual, shift = load_residual(transition, latents, row, 0, elements, TILE)
     squares = total(tl.reshape(residual * residual, (TILE.padded,)), TILE.padded)
