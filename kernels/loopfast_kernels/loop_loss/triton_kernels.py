@@ -174,7 +174,8 @@ def leave_one_out_advantage(group, row, GROUP_BLOCK: tl.constexpr):
 @triton.jit
 def finish_row(
     results,
-    transition,
+    table,  # float32 [T, 3]
+    step,  # int64 [N]
     old_logprob,  # float32 [N]
     group,
     weights,
@@ -192,7 +193,7 @@ def finish_row(
     Returns:
         The gradient's factors of residual and shift, divided by the row's scale.
     """
-    _, _, sigma, _, slope = load_coefficients(transition.table, tl.load(transition.step + row))
+    _, _, sigma, _, slope = load_coefficients(table, tl.load(step + row))
     reduction = weights.reduction
     logprob = gaussian_logprob(squares, sigma, reduction)
     if group is None:
@@ -260,7 +261,16 @@ def loss_kernel(
     if latents.reference_output is not None:
         shift_squares = total(tl.reshape(shift * shift, (TILE.padded,)), TILE.padded)
     by_residual, by_shift = finish_row(
-        results, transition, old_logprob, group, weights, row, squares, shift_squares, GROUP_BLOCK
+        results,
+        transition.table,
+        transition.step,
+        old_logprob,
+        group,
+        weights,
+        row,
+        squares,
+        shift_squares,
+        GROUP_BLOCK,
     )
     by_output = by_residual * residual
     if latents.reference_output is not None:
@@ -292,7 +302,8 @@ def finish_kernel(
     partials,  # float32 [N, COLUMNS]
     shift_partials,  # float32 [N, COLUMNS] or None
     results,  # RowResults
-    transition,  # Transition
+    table,  # float32 [T, 3]
+    step,  # int64 [N]
     old_logprob,  # float32 [N]
     group,  # Group or None
     weights,  # Weights
@@ -307,7 +318,7 @@ def finish_kernel(
     if shift_partials is not None:
         shift_squares = total(tl.load(shift_partials + row * COLUMNS + column), COLUMNS)
     by_residual, by_shift = finish_row(
-        results, transition, old_logprob, group, weights, row, squares, shift_squares, GROUP_BLOCK
+        results, table, step, old_logprob, group, weights, row, squares, shift_squares, GROUP_BLOCK
     )
     tl.store(factors + row * 2, by_residual)
     tl.store(factors + row * 2 + 1, by_shift)
@@ -457,7 +468,8 @@ def _loss(
             partials,
             None if shift_partials is None else shorten(shift_partials),
             results,
-            transition,
+            transition.table,
+            transition.step,
             old_logprob,
             group,
             weights,
