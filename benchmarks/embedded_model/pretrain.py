@@ -1,4 +1,4 @@
-"""Makes the embedded model from nothing: ``python -m loopfast.embedded.pretrain --output DIR``.
+"""Makes the embedded model from nothing: ``python -m benchmarks.embedded_model.pretrain --output DIR``.
 
 Three stages: an autoencoder on faithful pictures; a text encoder and a UNet, trained together on pictures that do not
 always show what their caption says (`defective`), so that the model binds attributes imperfectly; and the measurement
@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
 from pathlib import Path
 
 import diffusers
@@ -28,14 +27,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.embedded_model.tokenizer import MAX_LENGTH, write_tokenizer
+from loopfast.embedded import world
+from loopfast.embedded.detector import exact, score
+from loopfast.embedded.render import place, render
+from loopfast.embedded.world import CATEGORIES, COLORS, SHAPES, TEXTURED_SHAPES, TEXTURES, Caption, Item
 from loopfast.policies.portable import save_portable
 from loopfast.system.streams import open_streams
-
-from . import world
-from .detector import exact, score
-from .render import place, render
-from .tokenizer import MAX_LENGTH, write_tokenizer
-from .world import CATEGORIES, COLORS, SHAPES, TEXTURED_SHAPES, TEXTURES, Caption, Item
 
 
 @dataclass(frozen=True)
@@ -342,7 +340,7 @@ def model_card(
         name: sum(p.numel() for p in getattr(pipeline, name).parameters()) / 1e6
         for name in ("unet", "vae", "text_encoder")
     }
-    template = resources.files("loopfast.embedded") / "model_card.md.jinja"
+    template = Path(__file__).with_name("model_card.md.jinja")
     return jinja2.Template(template.read_text("utf-8"), keep_trailing_newline=True).render(
         sizes=sizes,
         total=sum(sizes.values()),
@@ -364,7 +362,7 @@ def main() -> None:
     """Runs the command line of this module."""
     open_streams(keep_going=True)
     parser = argparse.ArgumentParser(
-        prog="python -m loopfast.embedded.pretrain", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.embedded_model.pretrain", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write the pipeline to")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
