@@ -1,11 +1,9 @@
-"""From a diffusers scheduler to the table of transitions the ops work on.
+"""Computes the table of transitions that the ops work on from a diffusers scheduler.
 
-Every first-order stochastic sampler draws ``x_{t-1} ~ N(a x_t + b m, sigma^2)`` with three numbers per step.
-They are worked out here, once, in float64; nothing downstream knows which scheduler or prediction type they
-came from.
+Every first-order stochastic sampler draws ``x_{t-1} ~ N(a x_t + b m, sigma^2)`` with three numbers per step. They are
+computed here, once, in float64; no other code depends on the scheduler or the prediction type.
 
-Only torch is imported: schedulers are recognized by the name of their class and read through their
-configuration.
+Only torch is imported: schedulers are recognized by the name of their class and read through their configuration.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -25,64 +23,94 @@ from loopfast.errors import short
 from loopfast.system.memory import to_device
 
 AUTO_SENSITIVITY_LIMIT = 8.0
-"""``auto`` leaves out the steps whose sensitivity is above this many times the median."""
+"""``auto`` skips the steps whose sensitivity is above this multiple of the median."""
 
 _DDIM = "DDIMScheduler"
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 
-_OFF = (None, False)
-_NONLINEAR = "makes the mean nonlinear in the model output"
-_OTHER_PROCESS = "is of another process than the diffusion that DDIM samples"
+_Rule = tuple[Callable[[Any], bool], str]
+"""A test of an option's value, and what is wrong with a value that fails it."""
 
-# Of the schedulers of the diffusion process, options that change what DDIM would sample: the values that do not, and
-# what is wrong with others.
-_DIFFUSION_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
-    "clip_sample": (_OFF, _NONLINEAR),
-    "thresholding": (_OFF, _NONLINEAR),
+
+def _one_of(*allowed: object) -> Callable[[Any], bool]:
+    return lambda value: value in allowed
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(least: int, most: int = 100_000) -> _Rule:
+    def fits(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    return fits, f"is not a whole number from {least} to {most:,}"
+
+
+_OFF = _one_of(None, False)
+_NONLINEAR = _OFF, "makes the mean nonlinear in the model output"
+_OTHER_PROCESS = _OFF, "is of another process than the diffusion that DDIM samples"
+_UNKNOWN = _OFF, "is not known here; remove it if the process is the same without it"
+_SWITCH = (lambda value: value is None or isinstance(value, bool)), "is not true, false or null"
+_BETA = (lambda value: _number(value) and 0 <= value < 1), "is not a number from 0 to below 1"
+
+# Options that DDIM reads, and those with which a scheduler of the diffusion process samples another process than DDIM.
+_DIFFUSION_RULES: dict[str, _Rule] = {
+    "num_train_timesteps": _whole(1),
+    "beta_start": _BETA,
+    "beta_end": _BETA,
     "beta_schedule": (
-        ("linear", "scaled_linear", "squaredcos_cap_v2"),
+        _one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
         "is a noise schedule that DDIM does not know; linear, scaled_linear and squaredcos_cap_v2 are known",
     ),
+    "trained_betas": (
+        lambda value: (
+            value is None
+            or (isinstance(value, Sequence) and all(_number(beta) and 0 <= beta <= 1 for beta in value))
+        ),
+        "is not null or a list of numbers from 0 to 1",
+    ),
+    "steps_offset": _whole(0),
+    "set_alpha_to_one": _SWITCH,
+    "rescale_betas_zero_snr": _SWITCH,
+    "clip_sample": _NONLINEAR,
+    "thresholding": _NONLINEAR,
     "prediction_type": (
-        ("epsilon", "v_prediction", "sample"),
+        _one_of("epsilon", "v_prediction", "sample"),
         "has no transition; epsilon, v_prediction and sample have",
     ),
     "variance_type": (
-        (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+        _one_of(None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
         "takes the variance from the model; here it is given by eta",
     ),
     "timestep_spacing": (
-        ("leading", "trailing", "linspace"),
+        _one_of("leading", "trailing", "linspace"),
         "is none of the spacings of DDIM: leading, trailing, linspace",
     ),
-    "timestep_type": (("discrete",), "gives the model the logarithm of the noise level, not a timestep"),
-    "use_flow_sigmas": (_OFF, _OTHER_PROCESS),
-    "use_dynamic_shifting": (_OFF, _OTHER_PROCESS),
-    "shift_terminal": (_OFF, _OTHER_PROCESS),
+    "timestep_type": (
+        _one_of("discrete"),
+        "gives the model the logarithm of the noise level, not a timestep",
+    ),
+    "use_flow_sigmas": _OTHER_PROCESS,
+    "use_dynamic_shifting": _OTHER_PROCESS,
+    "shift_terminal": _OTHER_PROCESS,
 }
 
-# Of the same schedulers, options that only say at which noise levels another sampler takes its steps, and the values
-# that DDIM agrees with. DDIM takes that sampler's place, with levels of its own; `replaced_by_ddim` says so.
+# Options of the same schedulers that only choose another sampler's noise levels, and the values with DDIM's levels.
+# DDIM replaces that sampler and takes its own levels; `replaced_by_ddim` reports it.
 _LEVELS: dict[str, tuple[object, ...]] = {
     "interpolation_type": (None, "linear"),
     "final_sigmas_type": (None, "zero"),
     "lambda_min_clipped": (None, float("-inf")),
-    "use_karras_sigmas": _OFF,
-    "use_exponential_sigmas": _OFF,
-    "use_beta_sigmas": _OFF,
-    "use_lu_lambdas": _OFF,
+    "use_karras_sigmas": (None, False),
+    "use_exponential_sigmas": (None, False),
+    "use_beta_sigmas": (None, False),
+    "use_lu_lambdas": (None, False),
 }
 
-# Of the same schedulers, what DDIM reads, and what only says how another sampler solves the same process.
+# Options of the same schedulers that only choose how another sampler solves the same process.
 _DIFFUSION_HARMLESS = frozenset(
     {
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "trained_betas",
-        "set_alpha_to_one",
-        "steps_offset",
-        "rescale_betas_zero_snr",
         "clip_sample_range",
         "dynamic_thresholding_ratio",
         "sample_max_value",
@@ -102,75 +130,27 @@ _DIFFUSION_HARMLESS = frozenset(
     }
 )
 
-_FLOW_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
-    "invert_sigmas": (_OFF, "reverses time, which has no transition here"),
-    "stochastic_sampling": (_OFF, "is another sampler; set it to False"),
-    "use_beta_sigmas": (_OFF, "needs scipy, which is not among the requirements"),
-    "time_shift_type": (("exponential", "linear"), "is none of exponential and linear"),
-}
-_FLOW_HARMLESS = frozenset(
-    {
-        "num_train_timesteps",
-        "shift",
-        "use_dynamic_shifting",
-        "base_shift",
-        "max_shift",
-        "base_image_seq_len",
-        "max_image_seq_len",
-        "shift_terminal",
-        "use_karras_sigmas",
-        "use_exponential_sigmas",
-    }
-)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(least: int, most: int = 100_000) -> tuple[Callable[[object], bool], str]:
-    def fits(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-    return fits, f"a whole number from {least} to {most:,}"
-
-
-_SWITCH = (lambda value: value is None or isinstance(value, bool)), "true, false or null"
-_BETA = (lambda value: _number(value) and 0 <= value < 1), "a number from 0 to below 1"
-
-# Options of DDIM and of the flow that are numbers, lists of them or switches: whether a value fits, and what does.
-_DIFFUSION_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+_FLOW_RULES: dict[str, _Rule] = {
     "num_train_timesteps": _whole(1),
-    "beta_start": _BETA,
-    "beta_end": _BETA,
-    "trained_betas": (
-        lambda value: (
-            value is None
-            or (isinstance(value, Sequence) and all(_number(beta) and 0 <= beta <= 1 for beta in value))
-        ),
-        "null or a list of numbers from 0 to 1",
-    ),
-    "steps_offset": _whole(0),
-    "set_alpha_to_one": _SWITCH,
-    "rescale_betas_zero_snr": _SWITCH,
-}
-_FLOW_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_train_timesteps": _whole(1),
-    "shift": ((lambda value: _number(value) and value > 0), "a number above 0"),
-    "base_shift": (_number, "a number"),
-    "max_shift": (_number, "a number"),
+    "shift": ((lambda value: _number(value) and value > 0), "is not a number above 0"),
+    "base_shift": (_number, "is not a number"),
+    "max_shift": (_number, "is not a number"),
     "base_image_seq_len": _whole(1, 10_000_000),
     "max_image_seq_len": _whole(1, 10_000_000),
     "shift_terminal": (
         (lambda value: value is None or (_number(value) and 0 <= value < 1)),
-        "null or a number from 0 to below 1",
+        "is not null or a number from 0 to below 1",
     ),
     "use_dynamic_shifting": _SWITCH,
     "use_karras_sigmas": _SWITCH,
     "use_exponential_sigmas": _SWITCH,
+    "invert_sigmas": (_OFF, "reverses time, which has no transition here"),
+    "stochastic_sampling": (_OFF, "is another sampler; set it to False"),
+    "use_beta_sigmas": (_OFF, "needs scipy, which is not among the requirements"),
+    "time_shift_type": (_one_of("exponential", "linear"), "is none of exponential and linear"),
 }
 
-# Above this a flow's sigma counts as pure noise: shifting sigma = 1 in float32 may round to its neighbour.
+# A flow's sigma above this counts as pure noise: shifting sigma = 1 in float32 may round to its neighbour.
 _PURE_NOISE = 1 - 1e-6
 
 
@@ -179,13 +159,13 @@ class TransitionSchedule:
     """The steps of a sampler.
 
     Attributes:
-        timesteps: ``[T]``, what the model is given at each step; int64 for DDIM, float32 for flow matching.
+        timesteps: ``[T]``, the model's input at each step; int64 for DDIM, float32 for flow matching.
         table: float32 ``[T, 3]``, columns a, b, sigma.
         table64: the same in float64, always on the CPU.
-        sensitivity: float64 ``[T]`` on the CPU, ``(b / sigma)^2``: how strongly the log-probability reacts to
+        sensitivity: float64 ``[T]`` on the CPU, ``(b / sigma)^2``: the strength of the log-probability's reaction to
             the model's output. 0 where sigma is 0.
-        noiseless64: float64 ``[T, 3]`` on the CPU, the table of the same steps without noise (sigma = 0): the
-            deterministic sampler's. None for a schedule that was not made by `transition_schedule`.
+        noiseless64: float64 ``[T, 3]`` on the CPU, the deterministic sampler's table of the same steps (sigma = 0).
+            None for a schedule that was not made by `transition_schedule`.
     """
 
     timesteps: Tensor
@@ -198,17 +178,17 @@ class TransitionSchedule:
         return self.table64.shape[0]
 
     def to(self, device: torch.device | str) -> TransitionSchedule:
-        """Copy with `timesteps` and `table` on a device."""
+        """Returns a copy with `timesteps` and `table` on a device."""
         return replace(self, timesteps=self.timesteps.to(device), table=self.table.to(device))
 
     def stochastic_in(self, start: int, stop: int) -> TransitionSchedule:
-        """The same steps, those outside ``[start, stop)`` being deterministic: sigma = 0, and a and b that fit it.
+        """Returns a schedule whose steps outside ``[start, stop)`` are deterministic: sigma = 0, with its a and b.
 
         Args:
             start, stop: indices into the table, ``0 <= start < stop <= T``.
 
         Raises:
-            ValueError: they are not, or the deterministic table is not known.
+            ValueError: the indices are outside this range, or the deterministic table is not known.
         """
         if not 0 <= start < stop <= len(self):
             raise ValueError(f"steps {start}:{stop} reach outside the schedule, which has {len(self)} steps")
@@ -225,7 +205,7 @@ class TransitionSchedule:
         )
 
     def trained_steps(self, spec: str) -> tuple[int, ...]:
-        """Pick the steps to train on. Deterministic ones (sigma = 0) never are.
+        """Picks the steps to train on. Deterministic steps (sigma = 0) are never among them.
 
         Args:
             spec: ``"all"``; ``"auto"``, all but those that would dominate the ratio and the gradient
@@ -259,60 +239,50 @@ class TransitionSchedule:
 
 
 def refuse_unmapped(config: Mapping[str, Any], name: str) -> None:
-    """Refuse the options of a scheduler that would be lost or mean something else in a transition table.
+    """Refuses the options of a scheduler that would be lost or mean something else in a transition table.
 
-    For the configuration as the model's authors wrote it: ``DDIMScheduler.from_config`` drops what DDIM does not
-    have, silently. What it drops without changing the process, `replaced_by_ddim` reports.
+    It reads the configuration as the model's authors wrote it, because ``DDIMScheduler.from_config`` silently drops
+    options that DDIM does not have. `replaced_by_ddim` reports dropped options that do not change the process.
 
     Args:
-        config: a scheduler's configuration, such as the content of ``scheduler_config.json``.
-        name: the scheduler's class: ``FlowMatchEulerDiscreteScheduler``, or else a sampler of the diffusion process, to
-            be replaced by DDIM.
+        config: the content of ``scheduler_config.json``.
+        name: the scheduler's class: ``FlowMatchEulerDiscreteScheduler``, or a sampler that DDIM replaces.
 
     Raises:
         ValueError: names the option, its value and what is wrong with it. An option that is not known here is
             refused unless it is null or false.
     """
-    flow = name == _FLOW
-    options, harmless = (
-        (_FLOW_OPTIONS, _FLOW_HARMLESS) if flow else (_DIFFUSION_OPTIONS, _DIFFUSION_HARMLESS | set(_LEVELS))
-    )
-    values = _FLOW_VALUES if flow else _DIFFUSION_VALUES
-    for option, value in config.items():
-        if option in values and not values[option][0](value):
-            raise ValueError(
-                f"the scheduler's option {option}={short(repr(value))} is not {values[option][1]}"
-            )
-        if option.startswith("_") or option in harmless:
-            continue
-        allowed, reason = options.get(
-            option, (_OFF, "is not known here; remove it if the process is the same without it")
-        )
-        if value not in allowed:
-            raise ValueError(f"the scheduler's option {option}={short(repr(value))} {reason}")
+    if name == _FLOW:
+        _refuse(config, config, _FLOW_RULES)
+    else:
+        checked = [option for option in config if option not in _DIFFUSION_HARMLESS and option not in _LEVELS]
+        _refuse(config, checked, _DIFFUSION_RULES)
+
+
+def _refuse(config: Mapping[str, Any], options: Iterable[str], rules: Mapping[str, _Rule]) -> None:
+    """Raises `ValueError` for the first of some options whose value breaks its rule."""
+    for option in options:
+        fits, fault = rules.get(option, _UNKNOWN)
+        if option in config and not option.startswith("_") and not fits(config[option]):
+            raise ValueError(f"the scheduler's option {option}={short(repr(config[option]))} {fault}")
 
 
 def replaced_by_ddim(config: Mapping[str, Any], name: str) -> dict[str, object]:
-    """The options that say at which noise levels a sampler takes its steps, and that DDIM does not have.
-
-    Args:
-        config: a scheduler's configuration.
-        name: the scheduler's class; ``DDIMScheduler`` and the flow's have none of these options.
-    """
+    """Returns the options of a scheduler of class ``name`` that choose noise levels which DDIM does not have."""
     if name in (_DDIM, _FLOW):
         return {}
     return {option: config[option] for option in _LEVELS if config.get(option) not in _LEVELS[option]}
 
 
 def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """The shift ``mu`` of a flow-matching scheduler with ``use_dynamic_shifting``.
+    """Returns the shift ``mu`` of a flow-matching scheduler with ``use_dynamic_shifting``.
 
-    Linear in the number of tokens, as the pipelines of FLUX and Stable Diffusion 3 have it in diffusers
+    It is linear in the number of tokens, as in diffusers' pipelines of FLUX and Stable Diffusion 3
     (``calculate_shift``).
 
     Args:
-        config: of the ``FlowMatchEulerDiscreteScheduler``.
-        tokens: of an image in the transformer: ``(height / p) (width / p)`` with p pixels to a patch's side.
+        config: the configuration of the ``FlowMatchEulerDiscreteScheduler``.
+        tokens: the number of an image's tokens: ``(height / p) (width / p)`` for patches of p × p pixels.
 
     Raises:
         ValueError: the configuration does not determine a line.
@@ -336,18 +306,18 @@ def transition_schedule(
     sigmas: Sequence[float] | None = None,
     mu: float | None = None,
 ) -> TransitionSchedule:
-    """Work out the transitions of a scheduler.
+    """Computes the transitions of a scheduler.
 
     Args:
         scheduler: diffusers' ``DDIMScheduler`` (any prediction type and timestep spacing) or
             ``FlowMatchEulerDiscreteScheduler``. It is read, not changed.
-        num_steps: number of sampling steps, T.
+        num_steps: the number of sampling steps, T.
         eta: DDIM's noise, 0 (deterministic) to 1 (as much as DDPM, the default).
-        noise_level: of the flow-matching SDE (Liu et al., "Flow-GRPO", 2025); 0.7 unless given.
-        sigmas: of flow matching, the T noise levels before any shift, falling, in (0, 1]; None: the scheduler's own.
+        noise_level: the noise level of the flow-matching SDE (Liu et al., "Flow-GRPO", 2025); 0.7 by default.
+        sigmas: flow matching's T noise levels before any shift, falling, in (0, 1]. None takes the scheduler's own.
             FLUX's pipeline gives ``linspace(1, 1 / T, T)``.
-        mu: of flow matching with ``use_dynamic_shifting``, the shift (`resolution_shift`); without that option it is
-            not used, as in diffusers.
+        mu: flow matching's shift with ``use_dynamic_shifting`` (`resolution_shift`); ignored without that option, as in
+            diffusers.
 
     Returns:
         The schedule, on the CPU.
@@ -387,12 +357,6 @@ def transition_schedule(
     )
 
 
-def _refuse(scheduler: Any, options: Mapping[str, tuple[tuple[object, ...], str]]) -> None:
-    for option, (allowed, reason) in options.items():
-        if option in scheduler.config and scheduler.config[option] not in allowed:
-            raise ValueError(f"the scheduler's option {option}={scheduler.config[option]!r} {reason}")
-
-
 def _check_count(scheduler: Any, num_steps: int) -> None:
     limit = scheduler.config["num_train_timesteps"]
     if not 1 <= num_steps <= limit:
@@ -400,7 +364,7 @@ def _check_count(scheduler: Any, num_steps: int) -> None:
 
 
 def _with_timesteps(scheduler: Any, num_steps: int) -> Any:
-    """A copy of a DDIM scheduler, set to its steps."""
+    """Returns a copy of a DDIM scheduler, set to its steps."""
     _check_count(scheduler, num_steps)
     prepared = copy.deepcopy(scheduler)
     prepared.set_timesteps(num_steps)
@@ -414,8 +378,9 @@ def _with_timesteps(scheduler: Any, num_steps: int) -> Any:
 
 
 def _with_sigmas(scheduler: Any, num_steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Any:
-    """A copy of a flow-matching scheduler, set to its steps."""
-    _refuse(scheduler, _FLOW_OPTIONS)
+    """Returns a copy of a flow-matching scheduler, set to its steps."""
+    sampling = ("invert_sigmas", "stochastic_sampling", "use_beta_sigmas", "time_shift_type")
+    _refuse(scheduler.config, sampling, _FLOW_RULES)
     _check_count(scheduler, num_steps)
     if scheduler.config.get("use_dynamic_shifting") and mu is None:
         raise ValueError(
@@ -440,14 +405,14 @@ def _check_falling(name: str, sigmas: Sequence[float]) -> None:
 
 
 def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
-    """Song et al., "Denoising diffusion implicit models", 2021, equations 12 and 16, solved for a and b."""
-    _refuse(scheduler, {name: _DIFFUSION_OPTIONS[name] for name in ("clip_sample", "thresholding")})
+    """Solves Song et al., "Denoising diffusion implicit models", 2021, equations 12 and 16, for a and b."""
+    _refuse(scheduler.config, ("clip_sample", "thresholding"), _DIFFUSION_RULES)
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie between 0 and 1, got {eta}")
 
     prepared = _with_timesteps(scheduler, num_steps)
     timesteps = prepared.timesteps.to("cpu", torch.int64)
-    # Where the step leads is given by the average stride, as in diffusers, whatever the next timestep is.
+    # A step leads to the timestep one average stride below, as in diffusers, whatever the next timestep is.
     previous = timesteps - scheduler.config["num_train_timesteps"] // num_steps
     alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
     if len(alphas) != scheduler.config["num_train_timesteps"]:
@@ -498,13 +463,13 @@ def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
 
 
 def _flow(prepared: Any, noise_level: float) -> Tensor:
-    """Liu et al., "Flow-GRPO", 2025: the SDE with the flow's marginals, in Euler-Maruyama steps."""
+    """Takes Euler-Maruyama steps of the SDE with the flow's marginals (Liu et al., "Flow-GRPO", 2025)."""
     if noise_level < 0.0:
         raise ValueError(f"noise_level must not be negative, got {noise_level}")
     sigmas = prepared.sigmas.to("cpu", torch.float64)
     now, then = sigmas[:-1], sigmas[1:]
     stride = then - now
-    # At pure noise (1 - s = 0) the noise would be infinite; it is taken at the end of the step.
+    # At pure noise (1 - s = 0) the noise would be infinite; the sigma at the end of the step replaces it.
     remaining = 1 - torch.where(now < _PURE_NOISE, now, then)
     # q = noise_level sqrt(s / (1 - s)); q^2 / (2 s) has no s in it.
     drift = noise_level**2 / (2 * remaining)

@@ -1,37 +1,51 @@
-"""Commands on what has been trained."""
+"""Commands for trained models and finished runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from loopfast.cli.app import app
 from loopfast.cli.options import Quiet, Seed
 from loopfast.errors import ConfigError, one_line
 from loopfast.system.libraries import quiet_libraries
 
-_EVAL_EXAMPLES = """
+_BENCHMARK_EXAMPLES = """
 **Examples**
 
-* `loopfast eval runs/tiny --prompts embedded:all-heldout`
+* `loopfast benchmark runs/tiny embedded --images-per-prompt 4`
 
-* `loopfast eval runs/tiny --benchmark embedded --images-per-prompt 4`
-
-* `loopfast eval runs/color --benchmark t2i-compbench --prompts-dir t2i-compbench --category color --metric-option
+* `loopfast benchmark runs/color t2i-compbench --prompts-dir t2i-compbench --category color --metric-option
 blip_vqa.weights=models/blip-vqa`
 """
 
-
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of an exported LoRA.")]
 Pretrained = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="The base model of a LoRA whose card does not say it: a folder, a file or a hub name.",
+        help="Base model of a LoRA whose card does not name it: a folder, a file or a hub name.",
     ),
+]
+Steps = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Denoising steps; default: the run's, or 50.")
+]
+Eta = Annotated[
+    float | None,
+    typer.Option(metavar="X", min=0, max=1, help="Noise of the DDIM sampler; default: the run's, or 0."),
+]
+NoiseLevel = Annotated[
+    float | None,
+    typer.Option(metavar="X", min=0, help="Noise of the flow-matching sampler; default: the run's, or 0."),
+]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(metavar="X", min=0, help="Classifier-free guidance; default: the run's, or 7.5."),
 ]
 
 
@@ -41,13 +55,13 @@ def sample(
         str,
         typer.Argument(
             metavar="RUN|MODEL",
-            help="A run's folder, an exported LoRA's, a pipeline's, embedded, or a hub name.",
+            help="Folder of a run, an exported LoRA or a pipeline; embedded; or a hub name.",
         ),
     ],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts to draw.")] = None,
     more: Annotated[
         list[str] | None,
-        typer.Option("--prompt", metavar="PROMPT", help="What to draw, too. May be given several times."),
+        typer.Option("--prompt", metavar="PROMPT", help="A further prompt. May be given several times."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -57,30 +71,17 @@ def sample(
             "embedded:CATEGORY.",
         ),
     ] = None,
-    count: Annotated[int, typer.Option(metavar="N", min=1, help="Images for each prompt.")] = 4,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Images per prompt.")] = 4,
     seed: Seed = 0,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Denoising steps; default: the run's, or 50.")
-    ] = None,
-    eta: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, max=1, help="Noise of the DDIM sampler; default: the run's, or 0."),
-    ] = None,
-    noise_level: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X", min=0, help="Noise of the flow-matching sampler; default: the run's, or 0."
-        ),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, help="Classifier-free guidance; default: the run's, or 7.5."),
-    ] = None,
+    steps: Steps = None,
+    eta: Eta = None,
+    noise_level: NoiseLevel = None,
+    guidance_scale: GuidanceScale = None,
     base: Annotated[
         bool,
         typer.Option(
             "--base/--no-base",
-            help="With a run or a LoRA, also draw with the base model, on the same noise, and show both in grid.png.",
+            help="For a run or a LoRA, also draw with the base model from the same noise, and show both in grid.png.",
         ),
     ] = True,
     output: Annotated[
@@ -96,7 +97,7 @@ def sample(
 
         wanted += [prompt.text for prompt in load_prompts(prompts)]
     for text in wanted:
-        # bytes of a command line that are not UTF-8 come as these
+        # Python turns bytes of a command line that are not UTF-8 into these characters
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ConfigError(f"prompt {one_line(text)!r}: allowed: text in UTF-8")
     if not wanted:
@@ -123,139 +124,53 @@ def sample(
     print(f"{len(paths)} file(s) in {output}")
 
 
-@app.command(name="eval", epilog=_EVAL_EXAMPLES)
+class _Evaluate(TyperCommand):
+    """The command `eval`. Its older spelling with `--benchmark` calls the command `benchmark`."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        benchmark: TyperCommand = parent.command.commands["benchmark"]
+        given = dict.fromkeys(argument.partition("=")[0] for argument in args)
+        if "--benchmark" not in given:
+            own, other = (
+                {name for p in c.params for name in p.opts + p.secondary_opts} for c in (self, benchmark)
+            )
+            if misplaced := [name for name in given if name in other - own]:
+                raise ConfigError(
+                    f"{', '.join(misplaced)}: only with --benchmark, or in `loopfast benchmark`"
+                )
+            return super().make_context(info_name, args, parent, **extra)
+        if "--prompts" in given:
+            raise ConfigError("--prompts: not with --benchmark, which has prompts of its own")
+        return benchmark.make_context(benchmark.name, args, parent, **extra)
+
+
+@app.command(
+    name="eval", cls=_Evaluate, epilog="**Example:** `loopfast eval runs/tiny --prompts embedded:all-heldout`"
+)
 def evaluate(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an exported LoRA's.")],
+    target: Run,
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Prompts to draw; default: those the run was evaluated on."),
+        typer.Option(metavar="SOURCE", help="Source of prompts; default: the run's evaluation prompts."),
     ] = None,
     images_per_prompt: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="Images for each prompt; default: as in the run, of a benchmark 10."
-        ),
+        typer.Option(metavar="N", min=1, help="Images per prompt; default: the run's number."),
     ] = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            help="The file for the scores as JSON; of a benchmark the folder, default: benchmarks/NAME in the run's.",
-        ),
+        typer.Option("--output", "-o", metavar="FILE", help="JSON file for the scores."),
     ] = None,
-    benchmark: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Measure on t2i-compbench or embedded, beside the base model."),
-    ] = None,
-    prompts_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Folder of T2I-CompBench's files, such as color_val.txt."),
-    ] = None,
-    categories: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--category", metavar="NAME", help="Of the benchmark; several times for several; default: all."
-        ),
-    ] = None,
-    metrics: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--metric",
-            metavar="CATEGORY=REWARD",
-            help="Measure a category by another reward: its name, or YAML such as {name: ..., options: {...}}.",
-        ),
-    ] = None,
-    metric_options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--metric-option",
-            metavar="REWARD.KEY=VALUE",
-            help="An option of a metric, such as blip_vqa.weights=FOLDER. May be given several times.",
-        ),
-    ] = None,
-    limit_prompts: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Only the first N prompts of each category.")
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Denoising steps of a benchmark; default: the run's."),
-    ] = None,
-    eta: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, max=1, help="DDIM's noise in a benchmark; default: the run's."),
-    ] = None,
-    noise_level: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, help="A flow's noise in a benchmark; default: the run's."),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, help="Guidance in a benchmark; default: the run's."),
-    ] = None,
-    base: Annotated[
-        bool,
-        typer.Option("--base/--no-base", help="Measure the model before training on the benchmark, too."),
-    ] = True,
-    keep_images: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Keep the first N images of each prompt of a benchmark.")
-    ] = 0,
     pretrained: Pretrained = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the reward of a run's model, or what it and the base model reach on a benchmark.
+    """Evaluate the reward of a run's model on its evaluation prompts, or on others.
 
-    A benchmark goes on where it was stopped, and draws every model's images from the same noise. Its folder has the
-    scores of each image, `results.json`, and `results.md`: the paper's table with 95 % confidence intervals.
+    Deprecated: `loopfast eval RUN --benchmark NAME`, with the options of `loopfast benchmark`, is the older spelling of
+    `loopfast benchmark RUN NAME`.
     """
-    for_benchmarks = {
-        "--prompts-dir": prompts_dir,
-        "--category": categories or None,
-        "--metric": metrics or None,
-        "--metric-option": metric_options or None,
-        "--limit-prompts": limit_prompts,
-        "--steps": steps,
-        "--eta": eta,
-        "--noise-level": noise_level,
-        "--guidance-scale": guidance_scale,
-        "--no-base": None if base else True,
-        "--keep-images": keep_images or None,
-    }
-    given = [name for name, value in for_benchmarks.items() if value is not None]
-    if benchmark is None and given:
-        raise ConfigError(f"{', '.join(given)}: only with --benchmark")
-    if benchmark is not None and prompts is not None:
-        raise ConfigError("--prompts: not with --benchmark, which has prompts of its own")
     quiet_libraries()
-    if benchmark is not None:
-        from loopfast.evaluation import benchmark_table, evaluate_benchmark
-        from loopfast.run.console import Display
-
-        with Display(quiet=quiet) as display:
-            found, titles = evaluate_benchmark(
-                target,
-                benchmark,
-                pretrained=pretrained,
-                prompts_dir=prompts_dir,
-                categories=categories or [],
-                metrics=metrics or [],
-                metric_options=metric_options or [],
-                images_per_prompt=images_per_prompt,
-                limit_prompts=limit_prompts,
-                steps=steps,
-                eta=eta,
-                noise_level=noise_level,
-                guidance_scale=guidance_scale,
-                base=base,
-                keep_images=keep_images,
-                seed=seed,
-                output=output,
-                display=display,
-            )
-        Console().print(benchmark_table(found, titles))
-        return
     from loopfast.evaluation import evaluate_checkpoint
     from loopfast.run.console import Display
 
@@ -278,21 +193,114 @@ def evaluate(
     Console().print(table)
 
 
+@app.command(epilog=_BENCHMARK_EXAMPLES)
+def benchmark(
+    target: Run,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The benchmark: t2i-compbench or embedded.")
+    ] = None,
+    option: Annotated[
+        str | None, typer.Option("--benchmark", metavar="NAME", help="The benchmark, as an option.")
+    ] = None,
+    prompts_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder with T2I-CompBench's files, such as color_val.txt."),
+    ] = None,
+    categories: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--category",
+            metavar="NAME",
+            help="Category of the benchmark. May be given several times; default: all.",
+        ),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="CATEGORY=REWARD",
+            help="Score a category with another reward: its name, or YAML such as {name: ..., options: {...}}.",
+        ),
+    ] = None,
+    metric_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric-option",
+            metavar="REWARD.KEY=VALUE",
+            help="An option of a metric, such as blip_vqa.weights=FOLDER. May be given several times.",
+        ),
+    ] = None,
+    images_per_prompt: Annotated[int, typer.Option(metavar="N", min=1, help="Images per prompt.")] = 10,
+    limit_prompts: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only the first N prompts of each category.")
+    ] = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    eta: Eta = None,
+    noise_level: NoiseLevel = None,
+    guidance_scale: GuidanceScale = None,
+    base: Annotated[bool, typer.Option("--base/--no-base", help="Also evaluate the base model.")] = True,
+    keep_images: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Keep the first N images of each prompt.")
+    ] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder for scores and results; default: benchmarks/NAME in the run's folder.",
+        ),
+    ] = None,
+    pretrained: Pretrained = None,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate a run's model and the base model on a benchmark.
+
+    A stopped benchmark continues where it stopped, and all models draw from the same noise. The folder contains the
+    scores of each image, `results.json`, and `results.md`: the paper's table with 95 % confidence intervals.
+    """
+    chosen = option if name is None else name
+    if chosen is None or (name is not None and option is not None):
+        raise ConfigError("give one benchmark: t2i-compbench or embedded")
+    quiet_libraries()
+    from loopfast.evaluation import BenchmarkChoice, SamplingPlan, benchmark_table, evaluate_benchmark
+    from loopfast.run.console import Display
+
+    choice = BenchmarkChoice(chosen, prompts_dir, categories or (), metrics or (), metric_options or ())
+    plan = SamplingPlan(images_per_prompt, seed, limit_prompts, keep_images)
+    with Display(quiet=quiet) as display:
+        found, titles = evaluate_benchmark(
+            target,
+            choice,
+            plan,
+            steps=steps,
+            eta=eta,
+            noise_level=noise_level,
+            guidance_scale=guidance_scale,
+            pretrained=pretrained,
+            base=base,
+            output=output,
+            display=display,
+        )
+    Console().print(benchmark_table(found, titles))
+
+
 @app.command(epilog="**Example:** `loopfast compare runs/loop runs/ppo runs/grpo --output comparison`")
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs' folders, finished or not.")],
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Also write the table and plots of the rewards there."
+            "--output", "-o", metavar="FOLDER", help="A folder for the tables and plots of the rewards."
         ),
     ] = None,
 ) -> None:
-    """Show several runs side by side.
+    """Compare several runs.
 
-    A row for each: algorithm, K, iterations, images, time, and of its evaluations each reward at the first, the last
-    and the best. Then what they reached on benchmarks (`loopfast eval --benchmark`). With `--output` also as Markdown,
-    JSON and plots against iterations, images and seconds.
+    Each run has a row with its algorithm, K, iterations, images and time, and each reward at the first, the last and
+    the best evaluation. Tables of benchmarks follow (`loopfast benchmark`). `--output` also writes Markdown, JSON and
+    plots against iterations, images and seconds.
     """
     from loopfast.evaluation import compare_runs, comparison_tables
 
@@ -310,21 +318,21 @@ def compare(
 )
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Folder to write, empty or new.")],
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="New or empty folder to write.")],
     form: Annotated[
         Literal["lora", "full"] | None,
-        typer.Option("--format", help="An adapter, or a whole pipeline; default: what was trained."),
+        typer.Option("--format", help="An adapter, or a whole pipeline; default: the form that was trained."),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Add the adapter to the weights and write a whole pipeline.")
+        bool, typer.Option("--merge", help="Add the adapter to the weights, and write a whole pipeline.")
     ] = False,
     best: Annotated[
         bool,
-        typer.Option("--best", help="From the checkpoint with the best evaluation, not from the newest."),
+        typer.Option("--best", help="Export the checkpoint with the best evaluation, not the newest."),
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write what a run has trained in the form that diffusers opens, with a model card."""
+    """Write a run's trained model in diffusers' form, with a model card."""
     quiet_libraries()
     from loopfast.exporting import export_run
     from loopfast.run.console import Display
@@ -338,10 +346,12 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     picture: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also draw the run in one picture: before, after, and the reward."),
+        typer.Option(
+            metavar="FILE", help="Also draw the run in one picture: images before and after, and the reward."
+        ),
     ] = None,
 ) -> None:
-    """Write a run's `report.html`, also while it is going on."""
+    """Write a run's `report.html`, also before the run has finished."""
     from loopfast.reporting import run_picture, write_report
 
     if not (run / "config.yaml").is_file():

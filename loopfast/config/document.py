@@ -1,4 +1,4 @@
-"""YAML 1.2 with the place of each value, and how an override changes it."""
+"""A YAML 1.2 document that knows the place of each value, and can be overridden."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import yaml
 from loopfast.errors import ConfigError, first_line, one_line, short
 
 KeyPath = tuple[str | int, ...]
-"""A key with the keys and numbers of what it is in."""
+"""A key, after the keys and list indices that contain it."""
 
-# Deeper than any key, so that no document can exhaust the stack.
+# Deeper than every key, and not so deep that a document can exhaust the stack.
 _MAX_DEPTH = 16
 
-# YAML 1.1, PyYAML's dialect, reads ``off`` as false, ``1:30`` as ninety and ``1e-4`` as text.
-_CORE_SCHEMA: list[tuple[str, str, list[str]]] = [
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    (
-        "float",
+# The core schema of YAML 1.2: the form of each type of scalar, and its conversion. PyYAML implements YAML 1.1, where
+# ``off`` is false, ``1:30`` is ninety and ``1e-4`` is text.
+_SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+", int),
+    "float": (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
+        lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
     ),
-]
+}
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -37,23 +37,21 @@ class _Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML would read as something else."""
+    """Quotes text that either version of YAML would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: D102
         return True
 
 
-# Without those of PyYAML; of the class's own, so that PyYAML's loader keeps its.
-_Loader.yaml_implicit_resolvers = {}
-
-for _tag, _regexp, _first in _CORE_SCHEMA:
+_Loader.yaml_implicit_resolvers = {}  # without those of YAML 1.1
+for _kind, (_pattern, _) in _SCALARS.items():
     for _class in (_Loader, Dumper):
-        _class.add_implicit_resolver(_TAG + _tag, re.compile(rf"(?:{_regexp})\Z"), _first)
+        _class.add_implicit_resolver(_TAG + _kind, re.compile(rf"(?:{_pattern})\Z"), None)
 
 
 @dataclass
 class Document:
-    """Plain data read from YAML, and where each part of it was written."""
+    """Plain data read from YAML, with the place of each part in its file or override."""
 
     name: str
     data: dict[str, Any] = field(default_factory=dict)
@@ -61,7 +59,7 @@ class Document:
 
     @classmethod
     def from_yaml(cls, text: str, name: str, keys: Sequence[str]) -> Document:
-        """Reads a file's text; ``keys`` are those that its mapping may have, for the error about one that is none."""
+        """Reads a file's text. ``keys`` are the allowed ones, for the error about a file that is not a mapping."""
         document = cls(name)
         data = document._parse(text, lambda line: f"{name}, line {line}", ())
         if data is not None and not isinstance(data, dict):
@@ -72,7 +70,7 @@ class Document:
         return document
 
     def override(self, assignment: str) -> None:
-        """Apply one ``section.key=value``."""
+        """Applies one ``section.key=value``."""
         place = f"--set {one_line(assignment)}"
         key, equals, value = assignment.partition("=")
         parts = key.strip().split(".")
@@ -95,7 +93,7 @@ class Document:
             if last:
                 self._forget(path)
                 parsed = self._parse(value, lambda line: place, path)
-                # "5:" and "a: b" are text here; a mapping is written in braces.
+                # "5:" and "a: b" are text in an override; a mapping is written in braces.
                 is_text = isinstance(parsed, dict) and not value.lstrip().startswith("{")
                 target[index] = value.strip() if is_text else parsed
                 self.places[path] = place
@@ -108,7 +106,7 @@ class Document:
     def change(
         self, changes: Mapping[str, Any], is_section: Callable[[KeyPath], bool], path: KeyPath = ()
     ) -> None:
-        """Sets values of a Python program in the section at ``path``; keys that are not named stay as they are."""
+        """Sets values of a Python program in the section at ``path``. Other keys keep their values."""
         target = self.value(path)
         for key, value in changes.items():
             here = (*path, key)
@@ -122,19 +120,19 @@ class Document:
             self.places[here] = f"argument {here[0]}"
 
     def _forget(self, path: KeyPath) -> None:
-        """Forgets where what is at ``path`` and below was written."""
+        """Removes the places of the value at ``path`` and of everything in it."""
         for known in [known for known in self.places if known[: len(path)] == path]:
             del self.places[known]
 
     def value(self, path: KeyPath) -> Any:
-        """The value at ``path``."""
+        """Returns the value at ``path``."""
         value: Any = self.data
         for part in path:
             value = value[part]
         return value
 
     def place(self, path: KeyPath) -> str:
-        """Where the value at ``path``, or the nearest thing around it, was written."""
+        """Returns the place of the value at ``path``, or of the nearest section or list that contains it."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, self.name)
@@ -146,13 +144,11 @@ class Document:
             mark = error.problem_mark or error.context_mark
             where = place(mark.line + 1) if mark else self.name
             raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{place(1)}: not valid YAML: {first_line(error)}") from None
         except RecursionError:
             raise ConfigError(f"{place(1)}: nested too deeply") from None
-        except (ValueError, OverflowError) as error:
-            # PyYAML lets a malformed escape or version number through to int() and chr().
-            raise ConfigError(f"{place(1)}: not valid YAML: {error}") from None
+        # PyYAML passes a malformed escape or version number to int() and chr(), which raise the last two.
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
+            raise ConfigError(f"{place(1)}: not valid YAML: {first_line(error)}") from None
         seen: set[int] = set()
 
         def plain(node: yaml.Node, path: KeyPath) -> Any:
@@ -178,9 +174,11 @@ class Document:
                 return mapping
             if isinstance(node, yaml.SequenceNode) and kind == "seq":
                 return [plain(item, (*path, index)) for index, item in enumerate(node.value)]
+            if isinstance(node, yaml.ScalarNode) and kind == "str":
+                return node.value
             if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
                 try:
-                    return _SCALARS[kind](node.value)
+                    return _SCALARS[kind][1](node.value)
                 except ValueError:
                     raise ConfigError(f"{where}: {short(node.value)!r} is not of type {kind}") from None
             raise ConfigError(f"{where}: YAML tag {node.tag!r} is not supported")
@@ -188,25 +186,16 @@ class Document:
         return None if root is None else plain(root, path)
 
 
-_SCALARS: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "null": lambda text: None,
-    "bool": lambda text: text.lower() == "true",
-    "int": int,
-    "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
-}
-
-
 def dotted(path: Sequence[str | int]) -> str:
-    """A key as it is written in messages and overrides."""
+    """Returns a key in the form of messages and overrides."""
     return ".".join(str(part) for part in path)
 
 
 def found(value: object) -> str:
-    """A value as its author would recognize it."""
+    """Returns a value in the form that its author would recognize."""
     if isinstance(value, dict):
         return "a mapping"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "a list"
     if isinstance(value, str):
         return repr(short(value))
@@ -217,7 +206,7 @@ def found(value: object) -> str:
 
 
 def _plain(value: object) -> object:
-    """A value of a Python program as YAML would give it."""
+    """Returns a value of a Python program in the types of a YAML document."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

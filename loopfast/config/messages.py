@@ -1,9 +1,9 @@
-"""A wrong value in words: what was found, and what is allowed."""
+"""Messages about wrong values: the value that was found, and the allowed ones."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,12 +14,12 @@ from loopfast.config.sections import Config
 
 
 def problem(path: KeyPath, value: object, allowed: str) -> tuple[KeyPath, str]:
-    """The key that a message is about, and the message."""
+    """Returns the key of a message, and the message."""
     return path, f"{dotted(path)}: found {found(value)}, allowed: {allowed}"
 
 
 def explain(error: ErrorDetails, document: Document) -> tuple[KeyPath, str]:
-    """The key that a pydantic error is about, and the error in words."""
+    """Returns the key of a pydantic error, and a message about it."""
     if error["type"] == "extra_forbidden":
         path = error["loc"]
         return path, f"unknown key {dotted(path)!r}; nearest known key: {_nearest(path)!r}"
@@ -29,6 +29,24 @@ def explain(error: ErrorDetails, document: Document) -> tuple[KeyPath, str]:
             path, schema = schema_at((*path, schema["required"][0]))
         return path, f"{dotted(path)} is missing: {schema.get('description') or allowed_values(schema)}"
     return problem(path, document.value(path), allowed_values(schema))
+
+
+def differences(before: Any, now: Any, ignored: Collection[str] = ()) -> list[str]:
+    """Returns the dotted keys whose values differ between two nested dictionaries, each with both values."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    return [
+        f"{key} (was {old.get(key)}, is {new.get(key)})"
+        for key in sorted((old.keys() | new.keys()).difference(ignored))
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, part in value.items():
+        yield from _leaves(part, f"{key}.{name}" if key else name)
 
 
 @cache
@@ -42,7 +60,7 @@ def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def schema_at(location: Sequence[str | int]) -> tuple[KeyPath, dict[str, Any]]:
-    """Follow ``location`` into the schema, up to a part that names a branch of a union and not a key."""
+    """Follows ``location`` into the schema, up to a part that is not a key but a branch of a union."""
     schema = _root_schema()
     path: KeyPath = ()
     for part in location:
@@ -55,7 +73,7 @@ def schema_at(location: Sequence[str | int]) -> tuple[KeyPath, dict[str, Any]]:
 
 
 def is_section(path: KeyPath) -> bool:
-    """Whether a key has keys of its own."""
+    """Returns whether a key contains other keys."""
     known, schema = schema_at(path)
     return known == path and "properties" in schema
 
@@ -69,21 +87,21 @@ def _known_paths(schema: dict[str, Any], path: KeyPath = ()) -> Iterator[KeyPath
 
 
 def _nearest(path: Sequence[str | int]) -> str:
-    """The known key most like the unknown one at ``path``; one of the same section is preferred."""
+    """Returns the known key most similar to the unknown one at ``path``, preferably in the same section."""
     section = tuple(0 if isinstance(part, int) else part for part in path[:-1])
     written = str(path[-1])[:64].lower().replace("-", "_")
 
-    def likeness(known: Sequence[str | int]) -> float:
+    def similarity(known: Sequence[str | int]) -> float:
         name = str(known[-1])
         initials = "".join(word[0] for word in name.split("_"))
-        likeness = 0.9 if written == initials else difflib.SequenceMatcher(None, written, name).ratio()
-        return likeness + (0.2 if tuple(known[:-1]) == section else 0.0)
+        similarity = 0.9 if written == initials else difflib.SequenceMatcher(None, written, name).ratio()
+        return similarity + (0.2 if tuple(known[:-1]) == section else 0.0)
 
-    return dotted(max(_known_paths(_root_schema()), key=likeness))
+    return dotted(max(_known_paths(_root_schema()), key=similarity))
 
 
 def allowed_values(schema: dict[str, Any]) -> str:
-    """A value's JSON schema in words."""
+    """Describes the values that a JSON schema allows."""
     schema = _resolved(schema)
     if "anyOf" in schema:
         return " or ".join(sorted((allowed_values(branch) for branch in schema["anyOf"]), key="null".__ne__))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from loopfast.config import EvaluationConfig
-from loopfast.distributed.group import ALONE, Group
+from loopfast.distributed.world import SINGLE_PROCESS, World
+from loopfast.evaluation.draw import draw
 from loopfast.prompts import Prompt
 from loopfast.reporting import image_grid
 from loopfast.rewards import Scores
-from loopfast.rollout import Sampler, slices
+from loopfast.rollout import Sampler
 from loopfast.run.images import tile_sheet, write_image
 from loopfast.seeds import row_seeds
 from loopfast.system.files import write_file
@@ -29,11 +30,13 @@ PREVIEW_COLUMNS = 8
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of N images and the few images kept of them.
+    """The scores of N images, and a few of the images.
 
-    ``items``: one dict per image with prompt, category, seed, reward and parts. ``preview``: indices of the items
-    whose images, float32 ``[P, 3, H, W]`` in [0, 1], are kept in ``images``. ``dropped``: how many images more there
-    were, whose scores are not finite.
+    Attributes:
+        items: one dict per image, with prompt, category, seed, reward and parts.
+        preview: the indices of the items whose images are kept.
+        images: the kept images, float32 ``[P, 3, H, W]`` in [0, 1].
+        dropped: the number of further images, which have a score that is not finite.
     """
 
     items: list[dict[str, Any]]
@@ -43,52 +46,40 @@ class Evaluation:
 
     @property
     def reward(self) -> float:
-        """Mean of the total reward."""
-        return _mean(item["reward"] for item in self.items)
+        """The mean of the total reward."""
+        return float(_means(self.items)["reward"])
 
     @property
     def parts(self) -> dict[str, float]:
-        """Mean of each reward by name."""
-        return {name: _mean(item["parts"][name] for item in self.items) for name in self.items[0]["parts"]}
+        """The mean of each reward by name."""
+        return dict(_means(self.items)["parts"])
 
     def metrics(self, *, dropped: bool) -> dict[str, float]:
-        """What an iteration's line says of it; ``dropped``: also how many images were left out."""
+        """The evaluation's metrics for an iteration's line; with ``dropped`` also the number of dropped images."""
         found = {"eval_reward": self.reward, **{f"eval_{name}": value for name, value in self.parts.items()}}
         return {**found, "eval_dropped_images": self.dropped} if dropped else found
 
     def by_category(self) -> dict[str, dict[str, Any]]:
-        """Mean reward, parts and number of images of each category."""
-        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        """The mean reward, the means of the parts and the number of images of each category."""
+        categories: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for item in self.items:
-            groups[item["category"]].append(item)
-        return {
-            category: {
-                "reward": _mean(item["reward"] for item in items),
-                "parts": {name: _mean(item["parts"][name] for item in items) for name in items[0]["parts"]},
-                "count": len(items),
-            }
-            for category, items in groups.items()
-        }
+            categories[item["category"]].append(item)
+        return {name: {**_means(items), "count": len(items)} for name, items in categories.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """All scores, as JSON can hold them."""
-        return {
-            "reward": self.reward,
-            "parts": self.parts,
-            "by_category": self.by_category(),
-            "items": self.items,
-        }
+        """All scores, in a form that JSON can hold."""
+        return {**_means(self.items), "by_category": self.by_category(), "items": self.items}
 
     def save(self, folder: Path, iteration: int, images: int) -> Image.Image | None:
-        """Writes ``evaluation/iteration-N.json`` and, where images were kept, their pictures.
+        """Writes ``evaluation/iteration-N.json`` and pictures of the kept images.
 
         Args:
-            folder: the run's.
-            iteration: complete iterations.
-            images: sampled for training so far.
+            folder: the run's folder.
+            iteration: the number of complete iterations.
+            images: the number of images sampled for training so far.
 
         Returns:
-            The labeled grid that was written to ``images/iteration-N.png``.
+            The labeled grid in ``images/iteration-N.png``, or None if no images were kept.
         """
         stem = f"iteration-{iteration:06d}"
         record = {"iteration": iteration, "images": images, **self.as_dict()}
@@ -113,91 +104,82 @@ def evaluate(
     config: EvaluationConfig,
     *,
     between: Callable[[], None] = lambda: None,
-    group: Group = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Evaluation:
     """Draws ``config.images_per_prompt`` images of each prompt and scores them.
 
-    The noise is a function of the evaluation's seed, the prompt's position and the image's number, so that two models
-    are compared on the same noise.
+    The noise depends on the evaluation's seed, the prompt's index and the image's index alone, so that two models are
+    compared on the same noise.
 
     Args:
         sampler: the policy and how to sample it.
-        prompts: what to draw.
-        score: gives the rewards of images ``[N, 3, H, W]`` of N prompts; an image of which one is not finite is left
-            out.
+        prompts: the prompts to draw.
+        score: returns the rewards of images ``[N, 3, H, W]`` of N prompts. An image with a reward that is not finite is
+            dropped.
         config: the section ``evaluation``.
-        between: called before each batch; it may raise to stop.
-        group: the processes that evaluate together, each its share of the images; all know the result.
+        between: called before each microbatch; it may raise to stop.
+        world: the processes that evaluate together, each a shard of the images. All get the result.
     """
     chosen = list(prompts[: config.limit_prompts])
     samples = config.images_per_prompt
+    drawn = [prompt for prompt in chosen for _ in range(samples)]
     seeds = row_seeds(config.seed, "evaluation", 0, list(range(len(chosen))), samples)
-    owner = torch.arange(len(chosen)).repeat_interleave(samples)
     preview = _spread(len(chosen), config.preview_images, samples)
-    mine = group.part(len(owner))
-    most = max(part.stop - part.start for part in group.parts(len(owner)))
+    own = world.shard(len(drawn))
     names: list[str] = []
     values: list[Tensor] = []
     kept: dict[int, Tensor] = {}
     with sampler.ready():
-        for rows in slices(mine.stop - mine.start, sampler.microbatch, -(-most // sampler.microbatch)):
-            between()
-            counts = rows.stop > rows.start
-            # without rows of its own, a call of any: others may need this process's part of the weights
-            rows = slice(mine.start + rows.start, mine.start + rows.stop) if counts else slice(0, 1)
-            batch = [chosen[index] for index in owner[rows].tolist()]
-            texts = list(dict.fromkeys(prompt.text for prompt in batch))
-            position = {text: index for index, text in enumerate(texts)}
-            conditioning = sampler.policy.encode(texts)
-            indices = torch.tensor([position[prompt.text] for prompt in batch])
-            images = sampler.decode(sampler.sample(conditioning, indices, seeds[rows]).final)
-            scores = score(images, batch)
+        for rows, images in draw(sampler, drawn, seeds, world=world, between=between):
+            scores = score(images, drawn[rows] or drawn[:1])
             names = list(scores.parts)
-            if counts:
+            if rows.stop > rows.start:
                 values.append(torch.stack([scores.total, *scores.parts.values()], 1).double().cpu())
                 kept |= {i: images[i - rows.start].cpu() for i in preview if rows.start <= i < rows.stop}
     empty = torch.empty(0, 1 + len(names), dtype=torch.float64)
-    rewards = group.gather(torch.cat([empty, *values]), torch.arange(mine.start, mine.stop), len(owner))
+    rewards = world.gather(torch.cat([empty, *values]), torch.arange(own.start, own.stop), len(drawn))
     items = [
         {
-            "prompt": chosen[index].text,
-            "category": str(chosen[index].metadata.get("category", "all")),
+            "prompt": prompt.text,
+            "category": str(prompt.metadata.get("category", "all")),
             "seed": seed,
             "reward": row[0],
             "parts": dict(zip(names, row[1:], strict=True)),
         }
-        for index, seed, row in zip(owner.tolist(), seeds.tolist(), rewards.tolist(), strict=True)
+        for prompt, seed, row in zip(drawn, seeds.tolist(), rewards.tolist(), strict=True)
     ]
-    pictures = _together(kept, preview, images, group)
-    good = rewards.isfinite().all(1)
-    if good.all():
-        return Evaluation(items, preview, pictures)
-    shown = [place for place, item in enumerate(preview) if good[item]]
-    moved = good.cumsum(0) - 1
+    pictures = _gathered(kept, preview, images, world)
+    finite = rewards.isfinite().all(1)
+    shown = [number for number, item in enumerate(preview) if finite[item]]
+    position = finite.cumsum(0) - 1
     return Evaluation(
-        [item for item, there in zip(items, good.tolist(), strict=True) if there],
-        [int(moved[preview[place]]) for place in shown],
+        [item for item, counts in zip(items, finite.tolist(), strict=True) if counts],
+        [int(position[preview[number]]) for number in shown],
         pictures[shown],
-        int((~good).sum()),
+        int((~finite).sum()),
     )
 
 
-def _together(kept: dict[int, Tensor], preview: list[int], images: Tensor, group: Group) -> Tensor:
-    """The preview's images of all processes; ``images`` are any, for their shape."""
+def _gathered(kept: dict[int, Tensor], preview: list[int], images: Tensor, world: World) -> Tensor:
+    """Gathers the preview's images from all processes. ``images`` are any images, for their shape."""
     if not preview:
         return torch.empty(0)
-    place = {item: index for index, item in enumerate(preview)}
-    ids = torch.tensor([place[item] for item in kept], dtype=torch.int64)
-    mine = torch.stack(list(kept.values())) if kept else images[:0].cpu()
-    return group.gather(mine, ids, len(preview))
+    numbers = torch.tensor([preview.index(item) for item in kept], dtype=torch.int64)
+    local = torch.stack(list(kept.values())) if kept else images[:0].cpu()
+    return world.gather(local, numbers, len(preview))
 
 
 def _spread(prompts: int, wanted: int, samples: int) -> list[int]:
-    """Items to keep images of: the first image of prompts spread evenly over the list."""
+    """The items of the preview: the first image of prompts that are spread evenly over the list."""
     count = min(prompts, wanted)
     return [prompts * index // count * samples for index in range(count)]
 
 
-def _mean(values: Any) -> float:
-    numbers = list(values)
-    return math.fsum(numbers) / len(numbers)
+def _means(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean reward of items, and the mean of each part."""
+    return {
+        "reward": math.fsum(item["reward"] for item in items) / len(items),
+        "parts": {
+            name: math.fsum(item["parts"][name] for item in items) / len(items) for name in items[0]["parts"]
+        },
+    }

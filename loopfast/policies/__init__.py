@@ -1,7 +1,6 @@
 """Diffusion pipelines as policies: encode prompts, predict model outputs, decode latents."""
 
-from loopfast.policies.base import Caller, Conditioning, Policy, expand, pad_rows
-from loopfast.policies.check import check_model
+from loopfast.policies.base import Conditioning, ForwardWrapper, Policy, expand, pad_rows
 from loopfast.policies.loading import (
     load_family,
     load_policy,
@@ -10,15 +9,20 @@ from loopfast.policies.loading import (
     scheduler_notes,
     trained_steps,
 )
-from loopfast.policies.local_limits import local_text_limits
+from loopfast.policies.local import check_model, local_text_limits
 from loopfast.policies.lora_file import adopted_lora, lora_weights
-from loopfast.policies.signature import adapter_signature, addresses, layers_with_adapter
+from loopfast.policies.signature import (
+    adapter_signature,
+    addresses,
+    layers_with_adapter,
+    remove_adapter_layers,
+)
 from loopfast.policies.source import is_lora
 from loopfast.policies.text_limits import TextLimit, read_prompts
 
 __all__ = [
-    "Caller",
     "Conditioning",
+    "ForwardWrapper",
     "Policy",
     "TextLimit",
     "adapter_signature",
@@ -36,6 +40,7 @@ __all__ = [
     "lora_weights",
     "pad_rows",
     "read_prompts",
+    "remove_adapter_layers",
     "scheduler_notes",
     "trained_steps",
 ]

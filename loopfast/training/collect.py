@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from loopfast.distributed.group import Group
+from loopfast.distributed.world import World
 from loopfast.rewards import Scores
 from loopfast.rollout.trajectories import Trajectories
 from loopfast.training.batch import Batch
@@ -18,39 +18,41 @@ from loopfast.training.state import Rollout, TrainState
 
 
 def collect(run: Run, state: TrainState, batch: Batch) -> Rollout:
-    """Samples K trajectories of each prompt, and scores their images as they come; in calls that memory suffices for.
+    """Samples K trajectories of each prompt in calls that fit into memory, and scores each call's images at once.
 
     Raises:
         Stopped: a signal has come.
-        RewardError: a reward failed, or fewer pairs are left than there are updates.
+        RewardError: a reward failed, or fewer pairs are kept than there are updates.
         RewardMemoryError: a reward ran out of memory.
-        LoopfastError: memory does not suffice for the smallest call.
+        LoopfastError: not even one row per call fits into memory.
     """
     run.meter.start()
     run.scoring.iteration = state.number
     with run.phase("rollout"):
-        trajectories, scores = run.microbatches.fitting(
+        trajectories, scores = run.microbatches.with_oom_fallback(
             "rollout", lambda rows: _sampled(run, state, batch, rows)
         )
     if run.config.trajectories.device == "host":
         trajectories = trajectories.to_host()
-    trajectories, scores = gathered(run.group, trajectories, scores, len(batch.seeds))
-    rollout = Rollout(trajectories, run.scoring.rewards(scores, batch.texts, run.drawn))
-    state.metrics |= rollout_metrics(run.config, scores, rollout)
+    trajectories, scores = gathered(run.world, trajectories, scores, len(batch.seeds))
+    updates = run.config.train.updates_per_iteration
+    rewards, kept = run.scoring.rewards(scores, batch.texts, run.trained_per_trajectory, updates)
+    rollout = Rollout(trajectories, rewards, kept)
+    state.metrics |= rollout_metrics(scores, rollout, count_dropped=run.drops_bad_rewards)
     state.images += len(batch.seeds)
     return rollout
 
 
 def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Trajectories, Scores]:
-    """This process's trajectories and their images' scores, in calls of so many rows."""
-    sampler = run.resize(rows)
-    own = run.group.part(len(batch.seeds))
+    """Returns this rank's trajectories and the scores of their images, sampled in calls of ``rows`` rows."""
+    schedule, _ = run.steps.for_iteration(run.config.run.seed, state.iteration)
+    sampler = replace(run.resize(rows), schedule=schedule)
+    own = run.world.shard(len(batch.seeds))
     prompt_index, seeds = batch.prompt_index[own], batch.seeds[own]
     prompts = [batch.prompts[index] for index in prompt_index.tolist()]
-    schedule, _ = run.steps.drawn(run.config.run.seed, state.iteration)
-    trajectories = sampler.allocate(len(seeds), schedule)
+    trajectories = sampler.allocate(len(seeds))
     with (
-        run.scoring.together(),
+        run.scoring.errors_on_all_ranks(),
         run.scoring.scorer(run.reward_worker, sampler.decode, partial(run.phase, "reward")) as scorer,
     ):
         sampling = sampler.stream(
@@ -58,9 +60,8 @@ def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Traj
             batch.conditioning,
             prompt_index,
             seeds,
-            schedule=schedule,
             between=run.check_stop,
-            calls=_calls(run.group, len(batch.seeds), rows),
+            calls=run.world.calls(len(batch.seeds), rows),
         )
         with closing(sampling):
             for part in sampling:
@@ -68,25 +69,19 @@ def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Traj
         return trajectories, scorer.result()
 
 
-def _calls(group: Group, count: int, rows: int) -> int:
-    """Model calls that ``count`` rows of all processes take: as many in each."""
-    most = max(part.stop - part.start for part in group.parts(count))
-    return -(-most // rows)
-
-
 def gathered(
-    group: Group, trajectories: Trajectories, scores: Scores, count: int
+    world: World, trajectories: Trajectories, scores: Scores, count: int
 ) -> tuple[Trajectories, Scores]:
-    """The scores and log-probabilities of all processes' rows, beside this one's latents.
+    """Gathers the scores and log-probabilities of all ranks. The latents stay on their ranks.
 
     Args:
-        group: the processes.
-        trajectories, scores: of this process's rows.
-        count: N, of all rows.
+        world: the processes.
+        trajectories, scores: those of this rank's rows.
+        count: N, the number of all rows.
     """
-    own = group.part(count)
+    own = world.shard(count)
     rows = torch.arange(own.start, own.stop)
-    total = group.gather(scores.total, rows, count)
-    parts = {name: group.gather(part, rows, count) for name, part in scores.parts.items()}
-    logprob = group.gather(trajectories.logprob.T, rows, count).T.contiguous()
-    return replace(trajectories, logprob=logprob, first=own.start), Scores(total, parts)
+    total = world.gather(scores.total, rows, count)
+    parts = {name: world.gather(part, rows, count) for name, part in scores.parts.items()}
+    logprob = world.gather(trajectories.logprob.T, rows, count).T.contiguous()
+    return replace(trajectories, logprob=logprob, first_row=own.start), Scores(total, parts)

@@ -1,10 +1,10 @@
-"""How a rollout's images are scored: as they come, beside the sampling, or all at the end."""
+"""Scores a rollout's images: as they come, beside the sampling, or all at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,26 +13,28 @@ from loopfast.profiling import phase
 from loopfast.prompts import Prompt
 from loopfast.rewards import RewardThread, Scores, join_scores
 
+Worker = Literal["none", "inline", "thread", "process"]
+"""Values of ``rollout.reward_worker``, with ``auto`` resolved."""
 Score = Callable[[Tensor, Sequence[Prompt]], Scores]
-"""The scores of images ``[N, 3, H, W]`` of N prompts."""
+"""Returns the scores of images ``[N, 3, H, W]`` of N prompts."""
 Decode = Callable[[Tensor], Tensor]
-"""The images of latents."""
+"""Decodes latents to images."""
 Timed = Callable[[], AbstractContextManager[None]]
-"""Context around what passes for the rewards' sake while nothing is sampled."""
+"""Context of the time that rewards take while nothing is sampled."""
 
 
 class Scorer(Protocol):
-    """Scores what is handed over, part by part."""
+    """An object that scores images part by part."""
 
     def submit(self, latents: Tensor, prompts: Sequence[Prompt]) -> None:
         """Takes the denoised latents ``[n, *L]`` of a microbatch, and their n prompts."""
 
     def result(self) -> Scores:
-        """The scores of all that was submitted, in its order."""
+        """Returns the scores of all submitted images, in their order."""
 
 
 class Inline:
-    """Scores each microbatch's images before the next is sampled."""
+    """A scorer of each microbatch's images before the next is sampled."""
 
     def __init__(self, score: Score, decode: Decode, timed: Timed) -> None:
         self._score, self._decode, self._timed = score, decode, timed
@@ -46,8 +48,8 @@ class Inline:
         return join_scores(self._scores)
 
 
-class Beside:
-    """Has a thread score the images while others are sampled."""
+class Threaded:
+    """A scorer of images in a thread, while others are sampled."""
 
     def __init__(self, thread: RewardThread[Prompt], decode: Decode, timed: Timed) -> None:
         self._thread, self._decode, self._timed = thread, decode, timed
@@ -62,7 +64,7 @@ class Beside:
 
 
 class AtTheEnd:
-    """Scores all images in one call, for a reward that compares them."""
+    """A scorer of all images in one call, for a reward that compares them."""
 
     def __init__(self, score: Score, decode: Decode, timed: Timed) -> None:
         self._score, self._decode, self._timed = score, decode, timed

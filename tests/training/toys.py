@@ -28,15 +28,16 @@ from loopfast.training import setup
 from loopfast.training.batch import Batch, draw_batch
 from loopfast.training.collect import collect
 from loopfast.training.loss import PolicyLoss, compare
-from loopfast.training.replay import Replay
 from loopfast.training.run import Run, Stopped
 from loopfast.training.state import TrainState
 from loopfast.training.train import learn
 from loopfast.training.update import Screening, UpdateStatistics, screen, update
+from loopfast.training.update_pass import UpdatePass
 
 GROUPS, SAMPLES, STEPS, SHAPE = 2, 3, 3, (2, 2)
 ROWS = GROUPS * SAMPLES
 REWARDS = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+KEPT = torch.tensor([True, True])
 LEAVE_ONE_OUT = torch.tensor([-3.0, -1.5, 4.5, -1.5, -1.5, 3.0], dtype=torch.float64)
 
 
@@ -57,7 +58,7 @@ class ToyPolicy:
         self.prompt = torch.nn.Parameter(0.3 * torch.randn(4, dtype=kept))
         self._initial = [self.weight.detach().clone(), self.prompt.detach().clone()]
         self._inside_reference = False
-        self.levers: dict[str, bool | str] = {"attention": "none"}
+        self.performance_options: dict[str, bool | str] = {"attention": "none"}
         self.text_limits: tuple[TextLimit, ...] = ()
         self.batches: list[int] = []
         self.outputs: list[Tensor] = []
@@ -164,9 +165,9 @@ class Case:
         order = torch.randperm(ROWS * STEPS)[:11]
         self.rows, self.steps = order % ROWS, order // ROWS
 
-    def replay(self, algorithm: AlgorithmConfig, rewards: Tensor = REWARDS) -> Replay:
-        advantages = compare(algorithm, rewards, ["a", "b"], PromptStatistics(), torch.device("cpu"))
-        return Replay(
+    def update_pass(self, algorithm: AlgorithmConfig, rewards: Tensor = REWARDS) -> UpdatePass:
+        advantages = compare(algorithm, rewards, KEPT, ["a", "b"], PromptStatistics(), torch.device("cpu"))
+        return UpdatePass(
             self.sampler,
             PolicyLoss(algorithm, advantages),
             self.trajectories,
@@ -178,8 +179,8 @@ class Case:
         self, algorithm: AlgorithmConfig, microbatch: int = 11, rewards: Tensor = REWARDS
     ) -> Screening:
         self.policy.forget()
-        replay = self.replay(algorithm, rewards)
-        return screen(replay, (self.rows, self.steps), microbatch=microbatch)
+        update_pass = self.update_pass(algorithm, rewards)
+        return screen(update_pass, (self.rows, self.steps), microbatch=microbatch)
 
     def update(
         self,
@@ -193,7 +194,7 @@ class Case:
         for parameter in self.policy.trainable().values():
             parameter.grad = None
         done = update(
-            self.replay(algorithm, rewards),
+            self.update_pass(algorithm, rewards),
             gradients := engine or Gradients(),
             (self.rows, self.steps),
             microbatch=microbatch,

@@ -1,4 +1,4 @@
-"""What a benchmark found: means and their confidence intervals, as JSON and as the paper's table."""
+"""The results of a benchmark: means and their confidence intervals, as JSON and as the paper's table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from loopfast.errors import LoopfastError, one_line
 from loopfast.evaluation.benchmark.bootstrap import LEVEL, RESAMPLES, mean_interval
-from loopfast.evaluation.benchmark.run import Candidate, Category, Scope
+from loopfast.evaluation.benchmark.run import Category, MeasuredModel, SamplingPlan
+from loopfast.reporting.tables import plain_table
 from loopfast.system.files import write_file, writing
 from loopfast.version import __version__
 
@@ -26,30 +27,30 @@ _PACKAGES = ("torch", "diffusers", "transformers")
 
 def summarize(
     benchmark: str,
-    candidates: Sequence[Candidate],
+    models: Sequence[MeasuredModel],
     categories: Sequence[Category],
-    scope: Scope,
+    plan: SamplingPlan,
     scores: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Any]:
-    """All that a benchmark found, as JSON can hold it.
+    """Collects the results of a benchmark in a form that JSON can hold.
 
     Args:
-        benchmark: its name.
-        candidates: the models; where there are two, the second's difference from the first is worked out, too.
-        categories: those that were measured.
-        scope: how much was drawn.
-        scores: float64 ``[P, K]`` of each model, of each category.
+        benchmark: the benchmark's name.
+        models: the models. With two models, the second's difference from the first is computed, too.
+        categories: the measured categories.
+        plan: the number of images and their noise.
+        scores: float64 ``[P, K]`` by model and category.
 
     Returns:
-        ``benchmark``, ``versions``, ``seed``, ``models`` (the settings of each), ``confidence``, and ``categories``: of
-        each its ``metric``, ``intervals`` (mean, low and high of each model and of ``difference``) and ``items``, one a
-        prompt: its text, and of each model the mean and the scores of its images.
+        ``benchmark``, ``versions``, ``seed``, ``models`` (their settings), ``confidence``, and ``categories``. Each
+        category has its ``metric``, ``intervals`` (mean, low and high of each model and of ``difference``) and
+        ``items``: the text of each prompt, and the mean and the image scores of each model.
     """
     found = {}
     for category in categories:
-        by_model = {candidate.name: scores[candidate.name][category.name] for candidate in candidates}
+        by_model = {model.name: scores[model.name][category.name] for model in models}
         means = {name: values.mean(1).tolist() for name, values in by_model.items()}
-        if len(candidates) == 2:
+        if len(models) == 2:
             first, second = means.values()
             differences = [after - before for before, after in zip(first, second, strict=True)]
             intervals = {**means, DIFFERENCE: differences}
@@ -58,9 +59,9 @@ def summarize(
         found[category.name] = {
             "metric": {"name": category.metric.name, "options": category.metric.options},
             "prompts": len(next(iter(means.values()))),
-            "images_per_prompt": scope.images_per_prompt,
+            "images_per_prompt": plan.images_per_prompt,
             "intervals": {
-                name: mean_interval(values, seed=scope.seed).as_dict() for name, values in intervals.items()
+                name: mean_interval(values, seed=plan.seed).as_dict() for name, values in intervals.items()
             },
             "items": [
                 {
@@ -79,8 +80,8 @@ def summarize(
             "loopfast": __version__,
             **{name: metadata.version(name) for name in _PACKAGES},
         },
-        "seed": scope.seed,
-        "models": {candidate.name: dict(candidate.settings) for candidate in candidates},
+        "seed": plan.seed,
+        "models": {model.name: dict(model.settings) for model in models},
         "confidence": {"level": LEVEL, "resamples": RESAMPLES, "over": "prompts"},
         "categories": found,
     }
@@ -89,14 +90,14 @@ def summarize(
 def _table(
     result: Mapping[str, Any], titles: Mapping[str, str]
 ) -> tuple[list[str], list[tuple[str, list[tuple[str, str, str]]]]]:
-    """The table in the paper's layout, a row a model and a column a category.
+    """Makes the table in the paper's layout, with a row for each model and a column for each category.
 
     Args:
-        result: what `summarize` gave.
-        titles: the columns' names by category, where they are not the categories' own.
+        result: the result of `summarize`.
+        titles: the columns' titles by category, where they differ from the categories' names.
 
     Returns:
-        Its head, and of each row the title and the mean, low and high of each category as text.
+        The head, and for each row its title and the mean, low and high of each category as text.
     """
     categories = result["categories"]
     names = list(next(iter(categories.values()))["intervals"])
@@ -113,7 +114,7 @@ def _table(
 
 
 def as_rich(result: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
-    """The table for a terminal, where eight categories fit into 80 columns: below each mean its interval's bounds."""
+    """The table for a terminal. Bounds stand below their mean, so that eight categories fit into 80 columns."""
     head, rows = _table(result, titles)
     caption = f"means and {result['confidence']['level']:.0%} confidence intervals"
     table = Table(head[0], box=SIMPLE_HEAD, padding=0, show_edge=False, caption=caption)
@@ -125,39 +126,35 @@ def as_rich(result: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
 
 
 def as_markdown(result: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """The table and what it was measured by, as Markdown."""
+    """The table and the metrics of the categories as Markdown."""
     head, rows = _table(result, titles)
-    lines = [f"# {result['benchmark']}", "", _row(head), _row(["---"] * len(head))]
-    # the difference by its whole name, for which a terminal has no room
+    # the full name of the difference, for which a terminal has no room
     named = {DIFFERENCE: " − ".join(reversed([title for title, _ in rows[:2]]))}
-    lines += [
-        _row([named.get(title, title), *(f"{mean} [{low}, {high}]" for mean, low, high in numbers)])
+    means = [
+        [named.get(title, title), *(f"{mean} [{low}, {high}]" for mean, low, high in numbers)]
         for title, numbers in rows
     ]
-    lines.append("")
     confidence = result["confidence"]
     sentence = (
         f"Means over prompts with {confidence['level']:.0%} confidence intervals from {confidence['resamples']} "
         f"bootstrap resamples of the prompts. Seed {result['seed']}."
     )
-    lines += [
-        sentence,
-        "",
-        _row(["category", "metric", "prompts", "images each"]),
-        _row(["---"] * 4),
-    ]
-    lines += [
-        _row(
-            [
-                titles.get(name, name),
-                category["metric"]["name"],
-                str(category["prompts"]),
-                str(category["images_per_prompt"]),
-            ]
+    measured = [
+        (
+            titles.get(name, name),
+            category["metric"]["name"],
+            str(category["prompts"]),
+            str(category["images_per_prompt"]),
         )
         for name, category in result["categories"].items()
     ]
-    return "\n".join(lines) + "\n"
+    parts = [
+        f"# {result['benchmark']}",
+        plain_table(head, means),
+        sentence,
+        plain_table(["category", "metric", "prompts", "images each"], measured),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def write_results(result: Mapping[str, Any], titles: Mapping[str, str], folder: Path) -> tuple[Path, Path]:
@@ -173,7 +170,7 @@ def write_results(result: Mapping[str, Any], titles: Mapping[str, str], folder: 
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """What `write_results` wrote.
+    """Reads the file that `write_results` wrote.
 
     Raises:
         LoopfastError: the file is damaged.
@@ -186,7 +183,3 @@ def read_results(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoopfastError(f"{file} is damaged: {type(error).__name__}: {one_line(error)}") from None
     return dict(found)
-
-
-def _row(values: Sequence[str]) -> str:
-    return f"| {' | '.join(values)} |"

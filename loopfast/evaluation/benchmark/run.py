@@ -1,4 +1,4 @@
-"""Draws and scores the images of a benchmark, one model after the other, and can be stopped at any time."""
+"""Draws and scores the images of a benchmark, one model after the other. It can be stopped at any time."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from torch import Tensor
 
 from loopfast.config import RewardConfig
 from loopfast.evaluation.benchmark.score_file import Scored, ScoreFile
+from loopfast.evaluation.draw import draw
 from loopfast.prompts import Prompt
 from loopfast.rewards import RewardSet, build_rewards
-from loopfast.rollout import Sampler, slices
+from loopfast.rollout import Sampler
 from loopfast.run.console import Display
 from loopfast.run.images import save_image
 from loopfast.seeds import derive
 from loopfast.system.files import writing
 
-# Options of a metric that decide where and in what portions it computes, and not what.
+# Options of a metric that change its device or its batches, and not its values.
 _PLACES = ("device", "batch_size")
 _SECONDS_BETWEEN_MESSAGES = 10.0
 
 
 @dataclass(frozen=True)
 class Category:
-    """A part of a benchmark: its prompts and the reward that they are measured by."""
+    """A part of a benchmark: its prompts and the reward that measures them."""
 
     name: str
     prompts: Sequence[Prompt]
@@ -39,13 +40,13 @@ class Category:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MeasuredModel:
     """A model that is measured.
 
     Attributes:
         name: such as ``base`` or ``trained``.
-        settings: everything that its images depend on but prompt and noise; JSON can hold it.
-        open: gives its sampler; loads the model, and frees it afterwards.
+        settings: everything that its images depend on, except prompt and noise, in a form that JSON can hold.
+        open: a context that loads the model, provides its sampler, and frees the model.
     """
 
     name: str
@@ -54,14 +55,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Scope:
-    """How much is drawn, and from which noise.
+class SamplingPlan:
+    """The number of images to draw, and the seed of their noise.
 
     Attributes:
         images_per_prompt: K.
-        seed: of the noise.
-        limit_prompts: only so many first prompts of each category; None: all.
-        keep_images: images of each prompt to keep as PNG files, at most K.
+        seed: the seed of the noise and of the bootstrap.
+        limit_prompts: the number of prompts of each category, from the first; None stands for all.
+        keep_images: the number of images of each prompt to keep as PNG files, at most K.
     """
 
     images_per_prompt: int
@@ -73,61 +74,60 @@ class Scope:
 def image_seed(seed: int, prompt: str, occurrence: int, image: int) -> int:
     """The seed of an image's noise, in [0, 2⁶³).
 
-    It is the same for every model, in every category, and however many prompts and images are drawn beside it.
+    It is the same for every model and in every category, and does not depend on the other prompts and images.
 
     Args:
-        seed: of the benchmark.
+        seed: the benchmark's seed.
         prompt: the text.
         occurrence: 0 for the first time that a category has this text, 1 for the second.
-        image: the how manieth image of the prompt, from 0.
+        image: the image's index among the prompt's images.
     """
     return derive(seed, "benchmark", prompt, occurrence, image)
 
 
 def run_benchmark(
-    candidates: Sequence[Candidate],
+    models: Sequence[MeasuredModel],
     categories: Sequence[Category],
-    scope: Scope,
+    plan: SamplingPlan,
     folder: Path,
     display: Display,
 ) -> dict[str, dict[str, Tensor]]:
-    """Draws and scores what the folder does not hold yet.
+    """Draws and scores the images that the folder has no scores of yet.
 
     Args:
-        candidates: the models, with names that differ.
-        categories: with names that differ.
-        scope: how much is drawn.
-        folder: where scores are kept, ``scores/<model>-<category>.jsonl``, and images,
+        models: the models, with names that differ.
+        categories: the categories, with names that differ.
+        plan: the number of images and their noise.
+        folder: the folder for scores, ``scores/<model>-<category>.jsonl``, and images,
             ``images/<model>/<category>/samples/<prompt>_<number>.png``, which T2I-CompBench's own programs can read.
         display: where progress is shown.
 
     Returns:
-        Scores float64 ``[P, K]`` of each model, of each category.
+        Scores float64 ``[P, K]`` by model and category.
 
     Raises:
         ConfigError: a metric cannot be built, or the folder holds scores of other settings.
-        RewardError: a metric failed; what was scored before is kept.
+        RewardError: a metric failed. The scores until then are kept.
         LoopfastError: the folder cannot be written.
     """
     for category in categories:
         build_rewards([category.metric], load=False)
     metrics: dict[str, RewardSet] = {}
     tasks = {
-        candidate.name: [_Task(candidate, category, scope, folder) for category in categories]
-        for candidate in candidates
+        model.name: [_Task(model, category, plan, folder) for category in categories] for model in models
     }
-    for candidate in candidates:
-        pending = [task for task in tasks[candidate.name] if task.pending()]
+    for model in models:
+        pending = [task for task in tasks[model.name] if task.pending()]
         if pending:
-            _run_tasks(candidate, pending, metrics, display)
+            _run_tasks(model, pending, metrics, display)
     return {name: {task.category.name: task.scores() for task in found} for name, found in tasks.items()}
 
 
 def _run_tasks(
-    candidate: Candidate, tasks: Sequence[_Task], metrics: dict[str, RewardSet], display: Display
+    model: MeasuredModel, tasks: Sequence[_Task], metrics: dict[str, RewardSet], display: Display
 ) -> None:
-    """Draws and scores with one model, which is freed when this returns; adds the metrics that it needs."""
-    with candidate.open() as sampler:
+    """Runs the tasks of one model and frees it. Metrics that are not in ``metrics`` yet are built and added."""
+    with model.open() as sampler:
         for task in tasks:
             key = _metric_key(task.category.metric)
             if key not in metrics:
@@ -137,11 +137,11 @@ def _run_tasks(
 
 @dataclass
 class _Task:
-    """One model on one category."""
+    """The measurement of one model on one category."""
 
-    candidate: Candidate
+    model: MeasuredModel
     category: Category
-    scope: Scope
+    plan: SamplingPlan
     folder: Path
     file: ScoreFile = field(init=False)
 
@@ -152,19 +152,19 @@ class _Task:
             "category": self.category.name,
             "prompts": _digest(self.category.prompts),
             "metric": {"name": metric.name, "options": options},
-            "seed": self.scope.seed,
-            "model": self.candidate.settings,
+            "seed": self.plan.seed,
+            "model": self.model.settings,
         }
-        name = f"{self.candidate.name}-{self.category.name}.jsonl"
+        name = f"{self.model.name}-{self.category.name}.jsonl"
         self.file = ScoreFile(self.folder / "scores" / name, settings)
 
     @property
     def prompts(self) -> Sequence[Prompt]:
-        return self.category.prompts[: self.scope.limit_prompts]
+        return self.category.prompts[: self.plan.limit_prompts]
 
     def wanted(self) -> list[tuple[int, int]]:
-        """Every image, by the position of its prompt and its number."""
-        return [(p, k) for p in range(len(self.prompts)) for k in range(self.scope.images_per_prompt)]
+        """Every image, as (prompt index, image index)."""
+        return [(p, k) for p in range(len(self.prompts)) for k in range(self.plan.images_per_prompt)]
 
     def pending(self) -> list[tuple[int, int]]:
         """The images that have no score yet."""
@@ -172,58 +172,53 @@ class _Task:
 
     def scores(self) -> Tensor:
         values = [self.file.scores[image] for image in self.wanted()]
-        return torch.tensor(values, dtype=torch.float64).view(-1, self.scope.images_per_prompt)
+        return torch.tensor(values, dtype=torch.float64).view(-1, self.plan.images_per_prompt)
 
     def run(self, sampler: Sampler, metric: RewardSet, display: Display) -> None:
         pending = self.pending()
         total = len(self.wanted())
-        title = f"{self.candidate.name}, {self.category.name}"
+        title = f"{self.model.name}, {self.category.name}"
         if len(pending) < total:
             display.message(f"{title}: {total - len(pending)} of {total} images are scored already")
+        prompts = [self.prompts[p] for p, _ in pending]
         occurrences = _occurrences(self.prompts)
-        said = time.monotonic()
-        for rows in slices(len(pending), sampler.microbatch):
-            images = pending[rows]
-            self._chunk(sampler, metric, images, occurrences)
-            left = len(pending) - rows.stop
-            if left == 0 or time.monotonic() - said >= _SECONDS_BETWEEN_MESSAGES:
-                said = time.monotonic()
-                display.message(f"{title}: {total - left}/{total} images")
-
-    def _chunk(
-        self,
-        sampler: Sampler,
-        metric: RewardSet,
-        wanted: Sequence[tuple[int, int]],
-        occurrences: Sequence[int],
-    ) -> None:
-        batch = [self.prompts[p] for p, _ in wanted]
-        seeds = [
-            image_seed(self.scope.seed, prompt.text, occurrences[p], k)
-            for prompt, (p, k) in zip(batch, wanted, strict=True)
-        ]
-        texts = list(dict.fromkeys(prompt.text for prompt in batch))
-        position = {text: index for index, text in enumerate(texts)}
-        conditioning = sampler.policy.encode(texts)
-        owners = torch.tensor([position[prompt.text] for prompt in batch])
-        latents = sampler.sample(conditioning, owners, torch.tensor(seeds, dtype=torch.int64)).final
-        images = sampler.decode(latents)
-        scores = metric.score(
-            images, [prompt.text for prompt in batch], [prompt.metadata for prompt in batch]
+        seeds = torch.tensor(
+            [image_seed(self.plan.seed, self.prompts[p].text, occurrences[p], k) for p, k in pending],
+            dtype=torch.int64,
         )
-        for image, prompt, (p, k) in zip(images, batch, wanted, strict=True):
-            if k < self.scope.keep_images:
-                self._keep(image, prompt.text, p * self.scope.keep_images + k)
+        announced = time.monotonic()
+        for rows, images in draw(sampler, prompts, seeds):
+            self._score(metric, prompts[rows], images, pending[rows], seeds[rows].tolist())
+            missing = len(pending) - rows.stop
+            if missing == 0 or time.monotonic() - announced >= _SECONDS_BETWEEN_MESSAGES:
+                announced = time.monotonic()
+                display.message(f"{title}: {total - missing}/{total} images")
+
+    def _score(
+        self,
+        metric: RewardSet,
+        prompts: Sequence[Prompt],
+        images: Tensor,
+        positions: Sequence[tuple[int, int]],
+        seeds: Sequence[int],
+    ) -> None:
+        """Scores images and writes their scores, and those images that are to be kept."""
+        scores = metric.score(
+            images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+        )
+        for image, prompt, (p, k) in zip(images, prompts, positions, strict=True):
+            if k < self.plan.keep_images:
+                self._keep(image, prompt.text, p * self.plan.keep_images + k)
         self.file.add(
             [
                 Scored(p, k, seed, score)
-                for (p, k), seed, score in zip(wanted, seeds, scores.total.tolist(), strict=True)
+                for (p, k), seed, score in zip(positions, seeds, scores.total.tolist(), strict=True)
             ]
         )
 
     def _keep(self, image: Tensor, text: str, number: int) -> None:
-        samples = self.folder / "images" / self.candidate.name / self.category.name / "samples"
-        # the prompt is what the benchmark's programs read before the first "_"; a file's name has 255 bytes at most
+        samples = self.folder / "images" / self.model.name / self.category.name / "samples"
+        # the benchmark's programs read the prompt before the first "_"; a file name has 255 bytes at most
         name = text.replace("/", " ").replace("_", " ").encode()[:240].decode(errors="ignore")
         with writing(samples):
             samples.mkdir(parents=True, exist_ok=True)
@@ -231,7 +226,7 @@ class _Task:
 
 
 def _occurrences(prompts: Sequence[Prompt]) -> list[int]:
-    """How often each prompt's text has come before."""
+    """The number of earlier prompts with the same text, for each prompt."""
     seen: dict[str, int] = {}
     found = []
     for prompt in prompts:
@@ -241,7 +236,7 @@ def _occurrences(prompts: Sequence[Prompt]) -> list[int]:
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
-    """Of all texts and their metadata, in their order."""
+    """A digest of all texts and their metadata, in their order."""
     entries = [[prompt.text, dict(prompt.metadata)] for prompt in prompts]
     return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

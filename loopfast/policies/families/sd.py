@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,10 +11,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from typing_extensions import override
 
-from loopfast.policies.adapter import ADAPTER, add_adapter, exported_adapter, merge_adapter
-from loopfast.policies.base import Conditioning
-from loopfast.policies.fast.guided_unet import guided_forward, plain_forward, shares_trunk
-from loopfast.policies.lora_file import load_lora
+from loopfast.policies.adapter import exported_adapter
+from loopfast.policies.base import Conditioning, call_denoiser
+from loopfast.policies.fast.guided_unet import guided_forward, shares_trunk
 from loopfast.policies.pipeline import PipelinePolicy
 from loopfast.policies.portable import text_model_names
 from loopfast.seeds import derive
@@ -30,21 +28,12 @@ class TextConditionedUNet(torch.nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
-    @property
-    def config(self) -> Any:
-        """The UNet's."""
-        return self.unet.config
-
-    def enable_gradient_checkpointing(self) -> None:
-        """In the UNet, whose activations are the many."""
-        self.unet.enable_gradient_checkpointing()
-
 
 class StableDiffusionPolicy(PipelinePolicy):
     """A ``StableDiffusionPipeline``; see `PipelinePolicy`.
 
-    With ``model.lora.text_encoder`` the denoiser includes the text encoder: prompts are conditioned by their token ids,
-    and every call encodes them anew.
+    With ``model.lora.text_encoder`` the denoiser includes the text encoder: the conditioning is token ids, and every
+    call encodes them anew.
     """
 
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
@@ -63,13 +52,8 @@ class StableDiffusionPolicy(PipelinePolicy):
     def _add_adapter(self, seed: int, dtype: torch.dtype) -> None:
         super()._add_adapter(seed, dtype)
         if self._config.lora.text_encoder:
-            encoder = self.pipeline.text_encoder
-            add_adapter(
-                encoder, self._config.lora, TEXT_TARGETS, seed=derive(seed, "text encoder"), dtype=dtype
-            )
-            if self._start is not None and "text_encoder" in self._start.layers:
-                load_lora(encoder, self._start.layers["text_encoder"], self._config.lora, ADAPTER)
-            self._denoiser = TextConditionedUNet(self._denoiser, encoder)
+            self._adapt("text_encoder", TEXT_TARGETS, derive(seed, "text encoder"), dtype)
+            self._denoiser = TextConditionedUNet(self._denoiser, self.pipeline.text_encoder)
 
     @property
     def _trains_text(self) -> bool:
@@ -94,7 +78,8 @@ class StableDiffusionPolicy(PipelinePolicy):
     def forward(
         denoiser: torch.nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        return plain_forward(_unet(denoiser), sample, timestep, _text(denoiser, conditioning))
+        text = {"encoder_hidden_states": _text(denoiser, conditioning)}
+        return call_denoiser(_unet(denoiser), sample, timestep, text)
 
     @override
     def predict(
@@ -102,10 +87,8 @@ class StableDiffusionPolicy(PipelinePolicy):
     ) -> tuple[Tensor, Tensor | None]:
         if guidance_scale == 1.0 or not (self._config.shared_trunk and shares_trunk(_unet(self._active))):
             return super().predict(sample, timestep, conditioning, guidance_scale)
-        nothing = self._unconditional_half()
-        rows = {name: nothing[name].expand_as(value) for name, value in conditioning.items()}
-        with self._precision():
-            conditional, unconditional = self._call(self._guided, sample, timestep, conditioning, rows)
+        empty = {name: self._unconditional[name].expand_as(value) for name, value in conditioning.items()}
+        conditional, unconditional = self._call(self._guided, sample, timestep, conditioning, empty)
         return conditional.to(self.dtype).contiguous(), unconditional.to(self.dtype).contiguous()
 
     @override
@@ -113,17 +96,10 @@ class StableDiffusionPolicy(PipelinePolicy):
         if not self._trains_text:
             super().export_merged(directory, weights)
             return
-        merged = copy.deepcopy(self._denoiser)
-        merged.load_state_dict(dict(weights), strict=False)
-        merge_adapter(merged)
-        encoder = self.pipeline.text_encoder
-        self.pipeline.register_modules(text_encoder=merged.text_encoder)
-        whole, self._denoiser = self._denoiser, self._denoiser.unet
-        try:
-            self._save_pipeline(directory, merged.unet.state_dict(), merged.unet)
-        finally:
-            self._denoiser = whole
-            self.pipeline.register_modules(text_encoder=encoder, unet=whole.unet)
+        merged = self._merged(weights)
+        self._save_pipeline(
+            directory, merged.unet.state_dict(), merged.unet, text_encoder=merged.text_encoder
+        )
 
     @override
     def _save_adapter(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
@@ -146,7 +122,7 @@ def _unet(denoiser: torch.nn.Module) -> Any:
 
 
 def _text(denoiser: torch.nn.Module, conditioning: Conditioning) -> Tensor:
-    """What the UNet attends to, ``[M, S, D]``."""
+    """Returns the encoded text, ``[M, S, D]``."""
     if not isinstance(denoiser, TextConditionedUNet):
         return conditioning["encoder_hidden_states"]
     states: Tensor = denoiser.text_encoder(conditioning["input_ids"])[0]
@@ -158,13 +134,13 @@ def _guided(
     sample: Tensor,
     timestep: Tensor,
     conditioning: Conditioning,
-    nothing: Conditioning,
+    empty: Conditioning,
 ) -> tuple[Tensor, Tensor]:
-    text, empty = _text(denoiser, conditioning), _text(denoiser, nothing)
-    return guided_forward(_unet(denoiser), sample, timestep, text, empty)
+    text = _text(denoiser, conditioning)
+    return guided_forward(_unet(denoiser), sample, timestep, text, _text(denoiser, empty))
 
 
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of one network, by its own names."""
+    """Returns the weights of one network, by its own names."""
     start = f"{prefix}."
     return {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}

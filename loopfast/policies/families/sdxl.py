@@ -1,7 +1,8 @@
-"""SDXL: two text encoders, their pooled embedding, and the sizes an image was cut from as time ids."""
+"""SDXL: two text encoders, a pooled embedding, and the image's sizes as time ids."""
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 from typing_extensions import override
 
-from loopfast.policies.base import Conditioning
+from loopfast.policies.base import Conditioning, call_denoiser
 from loopfast.policies.pipeline import PipelinePolicy
 
 
@@ -37,8 +38,9 @@ class StableDiffusionXLPolicy(PipelinePolicy):
             "time_ids": ids.expand(len(prompts), -1).contiguous(),
         }
 
+    @cached_property
     @override
-    def _nothing(self) -> Conditioning:
+    def _unconditional(self) -> Conditioning:
         encoded = self.encode([""])
         if not self.pipeline.config.force_zeros_for_empty_prompt:
             return encoded
@@ -51,12 +53,4 @@ class StableDiffusionXLPolicy(PipelinePolicy):
     def forward(
         denoiser: torch.nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        added = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
-        output: Tensor = denoiser(
-            sample,
-            timestep,
-            encoder_hidden_states=conditioning["encoder_hidden_states"],
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-        return output
+        return call_denoiser(denoiser, sample, timestep, conditioning, ("text_embeds", "time_ids"))

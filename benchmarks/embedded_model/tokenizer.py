@@ -8,21 +8,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .world import COLORS, NUMBERS, SHAPES, TEXTURES, plural
+from loopfast.embedded.world import COLORS, NUMBERS, SHAPES, TEXTURES, plural
 
 MAX_LENGTH = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def words() -> list[str]:
-    """Every word a caption can contain."""
+    """Returns every word that a caption can contain."""
     plurals = [plural(shape) for shape in SHAPES]
     joints = ["a", "an", "and", "left", "right", "of", "above", "below"]
     return [*COLORS, *SHAPES, *plurals, *TEXTURES, *NUMBERS, *joints]
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token ids and merge rules: each word of the world is one token, and other ASCII text still encodes."""
+    """Returns token ids and merge rules: each word of the world is one token, and other ASCII text still encodes."""
     letters = [chr(code) for code in range(33, 127)]
     tokens = letters + [letter + "</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
