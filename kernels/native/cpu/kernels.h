@@ -42,8 +42,8 @@ struct GradientTargets {
 // `squares` keeps z in whole multiples of this.
 constexpr int kLanes = 64;
 
-// All ranges [begin, end) begin at a multiple of kBlock. `sample` and `squares` take one block. `squares` keeps the row's
-// z in `residual` for `gradients`. If `residual` is NULL, as with a reference, `gradients` computes z again.
+// All ranges [begin, end) begin at a multiple of kBlock. `sample` and `squares` take one block. `squares` keeps the
+// row's z in `residual` for `gradients`. If `residual` is NULL, as with a reference, `gradients` computes z again.
 struct Kernels {
   Squares (*squares)(const Row &row, int64_t begin, int64_t end, float *residual);
   float (*sample)(const Row &row, uint64_t seed, int64_t step, const SampleTargets &to, int64_t begin, int64_t end);

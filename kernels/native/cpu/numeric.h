@@ -131,8 +131,8 @@ inline float exp_for_sigmoid(float x) {
   return as_float(as_bits(p) + (as_bits(shifted) << 23));
 }
 
-// 1 / x for x in [1, 2^126], to 1 ulp; a division takes longer than the rest of a sigmoid. The difference of the bits is
-// right to 5.1 %; one step cubes that error and one squares it.
+// 1 / x for x in [1, 2^126], to 1 ulp; a division takes longer than the rest of a sigmoid. The difference of the bits
+// is right to 5.1 %; one step cubes that error and one squares it.
 inline float reciprocal(float x) {
   float r = as_float(0x7ef31000 - as_bits(x));
   const float cubed = multiply_add(-x, r, 1.0f);

@@ -102,7 +102,7 @@ LOOPFAST_API int loopfast_transition_logprob_backward(const loopfast_transition 
                                                       loopfast_input prev_sample, const float *grad,
                                                       loopfast_output grad_output, loopfast_output grad_uncond);
 
-/* The arguments of the loss besides the transition. The advantage of row n is advantage[n], or, where `advantage` is NULL,
+/* The arguments of the loss besides the transition. The advantage of row n is advantage[n], or, if `advantage` is NULL,
  * advantage_scale times rewards[i] less the mean of its group's others, i = trajectory[n], clamped to
  * +-advantage_clip. */
 typedef struct {
