@@ -54,8 +54,8 @@ REPORT = Path(__file__).parent / "ptx.md"
 _WIDE = 16
 _BYTES = {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "b128": 16}
 _ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.(b8|b16|b32|b64|b128)\s")
-# The library's logarithm consists of such instructions too, but flushes denormals (ftz); a multiplication and an addition
-# that the compiler has paired do not.
+# The library's logarithm consists of such instructions too, but flushes denormals (ftz). A multiplication and an
+# addition that the compiler has paired do not.
 _CONTRACTED = re.compile(r"^\s*(?:@!?%\w+ )?(?:fma|mad)\.r[nzmp]\.(?!ftz)", re.MULTILINE)
 _ELEMENT_BITS = re.compile(r"tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>")
 
