@@ -1,7 +1,7 @@
-"""How near the ops come to the memory's speed: ``python profiles/roofline.py RESULTS.json PICTURE.png``.
+"""Draws how near the ops come to the memory's speed: ``python profiles/roofline.py RESULTS.json PICTURE.png``.
 
 RESULTS.json is a file of `benchmarks/results`. Every op gets a panel: the share of the device's copy bandwidth over
-the bytes the op has to move at least. Ops that move no latents are left out.
+the least number of bytes that the op has to move. Ops that move no latents are omitted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLUMNS = 4
 
 
 def _lines(settings: dict[str, Any]) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """Points by competitor and dtype; where shapes have the same bytes, the mean of their shares."""
+    """Returns points by competitor and dtype; shapes of the same bytes give the mean of their shares."""
     shares: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for setting, competitors in settings.items():
         dtype = setting.rpartition("-")[2]
@@ -66,7 +66,7 @@ def _panel(axes: Axes, op: str, settings: dict[str, Any]) -> None:
 
 
 def draw(run: dict[str, Any]) -> Figure:
-    """Draw the panels of a run.
+    """Draws the panels of a run.
 
     Args:
         run: a parsed file of `benchmarks/results`.
@@ -121,7 +121,7 @@ def draw(run: dict[str, Any]) -> Figure:
 
 
 def main() -> None:
-    """Run the command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, metavar="RESULTS.json")
     parser.add_argument("picture", type=Path, metavar="PICTURE.png")
