@@ -1,11 +1,11 @@
-"""Compiles every Triton kernel for several GPU architectures, without a GPU, and says what came out.
+"""Compiles every Triton kernel for several GPU architectures, without a GPU, and reports on the result.
 
-``python profiles/ptx_report.py`` writes ``profiles/ptx.md``; with ``--check`` it writes nothing. Both fail, and name
-each defect, where a kernel has double precision instructions, contracted multiply-adds or register spills, or where a
-load or store of latents is not 16 bytes wide. They compile with the triton that is installed, for some minutes.
+``python profiles/ptx_report.py`` writes ``profiles/ptx.md``; with ``--check`` it writes nothing. Both name each defect
+and fail if a kernel has double precision instructions, contracted multiply-adds or register spills, or if a
+load or store of latents is not 16 bytes wide. They compile with the installed triton, which takes some minutes.
 
 The ops' own functions are called, with tensors that have no data and a driver that has no device; each launch
-stops after it was compiled. So what is compiled is what a GPU would be given.
+stops after its kernel is compiled. So a GPU would run the same code.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Kernel:
 
 
 class _NoDevice:
-    """What triton asks a driver before it launches."""
+    """A driver without a device, which answers triton's questions before a launch."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -102,7 +102,7 @@ class _NoDevice:
 
 
 def compiled_launches(architecture: int, call: Callable[[], Any]) -> list[Any]:
-    """The kernels that `call` would launch, compiled."""
+    """Compiles and returns the kernels that `call` would launch."""
     launches = []
     run = JITFunction.run
 
@@ -120,7 +120,7 @@ def compiled_launches(architecture: int, call: Callable[[], Any]) -> list[Any]:
 
 
 def _assembled(ptx: str, architecture: int) -> str:
-    """What ptxas says of a program; kept where triton keeps what it has compiled."""
+    """Returns the output of ptxas for a program, cached in triton's cache."""
     ptxas = get_ptxas(architecture)
     kept = get_cache_manager(hashlib.sha256(f"{ptxas.version} {ptx}".encode()).hexdigest())
     if (file := kept.get_file("ptxas.log")) is not None:
@@ -146,7 +146,7 @@ def _accesses(ptx: str, kind: str) -> dict[int, int]:
 
 
 def _is_wide(counts: dict[int, int], ttgir: str, kind: str, threads: int) -> bool:
-    """Whether the tensors that give a thread 16 bytes or more are moved 16 bytes at a time."""
+    """Returns whether tensors with 16 bytes or more for each thread are moved 16 bytes at a time."""
     moved = 0
     for line in ttgir.splitlines():
         if f"tt.{kind} " in line and (tensor := _ELEMENT_BITS.search(line)):
@@ -154,12 +154,12 @@ def _is_wide(counts: dict[int, int], ttgir: str, kind: str, threads: int) -> boo
             for dimension in tensor[1].split("x"):
                 size *= int(dimension)
             moved += size // (_WIDE * threads)
-    # Small tensors may be moved so too.
+    # Small tensors may be moved in the same way.
     return moved * _WIDE <= sum(width * count for width, count in counts.items() if width >= _WIDE)
 
 
 def inspect(kernel: Any, variant: str, architecture: int) -> Kernel:
-    """Measure a compiled kernel."""
+    """Measures a compiled kernel."""
     ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
     log = _assembled(ptx, architecture)
     warps = kernel.metadata.num_warps
@@ -187,7 +187,7 @@ def inspect(kernel: Any, variant: str, architecture: int) -> Kernel:
 def calls(
     rows: int, elements: int, dtype: torch.dtype, guided: bool
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls of every op for one shape, with what sets each apart."""
+    """Yields calls of every op for one shape, each with the words that distinguish it."""
 
     def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -234,7 +234,7 @@ def calls(
 
 
 def image_calls(rows: int, elements: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls of the op on images, for rows of so many elements, with what sets each apart."""
+    """Yields calls of the op on images, for rows of this many elements, each with the words that distinguish it."""
     size, groups = ((7, 11, 13), 7) if elements == 1001 else ((64, elements // 512, 8), 8)
 
     def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
@@ -266,7 +266,7 @@ def compile_all(
     guidance: Sequence[bool] = (False, True),
     images: bool = True,
 ) -> Iterator[Kernel]:
-    """Every kernel of every op, each variant once."""
+    """Yields every kernel of every op, each variant once."""
     seen = set()
     for size in elements:
         for dtype in dtypes:
@@ -284,7 +284,7 @@ def compile_all(
 
 
 def defects(kernel: Kernel) -> list[str]:
-    """What is wrong with a kernel."""
+    """Returns the defects of a kernel."""
     found = []
     if kernel.double:
         found.append("double precision")
@@ -292,7 +292,7 @@ def defects(kernel: Kernel) -> list[str]:
         found.append(f"{kernel.contracted} contracted multiply-adds")
     if kernel.spilled_bytes:
         found.append(f"{kernel.spilled_bytes} bytes spilled")
-    # Rows of an odd length start anywhere: nothing wider than an element is aligned.
+    # Rows of an odd length start at any address: nothing wider than an element is aligned.
     if not kernel.wide and not kernel.variant.startswith("1001"):
         found.append(f"not 16 bytes wide: loads {kernel.loads}, stores {kernel.stores}")
     return found
@@ -303,13 +303,13 @@ def _widths(counts: dict[int, int]) -> str:
 
 
 def write_report(kernels: list[Kernel]) -> None:
-    """Write `REPORT`."""
+    """Writes `REPORT`."""
     lines = [
         "# The Triton kernels, compiled",
         "",
-        f"By `python profiles/ptx_report.py` with triton {triton.__version__}; nothing here ran on a GPU. Loads and",
-        "stores are instructions of one thread. Those of 4 and 8 bytes are a row's scalars; latents move 16 bytes at a",
-        "time, except in rows of 1001 elements, which are not aligned.",
+        f"Made by `python profiles/ptx_report.py` with triton {triton.__version__}; nothing here ran on a GPU.",
+        "Loads and stores are instructions of one thread. Those of 4 and 8 bytes move a row's scalars; latents move",
+        "16 bytes at a time, except in rows of 1001 elements, which are not aligned.",
     ]
     for architecture in ARCHITECTURES:
         lines += [
@@ -329,10 +329,10 @@ def write_report(kernels: list[Kernel]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, report, and fail where there are defects.
+    """Compiles, reports, and fails if there are defects.
 
     Returns:
-        1 where there are some, else 0.
+        1 if there are defects, else 0.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -22,11 +22,11 @@ _SHOWN_TESTS = 40
 
 
 def write(stages: Stages, pictures: Sequence[str]) -> str:
-    """The page of a device.
+    """Writes the page of a device.
 
     Args:
         stages: lines by stage.
-        pictures: names of the plots beside it.
+        pictures: names of the plots in the same folder.
     """
     first = start(stages)
     small = "**Tiny models: this tried the check itself, and its figures mean nothing.**"
