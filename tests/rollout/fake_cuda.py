@@ -1,6 +1,7 @@
-"""As much of CUDA as recording a graph takes, on a CPU: streams, an allocator that knows of recordings, graphs.
+"""The part of CUDA that recording a graph needs, on a CPU: streams, an allocator that knows recordings, graphs.
 
-The allocator behaves as that of torch 2.11 where a recording fails: it goes on believing in it until it is told.
+After a failed recording the allocator behaves as in torch 2.11: it assumes that the recording continues until it is
+ended.
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ class FakeCuda:
 
     @property
     def capturing(self) -> bool:
-        """Whether the work that runs now is recorded."""
+        """Returns whether the current work is recorded."""
         return self._capturing
 
     def wait(self) -> None:
-        """What work does that asks the GPU for a value."""
+        """Does the same as work that reads a value from the GPU."""
         if self._capturing:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         if self.modes and self.modes[-1] == "warn":
