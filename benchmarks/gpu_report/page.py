@@ -106,8 +106,8 @@ def _sd15(stages: Stages, pictures: Sequence[str]) -> Iterator[str]:
     yield "## Stable Diffusion 1.5's sizes"
     if found:
         yield (
-            "512x512, random weights, guidance 5, 10 steps, 4 images for each prompt, bfloat16. The figures are from the "
-            "last iteration; the ratio's deviation is the one before the first update."
+            "512x512, random weights, guidance 5, 10 steps, 4 images for each prompt, bfloat16. The figures are from "
+            "the last iteration; the ratio's deviation is the one before the first update."
         )
         yield _speeds(found)
     if "levers.png" in pictures:
