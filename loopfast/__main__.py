@@ -106,7 +106,7 @@ def _top_level(error: ModuleNotFoundError) -> str:
 
 
 def _fail(error: LoopfastError) -> int:
-    if not error.silent and not said_by_another(str(error)):
+    if not error.printed_elsewhere and not said_by_another(str(error)):
         print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 

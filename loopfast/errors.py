@@ -49,13 +49,13 @@ class LoopfastError(Exception):
 
     Attributes:
         exit_code: of the process.
-        shared: raised in every process of a group at once: the first says it.
-        silent: said by another process.
+        on_all_ranks: True if every rank raises it; rank 0 then prints it.
+        printed_elsewhere: True if another process prints it.
     """
 
     exit_code: int = 1
-    shared: bool = False
-    silent: bool = False
+    on_all_ranks: bool = False
+    printed_elsewhere: bool = False
 
 
 class ConfigError(LoopfastError):
@@ -85,7 +85,7 @@ class RunExistsError(ConfigError):
     def advising(self, resume: str, rename: str) -> RunExistsError:
         """The same error with other advice."""
         other = RunExistsError(self.folder, self.free_name, resume, rename)
-        other.shared, other.silent = self.shared, self.silent
+        other.on_all_ranks, other.printed_elsewhere = self.on_all_ranks, self.printed_elsewhere
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:

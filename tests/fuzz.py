@@ -35,7 +35,7 @@ import loopfast.cli
 import loopfast.config
 import loopfast.rewards
 from loopfast.config import config_to_yaml, json_schema, parse_config, recipes
-from loopfast.distributed.launcher import find_place
+from loopfast.distributed.launcher import read_launch_environment
 from loopfast.engines import deepspeed_settings
 from loopfast.errors import LoopfastError
 from loopfast.prompts import load_prompts
@@ -215,7 +215,7 @@ def environment_input(rng: random.Random, folder: Path) -> Given:
     values = ["0", "1", "2", "4", "29500", "tcp://10.0.0.1:29500", "batch", "gpu[03-05,9]"]
     names = rng.sample(LAUNCHERS, rng.randrange(len(LAUNCHERS)))
     environment = {name: rng.choice([rng.choice(values), text(rng)]) for name in names}
-    return lambda: find_place(environment), environment
+    return lambda: read_launch_environment(environment), environment
 
 
 KINDS: dict[str, Callable[[random.Random, Path], Given]] = {

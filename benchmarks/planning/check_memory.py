@@ -78,11 +78,11 @@ def tensors_held(tree: Iterable[Any]) -> int:
 @contextmanager
 def recording_replay() -> Iterator[list[int]]:
     """Context in which each update adds the peak bytes of its tensors, in all of its model calls, to the list."""
-    from loopfast.training.replay import Replay
+    from loopfast.training.update_pass import UpdatePass
     from loopfast_kernels import buffers
 
     peaks: list[int] = []
-    losses = Replay.losses
+    losses = UpdatePass.losses
 
     def profiled(*args: Any, **kwargs: Any) -> Any:
         buffers.clear()  # the profiler does not see a block that is used again
@@ -91,11 +91,11 @@ def recording_replay() -> Iterator[list[int]]:
         peaks.append(tensors_held(found.profiler.kineto_results.experimental_event_tree()))
         return result
 
-    Replay.losses = profiled  # type: ignore[method-assign]
+    UpdatePass.losses = profiled  # type: ignore[method-assign]
     try:
         yield peaks
     finally:
-        Replay.losses = losses  # type: ignore[method-assign]
+        UpdatePass.losses = losses  # type: ignore[method-assign]
 
 
 def run(text: str, overrides: list[str], *, tensors: bool) -> int:

@@ -49,7 +49,7 @@ def schedule(
         settings.rollout.stochastic_steps,
         settings.train.steps,
     )
-    transitions, trained = steps.schedule, steps.trained
+    transitions, trained = steps.schedule, steps.trained_steps
     table = Table("step", "timestep", "a", "b", "sigma", "(b/sigma)^2", "trained")
     columns = zip(
         transitions.timesteps.tolist(),

@@ -68,11 +68,11 @@ def conflicts(config: Config) -> Iterator[tuple[KeyPath, str]]:
         )
     if rollout.merge_lora and config.model.tune != "lora":
         yield problem(("rollout", "merge_lora"), True, "false with model.tune: full, which has no adapter")
-    drawn = train.steps_drawn(trained)
-    if drawn < 1:
+    per_trajectory = train.trained_per_trajectory(trained)
+    if per_trajectory < 1:
         allowed = f"at least {0.5 / trained:.3g}, with which one of {trained} trained steps is drawn"
         yield problem(("train", "step_fraction"), train.step_fraction, allowed)
-    pairs = rollout.prompts_per_iteration * samples * max(1, drawn)
+    pairs = rollout.prompts_per_iteration * samples * max(1, per_trajectory)
     if pairs < train.updates_per_iteration:
         allowed = f"at most {pairs}, the number of (image, step) pairs in an iteration"
         yield problem(("train", "updates_per_iteration"), train.updates_per_iteration, allowed)

@@ -311,8 +311,8 @@ class TrainConfig(_Section):
     """What to do when the ratio before an iteration's first update is not 1. Where the same calls are only rounded
     differently, error warns too, once, and the run goes on."""
 
-    def steps_drawn(self, steps: int) -> int:
-        """How many of a trajectory's ``steps`` trained steps ``step_fraction`` is: the nearest whole number."""
+    def trained_per_trajectory(self, steps: int) -> int:
+        """Returns ``step_fraction`` of a trajectory's ``steps`` trained steps, as the nearest whole number."""
         return math.floor(self.step_fraction * steps + 0.5)
 
 

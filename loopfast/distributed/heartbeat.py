@@ -1,4 +1,4 @@
-"""Notices when a process of the group dies or hangs, says which, and ends those that would wait for it forever."""
+"""Notices when another process of the run dies or hangs, names its rank, and ends processes that would wait forever."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from typing import Any
 from loopfast.errors import first_line
 
 BEAT = 2.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 
 SILENCE = 30.0
-"""Seconds without a sign of life after which a process counts as dead."""
+"""Seconds without a heartbeat after which a process counts as dead."""
 
 GRACE = 10.0
 """Seconds that a process has, once another is known to be dead, to end by itself."""
 
 
-class Watch:
-    """A thread that gives signs of life to the group's store and reads the others' there.
+class Heartbeat:
+    """A thread that writes this rank's heartbeat to the store and reads the heartbeats of other ranks.
 
-    The first process reads everybody's and publishes its verdict, the others read the verdict and the first's: the
-    store is asked a number of times that grows with the processes, not with their square.
+    Rank 0 reads every rank's heartbeat and publishes a verdict. The other ranks read the verdict and rank 0's
+    heartbeat. So the number of requests grows with the number of ranks, not with its square.
 
     Args:
-        store: of the group; a connection of the watch's own.
-        rank, size: this process's number, and how many there are.
-        keeps_store: whether the store ends with this process.
+        store: a connection to the key-value store that no other thread uses.
+        rank: the number of this process.
+        size: the number of processes.
+        keeps_store: whether this process keeps the store, which ends with it.
 
     Attributes:
-        reason: what has ended the group, in words that name the rank; None while all is well.
-        speaker: the process that says so.
+        reason: why the run cannot continue; it names a rank. None while all ranks are alive.
+        reporting_rank: the rank that prints the reason.
     """
 
     def __init__(self, store: Any, rank: int, size: int, keeps_store: bool = False) -> None:
         self.reason: str | None = None
-        self.speaker = 0
+        self.reporting_rank = 0
         self._store, self._rank, self._size = store, rank, size
         self._keeps_store = keeps_store
         self._seen = dict.fromkeys(range(size) if rank == 0 else (0,), (b"", time.monotonic()))
@@ -46,19 +47,19 @@ class Watch:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         store.set(f"beat/{rank}", "0")
-        self._thread = threading.Thread(target=self._run, name="loopfast-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="loopfast-heartbeat", daemon=True)
         self._thread.start()
 
     def fail(self, reason: str) -> None:
-        """Tells the others that this process ends, and why."""
+        """Publishes that this rank ends with an error, and why."""
         with self._lock:
-            # it says so itself
-            self._publish(f"rank {self._rank} failed: {reason}", speaker=0)
+            # This rank prints its own error; rank 0 is named here for the others.
+            self._publish(f"rank {self._rank} failed: {reason}", reporting_rank=0)
 
-    def done(self) -> None:
-        """Ends the watch: this process needs nobody any more.
+    def stop(self) -> None:
+        """Ends the thread, as this rank no longer depends on the others.
 
-        Who keeps the store stays until the others are done, too, or have had time to read why the group ends.
+        The process that keeps the store waits until all ranks have stopped, or have had time to read the verdict.
         """
         self._stopped.set()
         self._thread.join(BEAT)
@@ -72,7 +73,7 @@ class Watch:
                         break
                     time.sleep(0.02)
         except RuntimeError:
-            return  # the store went with its process, which needs nobody either
+            return  # The process that kept the store has stopped, too.
 
     def _run(self) -> None:
         beat = 0
@@ -81,31 +82,31 @@ class Watch:
                 with self._lock:
                     beat += 1
                     self._store.set(f"beat/{self._rank}", str(beat))
-                    self._look()
+                    self._read_others()
             except RuntimeError as error:
-                self.speaker = 1
+                self.reporting_rank = 1
                 self.reason = self.reason or (
-                    "the group's store does not answer: the process that keeps it, rank 0 or torchrun, has ended "
-                    f"({first_line(error)[:120]})"
+                    "the processes' key-value store does not answer: the process that keeps it, rank 0 or "
+                    f"torchrun, has ended ({first_line(error)[:120]})"
                 )
             if self.reason is not None:
                 break
             self._stopped.wait(BEAT)
         if not self._stopped.wait(GRACE) and self.reason is not None:
-            # the main thread waits inside a library that no exception reaches
-            if self._rank == self.speaker:
+            # The main thread waits inside a library that no exception reaches.
+            if self._rank == self.reporting_rank:
                 print(f"error: {self.reason}", file=sys.stderr, flush=True)
             os._exit(1)
 
-    def _look(self) -> None:
+    def _read_others(self) -> None:
         if self._store.check(["verdict"]):
-            speaker, self.reason = self._store.get("verdict").decode().split(" ", 1)
-            self.speaker = int(speaker)
+            rank, self.reason = self._store.get("verdict").decode().split(" ", 1)
+            self.reporting_rank = int(rank)
             return
         now = time.monotonic()
         keys = [f"beat/{rank}" for rank in self._seen]
         if not self._store.check(keys):
-            return  # somebody has only just joined
+            return  # A rank has not written its first heartbeat yet.
         for rank, value in zip(list(self._seen), self._store.multi_get(keys), strict=True):
             last, since = self._seen[rank]
             if value != last:
@@ -114,14 +115,14 @@ class Watch:
                 self.reason = (
                     f"rank {rank} has given no sign of life for {SILENCE:.0f} s: it was killed, or hangs"
                 )
-                self.speaker = int(rank == 0)
-                self._publish(self.reason, self.speaker)
+                self.reporting_rank = int(rank == 0)
+                self._publish(self.reason, self.reporting_rank)
                 return
 
-    def _publish(self, reason: str, speaker: int) -> None:
-        """Tells the others, unless another has said something before."""
+    def _publish(self, reason: str, reporting_rank: int) -> None:
+        """Writes the verdict, unless another rank has written one."""
         try:
             if not self._store.check(["verdict"]):
-                self._store.set("verdict", f"{speaker} {reason}")
+                self._store.set("verdict", f"{reporting_rank} {reason}")
         except RuntimeError:
-            return  # nobody is left to be told
+            return  # The store is gone, so no rank is left to read the verdict.

@@ -1,4 +1,4 @@
-"""Starts the processes of a run on this host, and says what became of them."""
+"""Starts the processes of a run on this host, and reports how they ended."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from loopfast.system.streams import SAID
 
 
 def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
-    """Runs ``loopfast`` with arguments in several processes of this host, one for each GPU, by torchrun's launcher.
+    """Runs ``loopfast`` in several processes of this host, one for each GPU, by torchrun's launcher.
 
-    When a process dies the others are ended, and all are started anew, from the run's last checkpoint, as often as
-    ``restarts`` says.
+    When a process dies, the launcher ends the others and restarts all of them from the run's last checkpoint.
 
     Args:
-        arguments: of each process's command line, such as ``["train", "--config", "tiny"]``.
-        processes: how many.
-        restarts: how often they may be started anew.
+        arguments: the command line of each process, such as ``["train", "--config", "tiny"]``.
+        processes: the number of processes.
+        restarts: the largest number of restarts.
 
     Raises:
-        LoopfastError: a process has failed, and the restarts are used up; the message names its rank.
-        Interrupted: a signal has stopped the processes, which have had half a minute to save the run.
+        LoopfastError: a process has failed and no restart is left; the message names its rank.
+        Interrupted: a signal has stopped the processes, after up to half a minute in which they saved the run.
     """
     signals = ["SIGTERM", "SIGINT", "SIGQUIT"]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
@@ -48,13 +47,13 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
         start_method="spawn",
         signals_to_handle=",".join(signals),
     )
-    # which process failed, and how, is said below
+    # The error below names the process and how it failed.
     for library in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    # a share of the cores each, unless the user knows better
+    # The processes share the cores, unless the user has chosen a number of threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with TemporaryDirectory(prefix="loopfast-launch-") as said:
-        # an error that all processes end with is said by one
+        # Only one process prints an error that all of them raise.
         os.environ[SAID] = said
         try:
             _run(config, arguments, restarts, said)
@@ -84,5 +83,5 @@ def _run(config: LaunchConfig, arguments: Sequence[str], restarts: int, said: st
             + "; --resume auto goes on from the last checkpoint"
         )
         raised.exit_code = code if code > 0 else 128 - code
-        raised.silent = code > 0 and restarts == 0 and any(Path(said).iterdir())
+        raised.printed_elsewhere = code > 0 and restarts == 0 and any(Path(said).iterdir())
         raise raised from None

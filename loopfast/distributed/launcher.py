@@ -1,6 +1,7 @@
-"""Where a launcher has put this process: ``torchrun``, ``deepspeed``, ``loopfast launch``, ``mpirun`` or ``srun``.
+"""Reads the rank and the world size that a launcher gave this process.
 
-All variables of launchers are read here, and nowhere else in the package.
+The launchers are ``torchrun``, ``deepspeed``, ``loopfast launch``, ``mpirun`` and ``srun``. Nothing else in the
+package reads their variables.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ _KUBERNETES = "tcp://"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a launcher has put this process.
+class LaunchEnvironment:
+    """The rank, the world size and the store's address that a launcher gave this process.
 
     Attributes:
-        rank, size: its number among all processes, and how many there are.
-        local_rank: its number on this host.
-        host, port: of the group's store.
-        hosted: whether the launcher keeps the store (``torchrun``); otherwise rank 0 does.
-        restart: how many times the launcher has started the group anew.
+        rank: the number of this process among all processes.
+        size: the number of processes.
+        local_rank: the number of this process on its host.
+        host, port: the address of the key-value store.
+        hosted: True if the launcher keeps the store, as ``torchrun`` does; False if rank 0 keeps it.
+        restart: the number of times that the launcher has restarted the processes.
     """
 
     rank: int = 0
@@ -41,7 +43,7 @@ class Place:
 
 @dataclass(frozen=True)
 class _Names:
-    """What a launcher calls its variables."""
+    """The names of a launcher's variables."""
 
     rank: str
     size: str
@@ -56,55 +58,57 @@ _OPEN_MPI = _Names(
     "OMPI_COMM_WORLD_LOCAL_RANK",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
 )
-# of MPICH, Intel MPI and MVAPICH; the last two variables tell it from srun, which may set the first two
+# MPICH, Intel MPI and MVAPICH. srun may set the first two variables, but never the last two.
 _HYDRA = _Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-# only srun sets the number of a step's tasks: a batch script that is not run by it stands alone
+# Only srun sets the number of a step's tasks. A batch script outside srun is a single process.
 _SLURM = _Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
 
-def find_place(environment: Mapping[str, str]) -> Place:
-    """What the launcher's variables say; a place alone where there are none.
+def read_launch_environment(environment: Mapping[str, str]) -> LaunchEnvironment:
+    """Reads the launcher's variables. Without any, this is a single process.
 
-    ``torchrun``'s variables count before those of MPI, and these before SLURM's: ``srun`` may have started ``mpirun``.
+    ``torchrun``'s variables take precedence over MPI's, and MPI's over SLURM's: ``srun`` may have started ``mpirun``.
 
     Raises:
         LoopfastError: a variable is missing or cannot be used; the message names it, its value and what is allowed.
     """
-    if _started_by(_TORCHRUN, environment) and not _alone(environment):
+    if _is_set(_TORCHRUN, environment) and not _is_single(environment):
         restart = "TORCHELASTIC_RESTART_COUNT"
-        return Place(
+        return LaunchEnvironment(
             *_ranks(_TORCHRUN, environment),
             host=_host(environment.get("MASTER_ADDR"), _TORCHRUN),
             port=_port(environment),
             hosted=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             restart=_number(environment, restart, 0, 10**9) if environment.get(restart) else 0,
         )
-    if _started_by(_OPEN_MPI, environment):
+    if _is_set(_OPEN_MPI, environment):
         job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid")
-        return _place_in_mpi(_OPEN_MPI, environment, job)
-    if _started_by(_HYDRA, environment) and "MPI_LOCALRANKID" in environment:
-        return _place_in_mpi(_HYDRA, environment, None)
-    if _started_by(_SLURM, environment):
+        return _read_mpi(_OPEN_MPI, environment, job)
+    if _is_set(_HYDRA, environment) and "MPI_LOCALRANKID" in environment:
+        return _read_mpi(_HYDRA, environment, None)
+    if _is_set(_SLURM, environment):
         host = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""))
         job = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
-        return Place(*_ranks(_SLURM, environment), host=_host(host, _SLURM), port=_port(environment, job=job))
-    return Place()
+        return LaunchEnvironment(
+            *_ranks(_SLURM, environment), host=_host(host, _SLURM), port=_port(environment, job=job)
+        )
+    return LaunchEnvironment()
 
 
-def _started_by(names: _Names, environment: Mapping[str, str]) -> bool:
-    """Whether both variables are there, and one of them says something."""
+def _is_set(names: _Names, environment: Mapping[str, str]) -> bool:
+    """Returns whether both variables exist and one of them is not empty."""
     found = [environment.get(name) for name in (names.rank, names.size)]
     return None not in found and any(found)
 
 
-def _alone(environment: Mapping[str, str]) -> bool:
-    """Whether the variables are those that some containers set for every program."""
+def _is_single(environment: Mapping[str, str]) -> bool:
+    """Returns whether these are the variables that some containers set for every program."""
     port = environment.get("MASTER_PORT", "")
     return environment["WORLD_SIZE"] == "1" and (not port or port.startswith(_KUBERNETES))
 
 
 def _ranks(names: _Names, environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Rank, size and local rank."""
+    """Returns rank, size and local rank."""
     size = _number(environment, names.size, 1, _MOST_PROCESSES)
     beside = f", as {names.size} is {size}"
     rank, local_rank = (
@@ -113,26 +117,26 @@ def _ranks(names: _Names, environment: Mapping[str, str]) -> tuple[int, int, int
     return rank, size, local_rank
 
 
-def _place_in_mpi(names: _Names, environment: Mapping[str, str], job: str | None) -> Place:
+def _read_mpi(names: _Names, environment: Mapping[str, str], job: str | None) -> LaunchEnvironment:
     ranks = _ranks(names, environment)
     size = ranks[1]
-    here = _number(environment, names.local_size, 1, size, f", as {names.size} is {size}")
+    local_size = _number(environment, names.local_size, 1, size, f", as {names.size} is {size}")
     host = environment.get("MASTER_ADDR")
-    if not host and here < size:
+    if not host and local_size < size:
         raise LoopfastError(
-            f"{names.local_size} is {here} and {names.size} is {size}, so there are processes on other hosts: set "
-            "MASTER_ADDR to the address of rank 0's host in all of them"
+            f"{names.local_size} is {local_size} and {names.size} is {size}, so there are processes on other hosts: "
+            "set MASTER_ADDR to the address of rank 0's host in all of them"
         )
-    if job is None and here == size:
-        job = _proxy()
-    return Place(*ranks, host=host or "127.0.0.1", port=_port(environment, job=job))
+    if job is None and local_size == size:
+        job = _mpi_proxy()
+    return LaunchEnvironment(*ranks, host=host or "127.0.0.1", port=_port(environment, job=job))
 
 
 def _number(environment: Mapping[str, str], name: str, least: int, most: int, beside: str = "") -> int:
-    """A variable's number.
+    """Reads a whole number from a variable.
 
     Raises:
-        LoopfastError: it is something else than ASCII digits, or out of bounds.
+        LoopfastError: the value is not made of ASCII digits, or is out of bounds.
     """
     value = environment.get(name)
     if value is not None and re.fullmatch("[0-9]{1,10}", value) and least <= int(value) <= most:
@@ -150,7 +154,7 @@ def _host(found: str | None, names: _Names) -> str:
 
 
 def _port(environment: Mapping[str, str], *, job: str | None = None) -> int:
-    """``MASTER_PORT``, or, where it may be missing, a number that is the job's: jobs share hosts."""
+    """Reads ``MASTER_PORT``. A job without one gets a port from its name, as jobs share hosts."""
     value = environment.get("MASTER_PORT")
     if job is not None and not value:
         return 20000 + zlib.crc32(job.encode("utf-8", "surrogateescape")) % 40000
@@ -162,16 +166,16 @@ def _port(environment: Mapping[str, str], *, job: str | None = None) -> int:
     return _number(environment, "MASTER_PORT", 1, 65535)
 
 
-def _proxy() -> str:
-    """The process of MPI that has started this host's part of a job, by its number: Hydra gives jobs no name.
+def _mpi_proxy() -> str:
+    """Returns the process number of Hydra's proxy on this host, which identifies the job: Hydra gives jobs no name.
 
-    It is this process's parent, or further up where a script stands between.
+    The proxy is this process's parent, or the parent of a script between them.
     """
     ancestor = parent = os.getppid()
     while ancestor > 1:
         try:
             status = Path(f"/proc/{ancestor}/stat").read_text("utf-8", "replace")
-        except OSError:  # there is no such file on macOS
+        except OSError:  # macOS has no such file.
             break
         name, _, rest = status.rpartition(")")
         if "pmi_proxy" in name:
@@ -181,6 +185,6 @@ def _proxy() -> str:
 
 
 def _first_host(nodes: str) -> str:
-    """The first of SLURM's list of nodes, such as ``gpu[03-05,9],login``."""
+    """Returns the first host of SLURM's list of nodes, such as ``gpu[03-05,9],login``."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodes)
     return "" if match is None else match[1] + (match[2] or "") + match[3]

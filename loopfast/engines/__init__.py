@@ -1,7 +1,7 @@
 """Engines own the trained weights and the optimizer."""
 
 from loopfast.config import Config
-from loopfast.distributed.group import Group
+from loopfast.distributed.world import World
 from loopfast.engines.base import Engine
 from loopfast.engines.deepspeed_config import deepspeed_settings
 from loopfast.engines.local import LocalEngine
@@ -18,14 +18,14 @@ __all__ = [
 ]
 
 
-def build_engine(policy: Policy, config: Config, group: Group) -> Engine:
+def build_engine(policy: Policy, config: Config, world: World) -> Engine:
     """The engine that a configuration needs in a group of processes."""
-    if not config.distributed.needs_deepspeed(group.size):
+    if not config.distributed.needs_deepspeed(world.size):
         return LocalEngine(policy, config.train)
     if config.distributed.zero_stage == 0:
         from loopfast.engines.data_parallel import ReplicatedEngine
 
-        return ReplicatedEngine(policy, config, group)
+        return ReplicatedEngine(policy, config, world)
     from loopfast.engines.zero import ZeroEngine
 
-    return ZeroEngine(policy, config, group)
+    return ZeroEngine(policy, config, world)

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from loopfast.config import Config
-from loopfast.distributed.group import Group
+from loopfast.distributed.world import World
 from loopfast.engines.deepspeed import initialize, lay_out, require_same_everywhere
 from loopfast.engines.local import LocalEngine
 from loopfast.policies import Policy
@@ -22,7 +22,7 @@ class ReplicatedEngine(LocalEngine):
     Args:
         policy: whose trainable parameters it owns.
         config: the run.
-        group: the processes; joined to a group of ``torch.distributed``.
+        world: the processes; joined to a group of ``torch.distributed``.
 
     Raises:
         ConfigError: the settings of ``distributed.deepspeed`` cannot be used.
@@ -31,8 +31,8 @@ class ReplicatedEngine(LocalEngine):
 
     retries = False
 
-    def __init__(self, policy: Policy, config: Config, group: Group) -> None:
-        self._group = group
+    def __init__(self, policy: Policy, config: Config, world: World) -> None:
+        self._world = world
         lay_out(policy.denoiser)
         super().__init__(policy, config.train)
         module = torch.nn.ParameterList(self._parameters)
@@ -43,12 +43,12 @@ class ReplicatedEngine(LocalEngine):
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         # it takes the processes' mean
-        self._engine.backward(self._scale.scaled(loss) * self._group.size, scale_wrt_gas=False)
+        self._engine.backward(self._scale.scaled(loss) * self._world.size, scale_wrt_gas=False)
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        require_same_everywhere(self._group, tensors, {name: p.shape for name, p in self._named.items()})
-        known = self._group.on_first(
+        require_same_everywhere(self._world, tensors, {name: p.shape for name, p in self._named.items()})
+        known = self._world.on_main(
             lambda: {
                 group: {name: (value.shape, value.dtype) for name, value in tensors.get(group, {}).items()}
                 for group in ("policy", "optimizer", "average")
@@ -56,8 +56,8 @@ class ReplicatedEngine(LocalEngine):
         )
         received = {
             group: {
-                name: self._group.broadcast(
-                    tensors[group][name] if self._group.first else torch.empty(shape, dtype=dtype)
+                name: self._world.broadcast(
+                    tensors[group][name] if self._world.is_main else torch.empty(shape, dtype=dtype)
                 )
                 for name, (shape, dtype) in named.items()
             }

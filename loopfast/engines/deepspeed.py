@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from loopfast.config import Config
-from loopfast.distributed.group import Group
+from loopfast.distributed.world import World
 from loopfast.engines.base import require_same
 from loopfast.engines.deepspeed_config import deepspeed_settings
 from loopfast.errors import ConfigError, MissingExtraError, one_line, short
@@ -109,7 +109,7 @@ def lay_out(module: torch.nn.Module) -> None:
 
 
 def require_same_everywhere(
-    group: Group, tensors: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, torch.Size]
+    world: World, tensors: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, torch.Size]
 ) -> None:
     """As `require_same`, in every process of what the first has.
 
@@ -124,5 +124,5 @@ def require_same_everywhere(
             return str(error)
         return None
 
-    if found := group.on_first(problem):
+    if found := world.on_main(problem):
         raise ValueError(found)

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from loopfast.config import Config
-from loopfast.distributed.group import Group
+from loopfast.distributed.world import World
 from loopfast.engines.base import Engine, learning_rate, tensor_bytes
 from loopfast.engines.deepspeed import initialize, lay_out, require_same_everywhere
 from loopfast.engines.optimizers import build_optimizer
@@ -33,7 +33,7 @@ class ZeroEngine(Engine):
     Args:
         policy: loaded with ``cast`` (and ``sharded`` at stage 3), see `load_policy`.
         config: the run.
-        group: the processes; joined to a group of ``torch.distributed``, one process included.
+        world: the processes; joined to a group of ``torch.distributed``, one process included.
 
     Raises:
         ConfigError: the settings of ``distributed.deepspeed`` cannot be used, or DeepSpeed refuses ``model.dtype``.
@@ -42,8 +42,8 @@ class ZeroEngine(Engine):
 
     retries = False
 
-    def __init__(self, policy: Policy, config: Config, group: Group) -> None:
-        self._config, self._group, self._policy = config.train, group, policy
+    def __init__(self, policy: Policy, config: Config, world: World) -> None:
+        self._config, self._world, self._policy = config.train, world, policy
         self.sharded = config.distributed.zero_stage == 3
         self._scaled = policy.dtype == torch.float16
         self._named = policy.trainable()
@@ -77,7 +77,7 @@ class ZeroEngine(Engine):
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         # it takes the processes' mean
-        self._engine.backward(loss * self._group.size, scale_wrt_gas=False)
+        self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
 
     @override
     def discard(self) -> None:
@@ -141,15 +141,17 @@ class ZeroEngine(Engine):
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        require_same_everywhere(self._group, tensors, self._shapes)
-        optimizer = tensors.get("optimizer", {}) if self._group.first else {}
-        steps = self._group.on_first(
+        require_same_everywhere(self._world, tensors, self._shapes)
+        optimizer = tensors.get("optimizer", {}) if self._world.is_main else {}
+        steps = self._world.on_main(
             lambda: [float(v) for k, v in optimizer.items() if k.endswith(".step")][:1]
         )
-        if problem := self._group.on_first(lambda: _other_optimizer(optimizer)):
+        if problem := self._world.on_main(lambda: _other_optimizer(optimizer)):
             raise ValueError(problem)
         for name, parameter in self._named.items():
-            value = self._received(tensors["policy"][name] if self._group.first else None, self._shapes[name])
+            value = self._received(
+                tensors["policy"][name] if self._world.is_main else None, self._shapes[name]
+            )
             with self._written(parameter):
                 parameter.data.copy_(value)
             self._set(parameter, value)
@@ -205,7 +207,7 @@ class ZeroEngine(Engine):
         found = {}
         for name, parameter in self._named.items():
             value = whole(parameter)
-            if self._group.first:
+            if self._world.is_main:
                 found[name] = value.detach().float().cpu().clone()
         return found
 
@@ -217,14 +219,14 @@ class ZeroEngine(Engine):
         if self.sharded:
             # DeepSpeed's own cut fails where the last parts are shorter than the others, or empty
             length = parameter.ds_tensor.numel()
-            missing = length * self._group.size - value.numel()
-            value = torch.nn.functional.pad(value.flatten(), (0, missing)).split(length)[self._group.rank]
+            missing = length * self._world.size - value.numel()
+            value = torch.nn.functional.pad(value.flatten(), (0, missing)).split(length)[self._world.rank]
         getattr(utils, f"safe_set_{'local' if self.sharded else 'full'}_{kind}")(parameter, value, *key)
 
     def _received(self, value: Tensor | None, shape: torch.Size) -> Tensor:
         home = self._policy.device
         mine = torch.empty(shape, device=home) if value is None else value.to(home, torch.float32)
-        return self._group.broadcast(mine.contiguous())
+        return self._world.broadcast(mine.contiguous())
 
     def _written(self, parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
         if not self.sharded:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from loopfast.config import EvaluationConfig
-from loopfast.distributed.group import ALONE, Group
+from loopfast.distributed.world import SINGLE_PROCESS, World
 from loopfast.prompts import Prompt
 from loopfast.reporting import image_grid
 from loopfast.rewards import Scores
@@ -113,7 +113,7 @@ def evaluate(
     config: EvaluationConfig,
     *,
     between: Callable[[], None] = lambda: None,
-    group: Group = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Evaluation:
     """Draws ``config.images_per_prompt`` images of each prompt and scores them.
 
@@ -127,15 +127,15 @@ def evaluate(
             out.
         config: the section ``evaluation``.
         between: called before each batch; it may raise to stop.
-        group: the processes that evaluate together, each its share of the images; all know the result.
+        world: the processes that evaluate together, each its share of the images; all know the result.
     """
     chosen = list(prompts[: config.limit_prompts])
     samples = config.images_per_prompt
     seeds = row_seeds(config.seed, "evaluation", 0, list(range(len(chosen))), samples)
     owner = torch.arange(len(chosen)).repeat_interleave(samples)
     preview = _spread(len(chosen), config.preview_images, samples)
-    mine = group.part(len(owner))
-    most = max(part.stop - part.start for part in group.parts(len(owner)))
+    mine = world.shard(len(owner))
+    most = max(part.stop - part.start for part in world.shards(len(owner)))
     names: list[str] = []
     values: list[Tensor] = []
     kept: dict[int, Tensor] = {}
@@ -157,7 +157,7 @@ def evaluate(
                 values.append(torch.stack([scores.total, *scores.parts.values()], 1).double().cpu())
                 kept |= {i: images[i - rows.start].cpu() for i in preview if rows.start <= i < rows.stop}
     empty = torch.empty(0, 1 + len(names), dtype=torch.float64)
-    rewards = group.gather(torch.cat([empty, *values]), torch.arange(mine.start, mine.stop), len(owner))
+    rewards = world.gather(torch.cat([empty, *values]), torch.arange(mine.start, mine.stop), len(owner))
     items = [
         {
             "prompt": chosen[index].text,
@@ -168,7 +168,7 @@ def evaluate(
         }
         for index, seed, row in zip(owner.tolist(), seeds.tolist(), rewards.tolist(), strict=True)
     ]
-    pictures = _together(kept, preview, images, group)
+    pictures = _together(kept, preview, images, world)
     good = rewards.isfinite().all(1)
     if good.all():
         return Evaluation(items, preview, pictures)
@@ -182,14 +182,14 @@ def evaluate(
     )
 
 
-def _together(kept: dict[int, Tensor], preview: list[int], images: Tensor, group: Group) -> Tensor:
+def _together(kept: dict[int, Tensor], preview: list[int], images: Tensor, world: World) -> Tensor:
     """The preview's images of all processes; ``images`` are any, for their shape."""
     if not preview:
         return torch.empty(0)
     place = {item: index for index, item in enumerate(preview)}
     ids = torch.tensor([place[item] for item in kept], dtype=torch.int64)
     mine = torch.stack(list(kept.values())) if kept else images[:0].cpu()
-    return group.gather(mine, ids, len(preview))
+    return world.gather(mine, ids, len(preview))
 
 
 def _spread(prompts: int, wanted: int, samples: int) -> list[int]:

@@ -141,7 +141,7 @@ def trained_steps(config: Config) -> int:
         count = min(last, int(stop or steps)) - max(first, int(start or 0))
     else:
         count = last - first
-    return max(1, config.train.steps_drawn(count))
+    return max(1, config.train.trained_per_trajectory(count))
 
 
 def batch_of(config: Config, architecture: Architecture, resources: Resources, halvings: int = 0) -> Batch:

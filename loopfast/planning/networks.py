@@ -15,7 +15,7 @@ from loopfast.config import Config, LoraConfig, ModelConfig
 from loopfast.planning.architectures import Architecture, without_numbers
 from loopfast.planning.counting import Precision, Recorder, Trace, rows_to_trace
 from loopfast.policies.adapter import add_adapter
-from loopfast.policies.fast.guided_unet import guided_forward, plain_forward, shares_trunk
+from loopfast.policies.fast.guided_unet import guided_forward, shares_trunk
 from loopfast.policies.fast.layers import ShortAttnProcessor
 from loopfast.policies.fast.switches import set_layers
 
@@ -309,9 +309,7 @@ def _called(
     kind: str, module: Any, sample: Tensor, timestep: Tensor, text: Tensor, extra: dict[str, Tensor]
 ) -> Tensor:
     """The output for rows that all have a prompt, of a denoiser of this class."""
-    if kind == "UNet2DConditionModel" and not extra:
-        return plain_forward(module, sample, timestep, text)
-    if kind == "UNet2DConditionModel":
+    if kind == "UNet2DConditionModel" and extra:
         extra = {"added_cond_kwargs": extra}  # type: ignore[dict-item]
     elif kind == "PixArtTransformer2DModel":
         conditions = {name: extra.pop(name, None) for name in ("resolution", "aspect_ratio")}

@@ -207,7 +207,7 @@ def profile(
                 raise Interrupted("stopped; nothing was written", run.stop.exit_code) from None
             finally:
                 run.close_tracker()
-    if not run.group.first:
+    if not run.world.is_main:
         return None
     found = Profile(times, _rows(profiler.events(), iterations), facts)
     with writing(output):

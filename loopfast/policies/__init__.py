@@ -12,7 +12,12 @@ from loopfast.policies.loading import (
 )
 from loopfast.policies.local_limits import local_text_limits
 from loopfast.policies.lora_file import adopted_lora, lora_weights
-from loopfast.policies.signature import adapter_signature, addresses, layers_with_adapter
+from loopfast.policies.signature import (
+    adapter_signature,
+    addresses,
+    layers_with_adapter,
+    remove_adapter_layers,
+)
 from loopfast.policies.source import is_lora
 from loopfast.policies.text_limits import TextLimit, read_prompts
 
@@ -36,6 +41,7 @@ __all__ = [
     "lora_weights",
     "pad_rows",
     "read_prompts",
+    "remove_adapter_layers",
     "scheduler_notes",
     "trained_steps",
 ]

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from loopfast.config import LoraConfig as LoraSettings
 from loopfast.errors import ConfigError, first_line
-from loopfast.policies.signature import layers_with_adapter
+from loopfast.policies.signature import layers_with_adapter, remove_adapter_layers
 from loopfast.seeds import derive
 
 ADAPTER = "loopfast"
@@ -119,10 +119,9 @@ def without_adapter(module: torch.nn.Module) -> Iterator[None]:
 
 def merge_adapter(module: torch.nn.Module) -> None:
     """Adds the adapter to the weights, in place, and puts the plain layers back."""
-    for name, layer in layers_with_adapter(module).items():
+    for layer in layers_with_adapter(module).values():
         layer.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, layer.get_base_layer())
+    remove_adapter_layers(module)
 
 
 def exported_adapter(

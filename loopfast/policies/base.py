@@ -1,4 +1,4 @@
-"""What the rest of the engine may ask of a policy, whatever pipeline is behind it."""
+"""The interface of a policy, which is the same for every pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from loopfast.policies.text_limits import TextLimit
 
 Conditioning = dict[str, Tensor]
-"""What a prompt becomes: tensors by name, a row each per prompt."""
+"""Encoded prompts: tensors by name, each with a row per prompt."""
 
 
 class Caller(Protocol):
@@ -29,10 +29,10 @@ class Policy(Protocol):
     Attributes:
         scheduler: the diffusers scheduler whose transitions are sampled.
         latent_shape: ``*L``, the shape of one latent.
-        decoder_rows: how many latents :meth:`decode` is given at a time.
-        device, dtype: where the denoiser is, and the type its latents have.
+        decoder_rows: the number of latents that :meth:`decode` is given at a time.
+        device, dtype: the denoiser's device and the type of its latents.
         levers: what makes its denoiser faster, by name: on or off, or which.
-        text_limits: how many tokens of a prompt its text encoders read.
+        text_limits: the number of tokens of a prompt that each text encoder reads.
     """
 
     scheduler: Any
@@ -44,18 +44,18 @@ class Policy(Protocol):
     text_limits: tuple[TextLimit, ...]
 
     def describe(self) -> str:
-        """One line that names the model and what of it is trained."""
+        """Returns one line that names the model and what is trained."""
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The parameters that training changes, by name."""
+        """Returns the parameters that training changes, by name."""
 
     @property
     def denoiser(self) -> torch.nn.Module:
-        """The network that :meth:`predict` calls now: the trained one, or another inside :meth:`reference`."""
+        """The network that :meth:`predict` calls now: the trained one, or the one of :meth:`reference`."""
 
     @property
     def reference_denoiser(self) -> torch.nn.Module | None:
-        """The network before training, where it is a second one."""
+        """The network before training, if it is a second one."""
 
     def hand_over(self, caller: Caller) -> None:
         """Has every call of its denoisers made by an engine that has taken their weights."""
@@ -63,68 +63,82 @@ class Policy(Protocol):
     def with_denoiser(
         self, denoiser: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, autocast: bool
     ) -> Policy:
-        """A policy that shares all but the denoiser with this one, to predict with.
+        """Returns a policy that predicts with another denoiser and shares everything else with this one.
 
         Args:
             denoiser: a network like this policy's, already on ``device``.
-            device, dtype: where it is, and the type its latents have.
+            device, dtype: the network's device and the type of its latents.
             autocast: whether to compute in ``dtype`` whatever the weights' type is.
         """
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of P prompts: rows ``[P, ...]``."""
+        """Returns the conditioning of P prompts: rows ``[P, ...]``."""
 
     def free_text_encoder(self, prompts: list[str]) -> None:
-        """Encodes ``prompts`` and the empty one, and releases the text encoder; no other can be encoded afterwards.
+        """Encodes ``prompts`` and the empty one, and frees the text encoder; no other can be encoded afterwards.
 
-        What is encoded stays on the device, or in the host's memory where it is large.
+        The encodings stay on the device, or in the host's memory if they are large.
         """
 
     def enable_gradient_checkpointing(self) -> None:
-        """Lets the denoiser's backward pass recompute activations instead of keeping them."""
+        """Has the denoiser's backward pass recompute activations instead of keeping them."""
 
     def predict(
         self, sample: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
-        """The denoiser's outputs for M latents ``[M, *L]`` at timesteps ``[M]``, conditioned row by row.
+        """Predicts the denoiser's outputs for M latents ``[M, *L]`` at timesteps ``[M]``, conditioned row by row.
 
         Returns:
-            ``(conditional, unconditional)``, each ``[M, *L]``, from one call of the denoiser; the second is None
-            when ``guidance_scale`` is 1, and where the denoiser is told the scale, having been distilled for it.
+            ``(conditional, unconditional)``, each ``[M, *L]``, from one call of the denoiser; the second is None if
+            ``guidance_scale`` is 1, or if the denoiser takes the scale as an input (guidance-distilled models).
         """
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside, :meth:`predict` answers for the model before training."""
+        """Context in which :meth:`predict` calls the model before training."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images float32 ``[M, 3, H, W]`` in [0, 1] of latents ``[M, *L]``."""
+        """Decodes latents ``[M, *L]`` to images float32 ``[M, 3, H, W]`` in [0, 1]."""
 
     def export(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
-        """Writes what was trained in the form that diffusers opens by itself.
+        """Writes the trained weights in a form that diffusers reads.
 
         Args:
-            directory: where to.
-            weights: the trained ones, by the names of :meth:`trainable`.
+            directory: the folder to write.
+            weights: the trained weights, by the names of :meth:`trainable`.
         """
 
     def export_merged(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
-        """Writes a whole pipeline that needs no adapter: what was trained is added to the weights.
-
-        Args:
-            directory, weights: as for :meth:`export`.
-        """
+        """Writes a whole pipeline in which the adapter is added to the weights; see :meth:`export`."""
 
 
 def expand(conditioning: Conditioning, rows: Tensor) -> Conditioning:
-    """The conditioning of each of M rows, from indices ``[M]`` into the prompts'."""
+    """Returns the conditioning of M rows, from the indices ``[M]`` of their prompts."""
     return {name: value[rows] for name, value in conditioning.items()}
 
 
-def pad_rows(tensor: Tensor, rows: int) -> Tensor:
-    """The tensor with its first row repeated at the end until there are ``rows``.
+def call_denoiser(
+    denoiser: Any, sample: Tensor, timestep: Tensor, conditioning: Conditioning, added: tuple[str, ...] = ()
+) -> Tensor:
+    """Returns a diffusers denoiser's output for M latents.
 
-    In calls of one batch size libraries use the same kernels, and on most processors a row's output depends neither on
-    its neighbors nor on how many there are: the ratio before the first update is then exactly 1.
+    Args:
+        denoiser: the network.
+        sample, timestep: ``[M, *L]`` and ``[M]``.
+        conditioning: each row's; the denoiser's arguments by name.
+        added: the names that the denoiser takes in its argument ``added_cond_kwargs``; a missing one is None.
+    """
+    options: dict[str, Any] = dict(conditioning)
+    if added:
+        options["added_cond_kwargs"] = {name: options.pop(name, None) for name in added}
+    output: Tensor = denoiser(sample, timestep=timestep, **options, return_dict=False)[0]
+    return output
+
+
+def pad_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Returns the tensor with its first row repeated at the end until there are ``rows``.
+
+    In calls of one batch size libraries use the same kernels, and on most processors a row's output does not depend on
+    the other rows: the ratio before the first update is then exactly 1.
     """
     missing = rows - tensor.shape[0]
     return tensor if missing <= 0 else torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])])

@@ -24,7 +24,7 @@ from loopfast.policies.adapter import (
     merge_adapter,
     without_adapter,
 )
-from loopfast.policies.base import Caller, Conditioning, Policy
+from loopfast.policies.base import Caller, Conditioning, Policy, call_denoiser
 from loopfast.policies.families import Family
 from loopfast.policies.fast.guided_unet import shares_trunk
 from loopfast.policies.fast.switches import (
@@ -262,11 +262,11 @@ class PipelinePolicy(Policy):
         return [name for name in TEXT_ENCODERS if getattr(self.pipeline, name, None) is not None]
 
     @staticmethod
-    @abstractmethod
     def forward(
         denoiser: torch.nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """The outputs ``[M, *L]`` of a denoiser for latents ``[M, *L]`` at timesteps ``[M]``, a row's prompt each."""
+        """Returns a denoiser's outputs ``[M, *L]`` for latents ``[M, *L]`` at timesteps ``[M]`` and their prompts."""
+        return call_denoiser(denoiser, sample, timestep, conditioning)
 
     @abstractmethod
     def _encode(self, prompts: list[str]) -> Conditioning:

@@ -1,4 +1,4 @@
-"""What a recorded call of a denoiser depends on besides its inputs."""
+"""The state of a denoiser that a recorded call of it depends on: addresses and adapters."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 
 def addresses(module: torch.nn.Module) -> dict[str, int]:
-    """Where each parameter and buffer of a module lies, by name."""
+    """Returns the address of each parameter and buffer of a module, by name."""
     tensors = (*module.named_parameters(), *module.named_buffers())
     return {name: tensor.data_ptr() for name, tensor in tensors}
 
 
 def adapter_signature(module: torch.nn.Module) -> Hashable:
-    """Of every layer with a LoRA: which adapters act, how strongly, and whether they are merged.
+    """Returns the active adapters of every layer with a LoRA, their scaling, and whether they are merged.
 
-    A recorded call holds these as constants: the layers decide in Python.
+    A recorded call holds these as constants, because the layers decide in Python.
     """
     return tuple(
         (
@@ -32,7 +32,16 @@ def adapter_signature(module: torch.nn.Module) -> Hashable:
 
 
 def layers_with_adapter(module: torch.nn.Module) -> dict[str, Any]:
-    """The layers of a module that have an adapter, by name."""
+    """Returns the layers of a module that have an adapter, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
+def remove_adapter_layers(module: torch.nn.Module) -> list[str]:
+    """Puts the layers that adapters were added to back in their places, and returns their names."""
+    layers = layers_with_adapter(module)
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, layer.get_base_layer())
+    return list(layers)

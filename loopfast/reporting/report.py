@@ -60,7 +60,7 @@ _DIAGNOSTICS = (
 _PHASES = (
     ("seconds_rollout", "Sampling", "phase-1"),
     ("seconds_reward", "Reward", "phase-2"),
-    ("seconds_replay", "Replay", "phase-3"),
+    ("seconds_replay", "UpdatePass", "phase-3"),
     ("seconds_optimizer", "Optimizer", "phase-6"),
     ("seconds_eval", "Evaluation", "phase-4"),
     ("seconds_checkpoint", "Checkpoint", "phase-7"),

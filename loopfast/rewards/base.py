@@ -128,7 +128,7 @@ class RewardSet:
             return values
 
         for term in self.terms:
-            found = self._sizes[term.name].fitting(
+            found = self._sizes[term.name].with_oom_fallback(
                 count, images.device, partial(_score, term, images, prompts, metadata)
             )
             part = checked(term.name, *found)

@@ -42,7 +42,7 @@ class ImagesPerCall:
     ) -> None:
         self._reward, self._most, self._halves, self._advice = reward, most, halves, advice
 
-    def fitting(self, count: int, device: torch.device, attempt: Callable[[int], Result]) -> Result:
+    def with_oom_fallback(self, count: int, device: torch.device, attempt: Callable[[int], Result]) -> Result:
         """Returns what ``attempt(size)`` returns, called with half the size for as long as memory does not suffice.
 
         Args:

@@ -1,4 +1,4 @@
-"""Records a denoising step once and replays it; takes it step by step where that is impossible."""
+"""Records a denoising step in a CUDA graph and replays it; takes it eagerly if that is impossible."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from loopfast.schedules import TransitionSchedule
 from loopfast.system.memory import free_cached_memory
 
 CHECK_ADDRESSES = "LOOPFAST_CHECK_ADDRESSES"
-"""Environment variable: 1 compares, before each replay, where tensors lie with where they lay when recorded."""
+"""Environment variable: 1 compares each tensor's address, before each replay, with that of the recording."""
 
 
 class CapturedStep:
     """A `DenoisingStep`, recorded in a CUDA graph if asked for and possible.
 
-    Where the step cannot be recorded, one warning says why, and it is taken eagerly, with the same results.
+    If the step cannot be recorded, one warning says why, and it is taken eagerly, with the same results. The
+    environment variable `CHECK_ADDRESSES` checks before each replay that nothing has moved since the recording.
 
     Args:
-        step: what to record.
+        step: the step to record.
         recorder: records the step; None takes it eagerly, as on devices without graphs.
         warn: called with the reason why the step cannot be recorded.
-        check_addresses: before each replay, make sure that nothing has moved since the recording.
 
     Raises:
         torch.OutOfMemoryError: the recording does not fit into memory.
@@ -39,10 +39,9 @@ class CapturedStep:
         *,
         recorder: Recorder | None = None,
         warn: Callable[[str], None] = lambda text: None,
-        check_addresses: bool = False,
     ) -> None:
         self.step = step
-        self._check = check_addresses
+        self._check = os.environ.get(CHECK_ADDRESSES) == "1"
         self._addresses = step.addresses()
         self._adapter = step.adapter()
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -54,18 +53,18 @@ class CapturedStep:
 
     @property
     def captured(self) -> bool:
-        """Whether there is a graph to replay."""
+        """True if there is a graph to replay."""
         return self._graph is not None
 
     def is_current(self) -> bool:
-        """Whether the weights lie where they lay when the step was recorded, and the adapter acts as it did."""
+        """Returns whether the weights' addresses and the adapter are those of the recording."""
         return self.step.addresses() == self._addresses and self.step.adapter() == self._adapter
 
     def run(self, steps: int) -> None:
-        """Takes the first ``steps`` steps of what was loaded.
+        """Takes the first ``steps`` steps of the loaded transitions.
 
         Raises:
-            RuntimeError: under ``check_addresses``, a tensor has moved.
+            RuntimeError: under `CHECK_ADDRESSES`, a tensor has moved.
         """
         device = self.step.trajectory.device
         for index in range(steps):
@@ -74,12 +73,12 @@ class CapturedStep:
             if self._graph is None:
                 with range_("step", "rollout", index):
                     self.step.advance()
-            else:  # all but a sliver of the graph is the denoiser, whose own range does not replay
+            else:  # almost all of the graph is the denoiser, whose own range does not replay
                 with model_call("denoiser", "rollout", index, device):
                     self._graph.replay()
 
     def release(self) -> None:
-        """Frees the graph; the step cannot be taken afterwards."""
+        """Frees the graph; the step must not be taken afterwards."""
         if self._graph is not None:
             self._graph.reset()
             self._graph = None
@@ -96,26 +95,18 @@ class CapturedStep:
 
 
 class StepCache:
-    """The steps that were recorded, by what they depend on.
+    """The recorded steps, each under the key of its arguments.
 
     Args:
         capture: record steps in CUDA graphs, on devices that have them.
-        warn: is told why a recording failed, once for each reason.
-        check_addresses: None: as the environment variable `CHECK_ADDRESSES` says.
+        warn: called with the reason of a failed recording, once for each reason.
     """
 
-    def __init__(
-        self,
-        *,
-        capture: bool = True,
-        warn: Callable[[str], None] = lambda text: None,
-        check_addresses: bool | None = None,
-    ) -> None:
+    def __init__(self, *, capture: bool = True, warn: Callable[[str], None] = lambda text: None) -> None:
         self._capture, self._warn = capture, warn
-        self._check = os.environ.get(CHECK_ADDRESSES) == "1" if check_addresses is None else check_addresses
         self._steps: dict[Hashable, CapturedStep] = {}
         self._failed: set[Hashable] = set()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._recorders: dict[torch.device, Recorder] = {}
 
     def __len__(self) -> int:
@@ -130,7 +121,7 @@ class StepCache:
         guidance_scale: float,
         reduction: str,
     ) -> CapturedStep:
-        """The step of these arguments, which are those of `DenoisingStep`; recorded anew if weights have moved."""
+        """Returns the step of these arguments of `DenoisingStep`, recorded anew if weights have moved."""
         key = DenoisingStep.key(policy, rows, schedule, conditioning, guidance_scale, reduction)
         found = self._steps.get(key)
         if found is not None and found.is_current():
@@ -139,12 +130,10 @@ class StepCache:
             found.release()
             del self._steps[key]
         capture = self._capture and policy.device.type == "cuda" and key not in self._failed
-        step = DenoisingStep(policy, rows, schedule, conditioning, guidance_scale, reduction)
         made = CapturedStep(
-            step,
+            DenoisingStep(policy, rows, schedule, conditioning, guidance_scale, reduction),
             recorder=self._recorder(policy.device) if capture else None,
-            warn=self._tell,
-            check_addresses=self._check,
+            warn=self._warn_once,
         )
         if capture and not made.captured:
             self._failed.add(key)
@@ -158,13 +147,13 @@ class StepCache:
             recorder.renew_pool()
         return recorder
 
-    def _tell(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
+    def _warn_once(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
             self._warn(reason)
 
     def release(self) -> None:
-        """Frees every graph and buffer; what is sampled next is recorded anew."""
+        """Frees every graph and buffer; the next sampling records its steps anew."""
         for step in self._steps.values():
             step.release()
         self._steps.clear()

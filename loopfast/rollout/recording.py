@@ -1,4 +1,4 @@
-"""Records work in CUDA graphs, and leaves the process sound where a recording fails."""
+"""Records work in CUDA graphs, and leaves the process usable after a failed recording."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 
 import torch
 
+from loopfast.errors import first_line
 from loopfast.system.memory import is_out_of_memory
 
 WARM_UP = 3
-"""Times that work runs before it is recorded: libraries choose algorithms and allocate in the first calls."""
+"""Number of calls before the recording: libraries choose algorithms and allocate in the first calls."""
 
 _SYNCHRONIZES = "called a synchronizing CUDA operation"
 
 # Before torch 2.12 a failed recording leaves a reference to its graph in the allocator of page-locked memory, which
-# has no way to take it back. A graph that is kept is never read after it is freed.
+# never drops it. A graph in this list is never freed, so that reference stays valid.
 _failed_graphs: list[torch.cuda.CUDAGraph] = []
 
 
 class CannotRecordError(Exception):
-    """The work cannot be recorded, and the message says why."""
+    """Work cannot be recorded; the message says why."""
 
 
 class Recorder:
-    """Records work of one device in CUDA graphs, all with one stream and one pool of memory.
+    """A recorder of one device's work in CUDA graphs, all with one stream and one pool of memory.
 
-    A pool shares its blocks only within a stream, and cuBLAS keeps a workspace for each stream (32 MiB on Hopper), so
-    that a stream for each recording would hold both several times. Graphs of one recorder must not run at the same
-    time.
+    A pool shares its blocks only within a stream, and cuBLAS keeps a workspace for each stream (32 MiB on Hopper): a
+    stream for each recording would need both several times. Graphs of one recorder must not run at the same time.
 
     Args:
-        device: where the work runs.
+        device: the device that the work runs on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,27 +43,30 @@ class Recorder:
         self._pool: Any = None
 
     def record(self, rewind: Callable[[], None], work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """The graph of ``work``.
+        """Returns the graph of ``work``.
 
         Args:
             rewind: called before each warm-up call of ``work``.
-            work: what is recorded. It may not ask the GPU for a value.
+            work: the work to record. It may not ask the GPU for a value.
 
         Raises:
             CannotRecordError: the work cannot be recorded; the device can be used as before.
-            torch.OutOfMemoryError: it does not fit into memory, or another error of that kind.
+            torch.OutOfMemoryError: the work does not fit into memory; or another error that says so.
         """
         try:
             return self._record(rewind, work)
         except CannotRecordError:
             raise
         except Exception as error:
-            # ending a broken recording raises another error on top of the one that broke it
-            causes = _causes(error)
+            # the end of a broken recording raises another error on top of the one that broke it
+            causes = [error]
+            while isinstance(earlier := causes[-1].__context__, Exception):
+                causes.append(earlier)
             for cause in causes:
                 if is_out_of_memory(cause):
                     raise cause from None
-            raise CannotRecordError(_described(causes[-1])) from error
+            first = causes[-1]
+            raise CannotRecordError(f"{type(first).__name__}: {first_line(first)}") from error
 
     def _record(self, rewind: Callable[[], None], work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         if self._stream is None:
@@ -71,7 +74,7 @@ class Recorder:
         with torch.cuda.device(self._device), torch.no_grad():
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            # this context is left also where torch.cuda.graph, after a failed recording, does not leave its own
+            # after a failed recording torch.cuda.graph does not leave its own stream; this context does
             try:
                 with torch.cuda.stream(self._stream):
                     for _ in range(WARM_UP - 1):
@@ -88,7 +91,7 @@ class Recorder:
             self._pool = torch.cuda.graph_pool_handle()
         graph, pool = torch.cuda.CUDAGraph(), self._pool
         try:
-            # other threads, such as the rewards', use the device meanwhile and may not break the recording
+            # other threads, such as the rewards', use the device meanwhile and must not break the recording
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 work()
         except BaseException:
@@ -98,17 +101,17 @@ class Recorder:
         return graph
 
     def renew_pool(self) -> None:
-        """Records in a new pool from now on. The old one's memory is free once its graphs are."""
+        """Has later recordings use a new pool. The old pool's memory is freed with its last graph."""
         self._pool = None
 
 
 def _require_asynchronous(work: Callable[[], None]) -> None:
-    """Runs ``work`` and makes sure that it never waits for the GPU.
+    """Runs ``work`` and checks that it never waits for the GPU.
 
-    The debug mode belongs to the process. It warns and does not raise, as another thread's wait is no fault.
+    The debug mode belongs to the process. It warns and does not raise, because other threads may wait.
 
     Raises:
-        CannotRecordError: it waits; the message names the place.
+        CannotRecordError: the work waits; the message names the line.
     """
     thread, places = threading.get_ident(), list[str]()
     before = torch.cuda.get_sync_debug_mode()
@@ -133,30 +136,17 @@ def _require_asynchronous(work: Callable[[], None]) -> None:
 
 
 def _repair(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
-    """Puts right what a failed recording leaves behind.
+    """Restores the allocator and the random generator after a failed recording.
 
-    Before torch 2.12 ``capture_end`` raises before it tells the allocator that the recording is over (mended in
+    Before torch 2.12 ``capture_end`` raises before it tells the allocator that the recording is over (fixed in
     pytorch pull request 180395). Then ``empty_cache`` raises, and so does every later recording in the pool. Up to 2.12
     the generator still counts as recording, so that every random number on the device raises.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    with suppress(RuntimeError):  # raised where the allocator knows already
+    with suppress(RuntimeError):  # raised if the allocator knows already
         torch._C._cuda_endAllocateToPool(index, pool)
-        # reached only where capture_end has not done it, and reset() does not release the pool then either
+        # reached only if capture_end has not done it; reset() does not release the pool then either
         torch._C._cuda_releasePool(index, pool)
         _failed_graphs.append(graph)
     generator = torch.cuda.default_generators[index]
     generator.graphsafe_set_state(generator.clone_state())
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """The error and those that it was raised on top of, the earliest last."""
-    causes = [error]
-    while causes[-1].__context__ is not None:
-        causes.append(causes[-1].__context__)
-    return causes
-
-
-def _described(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

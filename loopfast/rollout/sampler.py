@@ -14,7 +14,7 @@ from loopfast.errors import LoopfastError
 from loopfast.policies import Conditioning, Policy, pad_rows
 from loopfast.profiling import model_call
 from loopfast.rollout.capture import StepCache
-from loopfast.rollout.replica import Replica
+from loopfast.rollout.rollout_copy import RolloutCopy
 from loopfast.rollout.step import DenoisingStep
 from loopfast.rollout.trajectories import Trajectories
 from loopfast.schedules import TransitionSchedule
@@ -24,8 +24,8 @@ from loopfast_kernels import philox_normal
 
 
 def initial_latents(policy: Policy, seeds: Tensor) -> Tensor:
-    """The noise that sampling starts from: ``[N, *L]`` in the policy's dtype, a function of the rows' seeds alone."""
-    # a key of its own for each row, so that no transition's noise repeats it
+    """Returns the initial noise ``[N, *L]`` in the policy's dtype, a function of the rows' seeds alone."""
+    # each row has its own key, so that no transition's noise repeats it
     keys = torch.tensor([derive(seed, "initial") for seed in seeds.tolist()], dtype=torch.int64)
     keys = to_device(keys, policy.device)
     noise = philox_normal(keys, torch.zeros_like(keys), (len(keys), *policy.latent_shape))
@@ -34,24 +34,24 @@ def initial_latents(policy: Policy, seeds: Tensor) -> Tensor:
 
 @dataclass
 class DecoderRows:
-    """How many latents are decoded at a time, once memory did not suffice for as many as the policy says."""
+    """The number of latents to decode at a time, set once memory did not suffice for the policy's own number."""
 
     limit: int | None = None
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A policy, the transitions it is sampled by, and how.
+    """A policy, its transitions, and the settings of the sampling loop.
 
     Attributes:
         policy: the model that is trained.
-        schedule: its T transitions, on the policy's device.
-        guidance_scale: of classifier-free guidance; 1 for none.
-        reduction: ``sum`` or ``mean``, of the log-probability over a latent's elements.
-        microbatch: rows per model call. It changes neither the noise nor, beyond rounding in the model, the result.
-        replica: the copy of the policy to sample from; None: the policy itself.
+        schedule: the T transitions, on the policy's device.
+        guidance_scale: the scale of classifier-free guidance; 1 for none.
+        reduction: ``sum`` or ``mean``, the reduction of the log-probability over a latent's elements.
+        microbatch: rows per model call. They change neither the noise nor, beyond rounding in the model, the result.
+        rollout_copy: the copy of the denoiser to sample from. None samples from the policy itself.
         steps: the denoising steps recorded so far.
-        decoder_rows: how many latents are decoded at a time. The denoiser's microbatch does not depend on it.
+        decoder_rows: the number of latents to decode at a time. The denoiser's microbatch does not depend on it.
     """
 
     policy: Policy
@@ -59,21 +59,21 @@ class Sampler:
     guidance_scale: float
     reduction: str
     microbatch: int
-    replica: Replica | None = None
+    rollout_copy: RolloutCopy | None = None
     steps: StepCache = field(default_factory=StepCache)
     decoder_rows: DecoderRows = field(default_factory=DecoderRows)
 
     @property
     def model(self) -> Policy:
-        """What is sampled from: the replica's policy, or the policy itself."""
-        return self.policy if self.replica is None else self.replica.policy
+        """The policy that is sampled from: the rollout copy's, or the trained one."""
+        return self.policy if self.rollout_copy is None else self.rollout_copy.policy
 
     def allocate(self, count: int, schedule: TransitionSchedule | None = None) -> Trajectories:
-        """Room for N trajectories, on the policy's device, in the type of the model that is sampled from.
+        """Allocates N trajectories, on the policy's device, in the type of the model that is sampled from.
 
         Args:
-            count: N.
-            schedule: the T transitions to sample by; None: the sampler's own.
+            count: the number of trajectories, N.
+            schedule: the T transitions to sample by. None takes the sampler's own.
         """
         steps, model, device = len(schedule or self.schedule), self.model, self.policy.device
         return Trajectories(
@@ -92,13 +92,13 @@ class Sampler:
         """Samples N trajectories.
 
         Args:
-            conditioning: of the P prompts, rows ``[P, ...]``.
-            prompts: int64 ``[N]``, each row's prompt.
+            conditioning: the conditioning of P prompts, rows ``[P, ...]``.
+            prompts: int64 ``[N]``, the index of each row's prompt.
             seeds: int64 ``[N]``, each row's noise seed.
-            schedule: the T transitions to sample by; None: the sampler's own.
+            schedule: the T transitions to sample by. None takes the sampler's own.
 
         Raises:
-            torch.OutOfMemoryError: as `stream`.
+            torch.OutOfMemoryError: as `stream` does.
         """
         trajectories = self.allocate(len(seeds), schedule)
         for _ in self.stream(trajectories, conditioning, prompts, seeds, schedule=schedule):
@@ -117,23 +117,20 @@ class Sampler:
         between: Callable[[], None] = lambda: None,
         calls: int = 0,
     ) -> Generator[slice, None, None]:
-        """Samples N trajectories, a microbatch at a time; close it where it is not run to its end.
+        """Samples N trajectories, a microbatch at a time. A caller that stops early must close the generator.
 
         Args:
-            trajectories: room for them, see `allocate`.
-            conditioning: of the P prompts, rows ``[P, ...]``.
-            prompts: int64 ``[N]``, each row's prompt.
-            seeds: int64 ``[N]``, each row's noise seed.
-            schedule: the T transitions to sample by; None: the sampler's own.
+            trajectories: filled in; `allocate` makes them.
+            conditioning, prompts, seeds, schedule: as for `sample`.
             between: called before each microbatch; it may raise to stop.
-            calls: sample at least so many microbatches, as other processes do that have more rows.
+            calls: the least number of microbatches to sample, for other processes that have more rows.
 
         Yields:
-            The rows of each microbatch, whose trajectories are there.
+            The rows of each microbatch, once its trajectories are written.
 
         Raises:
-            torch.OutOfMemoryError: the microbatch does not fit into memory; nothing is kept of the attempt. Libraries
-                under PyTorch raise errors of their own, see `is_out_of_memory`.
+            torch.OutOfMemoryError: the microbatch does not fit into memory; the attempt leaves nothing in memory.
+                Libraries under PyTorch raise errors of their own, see `is_out_of_memory`.
         """
         schedule, model = schedule or self.schedule, self.model
         latents, logprob = trajectories.latents, trajectories.logprob
@@ -141,7 +138,7 @@ class Sampler:
             for rows in slices(len(seeds), self.microbatch, calls):
                 between()
                 size = rows.stop - rows.start
-                # without rows of its own, a call of any: others may need this process's part of the weights
+                # without rows of its own, the process samples any row: others may need its part of the weights
                 some = rows if size else slice(0, 1)
                 done = self._sample_rows(model, schedule, conditioning, prompts[some], seeds[some])
                 latents[:, rows], logprob[:, rows] = done.trajectory[:, :size], done.logprob[:, :size]
@@ -149,13 +146,13 @@ class Sampler:
                     yield rows
 
     def ready(self) -> AbstractContextManager[None]:
-        """Inside, samples are those of the policy as it was on entering, and the replica is refreshed no more."""
-        return nullcontext() if self.replica is None else self.replica.ready()
+        """Context in which samples are those of the policy as it was on entering."""
+        return nullcontext() if self.rollout_copy is None else self.rollout_copy.ready()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images float32 ``[N, 3, H, W]`` in [0, 1] of latents ``[N, *L]``.
+        """Decodes latents ``[N, *L]`` to images float32 ``[N, 3, H, W]`` in [0, 1].
 
-        They are decoded as many at a time as the policy says, at most a microbatch, and fewer where memory does not
+        One call decodes the number of latents that the policy says, at most a microbatch, and fewer if memory does not
         suffice.
 
         Raises:
@@ -176,9 +173,9 @@ class Sampler:
             else:
                 start = rows.stop
                 continue
-            # outside of the handler, where nothing holds the failed call's tensors any more
+            # outside of the handler, where nothing refers to the failed call's tensors
             self._halve_decoder(rows.stop - rows.start, reason)
-        # of one layout however many parts there were, as a reward's sums depend on it
+        # the same layout for any number of parts, as a reward's sums depend on it
         return torch.cat(images).contiguous()
 
     def _halve_decoder(self, rows: int, reason: str) -> None:
@@ -191,7 +188,7 @@ class Sampler:
         free_cached_memory()
 
     def release(self) -> None:
-        """Frees what sampling keeps for the next time: recorded steps and their buffers."""
+        """Frees the recorded steps and their buffers, which sampling keeps for its next call."""
         self.steps.release()
 
     def _sample_rows(
@@ -204,7 +201,7 @@ class Sampler:
     ) -> DenoisingStep:
         """Samples at most a microbatch; the step's store holds the trajectories in its first rows."""
         size = self.microbatch
-        # every call has the same batch size; see `pad_rows`
+        # all calls have the same batch size; see `pad_rows`
         prompts, seeds = pad_rows(prompts, size), pad_rows(seeds, size)
         try:
             step = self.steps.get(model, size, schedule, conditioning, self.guidance_scale, self.reduction)
@@ -212,18 +209,18 @@ class Sampler:
             step.run(len(schedule))
         except Exception as error:
             if is_out_of_memory(error):
-                # who tries again with fewer rows needs the room of these
+                # a new attempt with fewer rows needs their memory
                 self.release()
             raise
         return step.step
 
 
 def slices(count: int, size: int, least: int = 0) -> Iterator[slice]:
-    """Consecutive slices of at most ``size`` that cover ``range(count)``, then empty ones until there are ``least``."""
+    """Yields slices of at most ``size`` that cover ``range(count)`` in order; empty ones fill up to ``least``."""
     for start in range(0, max(count, least * size), size):
         yield slice(min(start, count), min(start + size, count))
 
 
 def automatic_microbatch(rows: int, latent_shape: tuple[int, ...]) -> int:
-    """Rows per model call where the configuration says ``auto``: 65,536 latent elements, 4 latents of 4×64×64."""
+    """Returns the rows per model call for ``auto``: 65,536 latent elements, 4 latents of 4×64×64."""
     return max(1, min(rows, 65_536 // math.prod(latent_shape)))

@@ -1,4 +1,4 @@
-"""One denoising step on buffers that never move."""
+"""One denoising step on buffers at fixed addresses."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from loopfast_kernels import denoise_step_
 
 
 class DenoisingStep:
-    """Takes M trajectories from one step to the next, all inputs and outputs at fixed addresses.
+    """One step of M trajectories, with all inputs and outputs at fixed addresses.
 
-    Which step that is, the device knows alone: a counter selects the timestep, the coefficients, the row of the
-    store that is read and the one that is written. So the same work, recorded once, serves every step, and the host
-    never waits.
+    A counter on the device selects the timestep, the coefficients, and the rows of the store that are read and
+    written. The same work, recorded once, therefore serves every step, and the host never waits.
 
     Args:
-        policy: predicts; with guidance, both halves in one call of 2 M rows.
-        rows: M.
+        policy: makes the predictions; with guidance, both halves in one call of 2 M rows.
+        rows: the number of trajectories, M.
         schedule: the T transitions; :meth:`load` may give others of the same number.
-        conditioning: of any number of prompts; rows ``[P, ...]``, for their shapes and types.
-        guidance_scale: of classifier-free guidance; 1 for none.
-        reduction: of the log-probability, ``sum`` or ``mean``.
+        conditioning: the conditioning of any number of prompts, rows ``[P, ...]``; only shapes and types are read.
+        guidance_scale: the scale of classifier-free guidance; 1 for none.
+        reduction: ``sum`` or ``mean``, the reduction of the log-probability over a latent's elements.
 
     Attributes:
         trajectory: ``[T + 1, M, *L]`` in the policy's dtype, the store.
         logprob: float32 ``[T, M]``.
-        buffers: every tensor the step reads or writes, by name.
+        buffers: every tensor that the step reads or writes, by name.
     """
 
     def __init__(
@@ -55,7 +54,12 @@ class DenoisingStep:
         self._table = schedule.table.to(device, copy=True)
         self._seed = torch.zeros(rows, dtype=torch.int64, device=device)
         self._text = {
-            name: torch.zeros(rows, *value.shape[1:], dtype=_dtype(value, dtype), device=device)
+            name: torch.zeros(
+                rows,
+                *value.shape[1:],
+                dtype=dtype if value.is_floating_point() else value.dtype,
+                device=device,
+            )
             for name, value in conditioning.items()
         }
         self.buffers: Mapping[str, Tensor] = MappingProxyType(
@@ -80,7 +84,7 @@ class DenoisingStep:
         guidance_scale: float,
         reduction: str,
     ) -> Hashable:
-        """What has to be equal for a step to be used again; the arguments are those of the class."""
+        """Returns a key that is equal for arguments of this class that can share a step."""
         text = tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in conditioning.items())
         latents = (tuple(policy.latent_shape), policy.dtype, policy.device)
         types = (len(schedule), schedule.timesteps.dtype, schedule.table.dtype)
@@ -99,8 +103,8 @@ class DenoisingStep:
         Args:
             schedule: T transitions.
             latents: ``[M, *L]``, the initial noise.
-            conditioning: of P prompts, rows ``[P, ...]``.
-            prompts: int64 ``[M]``, each row's prompt.
+            conditioning: the conditioning of P prompts, rows ``[P, ...]``.
+            prompts: int64 ``[M]``, the index of each row's prompt.
             seeds: int64 ``[M]``, each row's noise seed.
         """
         device = self._seed.device
@@ -120,7 +124,7 @@ class DenoisingStep:
         self._step.zero_()
 
     def advance(self) -> None:
-        """One step of all rows."""
+        """Takes one step of all rows."""
         timestep = self._timesteps.index_select(0, self._step).expand(self._seed.shape)
         with model_call("denoiser", "rollout", device=self._input.device):
             output, unconditional = self._policy.predict(
@@ -140,15 +144,10 @@ class DenoisingStep:
         )
 
     def addresses(self) -> dict[str, int]:
-        """Where everything lies that a recorded step reads or writes, by name: buffers and weights."""
+        """Returns the address of each buffer and weight that a recorded step reads or writes, by name."""
         weights = addresses(self._policy.denoiser)
         return {name: tensor.data_ptr() for name, tensor in self.buffers.items()} | weights
 
     def adapter(self) -> Hashable:
-        """The state of the denoiser's adapter, which a recorded step holds as constants."""
+        """Returns the state of the denoiser's adapter, which a recorded step holds as constants."""
         return adapter_signature(self._policy.denoiser)
-
-
-def _dtype(value: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Of a row of conditioning: the policy's, unless it holds whole numbers or a mask."""
-    return dtype if value.is_floating_point() else value.dtype

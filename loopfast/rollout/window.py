@@ -1,8 +1,8 @@
-"""Which steps of an iteration draw noise, and are trained on."""
+"""The steps of an iteration that draw noise, and those that it trains on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,41 +16,41 @@ from loopfast.seeds import derive
 class StochasticSteps:
     """The steps that draw noise: all, a range, or a window that is drawn for each iteration.
 
-    The others are deterministic (DDIM with eta = 0, the flow's ODE): they have no density, and so no gradient. A window
-    lies where every step in it is one to train on, so that each iteration has as many pairs.
+    The other steps are deterministic (DDIM with eta = 0, the flow's ODE): they have no density, and so no gradient. A
+    window lies where every step in it is one to train on, so that each iteration has the same number of pairs.
 
     Attributes:
-        schedule: the T transitions of the steps outside the window, too, as if they drew noise; on any device.
-        trained: the steps that may be trained on, ascending.
-        window: W steps in a row that one iteration is given of them; None: all.
-        starts: where a window may begin.
+        schedule: the T transitions, on any device. With a window, every step has its noise in it.
+        trained_steps: the steps that may be trained on, ascending.
+        window: W, the number of consecutive steps that an iteration trains on. None takes all.
+        starts: the steps at which a window may begin.
     """
 
     schedule: TransitionSchedule
-    trained: tuple[int, ...]
+    trained_steps: tuple[int, ...]
     window: int | None = None
     starts: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
-        """How many steps of each trajectory an iteration trains on."""
-        return len(self.trained) if self.window is None else self.window
+        """The number of steps of each trajectory that an iteration trains on."""
+        return len(self.trained_steps) if self.window is None else self.window
 
-    def drawn(self, seed: int, iteration: int) -> tuple[TransitionSchedule, tuple[int, ...]]:
-        """An iteration's transitions, and the steps that it trains on; a function of the run's seed and iteration."""
+    def for_iteration(self, seed: int, iteration: int) -> tuple[TransitionSchedule, tuple[int, ...]]:
+        """Returns an iteration's transitions and its trained steps, a function of the run's seed and the iteration."""
         if self.window is None:
-            return self.schedule, self.trained
+            return self.schedule, self.trained_steps
         start = self.starts[derive(seed, "window", iteration) % len(self.starts)]
         stop = start + self.window
         return self.schedule.stochastic_in(start, stop), tuple(range(start, stop))
 
     def to(self, device: torch.device) -> StochasticSteps:
-        """Copy with the schedule on a device."""
-        return StochasticSteps(self.schedule.to(device), self.trained, self.window, self.starts)
+        """Returns a copy with the schedule on a device."""
+        return replace(self, schedule=self.schedule.to(device))
 
 
 def stochastic_steps(schedule: TransitionSchedule, stochastic: str, trained: str) -> StochasticSteps:
-    """The steps that ``rollout.stochastic_steps`` and ``train.steps`` select.
+    """Returns the steps that ``rollout.stochastic_steps`` and ``train.steps`` select.
 
     Args:
         schedule: the sampler's T transitions, each with its noise.

@@ -66,7 +66,7 @@ def call_back(run: Run, state: TrainState, metrics: Mapping[str, Any]) -> bool:
     """
     if not run.callbacks or state.iteration == 0:
         return False
-    return run.group.on_first(lambda: _called(run, state, metrics))
+    return run.world.on_main(lambda: _called(run, state, metrics))
 
 
 def _called(run: Run, state: TrainState, metrics: Mapping[str, Any]) -> bool:

@@ -33,7 +33,7 @@ def check_ratio(run: Run, state: TrainState, done: UpdateStatistics) -> None:
     if cause is not None and deviation <= ON_POLICY_TOLERANCE:
         return
     rounding = cause is None and math.log1p(deviation) <= _rounding(run, state)
-    if rounding and state.told_of_rounding:
+    if rounding and state.warned_of_rounding:
         return
     sizes = f"rollout.microbatch and train.microbatch are both {run.microbatches.train}"
     if rounding:
@@ -51,16 +51,16 @@ def check_ratio(run: Run, state: TrainState, done: UpdateStatistics) -> None:
     )
     if check == "error" and not rounding:
         error = LoopfastError(message)
-        error.shared = True
+        error.on_all_ranks = True
         raise error
-    state.told_of_rounding |= rounding
+    state.warned_of_rounding |= rounding
     run.display.warning(message)
 
 
 def _rounding(run: Run, state: TrainState) -> float:
     """How far rounding alone can take the logarithm of this iteration's ratios from 0."""
     config, policy = run.config, run.sampler.policy
-    schedule, steps = run.steps.drawn(config.run.seed, state.iteration)
+    schedule, steps = run.steps.for_iteration(config.run.seed, state.iteration)
     return rounding_bound(
         schedule,
         steps,
@@ -73,10 +73,10 @@ def _rounding(run: Run, state: TrainState) -> float:
 
 def _cause(run: Run) -> str | None:
     """The key that has the replay call the model otherwise than the rollout, and what to do about it."""
-    config, sizes, replica = run.config, run.microbatches, run.sampler.replica
+    config, sizes, rollout_copy = run.config, run.microbatches, run.sampler.rollout_copy
     if config.rollout.merge_lora:
         return "rollout.merge_lora=true rounds otherwise than the adapter that is trained"
-    if replica is not None and not replica.exact:
+    if rollout_copy is not None and not rollout_copy.exact:
         key = "dtype" if config.rollout.dtype not in (None, config.model.dtype) else "device"
         given, trained = getattr(config.rollout, key), getattr(config.model, key)
         return f"rollout.{key} ({given}) is not model.{key} ({trained})"
@@ -105,21 +105,21 @@ def explained(run: Run, state: TrainState, batch: Batch) -> Iterator[None]:
         assert state.rollout is not None
         trajectories = state.rollout.trajectories
         rows = error.rows[: run.sampler.microbatch]
-        final = run.group.gather(trajectories.final, trajectories.rows, trajectories.count)[list(rows)]
+        final = run.world.gather(trajectories.final, trajectories.rows, trajectories.count)[list(rows)]
         images = run.sampler.decode(final.to(run.sampler.policy.device))
         texts = [batch.prompts[int(batch.prompt_index[row])].text for row in rows]
         run.scoring.iteration = state.number
-        kept = run.group.on_first(lambda: run.scoring.keep(list(images), texts))
+        kept = run.world.on_main(lambda: run.scoring.keep(list(images), texts))
         raised = NonFiniteError(f"iteration {state.number}: {error}; {kept}", error.rows)
-        raised.shared = True
+        raised.on_all_ranks = True
         raise raised from error
 
 
-def tell_of_overflows(run: Run, state: TrainState, done: UpdateStatistics) -> None:
+def warn_of_overflows(run: Run, state: TrainState, done: UpdateStatistics) -> None:
     """Says once that updates are repeated, which takes time; the metrics say how often."""
-    if not done.overflows or state.told_of_overflow:
+    if not done.overflows or state.warned_of_overflow:
         return
-    state.told_of_overflow = True
+    state.warned_of_overflow = True
     run.display.warning(
         f"iteration {state.number}: the gradient overflowed float16, so that an update was repeated "
         f"{done.overflows} time(s), each with half of the loss scale. overflows in metrics.jsonl says how often in "

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from loopfast.distributed.group import Group
+from loopfast.distributed.world import World
 from loopfast.rewards import Scores
 from loopfast.rollout.trajectories import Trajectories
 from loopfast.training.batch import Batch
@@ -29,13 +29,13 @@ def collect(run: Run, state: TrainState, batch: Batch) -> Rollout:
     run.meter.start()
     run.scoring.iteration = state.number
     with run.phase("rollout"):
-        trajectories, scores = run.microbatches.fitting(
+        trajectories, scores = run.microbatches.with_oom_fallback(
             "rollout", lambda rows: _sampled(run, state, batch, rows)
         )
     if run.config.trajectories.device == "host":
         trajectories = trajectories.to_host()
-    trajectories, scores = gathered(run.group, trajectories, scores, len(batch.seeds))
-    rollout = Rollout(trajectories, run.scoring.rewards(scores, batch.texts, run.drawn))
+    trajectories, scores = gathered(run.world, trajectories, scores, len(batch.seeds))
+    rollout = Rollout(trajectories, run.scoring.rewards(scores, batch.texts, run.trained_per_trajectory))
     state.metrics |= rollout_metrics(run.config, scores, rollout)
     state.images += len(batch.seeds)
     return rollout
@@ -44,10 +44,10 @@ def collect(run: Run, state: TrainState, batch: Batch) -> Rollout:
 def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Trajectories, Scores]:
     """This process's trajectories and their images' scores, in calls of so many rows."""
     sampler = run.resize(rows)
-    own = run.group.part(len(batch.seeds))
+    own = run.world.shard(len(batch.seeds))
     prompt_index, seeds = batch.prompt_index[own], batch.seeds[own]
     prompts = [batch.prompts[index] for index in prompt_index.tolist()]
-    schedule, _ = run.steps.drawn(run.config.run.seed, state.iteration)
+    schedule, _ = run.steps.for_iteration(run.config.run.seed, state.iteration)
     trajectories = sampler.allocate(len(seeds), schedule)
     with (
         run.scoring.together(),
@@ -60,7 +60,7 @@ def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Traj
             seeds,
             schedule=schedule,
             between=run.check_stop,
-            calls=_calls(run.group, len(batch.seeds), rows),
+            calls=_calls(run.world, len(batch.seeds), rows),
         )
         with closing(sampling):
             for part in sampling:
@@ -68,25 +68,25 @@ def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Traj
         return trajectories, scorer.result()
 
 
-def _calls(group: Group, count: int, rows: int) -> int:
+def _calls(world: World, count: int, rows: int) -> int:
     """Model calls that ``count`` rows of all processes take: as many in each."""
-    most = max(part.stop - part.start for part in group.parts(count))
+    most = max(part.stop - part.start for part in world.shards(count))
     return -(-most // rows)
 
 
 def gathered(
-    group: Group, trajectories: Trajectories, scores: Scores, count: int
+    world: World, trajectories: Trajectories, scores: Scores, count: int
 ) -> tuple[Trajectories, Scores]:
     """The scores and log-probabilities of all processes' rows, beside this one's latents.
 
     Args:
-        group: the processes.
+        world: the processes.
         trajectories, scores: of this process's rows.
         count: N, of all rows.
     """
-    own = group.part(count)
+    own = world.shard(count)
     rows = torch.arange(own.start, own.stop)
-    total = group.gather(scores.total, rows, count)
-    parts = {name: group.gather(part, rows, count) for name, part in scores.parts.items()}
-    logprob = group.gather(trajectories.logprob.T, rows, count).T.contiguous()
-    return replace(trajectories, logprob=logprob, first=own.start), Scores(total, parts)
+    total = world.gather(scores.total, rows, count)
+    parts = {name: world.gather(part, rows, count) for name, part in scores.parts.items()}
+    logprob = world.gather(trajectories.logprob.T, rows, count).T.contiguous()
+    return replace(trajectories, logprob=logprob, first_row=own.start), Scores(total, parts)

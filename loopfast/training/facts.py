@@ -19,8 +19,8 @@ def announce(run: Run, state: TrainState) -> None:
     """Shows what is about to run, and which prompts the model does not read to their end."""
     facts = describe_run(run)
     run.display.header("loopfast train", facts)
-    run.group.on_first(lambda: run.folder.write_summary(facts))
-    if run.group.first:
+    run.world.on_main(lambda: run.folder.write_summary(facts))
+    if run.world.is_main:
         _warn_of_cut_prompts(run)
     run.display.start(run.config.train.iterations, state.iteration)
 
@@ -61,10 +61,10 @@ def describe_rollout(run: Run) -> str:
     sampler, config = run.sampler, run.config.rollout
     graphs = sampler.model.device.type == "cuda" and config.cuda_graph
     replica = "off"
-    if sampler.replica is not None:
+    if sampler.rollout_copy is not None:
         merged = ", LoRA merged" if config.merge_lora else ""
         dtype = str(sampler.model.dtype).removeprefix("torch.")
-        gathered = "" if sampler.replica.resident else ", gathered for each rollout"
+        gathered = "" if sampler.rollout_copy.resident else ", gathered for each rollout"
         replica = f"{dtype} on {sampler.model.device}{merged}{gathered}"
     return (
         f"stochastic steps {config.stochastic_steps}, CUDA graph {'on' if graphs else 'off'}, replica {replica}, "
@@ -78,8 +78,8 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
     policy, algorithm, settings = sampler.policy, config.algorithm, config.train
     steps = config.rollout.steps
     images = config.images_per_iteration
-    pairs = images * run.drawn // settings.updates_per_iteration
-    left_out = [str(step) for step in range(steps) if step not in run.steps.trained]
+    pairs = images * run.trained_per_trajectory // settings.updates_per_iteration
+    left_out = [str(step) for step in range(steps) if step not in run.steps.trained_steps]
     reason = {"auto": " (each would outweigh the others)", "all": " (deterministic)"}.get(settings.steps, "")
     levers = {**policy.levers, "screening": run.screening}
     threads = f", {torch.get_num_threads()} thread(s)" if policy.device.type == "cpu" else ""
@@ -102,9 +102,13 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
         (
             "steps",
             f"{run.steps.count} of {steps} trained"
-            + (f", a window of {len(run.steps.trained)}" if run.steps.window else "")
+            + (f", a window of {len(run.steps.trained_steps)}" if run.steps.window else "")
             + (f", not {', '.join(left_out)}{reason}" if left_out else "")
-            + (f"; {run.drawn} of them drawn for a pass" if run.drawn < run.steps.count else ""),
+            + (
+                f"; {run.trained_per_trajectory} of them drawn for a pass"
+                if run.trained_per_trajectory < run.steps.count
+                else ""
+            ),
         ),
         ("processes", _describe_processes(run)),
         ("rollout", describe_rollout(run)),
@@ -120,7 +124,7 @@ def _describe_term(term: RewardConfig) -> str:
 
 
 def _describe_processes(run: Run) -> str:
-    distributed, size = run.config.distributed, run.group.size
+    distributed, size = run.config.distributed, run.world.size
     if not distributed.needs_deepspeed(size):
         return "1"
     offload = "" if distributed.offload == "none" else f", {distributed.offload} offloaded to the host"

@@ -17,7 +17,7 @@ def evaluated(run: Run, state: TrainState, metrics: dict[str, Any]) -> Evaluatio
     """Measures the policy on fixed prompts and noise, and adds what was measured to the iteration's metrics."""
     began = time.perf_counter()
     with run.phase("evaluation"):
-        result = run.microbatches.fitting("rollout", partial(evaluate_policy, run, state))
+        result = run.microbatches.with_oom_fallback("rollout", partial(evaluate_policy, run, state))
     metrics |= result.metrics(dropped=run.config.rollout.on_bad_reward == "drop_group")
     metrics["seconds_eval"] = time.perf_counter() - began
     return result
@@ -27,8 +27,8 @@ def evaluate_policy(run: Run, state: TrainState, rows: int) -> Evaluation:
     """Measures the policy itself, by the whole schedule: what is measured depends on no lever of the rollout."""
     sampler = run.resize(rows)
     # where the weights are spread over processes, a copy that computes the same bits is the faster way to them
-    if not (run.engine.sharded and sampler.replica is not None and sampler.replica.exact):
-        sampler = replace(sampler, replica=None)
+    if not (run.engine.sharded and sampler.rollout_copy is not None and sampler.rollout_copy.exact):
+        sampler = replace(sampler, rollout_copy=None)
     run.scoring.iteration = state.number
     with run.scoring.together(), run.engine.averaged():
         result = evaluate(
@@ -37,7 +37,7 @@ def evaluate_policy(run: Run, state: TrainState, rows: int) -> Evaluation:
             run.scoring.score,
             run.config.evaluation,
             between=run.check_stop,
-            group=run.group,
+            world=run.world,
         )
     run.scoring.account_for(result.dropped, len(result.items))
     return result

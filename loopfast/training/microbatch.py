@@ -66,7 +66,7 @@ class Microbatches:
         """Whether the size of a call may halve."""
         return call in self._automatic
 
-    def fitting(self, call: Call, attempt: Callable[[int], Result]) -> Result:
+    def with_oom_fallback(self, call: Call, attempt: Callable[[int], Result]) -> Result:
         """What ``attempt(rows)`` returns, called with fewer rows for as long as memory does not suffice.
 
         Raises:

@@ -21,7 +21,7 @@ def update_pairs(run: Run, state: TrainState, rollout: Rollout) -> list[Pairs]:
     Pairs are shuffled and cut as if a prompt that is left out were not there.
     """
     config = run.config
-    _, trained = run.steps.drawn(config.run.seed, state.iteration)
+    _, trained = run.steps.for_iteration(config.run.seed, state.iteration)
     kept = rollout.kept.repeat_interleave(rollout.rewards.shape[1]).nonzero()[:, 0]
     parts = [
         (kept[rows], steps)
@@ -33,7 +33,7 @@ def update_pairs(run: Run, state: TrainState, rollout: Rollout) -> list[Pairs]:
             config.run.seed,
             state.iteration,
             epoch,
-            run.drawn,
+            run.trained_per_trajectory,
         )
     ]
     return parts[len(state.updates) :]
@@ -46,29 +46,29 @@ def shuffled_pairs(
     seed: int,
     iteration: int,
     epoch: int,
-    drawn: int | None = None,
+    per_trajectory: int | None = None,
 ) -> Iterator[Pairs]:
     """The (row, step) pairs of a pass over an iteration, shuffled together and dealt out to its updates.
 
-    The loss is a mean over pairs. Where fewer steps are ``drawn`` than there are, each trajectory contributes equally
-    many, drawn without replacement, each step being as likely as any other: the mean over what is drawn then has
-    the mean over all pairs as its expectation, and so has its gradient, without weights. Drawn anew in every pass, the
-    steps that one pass leaves out are in another.
+    The loss is a mean over pairs. Where ``per_trajectory`` is below the number of steps, that many
+    steps of each trajectory are drawn without replacement, each with the same probability. The expectation of their
+    mean is then the mean over all pairs, and the same holds for its gradient, without weights. Every pass draws anew,
+    so the steps that one pass leaves out are in another.
 
     Args:
         count: N, the number of trajectories.
         steps: the transitions that are trained on.
         updates: how many parts to cut the pairs into; their sizes differ by one at most.
         seed, iteration, epoch: of the run; they determine the draw and the order.
-        drawn: how many of each trajectory's steps; None: all.
+        per_trajectory: the number of steps to draw from each trajectory. None takes all.
 
     Yields:
         ``(rows [M], steps [M])`` int64 on the CPU, once per update.
     """
     transitions = torch.tensor(steps, dtype=torch.int64)
-    if drawn is not None and drawn < len(steps):
+    if per_trajectory is not None and per_trajectory < len(steps):
         keys = torch.rand(count, len(steps), generator=generator(seed, "steps", iteration, epoch))
-        chosen = transitions[keys.argsort(1)[:, :drawn]].T.flatten()
+        chosen = transitions[keys.argsort(1)[:, :per_trajectory]].T.flatten()
     else:
         chosen = transitions.repeat_interleave(count)
     order = torch.randperm(len(chosen), generator=generator(seed, "pairs", iteration, epoch))

@@ -7,12 +7,12 @@ import torch
 from loopfast.engines import Engine
 from loopfast.policies import Conditioning, expand
 from loopfast.rollout import Sampler
-from loopfast.training.replay import reference_output
 from loopfast.training.run import Run
+from loopfast.training.update_pass import reference_output
 
 # Bytes that the rehearsal of a training call leaves free: for decoded images, rewards, and the libraries under PyTorch,
 # which fail in ways of their own when a GPU is full to the last byte.
-REHEARSAL_RESERVE = 2**30
+PROBE_RESERVE = 2**30
 
 
 def fit_training_calls(run: Run) -> None:
@@ -33,10 +33,10 @@ def probe(run: Run) -> None:
     with_reference = run.config.algorithm.kl_weight > 0
     # the optimizer's first step allocates two float32 numbers for each trained weight
     trained = sum(parameter.numel() for parameter in run.sampler.policy.trainable().values())
-    reserve = REHEARSAL_RESERVE + 8 * trained
+    reserve = PROBE_RESERVE + 8 * trained
 
     def attempt(rows: int) -> None:
-        rehearse(
+        probe_memory(
             run.sampler,
             run.engine,
             conditioning,
@@ -45,10 +45,10 @@ def probe(run: Run) -> None:
             reserve=reserve,
         )
 
-    run.microbatches.fitting("train", attempt)
+    run.microbatches.with_oom_fallback("train", attempt)
 
 
-def rehearse(
+def probe_memory(
     sampler: Sampler,
     engine: Engine,
     conditioning: Conditioning,

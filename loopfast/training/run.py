@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from loopfast.algorithms import ALGORITHMS
 from loopfast.config import Config
-from loopfast.distributed.group import Group
+from loopfast.distributed.world import World
 from loopfast.engines import Engine
 from loopfast.errors import LoopfastError
 from loopfast.profiling import Category, Meter
@@ -35,13 +35,13 @@ class Run:
         config: the run.
         display: where progress is shown; it is silent in all processes but the first.
         stop: notes signals.
-        group: the processes of the run.
+        world: the processes of the run.
         folder: where its files go.
         prompts, evaluation_prompts: those that are trained on and those that evaluations draw.
         scoring: its rewards.
         reward_identity: what the rewards' names stand for, see `loopfast.training.identity`.
         steps: the denoising steps that draw noise, and those that are trained on.
-        drawn: how many steps of each trajectory one pass trains on.
+        trained_per_trajectory: the number of steps of each trajectory that one pass trains on.
         microbatches: rows per model call.
         sampler: the policy, and how it is sampled; `resize` replaces it.
         engine: owns the policy's weights.
@@ -53,14 +53,14 @@ class Run:
     config: Config
     display: Display
     stop: StopRequest
-    group: Group
+    world: World
     folder: RunFolder
     prompts: PromptList
     evaluation_prompts: PromptList
     scoring: Scoring
     reward_identity: dict[str, str]
     steps: StochasticSteps
-    drawn: int
+    trained_per_trajectory: int
     microbatches: Microbatches
     sampler: Sampler
     engine: Engine
@@ -99,12 +99,12 @@ class Run:
 
     def check_stop(self) -> None:
         """Raises `Stopped` in every process, once a signal has come to one of them."""
-        if self.group.any(self.stop.requested):
+        if self.world.any(self.stop.requested):
             raise Stopped
 
-    def together(self, error: LoopfastError) -> bool:
+    def raised_on_all_ranks(self, error: LoopfastError) -> bool:
         """Whether an error is raised in all processes at once, so that they can still save together."""
-        return error.shared or self.group.alone
+        return error.on_all_ranks or self.world.size == 1
 
     def close_tracker(self) -> None:
         """Ends the record of metrics."""

@@ -42,10 +42,10 @@ def save(run: Run, state: TrainState, score: float | None = None) -> Path:
     state.seconds = state.elapsed
     tensors, engine = run.engine.state()
     if rollout is not None:
-        trajectories, group = rollout.trajectories, run.group
+        trajectories, world = rollout.trajectories, run.world
         latents = [
-            group.gather(part, trajectories.rows, trajectories.count)
-            for part in (trajectories.latents if not group.alone else ())
+            world.gather(part, trajectories.rows, trajectories.count)
+            for part in (trajectories.latents if world.size > 1 else ())
         ]
         tensors["trajectories"] = {
             "latents": torch.stack([part.cpu() for part in latents]) if latents else trajectories.latents,
@@ -61,7 +61,7 @@ def save(run: Run, state: TrainState, score: float | None = None) -> Path:
         "zero_gradient": state.zero_gradient,
         **{name: getattr(state, name) for name in _SAVED},
     }
-    path = run.group.on_first(
+    path = run.world.on_main(
         lambda: run.folder.checkpoints.save(state.iteration, len(state.updates), tensors, plain, score)
     )
     state.saved = state.position, path
@@ -89,14 +89,14 @@ def saved_on_failure(run: Run, state: TrainState) -> Iterator[None]:
         # on a full disk this fails too, and what came first says more
         with suppress(LoopfastError):
             run.close_tracker()
-        if isinstance(error, CallbackError | RewardError | RewardMemoryError | WriteError) and run.together(
-            error
-        ):
+        if isinstance(
+            error, CallbackError | RewardError | RewardMemoryError | WriteError
+        ) and run.raised_on_all_ranks(error):
             raise _with_state_saved(error, run, state) from error
         if not isinstance(error, Stopped):
             raise
         interrupted = Interrupted(f"stopped; {_saved(run, state)}", run.stop.exit_code)
-        interrupted.shared = True
+        interrupted.on_all_ranks = True
         raise interrupted from None
 
 
@@ -111,7 +111,7 @@ def _with_state_saved(error: LoopfastError, run: Run, state: TrainState) -> Loop
     except LoopfastError as unsaved:
         saved = str(unsaved)
     told = type(error)(f"{error}; {saved}")
-    told.shared = not run.group.alone
+    told.on_all_ranks = run.world.size > 1
     return told
 
 
@@ -161,13 +161,13 @@ def _sampled_anew(run: Run, state: TrainState, checkpoint: Checkpoint) -> bool:
         )
         return bool(sampled)
 
-    return run.group.on_first(compared)
+    return run.world.on_main(compared)
 
 
 def _stored_rollout(run: Run, tensors: Mapping[str, Mapping[str, Tensor]]) -> Rollout | None:
     """What was sampled and not yet learned from, each process its rows."""
-    stored, group = tensors.get("trajectories", {}), run.group
-    known = group.on_first(
+    stored, world = tensors.get("trajectories", {}), run.world
+    known = world.on_main(
         lambda: (
             (stored["logprob"], stored["rewards"], stored["latents"].shape, stored["latents"].dtype)
             if stored
@@ -177,10 +177,10 @@ def _stored_rollout(run: Run, tensors: Mapping[str, Mapping[str, Tensor]]) -> Ro
     if known is None:
         return None
     logprob, rewards, shape, dtype = known
-    own, device = group.part(shape[1]), run.sampler.policy.device
+    own, device = world.shard(shape[1]), run.sampler.policy.device
     latents = torch.stack(
         [
-            group.broadcast(stored["latents"][step] if stored else torch.empty(shape[1:], dtype=dtype))[own]
+            world.broadcast(stored["latents"][step] if stored else torch.empty(shape[1:], dtype=dtype))[own]
             for step in range(shape[0])
         ]
     )
@@ -199,7 +199,7 @@ def _data_identity(run: Run) -> dict[str, str]:
 
 def _sampled_identity(run: Run, state: TrainState) -> dict[str, Any]:
     """What the iteration's trajectories are sampled for and scored by at present."""
-    schedule, trained = run.steps.drawn(run.config.run.seed, state.iteration)
+    schedule, trained = run.steps.for_iteration(run.config.run.seed, state.iteration)
     shape = run.sampler.policy.latent_shape
     prompts = draw_prompts(run, state.iteration)
     return sampled_identity(prompts, run.reward_identity, schedule, trained, shape)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loopfast.config import Config
-from loopfast.distributed.group import Group
+from loopfast.distributed.world import World
 from loopfast.errors import LoopfastError, RewardError
 from loopfast.profiling import model_call
 from loopfast.prompts import Prompt
@@ -37,7 +37,7 @@ class Scoring:
 
     Args:
         config: the run.
-        group: its processes.
+        world: its processes.
         folder: where images that cannot be scored are kept.
         warn: called with a line where a run goes on without some of them.
         given: functions of a Python program by the names that the configuration has for them.
@@ -52,12 +52,12 @@ class Scoring:
     def __init__(
         self,
         config: Config,
-        group: Group,
+        world: World,
         folder: RunFolder,
         warn: Callable[[str], None],
         given: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
-        self._config, self._group, self._folder, self._warn = config, group, folder, warn
+        self._config, self._world, self._folder, self._warn = config, world, folder, warn
         worker = config.rollout.reward_worker
         self._rewards = (
             RewardProcess(config.reward, tf32=config.model.tf32)
@@ -98,7 +98,7 @@ class Scoring:
             self._failure = error
             if isinstance(error, RewardError):
                 self._note(images, prompts, error.images_index)
-            if self._group.alone:
+            if self._world.size == 1:
                 raise
             return self._unscored(len(prompts))
         if scores.problems:
@@ -132,10 +132,10 @@ class Scoring:
         told = "" if failure is None else str(failure)
         if isinstance(failure, RewardError):
             told += f"; {self._kept_images('failures')}"
-        first = next(filter(None, self._group.texts(told)), None)
+        first = next(filter(None, self._world.gather_texts(told)), None)
         if first is not None:
             # the error is of one kind in all processes, as what is done after it is done together
-            memory = self._group.any(isinstance(failure, RewardMemoryError))
+            memory = self._world.any(isinstance(failure, RewardMemoryError))
             self._end(first, failure, RewardMemoryError if memory else RewardError)
 
     @contextmanager
@@ -230,10 +230,10 @@ class Scoring:
     def _all_problems(self, place: str) -> str:
         """What was wrong with all processes' scores; keeps the images."""
         told = [*self._problems.values(), *([self._kept_images(place)] if self._problems else [])]
-        return "; ".join(text for text in self._group.texts("; ".join(told)) if text)
+        return "; ".join(text for text in self._world.gather_texts("; ".join(told)) if text)
 
     def _kept_images(self, place: str) -> str:
-        rank = None if self._group.alone else self._group.rank
+        rank = None if self._world.size == 1 else self._world.rank
         return self.keep(self._images, self._texts, rank, place)
 
     def _end(
@@ -244,5 +244,5 @@ class Scoring:
     ) -> NoReturn:
         """Ends the run in all processes, which know the reason."""
         error = kind(f"iteration {self.iteration}: {reason}")
-        error.shared = not self._group.alone
+        error.on_all_ranks = self._world.size > 1
         raise error from cause

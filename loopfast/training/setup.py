@@ -8,15 +8,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from loopfast.config import Config
-from loopfast.distributed.group import ALONE, Group
-from loopfast.distributed.launcher import find_place
-from loopfast.distributed.rendezvous import abandon, joined, leave, note_opened, opened_before
+from loopfast.distributed.launcher import read_launch_environment
+from loopfast.distributed.rendezvous import connected, is_elastic_restart, mark_opened
+from loopfast.distributed.world import SINGLE_PROCESS, World
 from loopfast.engines import Engine, build_engine, require_settings, require_type
 from loopfast.errors import ConfigError
 from loopfast.policies import Policy, load_policy, load_schedule, scheduler_notes
 from loopfast.profiling import Meter
 from loopfast.prompts import load_prompts
-from loopfast.rollout import Sampler, StepCache, StochasticSteps, make_replica, stochastic_steps
+from loopfast.rollout import Sampler, StepCache, StochasticSteps, make_rollout_copy, stochastic_steps
 from loopfast.run.checkpoints import Checkpoint
 from loopfast.run.console import Display
 from loopfast.run.folder import RunFolder
@@ -55,52 +55,46 @@ def start(
     """
     given = given or Given()
     given.check(config)
-    place = find_place(os.environ)
+    launch_env = read_launch_environment(os.environ)
     with (
-        StopRequest(0.0 if place.size == 1 else PASSING_ON) as stop,
-        processes(config, stop) as group,
+        StopRequest(0.0 if launch_env.size == 1 else PASSING_ON) as stop,
+        processes(config, stop) as world,
         ExitStack() as ends,
     ):
-        display = display if group.first else Display.silent()
+        display = display if world.is_main else Display.silent()
         folder = RunFolder(config)
-        group.on_first(lambda: ends.enter_context(locked(folder.path, display.warning)))
-        if resume is None and opened_before(place):
+        world.on_main(lambda: ends.enter_context(locked(folder.path, display.warning)))
+        if resume is None and is_elastic_restart(launch_env):
             resume = "auto"
         for note in given.notes():
             display.warning(note)
-        group.on_first(lambda: given.write(folder, resume))
-        run, state = _prepared(config, resume, display, stop, group, folder, given, ends)
-        note_opened(place)
+        world.on_main(lambda: given.write(folder, resume))
+        run, state = _prepared(config, resume, display, stop, world, folder, given, ends)
+        mark_opened(launch_env)
         yield run, state
 
 
 @contextmanager
-def processes(config: Config, stop: StopRequest) -> Iterator[Group]:
-    """Context of the processes that this one's launcher has started with it, while a run goes on.
+def processes(config: Config, stop: StopRequest) -> Iterator[World]:
+    """Context of a run's processes, which the launcher has started.
 
     Raises:
         ConfigError: DeepSpeed refuses the configuration.
-        LoopfastError: they do not all come.
-        PeerError: one of them has ended, or does not answer.
+        LoopfastError: another process did not connect in time.
+        PeerError: another process has ended or does not answer.
     """
-    place = find_place(os.environ)
+    launch_env = read_launch_environment(os.environ)
     if config.model.deterministic:
-        # before the processes of a group start CUDA
+        # cuBLAS reads this when CUDA starts.
         os.environ.setdefault(CUBLAS_WORKSPACE, CUBLAS_WORKSPACES[0])
-    if not config.distributed.needs_deepspeed(place.size):
-        yield ALONE
+    if not config.distributed.needs_deepspeed(launch_env.size):
+        yield SINGLE_PROCESS
         return
     device = torch_device(config.model.device)
     require_type(config, device.type)
     require_settings(config, device.type)
-    group = joined(place, device, config.distributed.timeout)
-    try:
-        with group.explained(lambda: stop.requested):
-            yield group
-    except BaseException:
-        abandon(group)
-        raise
-    leave(group)
+    with connected(launch_env, device, config.distributed.timeout, lambda: stop.requested) as world:
+        yield world
 
 
 def _prepared(
@@ -108,7 +102,7 @@ def _prepared(
     resume: str | None,
     display: Display,
     stop: StopRequest,
-    group: Group,
+    world: World,
     folder: RunFolder,
     given: Given,
     ends: ExitStack,
@@ -116,38 +110,38 @@ def _prepared(
     """The parts of a run and its state; what takes little time to find wrong comes first, what takes memory last."""
     prompts = load_prompts(config.prompts.source)
     evaluation_prompts = load_prompts(config.evaluation.prompts or config.prompts.source)
-    scoring = Scoring(config, group, folder, display.warning, given.rewards)
+    scoring = Scoring(config, world, folder, display.warning, given.rewards)
     ends.callback(scoring.close)
     schedule = load_schedule(config.model, config.rollout)
     for note in scheduler_notes(config.model):
         display.warning(note)
     steps = stochastic_steps(schedule, config.rollout.stochastic_steps, config.train.steps)
-    drawn = _steps_drawn(config, steps, group)
+    trained_per_trajectory = _trained_per_trajectory(config, steps, world)
     identity = reward_identity(config.reward)
-    checkpoint = _opened(folder, resume, display, group)
+    checkpoint = _opened(folder, resume, display, world)
 
     policy = _policy(config, [p.text for p in (*prompts, *evaluation_prompts)], new=checkpoint is None)
     microbatches = Microbatches(
         config.rollout.microbatch,
         config.train.microbatch,
-        start_size(-(-config.images_per_iteration // group.size), policy.latent_shape, policy.device),
+        start_size(-(-config.images_per_iteration // world.size), policy.latent_shape, policy.device),
         display.warning,
         release=lambda: run.sampler.release(),
-        retries=not config.distributed.needs_deepspeed(group.size),
+        retries=not config.distributed.needs_deepspeed(world.size),
     )
-    sampler, engine = _sampler_and_engine(config, policy, schedule, microbatches.rollout, display, group)
+    sampler, engine = _sampler_and_engine(config, policy, schedule, microbatches.rollout, display, world)
     run = Run(
         config=config,
         display=display,
         stop=stop,
-        group=group,
+        world=world,
         folder=folder,
         prompts=prompts,
         evaluation_prompts=evaluation_prompts,
         scoring=scoring,
         reward_identity=identity,
         steps=steps.to(policy.device),
-        drawn=drawn,
+        trained_per_trajectory=trained_per_trajectory,
         microbatches=microbatches,
         sampler=sampler,
         engine=engine,
@@ -155,13 +149,13 @@ def _prepared(
     )
     ends.callback(lambda: run.sampler.release())
     state = restored(run, checkpoint)
-    if group.first:
+    if world.is_main:
         resume_at = None if checkpoint is None else state.iteration - (state.pending is not None)
         run.tracker = Tracker(folder.path, config.run.trackers, resume_at=resume_at, warn=display.warning)
     return run, state
 
 
-def _opened(folder: RunFolder, resume: str | None, display: Display, group: Group) -> Checkpoint | None:
+def _opened(folder: RunFolder, resume: str | None, display: Display, world: World) -> Checkpoint | None:
     """The run's folder is prepared, and a checkpoint to go on from read, by the first process.
 
     The others get all of it but the tensors.
@@ -175,7 +169,7 @@ def _opened(folder: RunFolder, resume: str | None, display: Display, group: Grou
         found.append(checkpoint)
         return replace(checkpoint, tensors={})
 
-    checkpoint = group.on_first(opened)
+    checkpoint = world.on_main(opened)
     return found[0] if found else checkpoint
 
 
@@ -203,47 +197,47 @@ def _sampler_and_engine(
     schedule: TransitionSchedule,
     rows: int,
     display: Display,
-    group: Group,
+    world: World,
 ) -> tuple[Sampler, Engine]:
     """How a policy is sampled, in calls of so many rows; and what owns its weights from now on."""
     # before the engine takes the weights apart
-    replica = make_replica(policy, config.rollout, sharded=config.distributed.zero_stage == 3)
+    rollout_copy = make_rollout_copy(policy, config.rollout, sharded=config.distributed.zero_stage == 3)
     sampler = Sampler(
         policy,
         schedule.to(policy.device),
         config.rollout.guidance_scale,
         config.algorithm.logprob,
         rows,
-        replica,
+        rollout_copy,
         StepCache(capture=config.rollout.cuda_graph, warn=display.warning),
     )
-    engine = build_engine(policy, config, group)
-    if replica is not None:
-        replica.whole = engine.whole
+    engine = build_engine(policy, config, world)
+    if rollout_copy is not None:
+        rollout_copy.whole = engine.whole
     elif engine.sharded:
         # gathered weights lie elsewhere in every call
         sampler = replace(sampler, steps=StepCache(capture=False))
     return sampler, engine
 
 
-def _steps_drawn(config: Config, steps: StochasticSteps, group: Group) -> int:
+def _trained_per_trajectory(config: Config, steps: StochasticSteps, world: World) -> int:
     """How many steps of a trajectory each pass trains on."""
     train, count = config.train, steps.count
-    drawn = train.steps_drawn(count)
-    if drawn < 1:
+    trained = train.trained_per_trajectory(count)
+    if trained < 1:
         raise ConfigError(
             f"train.step_fraction: found {train.step_fraction:g}, allowed: at least {0.5 / count:.3g}, with which "
             f"one of {count} trained steps is drawn"
         )
     images = config.images_per_iteration
-    if images < group.size:
+    if images < world.size:
         raise ConfigError(
             f"rollout.prompts_per_iteration x algorithm.samples_per_prompt: found {images} image(s), allowed: at "
-            f"least {group.size}, one for each process"
+            f"least {world.size}, one for each process"
         )
-    if (pairs := images * drawn) < train.updates_per_iteration:
+    if (pairs := images * trained) < train.updates_per_iteration:
         raise ConfigError(
             f"train.updates_per_iteration: found {train.updates_per_iteration}, allowed: at most {pairs}, the "
             f"number of (image, step) pairs in an iteration"
         )
-    return drawn
+    return trained

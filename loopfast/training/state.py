@@ -52,7 +52,7 @@ class TrainState:
         times: the accounts of the latest stretch.
         began: the clock's reading when the run, had it not been interrupted, would have begun.
         saved: the newest checkpoint, and the position it is of.
-        told_of_rounding, told_of_overflow: whether these warnings, given once, were.
+        warned_of_rounding, warned_of_overflow: whether these warnings, given once, were.
     """
 
     iteration: int = 0
@@ -69,8 +69,8 @@ class TrainState:
     times: Times = field(default_factory=lambda: Times(0.0))
     began: float = field(default_factory=time.perf_counter)
     saved: tuple[tuple[int, ...], Path] | None = None
-    told_of_rounding: bool = False
-    told_of_overflow: bool = False
+    warned_of_rounding: bool = False
+    warned_of_overflow: bool = False
 
     @property
     def number(self) -> int:
@@ -101,7 +101,7 @@ class TrainState:
             | {"model_calls": times.calls.get("denoiser", 0)}
         )
 
-    def forget_rollout(self) -> None:
+    def discard_rollout(self) -> None:
         """Gives up what was sampled and not yet learned from."""
         if self.rollout is not None:
             self.images -= self.rollout.trajectories.count

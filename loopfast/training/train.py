@@ -24,7 +24,7 @@ from loopfast.system.files import writing
 from loopfast.system.memory import memory_used
 from loopfast.training.batch import Batch, draw_batch
 from loopfast.training.callbacks import Callback, call_back
-from loopfast.training.checks import check_ratio, explained, tell_of_overflows
+from loopfast.training.checks import check_ratio, explained, warn_of_overflows
 from loopfast.training.collect import collect
 from loopfast.training.facts import announce, conclude
 from loopfast.training.given import Given
@@ -33,12 +33,12 @@ from loopfast.training.measure import evaluated, record
 from loopfast.training.metrics import iteration_metrics
 from loopfast.training.pairs import Pairs, update_pairs
 from loopfast.training.probe import fit_training_calls
-from loopfast.training.replay import Replay
 from loopfast.training.run import Run
 from loopfast.training.saving import save, saved_on_failure
 from loopfast.training.setup import start
 from loopfast.training.state import TrainState
 from loopfast.training.update import UpdateStatistics, screen, update
+from loopfast.training.update_pass import UpdatePass
 
 # Screening pays off once a third of the pairs have no gradient, or a little more where a forward pass costs over half
 # of a backward pass. The previous update must have had this share, as a margin.
@@ -106,7 +106,7 @@ def iterate(run: Run, state: TrainState) -> None:
             return
         except Resized:
             # nothing is learned from these images yet: new ones come from calls of the size they are trained in
-            state.forget_rollout()
+            state.discard_rollout()
 
 
 def learn(run: Run, state: TrainState, batch: Batch) -> None:
@@ -120,13 +120,13 @@ def learn(run: Run, state: TrainState, batch: Batch) -> None:
     advantages = compare(algorithm, rollout.rewards, batch.texts, history, device)
     # max(−A ρ, −A clip(ρ, 1 ± ε)) + kl_weight · KL, by one fused op with its gradient
     loss = PolicyLoss(algorithm, advantages)
-    replay = Replay(
-        run.sampler, loss, rollout.trajectories, batch.conditioning, batch.prompt_index.to(device), run.group
+    update_pass = UpdatePass(
+        run.sampler, loss, rollout.trajectories, batch.conditioning, batch.prompt_index.to(device), run.world
     )
     for pairs in update_pairs(run, state, rollout):
         with run.phase("replay"), explained(run, state, batch):
-            done = fitted_update(run, state, replay, pairs)
-        tell_of_overflows(run, state, done)
+            done = update_with_fallback(run, state, update_pass, pairs)
+        warn_of_overflows(run, state, done)
         if state.updates:
             state.zero_gradient = done.zero_gradient
         state.updates.append(asdict(done))
@@ -140,14 +140,17 @@ class Resized(Exception):  # noqa: N818 - a way out, not an error
     """Updates take fewer rows per model call than the rollout did."""
 
 
-def fitted_update(run: Run, state: TrainState, replay: Replay, pairs: Pairs) -> UpdateStatistics:
-    """One optimizer step on the mean loss of M pairs, in model calls of as many as memory suffices for.
+def update_with_fallback(
+    run: Run, state: TrainState, update_pass: UpdatePass, pairs: Pairs
+) -> UpdateStatistics:
+    """Takes one optimizer step on the mean loss of M pairs, in model calls that fit into memory.
 
-    For each call: the policy's prediction, log p, ρ, the clipped loss and its gradient (`loopfast.training.replay`);
-    then a step of AdamW (`loopfast.engines`). Pairs without a gradient are found first, where that pays.
+    Each call computes the policy's prediction, log p, ρ, the clipped loss and its gradient
+    (`loopfast.training.update_pass`). Then AdamW takes a step (`loopfast.engines`). If it pays off, pairs without a
+    gradient are found first and skipped.
 
     Raises:
-        Resized: the first update's calls must be those of the rollout, for a ratio of 1, and are smaller.
+        Resized: the first update's calls would be smaller than the rollout's, so that the ratio would not be exactly 1.
     """
     screening, first = None, not state.updates
     # an iteration's first update calls the model as the rollout did, and a compiled model is compiled for one size
@@ -155,15 +158,15 @@ def fitted_update(run: Run, state: TrainState, replay: Replay, pairs: Pairs) -> 
     # in the first update the ratio is 1, and nothing is clipped
     wanted = run.screening == "on" or (run.screening == "auto" and state.zero_gradient > SCREENING_SHARE)
     if wanted and not first:
-        screening = run.microbatches.fitting(
-            _screening_call(run), lambda rows: screen(replay, pairs, microbatch=rows, padding=padding)
+        screening = run.microbatches.with_oom_fallback(
+            _screening_call(run), lambda rows: screen(update_pass, pairs, microbatch=rows, padding=padding)
         )
 
     def attempt(rows: int) -> UpdateStatistics:
         if run.microbatches.shared and first and rows != run.sampler.microbatch:
             raise Resized
         return update(
-            replay,
+            update_pass,
             run.engine,
             pairs,
             microbatch=rows,
@@ -172,13 +175,13 @@ def fitted_update(run: Run, state: TrainState, replay: Replay, pairs: Pairs) -> 
             before_step=partial(check_ratio, run, state),
         )
 
-    return run.microbatches.fitting("train", attempt)
+    return run.microbatches.with_oom_fallback("train", attempt)
 
 
 def _screening_call(run: Run) -> Literal["rollout", "train"]:
     """Which call's rows a screening call takes: the larger number that is known to fit on the policy's device."""
     sizes = run.microbatches
-    return "rollout" if run.sampler.replica is None and sizes.rollout > sizes.train else "train"
+    return "rollout" if run.sampler.rollout_copy is None and sizes.rollout > sizes.train else "train"
 
 
 def finish_iteration(run: Run, state: TrainState) -> None:
@@ -193,8 +196,8 @@ def finish_iteration(run: Run, state: TrainState) -> None:
     state.latest = None
     metrics["seconds"] = state.elapsed
     memory = memory_used(run.sampler.policy.device)
-    metrics |= {name: int(run.group.largest(size)) for name, size in memory.items()}
-    run.group.on_first(lambda: record(run, state, result, metrics))
+    metrics |= {name: int(run.world.max(size)) for name, size in memory.items()}
+    run.world.on_main(lambda: record(run, state, result, metrics))
     run.display.advance(metrics)
     state.pending = None
     if finished(run, state) or _due(state.iteration, config.checkpoint.every):
@@ -222,6 +225,6 @@ def export(run: Run, state: TrainState) -> None:
                 run.sampler.policy.export(exported, weights)
                 return write_report(path)
 
-        report = run.group.on_first(write)
-    if run.group.first:
+        report = run.world.on_main(write)
+    if run.world.is_main:
         conclude(run, state, exported, report)

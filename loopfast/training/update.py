@@ -1,9 +1,9 @@
-"""One policy update: replays (row, step) pairs of stored trajectories through the policy and steps the optimizer.
+"""One policy update: the loss of (row, step) pairs of stored trajectories, its gradient, an optimizer step.
 
-A pair whose ratio is outside the clip range on the side that its advantage pushes to, or whose advantage is 0, has a
-loss without a gradient. `screen` finds these with forward calls alone, and `update` then replays only the others. With
-a forward call as the unit of cost and a backward pass twice as dear, a pair costs ``1 + 3 (1 - c)`` instead of 3,
-``c`` being the share without a gradient: less where c > 1/3.
+The loss of a pair has no gradient if its advantage is 0, or if its ratio is outside the clip range on the side that its
+advantage pushes to. `screen` finds these pairs with forward calls alone, and `update` then trains on the others only.
+Let a forward call cost 1, a backward pass 2, and c be the share of pairs without a gradient. A screened pair then costs
+``1 + 3 (1 - c)`` instead of 3, which is less if c > 1/3.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from loopfast.engines import Engine
 from loopfast.errors import NonFiniteError
 from loopfast.profiling import phase, range_
-from loopfast.training.replay import Gradient, Losses, Replay
+from loopfast.training.update_pass import Losses, UpdatePass
 
 
 @dataclass(frozen=True)
 class UpdateStatistics:
-    """Means over an update's pairs, except ``ratio_max_deviation`` (a maximum) and what the engine adds.
+    """Means over an update's pairs, except ``ratio_max_deviation`` (a maximum) and the engine's numbers.
 
-    ``zero_gradient`` is the share of pairs whose loss has no gradient, ``screened_out`` the share of those that
-    had no backward pass. ``overflows`` counts how often the gradient overflowed float16 before the update was made.
+    ``zero_gradient`` is the share of pairs whose loss has no gradient. ``screened_out`` is the share of pairs that had
+    no backward pass. ``overflows`` counts the gradients that overflowed float16 before the optimizer stepped.
     """
 
     loss: float
@@ -44,10 +44,10 @@ class UpdateStatistics:
 
 @dataclass(frozen=True)
 class Screening:
-    """What a pass without gradients finds out about an update's M pairs.
+    """The result of a pass without gradients over an update's M pairs.
 
     Attributes:
-        statistics: of all of them.
+        statistics: the statistics of all pairs.
         kept: bool ``[M]`` on the CPU, the pairs whose loss has a gradient.
     """
 
@@ -56,28 +56,28 @@ class Screening:
 
 
 def screen(
-    replay: Replay, pairs: tuple[Tensor, Tensor], *, microbatch: int, padding: int | None = None
+    update_pass: UpdatePass, pairs: tuple[Tensor, Tensor], *, microbatch: int, padding: int | None = None
 ) -> Screening:
-    """Finds the pairs that an update's gradient consists of, by forward calls without gradients.
+    """Finds the pairs whose loss has a gradient, by forward calls without gradients.
 
-    Not for a loss with a KL penalty, of which every pair has a gradient.
+    With a KL penalty every pair has a gradient, and this function cannot be used.
 
     Args:
-        replay: the iteration's trajectories.
+        update_pass: the iteration's trajectories.
         pairs: as for `update`.
-        microbatch: pairs per model call; may be larger than that of the update, as no activation is kept.
+        microbatch: the number of pairs per model call. It may be larger than the update's, as no activation is kept.
         padding: as for `update`.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite. ``rows`` of the error holds the trajectories at fault.
         torch.OutOfMemoryError: the microbatch does not fit.
     """
-    losses = replay.losses(pairs, microbatch, padding=padding)
-    return Screening(_statistics(losses, replay, pairs), ~losses.zero_gradient.cpu())
+    losses = update_pass.losses(pairs, microbatch, padding=padding)
+    return Screening(_statistics(losses, update_pass, pairs), ~losses.zero_gradient.cpu())
 
 
 def update(
-    replay: Replay,
+    update_pass: UpdatePass,
     engine: Engine,
     pairs: tuple[Tensor, Tensor],
     *,
@@ -86,35 +86,35 @@ def update(
     screening: Screening | None = None,
     before_step: Callable[[UpdateStatistics], None] = lambda statistics: None,
 ) -> UpdateStatistics:
-    """One optimizer step on the mean loss of M pairs.
+    """Takes one optimizer step on the mean loss of M pairs.
 
-    Where the gradient overflows float16 the pairs are replayed again, with a lower loss scale, until it does not: their
-    images are paid for.
+    If the gradient overflows float16, the pass is repeated with a lower loss scale until it does not, as the images
+    have been sampled and scored already.
 
     Args:
-        replay: the iteration's trajectories.
+        update_pass: the iteration's trajectories.
         engine: owns the policy's weights.
-        pairs: ``(rows [M], steps [M])``, which transitions to train on.
-        microbatch: pairs per model call; it changes the result by no more than the rounding of a sum.
-        padding: the last call's rows are filled up to a multiple of this; None: to the microbatch, so that every call
-            is rounded alike.
-        screening: of these pairs, under the present weights; those without a gradient are left out. The gradient is
-            the same up to the rounding of a sum, and the statistics are the screening's.
-        before_step: called with the statistics before the weights change; it may raise to keep them.
+        pairs: ``(rows [M], steps [M])``, the transitions to train on.
+        microbatch: the number of pairs per model call. It changes the result only by the rounding of a sum.
+        padding: the last call is padded to a multiple of this number of rows. None pads it to the microbatch, so that
+            every call is rounded alike.
+        screening: the result of `screen` for these pairs and the present weights. Pairs without a gradient are
+            skipped. The gradient is the same up to the rounding of a sum, and the statistics are the screening's.
+        before_step: called with the statistics before the weights change. If it raises, the weights do not change.
 
     Raises:
-        NonFiniteError: a loss or the gradient is NaN or infinite; the weights are as they were. ``rows`` of the error
+        NonFiniteError: a loss or the gradient is NaN or infinite. The weights have not changed. ``rows`` of the error
             holds the trajectories at fault.
-        torch.OutOfMemoryError: the microbatch does not fit; weights and engine are as they were, so that the update
-            can be tried again with a smaller one.
+        torch.OutOfMemoryError: the microbatch does not fit. Weights and engine have not changed, so that the update
+            can be repeated with a smaller microbatch.
     """
     try:
-        statistics = _accumulate(replay, engine, pairs, microbatch, padding, screening)
+        statistics = _accumulate(update_pass, engine, pairs, microbatch, padding, screening)
         before_step(statistics)
         learning_rate, overflows = engine.learning_rate, 0
         while (norm := _step(engine)) is None:
             overflows += 1
-            _accumulate(replay, engine, pairs, microbatch, padding, screening)
+            _accumulate(update_pass, engine, pairs, microbatch, padding, screening)
     except NonFiniteError as error:
         engine.discard()
         raise NonFiniteError(str(error), error.rows or pairs[0].unique().tolist()) from error
@@ -130,39 +130,41 @@ def _step(engine: Engine) -> float | None:
 
 
 def _accumulate(
-    replay: Replay,
+    update_pass: UpdatePass,
     engine: Engine,
     pairs: tuple[Tensor, Tensor],
     microbatch: int,
     padding: int | None,
     screening: Screening | None,
 ) -> UpdateStatistics:
-    """Adds up the gradient of the pairs' mean loss; raises as `update` does."""
+    """Accumulates the gradient of the pairs' mean loss. Raises as `update` does."""
     if screening is None:
-        losses = replay.losses(pairs, microbatch, Gradient(engine, len(pairs[0])), padding=padding)
-        return _statistics(losses, replay, pairs)
+        losses = update_pass.losses(pairs, microbatch, engine, len(pairs[0]), padding=padding)
+        return _statistics(losses, update_pass, pairs)
     rows, steps = (index.cpu() for index in pairs)
     trained, count = (rows[screening.kept], steps[screening.kept]), float(len(rows))
     if not screening.kept.any():
-        # the optimizer still steps, with gradients that are there and 0, for which any pair will do
+        # The optimizer still steps, with gradients of 0. Any pair provides them.
         trained, count = (rows[:1], steps[:1]), math.inf
-    losses = replay.losses(trained, microbatch, Gradient(engine, count), padding=padding)
-    _statistics(losses, replay, trained)  # for what it raises: the screening's are of all pairs
+    losses = update_pass.losses(trained, microbatch, engine, count, padding=padding)
+    _statistics(
+        losses, update_pass, trained
+    )  # raises if a loss is not finite; the screening has the statistics
     return replace(screening.statistics, screened_out=float((~screening.kept).double().mean()))
 
 
-def _statistics(losses: Losses, replay: Replay, pairs: tuple[Tensor, Tensor]) -> UpdateStatistics:
-    """Of an update's pairs.
+def _statistics(losses: Losses, update_pass: UpdatePass, pairs: tuple[Tensor, Tensor]) -> UpdateStatistics:
+    """Returns the statistics of an update's pairs.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
     """
     with range_("statistics", "replay"):
-        rows, steps = (index.to(replay.trajectories.logprob.device) for index in pairs)
+        rows, steps = (index.to(update_pass.trajectories.logprob.device) for index in pairs)
         ratio, logprob = losses.ratio.double(), losses.logprob.double()
-        change = logprob - replay.trajectories.logprob[steps, rows].double()
+        change = logprob - update_pass.trajectories.logprob[steps, rows].double()
         deviation = (ratio - 1).abs()
-        clip_range = replay.loss.clip_range
+        clip_range = update_pass.loss.clip_range
         outside = 0.0 if clip_range is None else float((deviation > clip_range).double().mean())
         statistics = UpdateStatistics(
             loss=losses.loss,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopfast.distributed.launcher import Place, find_place
+from loopfast.distributed.launcher import LaunchEnvironment, read_launch_environment
 from loopfast.errors import LoopfastError
 
 TORCHRUN = {
@@ -50,7 +50,7 @@ KUBERNETES = {"MASTER_PORT": "tcp://10.0.0.1:29500", "MASTER_SERVICE_HOST": "10.
     ],
 )
 def test_a_process_without_a_launcher_is_alone(environment: dict[str, str]) -> None:
-    assert find_place(environment) == Place()
+    assert read_launch_environment(environment) == LaunchEnvironment()
 
 
 def test_what_torchrun_says() -> None:
@@ -65,8 +65,10 @@ def test_what_torchrun_says() -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "2",
     }
-    assert find_place(environment) == Place(3, 8, 1, "node1", 4000, hosted=True, restart=2)
-    assert find_place({**environment, "TORCHELASTIC_RESTART_COUNT": ""}).restart == 0
+    assert read_launch_environment(environment) == LaunchEnvironment(
+        3, 8, 1, "node1", 4000, hosted=True, restart=2
+    )
+    assert read_launch_environment({**environment, "TORCHELASTIC_RESTART_COUNT": ""}).restart == 0
 
 
 @pytest.mark.parametrize(
@@ -75,27 +77,29 @@ def test_what_torchrun_says() -> None:
 )
 def test_what_srun_says(nodes: str, host: str) -> None:
     environment = {**SLURM, "SLURM_STEP_NODELIST": nodes}
-    place = find_place(environment)
+    place = read_launch_environment(environment)
     assert (place.rank, place.size, place.local_rank, place.host) == (5, 16, 1, host)
     assert 1024 < place.port < 65536
     # the job's steps do not meet at one port, and the user may choose another
-    assert find_place({**environment, "SLURM_STEP_ID": "5"}).port != place.port
-    chosen = find_place({**environment, "MASTER_PORT": "7777", "MASTER_ADDR": "other"})
+    assert read_launch_environment({**environment, "SLURM_STEP_ID": "5"}).port != place.port
+    chosen = read_launch_environment({**environment, "MASTER_PORT": "7777", "MASTER_ADDR": "other"})
     assert (chosen.host, chosen.port) == ("other", 7777)
     # steps may have names
-    assert find_place({**environment, "SLURM_STEP_ID": "interactive"}).port != place.port
+    assert read_launch_environment({**environment, "SLURM_STEP_ID": "interactive"}).port != place.port
 
 
 @pytest.mark.parametrize("environment", [OPEN_MPI, HYDRA], ids=["open-mpi", "hydra"])
 def test_what_mpirun_says(environment: dict[str, str]) -> None:
-    place = find_place(environment)
+    place = read_launch_environment(environment)
     assert (place.rank, place.size, place.local_rank, place.host) == (1, 4, 1, "127.0.0.1")
     assert 1024 < place.port < 65536
     # all processes of a job find the same, also where srun has started mpirun or a container is always alone
     again = {name: "0" if name.endswith(("_RANK", "RANKID")) else text for name, text in environment.items()}
     container = {"RANK": "0", "WORLD_SIZE": "1"}
-    assert find_place({**SLURM, **container, **again}) == Place(0, 4, 0, "127.0.0.1", place.port)
-    chosen = find_place({**environment, "MASTER_PORT": "7777", "MASTER_ADDR": "other"})
+    assert read_launch_environment({**SLURM, **container, **again}) == LaunchEnvironment(
+        0, 4, 0, "127.0.0.1", place.port
+    )
+    chosen = read_launch_environment({**environment, "MASTER_PORT": "7777", "MASTER_ADDR": "other"})
     assert (chosen.host, chosen.port) == ("other", 7777)
 
 
@@ -104,12 +108,14 @@ def test_two_jobs_of_open_mpi_do_not_meet() -> None:
         {"PMIX_NAMESPACE": "prterun-node-4749@1"},
         {"PMIX_NAMESPACE": "", "OMPI_MCA_ess_base_jobid": "77"},
     )
-    ports = {find_place({**OPEN_MPI, **name}).port for name in ({}, *names)}
+    ports = {read_launch_environment({**OPEN_MPI, **name}).port for name in ({}, *names)}
     assert len(ports) == 3
 
 
 def test_srun_may_set_variables_of_mpi() -> None:
-    assert find_place({**SLURM, "PMI_RANK": "5", "PMI_SIZE": "16"}) == find_place(SLURM)
+    assert read_launch_environment({**SLURM, "PMI_RANK": "5", "PMI_SIZE": "16"}) == read_launch_environment(
+        SLURM
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +146,7 @@ def test_srun_may_set_variables_of_mpi() -> None:
 )  # fmt: skip
 def test_what_cannot_be_used_is_named(environment: dict[str, str], message: str) -> None:
     with pytest.raises(LoopfastError) as caught:
-        find_place(environment)
+        read_launch_environment(environment)
     assert message in str(caught.value)
 
 
@@ -150,7 +156,7 @@ def test_what_cannot_be_used_is_named(environment: dict[str, str], message: str)
 )
 def test_only_plain_digits_are_numbers(name: str, text: str) -> None:
     with pytest.raises(LoopfastError, match="the launcher's variable ") as caught:
-        find_place({**TORCHRUN, name: text})
+        read_launch_environment({**TORCHRUN, name: text})
     assert f"{name} is {text!r}" in str(caught.value)
 
 
@@ -178,7 +184,7 @@ def test_an_environment_gives_a_place_or_an_error_in_words(
 ) -> None:
     environment = {name: text for name, text in {**launcher, **changes}.items() if name not in missing}
     with contextlib.suppress(LoopfastError):
-        place = find_place(environment)
+        place = read_launch_environment(environment)
         assert 0 <= place.rank < place.size
         assert 0 <= place.local_rank < place.size
         assert 0 < place.port < 65536

@@ -20,15 +20,15 @@ MEASURE = """\
 import json, os, torch
 from loopfast.config import parse_config
 from loopfast.engines import build_engine
-from loopfast.distributed.rendezvous import joined, leave
-from loopfast.distributed.launcher import find_place
+from loopfast.distributed.rendezvous import init_world, destroy_world
+from loopfast.distributed.launcher import read_launch_environment
 from loopfast.policies import load_policy
 
 config = parse_config("{{}}", {overrides!r})
-group = joined(find_place(os.environ), torch.device("cpu"), 60.0)
+world = init_world(read_launch_environment(os.environ), torch.device("cpu"), 60.0)
 policy = load_policy(config.model, keep_reference=True, cast=True, sharded=True)
 total = sum(p.numel() for p in policy.denoiser.parameters())
-engine = build_engine(policy, config, group)
+engine = build_engine(policy, config, world)
 names = [n for module in (policy.pipeline.vae, policy.pipeline.text_encoder) for n, p in module.named_parameters()
          if hasattr(p, "ds_id")]
 peak, parts = 0, {{}}
@@ -51,14 +51,14 @@ for step in range(2):
         reference, _ = policy.predict(sample, timestep, text)
     output, _ = policy.predict(sample, timestep, text)
     look()
-    engine.backward((output - reference - 1).square().mean() / group.size)
+    engine.backward((output - reference - 1).square().mean() / world.size)
     look()
     engine.update()
     look()
 with open({file!r} + f"-{{rank}}", "w") as file:
     json.dump({{"peak": peak, "parts": parts, "end": engine.memory(), "parameters": total, "sharded": names}}, file)
-group.on_first(lambda: None)
-leave(group) if group.size > 1 else None
+world.on_main(lambda: None)
+destroy_world(world) if world.size > 1 else None
 """
 
 

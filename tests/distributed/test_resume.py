@@ -49,13 +49,13 @@ def test_what_two_processes_saved_another_number_goes_on_from(
 
 STOP = """\
 import os, signal, loopfast.training.train
-update = loopfast.training.train.fitted_update
+update = loopfast.training.train.update_with_fallback
 def stopped(run, state, *arguments):
     done = update(run, state, *arguments)
     if rank == 1 and state.iteration == 1 and not state.updates:
         os.kill(os.getpid(), signal.SIGTERM)
     return done
-loopfast.training.train.fitted_update = stopped
+loopfast.training.train.update_with_fallback = stopped
 """
 
 

@@ -18,7 +18,7 @@ from loopfast.errors import ConfigError
 from loopfast.policies import Policy, load_policy
 from loopfast.policies.fast.switches import with_one_graph
 from loopfast.rollout import Sampler, initial_latents
-from loopfast.rollout.replica import Replica
+from loopfast.rollout.rollout_copy import RolloutCopy
 from loopfast.schedules import transition_schedule
 
 PROMPTS = ["a red circle and a blue square", "three green triangles", "an outlined cyan circle"]
@@ -294,7 +294,7 @@ def test_calls_without_gradients_take_the_compiled_graph_of_those_with(
     disturb(plain)
     disturb(policy)
     # the copy to sample from, too, takes the graph of the policy
-    copied = Replica(policy, dtype=None, device=torch.device("cpu"), merge_lora=False)
+    copied = RolloutCopy(policy, dtype=None, device=torch.device("cpu"), merge_lora=False)
     with torch.no_grad(), copied.ready():
         first = copied.policy.predict(*inputs(policy), 3.0)
         sampled = policy.predict(*inputs(policy), 3.0)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import loopfast.rewards.fitting as fitting
 from loopfast.config import Config
-from loopfast.distributed.group import ALONE, Group
-from loopfast.distributed.launcher import Place
+from loopfast.distributed.launcher import LaunchEnvironment
+from loopfast.distributed.world import SINGLE_PROCESS, World
 from loopfast.errors import LoopfastError, RewardError
 from loopfast.prompts import Prompt
 from loopfast.rewards import RewardMemoryError, RewardSet, RewardTerm
@@ -179,14 +179,14 @@ def test_a_wrong_number_that_the_reward_itself_was_given_is_still_a_problem() ->
     assert "the server gave 1 score(s)" in scores.problems["mine"]
 
 
-class TwoProcesses(Group):
+class TwoProcesses(World):
     """A group whose other process has the failure ``told``."""
 
     def __init__(self, told: RewardMemoryError | None = None) -> None:
-        super().__init__(Place(rank=1, size=2))
+        super().__init__(LaunchEnvironment(rank=1, size=2))
         self._told = told
 
-    def texts(self, text: str) -> list[str]:
+    def gather_texts(self, text: str) -> list[str]:
         return ["" if self._told is None else str(self._told), text]
 
     def any(self, flag: bool) -> bool:
@@ -197,10 +197,10 @@ class TwoProcesses(Group):
 def judge(small_config: Callable[..., Config]) -> Iterator[Callable[..., Scoring]]:
     made = []
 
-    def make(reward: Any, group: Group | None = None, *overrides: str) -> Scoring:
+    def make(reward: Any, world: World | None = None, *overrides: str) -> Scoring:
         config = small_config("reward=[{name: '<mine>', label: mine}]", *overrides)
         given = {"<mine>": reward}
-        made.append(Scoring(config, group or ALONE, RunFolder(config), lambda text: None, given))
+        made.append(Scoring(config, world or SINGLE_PROCESS, RunFolder(config), lambda text: None, given))
         return made[-1]
 
     yield make
@@ -228,9 +228,9 @@ def test_the_sampling_is_not_made_smaller_for_a_rewards_sake(
     with pytest.raises(
         RewardMemoryError, match="iteration 0: reward 'mine' ran out of memory on cpu"
     ) as caught:
-        microbatches.fitting("rollout", attempt)
+        microbatches.with_oom_fallback("rollout", attempt)
     assert microbatches.rollout == 64
-    assert not caught.value.shared
+    assert not caught.value.on_all_ranks
     assert not (judging._folder.path / "failures").exists()
 
 
@@ -243,7 +243,7 @@ def test_processes_end_together_with_the_same_error(judge: Callable[..., Scoring
     ):
         # the other process waits for this one's model calls: they go on
         assert short.score(images(), prompts).total.isnan().all()
-    assert caught.value.shared
+    assert caught.value.on_all_ranks
     other = judge(Brightness(9), TwoProcesses(RewardMemoryError("reward 'mine' ran out of memory on cuda:1")))
     with pytest.raises(RewardMemoryError, match="on cuda:1"), other.together():
         other.score(images(), prompts)

@@ -23,7 +23,7 @@ import loopfast.rewards.process as process_module
 import loopfast.rewards.thread as worker_module
 import loopfast.training.train as training
 from loopfast.config import Config, RewardConfig
-from loopfast.distributed.group import ALONE
+from loopfast.distributed.world import SINGLE_PROCESS
 from loopfast.errors import ConfigError, Interrupted, RewardError
 from loopfast.prompts import Prompt
 from loopfast.rewards import RewardProcess, RewardThread, Scores, build_rewards
@@ -419,7 +419,7 @@ def test_a_process_computes_in_the_precision_of_the_configuration(
         "rollout.reward_worker=process",
         f"model.tf32={str(wanted).lower()}",
     )
-    judge = Scoring(config, ALONE, RunFolder(config), lambda text: None)
+    judge = Scoring(config, SINGLE_PROCESS, RunFolder(config), lambda text: None)
     try:
         found = judge.score(images(1), [Prompt("a")]).total
     finally:

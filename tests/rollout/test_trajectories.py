@@ -32,10 +32,10 @@ def test_latents_in_the_hosts_memory_come_back_to_the_log_probabilities_device()
 @pytest.mark.gpu
 def test_latents_in_page_locked_memory_are_those_of_the_device() -> None:
     latents = torch.randn(5, 6, 4, 8, 8, device="cuda").bfloat16()
-    here = Trajectories(latents, torch.randn(4, 6, device="cuda"))
-    there = here.to_host()
-    assert there.latents.is_pinned()
+    on_gpu = Trajectories(latents, torch.randn(4, 6, device="cuda"))
+    on_host = on_gpu.to_host()
+    assert on_host.latents.is_pinned()
     rows, steps = torch.tensor([5, 0, 3]), torch.tensor([0, 3, 1])
-    for found, expected in zip(there.pairs(rows, steps), here.pairs(rows, steps), strict=True):
+    for found, expected in zip(on_host.pairs(rows, steps), on_gpu.pairs(rows, steps), strict=True):
         assert found.device == expected.device
         assert torch.equal(found, expected)

@@ -54,33 +54,38 @@ def test_steps_outside_are_those_of_the_deterministic_sampler(
 def test_a_range_draws_noise_inside_alone(pipeline_folder: Path) -> None:
     whole = toy.schedule(pipeline_folder)
     steps = stochastic_steps(whole, "1:3", "all")
-    assert (steps.trained, steps.count) == ((1, 2), 2)
-    assert stochastic_steps(whole, ":3", "1:").trained == (1, 2)
+    assert (steps.trained_steps, steps.count) == ((1, 2), 2)
+    assert stochastic_steps(whole, ":3", "1:").trained_steps == (1, 2)
     policy = toy.load(pipeline_folder)
     made = toy.sampler(policy, pipeline_folder)
-    drawn, trained = steps.drawn(0, 7)
+    schedule, trained = steps.for_iteration(0, 7)
     assert trained == (1, 2)
-    found = toy.run(made, schedule=drawn)
+    found = toy.run(made, schedule=schedule)
     assert (found.logprob[[0, 3]] == 0).all()
     assert (found.logprob[[1, 2]] != 0).all()
     # of the same initial noise, before any other is drawn
     assert torch.equal(found.latents[0], toy.run(made).latents[0])
-    assert torch.equal(toy.run(toy.sampler(policy, pipeline_folder), schedule=drawn).latents, found.latents)
+    assert torch.equal(
+        toy.run(toy.sampler(policy, pipeline_folder), schedule=schedule).latents, found.latents
+    )
 
 
 def test_a_window_is_drawn_anew_for_each_iteration(pipeline_folder: Path) -> None:
     whole = toy.schedule(pipeline_folder)
     steps = stochastic_steps(whole, "window:2", "all")
-    windows = [steps.drawn(3, iteration) for iteration in range(60)]
+    windows = [steps.for_iteration(3, iteration) for iteration in range(60)]
     assert {trained for _, trained in windows} == {(0, 1), (1, 2), (2, 3)}
     for schedule, trained in windows:
         assert tuple((schedule.table64[:, 2] > 0).nonzero().flatten().tolist()) == trained
         assert torch.equal(schedule.table64[list(trained)], whole.table64[list(trained)])
-    assert [t for _, t in windows] == [steps.drawn(3, iteration)[1] for iteration in range(60)]
-    assert [t for _, t in windows] != [steps.drawn(4, iteration)[1] for iteration in range(60)]
+    assert [t for _, t in windows] == [steps.for_iteration(3, iteration)[1] for iteration in range(60)]
+    assert [t for _, t in windows] != [steps.for_iteration(4, iteration)[1] for iteration in range(60)]
     assert steps.count == 2
     # it lies where all of it is trained on
-    assert {stochastic_steps(whole, "window:2", "1:").drawn(0, i)[1] for i in range(30)} == {(1, 2), (2, 3)}
+    assert {stochastic_steps(whole, "window:2", "1:").for_iteration(0, i)[1] for i in range(30)} == {
+        (1, 2),
+        (2, 3),
+    }
     with pytest.raises(
         ConfigError, match=r"rollout\.stochastic_steps: found window:3, allowed: a window that"
     ):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from loopfast.errors import LoopfastError, NonFiniteError
-from loopfast.training.checks import ON_POLICY_TOLERANCE, check_ratio, explained, tell_of_overflows
+from loopfast.training.checks import ON_POLICY_TOLERANCE, check_ratio, explained, warn_of_overflows
 from loopfast.training.rounding import rounding_bound
 from loopfast.training.update import UpdateStatistics
 from tests.training.toys import MakeToy, Toy, toy_config
@@ -22,7 +22,7 @@ def done(deviation: float = 0.0, overflows: int = 0) -> UpdateStatistics:
 
 def explicable(toy: Toy) -> float:
     """The largest difference of the first iteration's ratios from 1 that rounding explains."""
-    config, (schedule, steps) = toy.run.config, toy.run.steps.drawn(0, 0)
+    config, (schedule, steps) = toy.run.config, toy.run.steps.for_iteration(0, 0)
     bound = rounding_bound(
         schedule,
         steps,
@@ -74,7 +74,7 @@ def test_a_difference_that_rounding_explains_is_said_once(
         "the pairs by more than the clip range; equal calls are rounded differently here (rollout.microbatch and "
         "train.microbatch are both 6). The run goes on. "
     )
-    assert toy.state.told_of_rounding
+    assert toy.state.warned_of_rounding
 
 
 @ROUNDED
@@ -83,7 +83,7 @@ def test_a_larger_difference_between_equal_calls_is_an_error(override: str, make
     with pytest.raises(LoopfastError, match="disagree, by more than rounding explains, though ") as caught:
         check_ratio(toy.run, toy.state, done(1.1 * explicable(toy)))
     # all processes know the same ratios: they can save together
-    assert caught.value.shared
+    assert caught.value.on_all_ranks
     assert toy.heard.warnings == []
 
 
@@ -92,7 +92,7 @@ def test_a_larger_difference_is_said_every_time_where_a_warning_is_asked_for(mak
     for toy.state.iteration in range(2):
         check_ratio(toy.run, toy.state, done(0.5))
     assert [warning[:12] for warning in toy.heard.warnings] == ["iteration 1:", "iteration 2:"]
-    assert not toy.state.told_of_rounding
+    assert not toy.state.warned_of_rounding
 
 
 CAUSES = {
@@ -121,8 +121,8 @@ def test_a_key_that_makes_other_calls_is_named_beyond_the_tolerance(cause: str, 
 def test_another_device_is_a_cause(make_toy: MakeToy, tmp_path: Path) -> None:
     """A machine without a second kind of device can only be told that there is one."""
     toy = make_toy("rollout.replica=resident")
-    assert toy.run.sampler.replica is not None
-    toy.run.sampler.replica.exact = False
+    assert toy.run.sampler.rollout_copy is not None
+    toy.run.sampler.rollout_copy.exact = False
     toy.run.config = toy_config(tmp_path, "rollout.device=cuda:7")
     with pytest.raises(LoopfastError, match=r"rollout\.device \(cuda:7\) is not model\.device \(cpu\)"):
         check_ratio(toy.run, toy.state, done(0.5))
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_is_told_with_prompts_and_images(make_toy: Mak
         raise NonFiniteError("the loss is not finite", (1, 4, 5))
     kept = toy.run.folder.path / "failures" / "iteration-000001"
     assert str(caught.value) == f"iteration 1: the loss is not finite; images and prompts are in {kept}"
-    assert (caught.value.rows, caught.value.shared) == ((1, 4, 5), True)
+    assert (caught.value.rows, caught.value.on_all_ranks) == ((1, 4, 5), True)
     # as many as a call has rows: more may not fit into memory
     prompts = json.loads((kept / "prompts.json").read_text("utf-8"))
     assert list(prompts.values()) == [batch.texts[0], batch.texts[2]]
@@ -180,7 +180,7 @@ def test_overflows_are_said_once(make_toy: MakeToy) -> None:
     toy = make_toy()
     toy.state.pending = None
     for overflows, said in ((0, 0), (3, 1), (2, 1)):
-        tell_of_overflows(toy.run, toy.state, done(overflows=overflows))
+        warn_of_overflows(toy.run, toy.state, done(overflows=overflows))
         assert len(toy.heard.warnings) == said
     assert toy.heard.warnings[0].startswith(
         "iteration 1: the gradient overflowed float16, so that an update was repeated 3 time(s)"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from loopfast.distributed.group import Group
-from loopfast.distributed.launcher import Place
+from loopfast.distributed.launcher import LaunchEnvironment
+from loopfast.distributed.world import World
 from loopfast.errors import RewardError
 from loopfast.rewards import RewardMemoryError
 from loopfast.training.batch import draw_batch
@@ -68,7 +68,7 @@ def test_outside_of_the_window_steps_draw_no_noise(make_toy: MakeToy) -> None:
     for toy.state.iteration in range(8):
         latents = rollout(toy).trajectories.latents
         text = draw_batch(toy.run, toy.state.iteration).conditioning["text"].repeat_interleave(2)
-        schedule, [window] = toy.run.steps.drawn(0, toy.state.iteration)
+        schedule, [window] = toy.run.steps.for_iteration(0, toy.state.iteration)
         windows.add(window)
         for step, (a, b, _) in enumerate(schedule.table.tolist()):
             output, _ = toy.policy.predict(latents[step], schedule.timesteps[step].expand(6), {"text": text})
@@ -164,5 +164,5 @@ def test_calls_that_do_not_fit_are_halved(make_toy: MakeToy, monkeypatch: pytest
 
 @pytest.mark.parametrize(("count", "rows", "calls"), [(7, 2, 2), (6, 2, 1), (7, 3, 1), (2, 5, 1)])
 def test_all_processes_make_as_many_calls(count: int, rows: int, calls: int) -> None:
-    found = {_calls(Group(Place(rank=rank, size=3)), count, rows) for rank in range(3)}
+    found = {_calls(World(LaunchEnvironment(rank=rank, size=3)), count, rows) for rank in range(3)}
     assert found == {calls}

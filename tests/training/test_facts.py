@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from loopfast.config import Config
-from loopfast.distributed.group import ALONE, Group
-from loopfast.distributed.launcher import Place
+from loopfast.distributed.launcher import LaunchEnvironment
+from loopfast.distributed.world import SINGLE_PROCESS, World
 from loopfast.policies import TextLimit
 from loopfast.prompts import Prompt, PromptList
 from loopfast.run.console import Display
@@ -43,15 +43,15 @@ def test_the_header_says_what_is_trained(
     )
     trainer: Any = SimpleNamespace(
         config=config,
-        sampler=SimpleNamespace(policy=policy, model=policy, replica=None),
-        steps=SimpleNamespace(trained=trained, count=len(trained), window=None),
-        drawn=len(trained),
+        sampler=SimpleNamespace(policy=policy, model=policy, rollout_copy=None),
+        steps=SimpleNamespace(trained_steps=trained, count=len(trained), window=None),
+        trained_per_trajectory=len(trained),
         screening="auto",
         reward_worker="none",
         microbatches=Microbatches(4, "auto", 8, QUIET.warning),
         prompts=PromptList(Prompt(str(number)) for number in range(9)),
         folder=RunFolder(config),
-        group=ALONE,
+        world=SINGLE_PROCESS,
     )
     facts = dict(describe_run(trainer))
     assert facts["steps"] == said
@@ -94,7 +94,7 @@ def test_the_header_counts_processes(
 ) -> None:
     toy = make_toy()
     toy.run.config = toy_config(tmp_path, "distributed.zero_stage=2", f"distributed.offload={offload}")
-    toy.run.group = Group(Place(size=size))
+    toy.run.world = World(LaunchEnvironment(size=size))
     assert dict(describe_run(toy.run))["processes"] == said
 
 

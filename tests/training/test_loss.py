@@ -9,7 +9,7 @@ from torch import Tensor
 from loopfast.algorithms import ALGORITHMS, EPSILON, PromptStatistics
 from loopfast.config import AlgorithmConfig
 from loopfast.training.loss import Advantages, PolicyLoss, compare
-from loopfast.training.replay import reference_output
+from loopfast.training.update_pass import reference_output
 from loopfast_kernels import LoopLoss
 from tests.training.toys import GROUPS, REWARDS, SAMPLES, Case
 

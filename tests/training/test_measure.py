@@ -48,16 +48,16 @@ def test_a_copy_is_measured_where_the_weights_are_spread_and_it_computes_the_sam
     sharded: bool, exact: bool, sampled: bool, make_toy: MakeToy
 ) -> None:
     toy, asked = make_toy("rollout.replica=resident"), list[bool]()
-    replica: Any = toy.run.sampler.replica
+    rollout_copy: Any = toy.run.sampler.rollout_copy
 
     def whole(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
         asked.append(True)
         return nullcontext()
 
-    replica.whole, replica.exact, toy.run.engine.sharded = whole, exact, sharded
+    rollout_copy.whole, rollout_copy.exact, toy.run.engine.sharded = whole, exact, sharded
     assert evaluated(toy).items == evaluated(make_toy()).items
     assert bool(asked) == sampled
-    assert toy.run.sampler.replica is replica
+    assert toy.run.sampler.rollout_copy is rollout_copy
 
 
 def test_the_average_of_the_weights_is_measured_where_one_is_kept(make_toy: MakeToy) -> None:

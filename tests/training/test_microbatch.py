@@ -52,7 +52,7 @@ def test_a_call_is_tried_with_half_the_rows_until_it_fits(rollout: Any, tries: l
         return f"done with {rows}"
 
     microbatches, warnings = make(rollout, "auto")
-    assert microbatches.fitting("train", attempt) == f"done with {tries[-1]}"
+    assert microbatches.with_oom_fallback("train", attempt) == f"done with {tries[-1]}"
     assert (microbatches.rollout, microbatches.train) == (left, tries[-1])
     assert tried == tries
     told = [
@@ -60,7 +60,7 @@ def test_a_call_is_tried_with_half_the_rows_until_it_fits(rollout: Any, tries: l
         for rows in tries[:-1]
     ]
     assert warnings == told
-    microbatches.fitting("train", attempt)
+    microbatches.with_oom_fallback("train", attempt)
     assert tried == [*tries, tries[-1]]
     assert warnings == told
 
@@ -72,7 +72,7 @@ def fail(rows: int) -> None:
 def test_a_number_is_not_changed() -> None:
     microbatches, warnings = make("auto", 6)
     with pytest.raises(ConfigError) as caught:
-        microbatches.fitting("train", fail)
+        microbatches.with_oom_fallback("train", fail)
     assert str(caught.value) == (
         "train.microbatch: 6 row(s) per model call do not fit into memory; give a smaller number, or auto "
         "(CUDA out of memory)"
@@ -85,7 +85,7 @@ def test_where_not_even_one_row_fits_other_levers_are_named() -> None:
     with pytest.raises(
         LoopfastError, match=r"rollout\.microbatch: not even one row .*gradient_checkpointing"
     ):
-        microbatches.fitting("rollout", fail)
+        microbatches.with_oom_fallback("rollout", fail)
     assert len(warnings) == 3
     assert microbatches.train == 1
 
@@ -99,7 +99,7 @@ def test_what_calls_keep_is_freed_before_fewer_rows_are_tried() -> None:
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
     microbatches, _ = make("auto", "auto", 8, lambda: done.append("released"))
-    microbatches.fitting("train", attempt)
+    microbatches.with_oom_fallback("train", attempt)
     assert done == ["8", "released", "4", "released", "2"]
 
 
@@ -121,7 +121,7 @@ def test_other_errors_are_not_about_memory() -> None:
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        make("auto", "auto")[0].fitting("train", attempt)
+        make("auto", "auto")[0].with_oom_fallback("train", attempt)
 
 
 def test_only_automatic_sizes_are_taken_from_a_checkpoint() -> None:

@@ -16,7 +16,6 @@ from loopfast.errors import ConfigError, Interrupted, LoopfastError, NonFiniteEr
 from loopfast.run.tracking import read_metrics
 from loopfast.training.batch import Batch
 from loopfast.training.loss import PolicyLoss, compare
-from loopfast.training.replay import Replay
 from loopfast.training.run import Stopped
 from loopfast.training.saving import restored, save
 from loopfast.training.train import (
@@ -26,12 +25,13 @@ from loopfast.training.train import (
     export,
     finish_iteration,
     finished,
-    fitted_update,
     iterate,
     learn,
     train,
+    update_with_fallback,
 )
 from loopfast.training.update import UpdateStatistics
+from loopfast.training.update_pass import UpdatePass
 from tests.outcomes import MEASURED
 from tests.training.toys import Heard, MakeToy, Toy, bad_reward, memory_for, same, toy_config, toy_model
 
@@ -262,14 +262,14 @@ def test_the_share_without_a_gradient_is_that_of_the_last_update_but_a_first(
     flat = ("rollout.prompts_per_iteration=4", bad_reward("l", "flat"))
     toy = make_toy(*flat, f"train.updates_per_iteration={updates}", "algorithm.clip_range=0.01")
     shares = list[float]()
-    original = fitted_update
+    original = update_with_fallback
 
     def noted(*args: Any) -> UpdateStatistics:
         done = original(*args)
         shares.append(done.zero_gradient)
         return done
 
-    monkeypatch.setattr("loopfast.training.train.fitted_update", noted)
+    monkeypatch.setattr("loopfast.training.train.update_with_fallback", noted)
     iterate(toy.run, toy.state)
     assert len(shares) == updates
     assert min(shares) > 0
@@ -277,12 +277,12 @@ def test_the_share_without_a_gradient_is_that_of_the_last_update_but_a_first(
     assert toy.state.zero_gradient == (shares[-1] if updates > 1 else 0.0)
 
 
-def replay(toy: Toy, batch: Batch) -> Replay:
+def update_pass(toy: Toy, batch: Batch) -> UpdatePass:
     """Of what was sampled, with the advantages that an update is given."""
     algorithm, rollout = toy.run.config.algorithm, toy.state.rollout
     assert rollout is not None
     compared = compare(algorithm, rollout.rewards, batch.texts, toy.state.statistics, toy.policy.device)
-    return Replay(
+    return UpdatePass(
         toy.run.sampler,
         PolicyLoss(algorithm, compared),
         rollout.trajectories,
@@ -293,11 +293,11 @@ def replay(toy: Toy, batch: Batch) -> Replay:
 
 def updated(toy: Toy, *, first: bool) -> UpdateStatistics:
     """An update on all pairs of new images; its model calls alone are kept."""
-    given, images = replay(toy, toy.sampled()), toy.run.config.images_per_iteration
+    given, images = update_pass(toy, toy.sampled()), toy.run.config.images_per_iteration
     toy.policy.forget()
     toy.state.updates = [] if first else [{"loss": 0.0}]
     pairs = torch.arange(images).repeat(3), torch.arange(3).repeat_interleave(images)
-    return fitted_update(toy.run, toy.state, given, pairs)
+    return update_with_fallback(toy.run, toy.state, given, pairs)
 
 
 @pytest.mark.parametrize(

@@ -52,14 +52,14 @@ def test_the_order_depends_on_seed_iteration_and_epoch() -> None:
 def test_each_trajectory_contributes_equally_many_of_its_steps(
     count: int, steps: tuple[int, ...], seed: int, data: st.DataObject
 ) -> None:
-    drawn = data.draw(st.integers(1, len(steps)))
-    parts = list(shuffled_pairs(count, steps, 3, seed, 0, 0, drawn))
+    per_trajectory = data.draw(st.integers(1, len(steps)))
+    parts = list(shuffled_pairs(count, steps, 3, seed, 0, 0, per_trajectory))
     sizes = [len(rows) for rows, _ in parts]
-    assert sum(sizes) == count * drawn
+    assert sum(sizes) == count * per_trajectory
     assert max(sizes) - min(sizes) <= 1
     rows, of = (torch.cat(index) for index in zip(*parts, strict=True))
-    assert rows.bincount(minlength=count).tolist() == [drawn] * count
-    assert len(set(zip(rows.tolist(), of.tolist(), strict=True))) == count * drawn
+    assert rows.bincount(minlength=count).tolist() == [per_trajectory] * count
+    assert len(set(zip(rows.tolist(), of.tolist(), strict=True))) == count * per_trajectory
     assert set(of.tolist()) <= set(steps)
 
 
@@ -125,7 +125,7 @@ def test_pairs_are_of_the_steps_that_the_iteration_trains_on(
 ) -> None:
     toy = make_toy(override)
     for toy.state.iteration in range(4):
-        _, trained = toy.run.steps.drawn(0, toy.state.iteration)
+        _, trained = toy.run.steps.for_iteration(0, toy.state.iteration)
         pairs = [*chain(*dealt(toy))]
         assert Counter(row for row, _ in pairs) == dict.fromkeys(range(6), each)
         assert len(set(pairs)) == len(pairs)

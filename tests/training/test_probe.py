@@ -9,19 +9,19 @@ from loopfast.config import TrainConfig
 from loopfast.engines import LocalEngine
 from loopfast.errors import LoopfastError
 from loopfast.training import probe as module
-from loopfast.training.probe import fit_training_calls, probe, rehearse
+from loopfast.training.probe import fit_training_calls, probe, probe_memory
 from tests.training.toys import Case, MakeToy, memory_for, same
 
 
 @pytest.mark.parametrize("with_reference", [False, True])
-def test_a_rehearsal_calls_as_an_update_does_and_changes_nothing(with_reference: bool) -> None:
+def test_a_memory_probe_calls_as_an_update_does_and_changes_nothing(with_reference: bool) -> None:
     case = Case(guidance_scale=2.0)
     case.policy.batches.clear()
     engine = LocalEngine(case.policy, TrainConfig())  # type: ignore[arg-type]
     before = [parameter.detach().clone() for parameter in case.policy.trainable().values()]
     backward = []
     case.policy.weight.register_post_accumulate_grad_hook(lambda parameter: backward.append(1))
-    rehearse(case.sampler, engine, {"text": case.text}, microbatch=5, with_reference=with_reference)
+    probe_memory(case.sampler, engine, {"text": case.text}, microbatch=5, with_reference=with_reference)
     assert case.policy.batches == [5] * (1 + with_reference)
     assert len(backward) == 1
     for parameter, value in zip(case.policy.trainable().values(), before, strict=True):
@@ -29,7 +29,7 @@ def test_a_rehearsal_calls_as_an_update_does_and_changes_nothing(with_reference:
         assert torch.equal(parameter, value)
 
 
-def test_a_rehearsal_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_probe_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
     case, sizes, empty = Case(), list[int](), torch.empty
 
     def noted(*size: int, **options: Any) -> torch.Tensor:
@@ -39,13 +39,13 @@ def test_a_rehearsal_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", noted)
     engine = LocalEngine(case.policy, TrainConfig())  # type: ignore[arg-type]
-    rehearse(case.sampler, engine, {"text": case.text}, microbatch=5, with_reference=False, reserve=1000)
+    probe_memory(case.sampler, engine, {"text": case.text}, microbatch=5, with_reference=False, reserve=1000)
     assert sizes == [1000]
 
 
 @pytest.fixture
 def small_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "REHEARSAL_RESERVE", 1000)
+    monkeypatch.setattr(module, "PROBE_RESERVE", 1000)
 
 
 @pytest.mark.usefixtures("small_reserve")
@@ -89,13 +89,13 @@ def test_where_not_even_one_row_fits_the_run_ends(make_toy: MakeToy, monkeypatch
 @pytest.mark.usefixtures("small_reserve")
 def test_room_is_left_for_the_optimizers_moments(make_toy: MakeToy, monkeypatch: pytest.MonkeyPatch) -> None:
     toy, reserves = make_toy(), list[int]()
-    original = module.rehearse
+    original = module.probe_memory
 
     def noted(*args: Any, reserve: int, **options: Any) -> None:
         reserves.append(reserve)
         original(*args, reserve=reserve, **options)
 
-    monkeypatch.setattr(module, "rehearse", noted)
+    monkeypatch.setattr(module, "probe_memory", noted)
     probe(toy.run)
     assert reserves == [1000 + 8 * 20]
 
@@ -109,7 +109,7 @@ def test_room_is_left_for_the_optimizers_moments(make_toy: MakeToy, monkeypatch:
         ("cuda", True, "4", False),
     ],
 )
-def test_calls_are_rehearsed_on_a_gpu_where_they_may_be_made_again(
+def test_calls_are_probed_on_a_gpu_where_they_may_be_made_again(
     device: str,
     retries: bool,
     microbatch: str,

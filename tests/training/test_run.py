@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from loopfast.algorithms import ALGORITHMS
-from loopfast.distributed.group import Group
-from loopfast.distributed.launcher import Place
+from loopfast.distributed.launcher import LaunchEnvironment
+from loopfast.distributed.world import World
 from loopfast.errors import LoopfastError
 from loopfast.training.run import Stopped
 from tests.training.toys import MakeToy
@@ -84,9 +84,9 @@ def test_processes_can_save_together_after_an_error_that_all_have(
     size: int, shared: bool, together: bool, make_toy: MakeToy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, error = make_toy().run, LoopfastError("wrong")
-    error.shared = shared
-    monkeypatch.setattr(run, "group", Group(Place(size=size)))
-    assert run.together(error) == together
+    error.on_all_ranks = shared
+    monkeypatch.setattr(run, "world", World(LaunchEnvironment(size=size)))
+    assert run.raised_on_all_ranks(error) == together
 
 
 def test_the_record_can_be_closed_where_there_is_one(make_toy: MakeToy) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from loopfast.distributed.group import Group
-from loopfast.distributed.launcher import Place
+from loopfast.distributed.launcher import LaunchEnvironment
+from loopfast.distributed.world import World
 from loopfast.errors import (
     CheckpointError,
     ConfigError,
@@ -287,7 +287,7 @@ def test_a_stop_saves_the_state_and_has_the_signals_code(number: int, code: int,
         fail(toy, Stopped())
     saved = toy.run.folder.path / "checkpoints" / "iteration-000000"
     assert str(caught.value) == f"stopped; {saved} is saved, --resume auto goes on from there"
-    assert (caught.value.exit_code, caught.value.shared) == (code, True)
+    assert (caught.value.exit_code, caught.value.on_all_ranks) == (code, True)
     assert checkpoints(toy) == ["iteration-000000"]
 
 
@@ -316,7 +316,7 @@ def test_an_error_of_one_process_alone_saves_nothing(
 ) -> None:
     toy, error = make_toy(), RewardError("no luck")
     # the others do not come to save
-    monkeypatch.setattr(toy.run, "group", Group(Place(size=2)))
+    monkeypatch.setattr(toy.run, "world", World(LaunchEnvironment(size=2)))
     with pytest.raises(RewardError) as caught:
         fail(toy, error)
     assert caught.value is error

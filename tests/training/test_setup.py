@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from loopfast.distributed.group import ALONE, Group
-from loopfast.distributed.launcher import Place
+from loopfast.distributed.launcher import LaunchEnvironment
+from loopfast.distributed.world import SINGLE_PROCESS, World
 from loopfast.errors import ConfigError, LoopfastError
 from loopfast.rollout import Sampler, StochasticSteps
 from loopfast.run.lock import NAME, locked
@@ -17,7 +17,7 @@ from loopfast.system.interrupts import StopRequest
 from loopfast.training import setup
 from loopfast.training.saving import save
 from loopfast.training.scoring import Scoring
-from loopfast.training.setup import _policy, _steps_drawn, start
+from loopfast.training.setup import _policy, _trained_per_trajectory, start
 from loopfast.training.train import finish_iteration, iterate
 from tests.training.toys import PROMPTS, Heard, Toy, schedule, toy_config, toy_model, toy_run
 
@@ -35,16 +35,16 @@ def test_a_run_has_all_its_parts(tmp_path: Path) -> None:
     )
     with toy_run(tmp_path, *overrides) as toy:
         run = toy.run
-        assert run.group is ALONE
+        assert run.world is SINGLE_PROCESS
         assert run.display is toy.heard
         assert run.folder.path == tmp_path / "toy"
         assert (run.folder.path / "config.yaml").is_file()
         assert [prompt.text for prompt in run.prompts] == [*PROMPTS]
         assert run.evaluation_prompts == run.prompts
         assert list(run.reward_identity) == ["the file of reward 'tests.training.toys:first_pixel'"]
-        assert (run.steps.trained, run.drawn) == ((0, 1), 1)
+        assert (run.steps.trained_steps, run.trained_per_trajectory) == ((0, 1), 1)
         assert (run.microbatches.rollout, run.microbatches.train) == (4, 4)
-        assert (run.sampler.policy, run.sampler.microbatch, run.sampler.replica) == (toy.policy, 4, None)
+        assert (run.sampler.policy, run.sampler.microbatch, run.sampler.rollout_copy) == (toy.policy, 4, None)
         assert run.tracker is not None
         assert (toy.state.iteration, toy.state.images, toy.state.rollout) == (0, 0, None)
         assert toy.heard.warnings == []
@@ -107,18 +107,18 @@ PARTS = (
     "load_schedule",
     "scheduler_notes",
     "stochastic_steps",
-    "_steps_drawn",
+    "_trained_per_trajectory",
     "reward_identity",
     "_opened",
     "load_policy",
     "Microbatches",
-    "make_replica",
+    "make_rollout_copy",
     "Sampler",
     "build_engine",
     "Run",
     "restored",
     "Tracker",
-    "note_opened",
+    "mark_opened",
 )
 
 
@@ -145,7 +145,7 @@ def test_a_start_that_fails_halfway_leaves_nothing_open(
     assert not (tmp_path / "toy" / NAME).exists()
     assert handlers() == before
     # the next try is a new run in the same place, where no record was begun
-    if part != "note_opened":
+    if part != "mark_opened":
         with toy_run(tmp_path) as toy:
             assert toy.state.images == 0
 
@@ -208,12 +208,12 @@ def test_a_run_goes_on_with_its_record_from_its_checkpoint(
 def test_a_launch_that_is_started_anew_goes_on_with_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = list[Place]()
-    monkeypatch.setattr(setup, "opened_before", lambda place: bool(opened))
-    monkeypatch.setattr(setup, "note_opened", opened.append)
+    opened = list[LaunchEnvironment]()
+    monkeypatch.setattr(setup, "is_elastic_restart", lambda place: bool(opened))
+    monkeypatch.setattr(setup, "mark_opened", opened.append)
     for started in (1, 2):
         with toy_run(tmp_path) as toy:
-            assert opened == [Place()] * started
+            assert opened == [LaunchEnvironment()] * started
             assert toy.state.iteration == started - 1
             iterate(toy.run, toy.state)
             finish_iteration(toy.run, toy.state)
@@ -236,8 +236,8 @@ def test_weights_that_are_spread_are_gathered_for_a_copy_or_for_every_call(
         sampler = toy.run.sampler
         # the addresses of what is gathered are others in every call, and a graph holds them
         assert sampler.steps._capture == (replica == "resident")
-        assert sampler.replica is None or sampler.replica.whole == toy.run.engine.whole
-        assert (sampler.replica is None) == (replica == "none")
+        assert sampler.rollout_copy is None or sampler.rollout_copy.whole == toy.run.engine.whole
+        assert (sampler.rollout_copy is None) == (replica == "none")
 
 
 @pytest.mark.parametrize(
@@ -314,11 +314,11 @@ def test_too_few_pairs_are_an_error_that_names_the_key(
 ) -> None:
     steps = StochasticSteps(schedule(), trained)
     with pytest.raises(ConfigError, match=said):
-        _steps_drawn(toy_config(tmp_path, *overrides), steps, Group(Place(size=size)))
+        _trained_per_trajectory(toy_config(tmp_path, *overrides), steps, World(LaunchEnvironment(size=size)))
 
 
 @pytest.mark.parametrize(
-    ("overrides", "trained", "drawn"),
+    ("overrides", "trained", "expected"),
     [
         ((), (0, 1, 2), 3),
         (("train.step_fraction=0.25",), (0, 1), 1),
@@ -327,7 +327,10 @@ def test_too_few_pairs_are_an_error_that_names_the_key(
     ],
 )
 def test_a_pass_draws_the_fraction_of_the_steps(
-    overrides: tuple[str, ...], trained: tuple[int, ...], drawn: int, tmp_path: Path
+    overrides: tuple[str, ...], trained: tuple[int, ...], expected: int, tmp_path: Path
 ) -> None:
     steps = StochasticSteps(schedule(), trained)
-    assert _steps_drawn(toy_config(tmp_path, *overrides), steps, Group(Place(size=6))) == drawn
+    assert (
+        _trained_per_trajectory(toy_config(tmp_path, *overrides), steps, World(LaunchEnvironment(size=6)))
+        == expected
+    )

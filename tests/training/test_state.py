@@ -84,11 +84,11 @@ def test_a_complete_iteration_waits_for_its_record_and_leaves_nothing_to_the_nex
 
 def test_images_that_are_given_up_are_not_counted() -> None:
     state = TrainState(images=18)
-    state.forget_rollout()
+    state.discard_rollout()
     assert state.images == 18
     state.rollout = rollout([[0.0, 1.0], [0.0, 1.0]])
     for _ in range(2):
-        state.forget_rollout()
+        state.discard_rollout()
         assert (state.images, state.rollout) == (14, None)
 
 

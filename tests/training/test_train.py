@@ -482,7 +482,7 @@ class Replayed:
 @contextmanager
 def replayed() -> Iterator[list[Replayed]]:
     """Inside, updates are entered in the list."""
-    fit = training.fitted_update
+    fit = training.update_with_fallback
     entered: list[Replayed] = []
 
     def update(run: Run, *args: Any) -> UpdateStatistics:
@@ -499,7 +499,7 @@ def replayed() -> Iterator[list[Replayed]]:
         return entry.done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "fitted_update", update)
+        patch.setattr(training, "update_with_fallback", update)
         yield entered
 
 

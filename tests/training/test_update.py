@@ -155,8 +155,8 @@ def test_an_update_that_runs_out_of_memory_leaves_nothing_behind() -> None:
     case.policy.predict = limited  # type: ignore[method-assign]
 
     def attempt(rows: int) -> UpdateStatistics:
-        replay, pairs = case.replay(config("loop")), (case.rows, case.steps)
-        return update(replay, engine, pairs, microbatch=rows, before_step=shown.append)
+        update_pass, pairs = case.update_pass(config("loop")), (case.rows, case.steps)
+        return update(update_pass, engine, pairs, microbatch=rows, before_step=shown.append)
 
     shown: list[UpdateStatistics] = []
     with pytest.raises(torch.OutOfMemoryError):

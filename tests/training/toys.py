@@ -28,11 +28,11 @@ from loopfast.training import setup
 from loopfast.training.batch import Batch, draw_batch
 from loopfast.training.collect import collect
 from loopfast.training.loss import PolicyLoss, compare
-from loopfast.training.replay import Replay
 from loopfast.training.run import Run, Stopped
 from loopfast.training.state import TrainState
 from loopfast.training.train import learn
 from loopfast.training.update import Screening, UpdateStatistics, screen, update
+from loopfast.training.update_pass import UpdatePass
 
 GROUPS, SAMPLES, STEPS, SHAPE = 2, 3, 3, (2, 2)
 ROWS = GROUPS * SAMPLES
@@ -164,9 +164,9 @@ class Case:
         order = torch.randperm(ROWS * STEPS)[:11]
         self.rows, self.steps = order % ROWS, order // ROWS
 
-    def replay(self, algorithm: AlgorithmConfig, rewards: Tensor = REWARDS) -> Replay:
+    def update_pass(self, algorithm: AlgorithmConfig, rewards: Tensor = REWARDS) -> UpdatePass:
         advantages = compare(algorithm, rewards, ["a", "b"], PromptStatistics(), torch.device("cpu"))
-        return Replay(
+        return UpdatePass(
             self.sampler,
             PolicyLoss(algorithm, advantages),
             self.trajectories,
@@ -178,8 +178,8 @@ class Case:
         self, algorithm: AlgorithmConfig, microbatch: int = 11, rewards: Tensor = REWARDS
     ) -> Screening:
         self.policy.forget()
-        replay = self.replay(algorithm, rewards)
-        return screen(replay, (self.rows, self.steps), microbatch=microbatch)
+        update_pass = self.update_pass(algorithm, rewards)
+        return screen(update_pass, (self.rows, self.steps), microbatch=microbatch)
 
     def update(
         self,
@@ -193,7 +193,7 @@ class Case:
         for parameter in self.policy.trainable().values():
             parameter.grad = None
         done = update(
-            self.replay(algorithm, rewards),
+            self.update_pass(algorithm, rewards),
             gradients := engine or Gradients(),
             (self.rows, self.steps),
             microbatch=microbatch,

@@ -9,16 +9,16 @@ from diffusers import FluxPipeline
 from torch import Tensor
 from typing_extensions import override
 
-from loopfast.policies.base import Conditioning
+from loopfast.policies.base import Conditioning, call_denoiser
 from loopfast.policies.pipeline import JOINT_ATTENTION, PipelinePolicy
 
 
 class FluxPolicy(PipelinePolicy):
     """A ``FluxPipeline``; see `PipelinePolicy`.
 
-    Latents are packed, ``[H/2 · W/2, 4 C]``, from the first to the last: a token holds 2x2 pixels of C channels. A
-    model that was distilled for guidance ([dev]) is told the scale and called once; another ([schnell]) is guided,
-    where a scale other than 1 is asked for, as all models are.
+    Latents are packed at every step, ``[H/2 · W/2, 4 C]``: a token holds 2x2 pixels of C channels. A model that was
+    distilled for guidance ([dev]) takes the scale as an input and is called once; another ([schnell]) is guided as all
+    models are, if the scale is not 1.
     """
 
     pipeline_class: ClassVar[Any] = FluxPipeline
@@ -28,7 +28,7 @@ class FluxPolicy(PipelinePolicy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        channels, height, width = self.latent_shape  # of the denoiser: its channels are those of a token
+        channels, height, width = self.latent_shape  # the denoiser's channels are those of a token
         self._size = height, width
         self.latent_shape = (height // 2 * (width // 2), channels)
         self._distilled = bool(self._denoiser.config.guidance_embeds)
@@ -45,10 +45,7 @@ class FluxPolicy(PipelinePolicy):
     def forward(
         denoiser: torch.nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        output: Tensor = denoiser(
-            hidden_states=sample, timestep=timestep / 1000, **conditioning, return_dict=False
-        )[0]
-        return output
+        return call_denoiser(denoiser, sample, timestep / 1000, conditioning)
 
     @override
     def predict(
@@ -77,7 +74,7 @@ class FluxPolicy(PipelinePolicy):
 
 
 def image_positions(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Positions ``[height · width, 3]`` of an image's tokens: 0, row and column."""
+    """Returns the positions ``[height · width, 3]`` of an image's tokens: 0, row and column."""
     rows = torch.arange(height, device=device, dtype=dtype)[:, None].expand(height, width)
     columns = torch.arange(width, device=device, dtype=dtype).expand(height, width)
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)

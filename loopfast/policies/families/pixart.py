@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from loopfast.config import ModelConfig
 from loopfast.policies.adapter import exported_adapter, lora_config
-from loopfast.policies.base import Conditioning
+from loopfast.policies.base import Conditioning, call_denoiser
 from loopfast.policies.pipeline import PipelinePolicy
 
 
@@ -58,15 +58,8 @@ class PixArtPolicy(PipelinePolicy):
     def forward(
         denoiser: torch.nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        output: Tensor = denoiser(
-            sample,
-            encoder_hidden_states=conditioning["encoder_hidden_states"],
-            encoder_attention_mask=conditioning["encoder_attention_mask"],
-            timestep=timestep,
-            added_cond_kwargs={name: conditioning.get(name) for name in ("resolution", "aspect_ratio")},
-            return_dict=False,
-        )[0]
-        # the second half, a variance, is what DDPM's sampler learned; DDIM's is given
+        output = call_denoiser(denoiser, sample, timestep, conditioning, ("resolution", "aspect_ratio"))
+        # the second half is a learned variance for DDPM's sampler; DDIM does not use it
         return output[:, : sample.shape[1]]
 
     @override

@@ -13,8 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from loopfast.policies.adapter import ADAPTER, add_adapter, exported_adapter, merge_adapter
-from loopfast.policies.base import Conditioning
-from loopfast.policies.fast.guided_unet import guided_forward, plain_forward, shares_trunk
+from loopfast.policies.base import Conditioning, call_denoiser
+from loopfast.policies.fast.guided_unet import guided_forward, shares_trunk
 from loopfast.policies.lora_file import load_lora
 from loopfast.policies.pipeline import PipelinePolicy
 from loopfast.policies.portable import text_model_names
@@ -32,19 +32,19 @@ class TextConditionedUNet(torch.nn.Module):
 
     @property
     def config(self) -> Any:
-        """The UNet's."""
+        """The UNet's configuration."""
         return self.unet.config
 
     def enable_gradient_checkpointing(self) -> None:
-        """In the UNet, whose activations are the many."""
+        """Turns it on in the UNet, whose activations take most of the memory."""
         self.unet.enable_gradient_checkpointing()
 
 
 class StableDiffusionPolicy(PipelinePolicy):
     """A ``StableDiffusionPipeline``; see `PipelinePolicy`.
 
-    With ``model.lora.text_encoder`` the denoiser includes the text encoder: prompts are conditioned by their token ids,
-    and every call encodes them anew.
+    With ``model.lora.text_encoder`` the denoiser includes the text encoder: the conditioning is token ids, and every
+    call encodes them anew.
     """
 
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
@@ -94,7 +94,8 @@ class StableDiffusionPolicy(PipelinePolicy):
     def forward(
         denoiser: torch.nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        return plain_forward(_unet(denoiser), sample, timestep, _text(denoiser, conditioning))
+        text = {"encoder_hidden_states": _text(denoiser, conditioning)}
+        return call_denoiser(_unet(denoiser), sample, timestep, text)
 
     @override
     def predict(
@@ -146,7 +147,7 @@ def _unet(denoiser: torch.nn.Module) -> Any:
 
 
 def _text(denoiser: torch.nn.Module, conditioning: Conditioning) -> Tensor:
-    """What the UNet attends to, ``[M, S, D]``."""
+    """Returns the encoded text, ``[M, S, D]``."""
     if not isinstance(denoiser, TextConditionedUNet):
         return conditioning["encoder_hidden_states"]
     states: Tensor = denoiser.text_encoder(conditioning["input_ids"])[0]
@@ -165,6 +166,6 @@ def _guided(
 
 
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of one network, by its own names."""
+    """Returns the weights of one network, by its own names."""
     start = f"{prefix}."
     return {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from diffusers import StableDiffusion3Pipeline
-from torch import Tensor
 from typing_extensions import override
 
 from loopfast.policies.base import Conditioning
@@ -32,13 +30,3 @@ class StableDiffusion3Policy(PipelinePolicy):
             max_sequence_length=self.max_sequence_length,
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
-
-    @staticmethod
-    @override
-    def forward(
-        denoiser: torch.nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
-    ) -> Tensor:
-        output: Tensor = denoiser(hidden_states=sample, timestep=timestep, **conditioning, return_dict=False)[
-            0
-        ]
-        return output

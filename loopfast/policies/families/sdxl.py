@@ -1,4 +1,4 @@
-"""SDXL: two text encoders, their pooled embedding, and the sizes an image was cut from as time ids."""
+"""SDXL: two text encoders, a pooled embedding, and the image's sizes as time ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 from typing_extensions import override
 
-from loopfast.policies.base import Conditioning
+from loopfast.policies.base import Conditioning, call_denoiser
 from loopfast.policies.pipeline import PipelinePolicy
 
 
@@ -51,12 +51,4 @@ class StableDiffusionXLPolicy(PipelinePolicy):
     def forward(
         denoiser: torch.nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        added = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
-        output: Tensor = denoiser(
-            sample,
-            timestep,
-            encoder_hidden_states=conditioning["encoder_hidden_states"],
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-        return output
+        return call_denoiser(denoiser, sample, timestep, conditioning, ("text_embeds", "time_ids"))

@@ -1,4 +1,4 @@
-"""A UNet's forward under guidance: what does not depend on the prompt is computed once for both halves."""
+"""A UNet's forward under guidance: everything before the first attention is computed once for both halves."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import Tensor
 
 
 def shares_trunk(unet: torch.nn.Module) -> TypeGuard[UNet2DConditionModel]:
-    """Whether :func:`guided_forward` computes this model: a ``UNet2DConditionModel`` as Stable Diffusion's are.
+    """Returns whether :func:`guided_forward` supports this model: a ``UNet2DConditionModel`` as in Stable Diffusion.
 
-    Conditioning beside the text (classes, images, added embeddings) and blocks of other kinds are left to the model's
-    own forward.
+    Models with other conditioning than text (classes, images, added embeddings) or other blocks use their own forward.
     """
     if not isinstance(unet, UNet2DConditionModel) or unet.mid_block is None:
         return False
@@ -35,18 +34,12 @@ def shares_trunk(unet: torch.nn.Module) -> TypeGuard[UNet2DConditionModel]:
     )
 
 
-def plain_forward(unet: Any, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-    """The outputs ``[M, C, H, W]`` of a UNet's own forward."""
-    output: Tensor = unet(sample, timestep, encoder_hidden_states=text, return_dict=False)[0]
-    return output
-
-
 def guided_forward(
     unet: UNet2DConditionModel, sample: Tensor, timestep: Tensor, text: Tensor, empty: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The outputs of a UNet for both halves of classifier-free guidance.
+    """Computes the outputs of a UNet for both halves of classifier-free guidance.
 
-    Equal, up to rounding, to one call on 2M rows (``cat([sample, sample])``, ``cat([text, empty])``). The rows of the
+    They equal, up to rounding, one call on 2M rows (``cat([sample, sample])``, ``cat([text, empty])``). The rows of the
     two halves are the same up to the first attention to the text, so everything before it, and its share of the
     backward pass, is computed for M rows: in Stable Diffusion the first convolution and residual block, in UNets whose
     first blocks have no attention (the embedded one's) those blocks too.
@@ -88,7 +81,7 @@ def guided_forward(
         count = len(block.resnets)
         taken, skipped = tuple(skipped[-count:]), skipped[:-count]
         options = {"encoder_hidden_states": states} if hasattr(block, "attentions") else {}
-        # latents that halve to odd sizes must come back to the size they had
+        # latents that are halved to odd sizes must get their former size back
         size = None if index == len(unet.up_blocks) - 1 else skipped[-1].shape[2:]
         if size is not None and all(
             now * 2 == then for now, then in zip(hidden.shape[2:], size, strict=True)
@@ -104,7 +97,7 @@ def guided_forward(
 
 
 def _checkpointed(block: Any, module: torch.nn.Module, *inputs: Tensor) -> Tensor:
-    """The module's output, recomputed in the backward pass where the block's checkpointing is on."""
+    """Returns the module's output, recomputed in the backward pass if the block's checkpointing is on."""
     if torch.is_grad_enabled() and block.gradient_checkpointing:
         result: Tensor = block._gradient_checkpointing_func(module, *inputs)
         return result

@@ -164,7 +164,7 @@ class PretrainedReward:
                 parts.append(found[: len(texts)].float())
             return torch.cat(parts).cpu() if parts else torch.zeros(0)
 
-        return self._calls.fitting(len(prompts), place.device, attempt)
+        return self._calls.with_oom_fallback(len(prompts), place.device, attempt)
 
 
 def is_local(source: str) -> bool:

@@ -1,4 +1,4 @@
-"""A second denoiser to sample from: of another type, device or form than the trained one, or in one piece."""
+"""The rollout copy: a second denoiser to sample from, of another type, device or form than the trained one."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from loopfast.config import RolloutConfig
-from loopfast.policies import Policy, layers_with_adapter
+from loopfast.policies import Policy, layers_with_adapter, remove_adapter_layers
 from loopfast.system.device import torch_device
 
 Whole = Callable[[Iterable[torch.nn.Parameter]], AbstractContextManager[None]]
 """Shows the whole values of parameters that an engine may have spread over processes."""
 
 
-class Replica:
+class RolloutCopy:
     """A copy of a policy's denoiser, made equal to it again before sampling.
 
-    Made before an engine takes the policy's weights apart.
+    It must be made before an engine spreads the policy's weights over processes.
 
     Args:
-        policy: what is copied.
-        dtype: of the copy's weights and its latents; None: those of the policy.
-        device: where the copy is.
+        policy: the policy whose denoiser is copied.
+        dtype: the type of the copy's weights and its latents. None takes the policy's.
+        device: the copy's device.
         merge_lora: add the adapter to the base weights, ``W + alpha / rank · B A``, and do without its layers.
-        resident: keep the copy, at fixed addresses, and refresh what training changes; otherwise it is made for each
-            use, of all weights, and given back.
+        resident: keep the copy, at fixed addresses, and refresh the weights that training changes. False makes the
+            copy for each use, from all weights, and frees it afterwards.
 
     Attributes:
-        policy: predicts with the copy.
+        policy: the policy that predicts with the copy.
         resident: as given.
         exact: whether the copy computes the policy's own outputs, bit for bit.
         whole: shows the policy's weights; an engine that spreads them sets it.
@@ -48,12 +48,12 @@ class Replica:
         self._source, self.resident, self._users = policy, resident, 0
         self.whole: Whole = lambda parameters: nullcontext()
         self.exact = dtype is None and not merge_lora and device.type == policy.device.type
-        # parameters go on requiring gradients: a compiled graph depends on it
+        # the copied parameters still require gradients: a compiled graph depends on it
         denoiser = copy.deepcopy(policy.denoiser)
-        self._merged = _merge_layers(denoiser) if merge_lora else []
+        self._merged = remove_adapter_layers(denoiser) if merge_lora else []
         denoiser.to(device, dtype)
         for name, module in policy.denoiser.named_modules():
-            if module._compiled_call_impl is not None:  # which a copy does not take along
+            if module._compiled_call_impl is not None:  # deepcopy does not copy it
                 denoiser.get_submodule(name).compile(dynamic=False)
         # weights that have the type to compute in need no autocast; float32 ones kept for training do
         autocast = dtype is None and any(
@@ -64,11 +64,11 @@ class Replica:
         self.policy = policy.with_denoiser(denoiser, device, dtype or policy.dtype, autocast=autocast)
         self._targets = dict(denoiser.named_parameters())
         if not resident:
-            self._give_back()
+            self._free()
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Inside, the copy is there and equal to the policy as it was on entering; uses may be nested."""
+        """Context in which the copy equals the policy as it was on entering; uses may be nested."""
         self._users += 1
         try:
             if self._users == 1:
@@ -77,11 +77,11 @@ class Replica:
         finally:
             self._users -= 1
             if not (self.resident or self._users):
-                self._give_back()
+                self._free()
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Copies weights, a layer at a time: what training changed, or all where nothing was kept."""
+        """Copies weights, a layer at a time: those that training changed, or all if none were kept."""
         if self._merged:
             self._merge()
             return
@@ -91,7 +91,10 @@ class Replica:
             parameters = dict(self._source.denoiser.named_parameters())
             for target, (shape, stride) in self._freed.items():
                 target.data = torch.empty_strided(shape, stride, dtype=target.dtype, device=target.device)
-        for layer in _by_layer(parameters):
+        layers: dict[str, dict[str, torch.nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            layers.setdefault(name.rpartition(".")[0], {})[name] = parameter
+        for layer in layers.values():
             with self.whole(layer.values()):
                 for name, parameter in layer.items():
                     self._targets[name].copy_(parameter)
@@ -106,22 +109,22 @@ class Replica:
                     merged = weight.float() + layer.get_delta_weight(adapter).float()
                     self._targets[f"{name}.weight" if name else "weight"].copy_(merged)
 
-    def _give_back(self) -> None:
+    def _free(self) -> None:
         self._freed = {target: (target.shape, target.stride()) for target in self._targets.values()}
         for target in self._targets.values():
             target.data = target.data.new_empty(0)
 
 
-def make_replica(policy: Policy, config: RolloutConfig, *, sharded: bool = False) -> Replica | None:
-    """The replica that a configuration asks for; None where the policy itself can be sampled from.
+def make_rollout_copy(policy: Policy, config: RolloutConfig, *, sharded: bool = False) -> RolloutCopy | None:
+    """Returns the rollout copy that a configuration asks for; None if the policy itself can be sampled from.
 
     Args:
-        policy: whole still.
+        policy: the policy, before an engine has its weights.
         config: the section ``rollout``.
         sharded: whether the policy's weights are about to be spread over processes.
 
     Raises:
-        ConfigError: ``rollout.device`` is not there.
+        ConfigError: there is no such device as ``rollout.device``.
     """
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     device = policy.device if config.device is None else torch_device(config.device, key="rollout.device")
@@ -135,23 +138,6 @@ def make_replica(policy: Policy, config: RolloutConfig, *, sharded: bool = False
         kind = "none" if not wanted else "gathered" if sharded and not adapter else "resident"
     if kind == "none":
         return None
-    return Replica(
+    return RolloutCopy(
         policy, dtype=dtype, device=device, merge_lora=config.merge_lora, resident=kind == "resident"
     )
-
-
-def _by_layer(parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """The parameters of each module that has some of its own."""
-    layers: dict[str, dict[str, torch.nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        layers.setdefault(name.rpartition(".")[0], {})[name] = parameter
-    yield from layers.values()
-
-
-def _merge_layers(module: torch.nn.Module) -> list[str]:
-    """Puts the layers that adapters were added to back in their places; returns their names."""
-    layers = layers_with_adapter(module)
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, layer.get_base_layer())
-    return list(layers)

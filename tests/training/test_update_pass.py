@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from loopfast.config import AlgorithmConfig
-from loopfast.training.replay import Gradient, Losses, reference_output
+from loopfast.training.update_pass import Losses, reference_output
 from tests.training.toys import LEAVE_ONE_OUT, Case, Gradients
 
 ALGORITHM = AlgorithmConfig(name="loop", advantage={"normalize": "none", "clip": None})  # type: ignore[arg-type]
 
 
-def replayed(case: Case, microbatch: int = 11, gradient: Any = None, **changes: Any) -> Losses:
+def replayed(
+    case: Case, microbatch: int = 11, engine: Any = None, count: float = 1, **changes: Any
+) -> Losses:
     """The losses of a case's 11 pairs."""
     case.policy.forget()
     algorithm = ALGORITHM.model_copy(update=changes)
-    return case.replay(algorithm).losses((case.rows, case.steps), microbatch, gradient)
+    return case.update_pass(algorithm).losses((case.rows, case.steps), microbatch, engine, count)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
@@ -47,7 +49,7 @@ def test_losses_are_those_of_the_pairs_in_their_order(microbatch: int, guidance_
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 def test_the_gradient_is_the_sum_of_the_pairs_by_the_count(kl_weight: float, microbatch: int) -> None:
     case, engine = Case(), Gradients()
-    found = replayed(case, microbatch, Gradient(engine, 22.0), kl_weight=kl_weight)  # type: ignore[arg-type]
+    found = replayed(case, microbatch, engine, 22.0, kl_weight=kl_weight)  # type: ignore[arg-type]
     calls = -(-11 // microbatch)
     assert engine.last == [False] * (calls - 1) + [True]
     assert len(case.policy.batches) == calls * (1 + (kl_weight > 0))
@@ -60,7 +62,7 @@ def test_the_gradient_is_the_sum_of_the_pairs_by_the_count(kl_weight: float, mic
 
 def test_a_gradient_of_no_weight_is_there_and_zero() -> None:
     case = Case()
-    replayed(case, 4, Gradient(Gradients(), math.inf))  # type: ignore[arg-type]
+    replayed(case, 4, Gradients(), math.inf)  # type: ignore[arg-type]
     assert not any(gradient.any() for gradient in case.gradients())
 
 
@@ -69,7 +71,7 @@ def test_rows_that_fill_a_call_up_count_for_nothing(padding: int | None, rows: l
     case = Case()
     whole = replayed(case, 11)
     case.policy.forget()
-    found = case.replay(ALGORITHM).losses((case.rows, case.steps), 8, padding=padding)
+    found = case.update_pass(ALGORITHM).losses((case.rows, case.steps), 8, padding=padding)
     assert case.policy.batches == rows
     assert found.loss == pytest.approx(whole.loss, rel=1e-12)
     assert torch.equal(found.ratio, whole.ratio)
@@ -87,7 +89,7 @@ def test_trajectories_of_another_type_are_replayed_in_the_policys_own(
 
     monkeypatch.setattr(case.policy, "predict", noted)
     half = replace(case.trajectories, latents=case.trajectories.latents.float())
-    found = replace(case.replay(ALGORITHM), trajectories=half).losses((case.rows, case.steps), 11)
+    found = replace(case.update_pass(ALGORITHM), trajectories=half).losses((case.rows, case.steps), 11)
     assert types == [torch.float64]
     torch.testing.assert_close(found.ratio, expected.ratio, rtol=1e-4, atol=1e-4, check_dtype=False)
 

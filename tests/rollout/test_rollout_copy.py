@@ -16,7 +16,7 @@ import loopfast.training.train as training
 from loopfast.config import Config, RolloutConfig
 from loopfast.errors import ConfigError, LoopfastError
 from loopfast.policies import addresses
-from loopfast.rollout import Replica, make_replica
+from loopfast.rollout import RolloutCopy, make_rollout_copy
 from loopfast.run.console import Display
 from loopfast.run.tracking import read_metrics
 from tests.rollout import toy
@@ -35,9 +35,9 @@ def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_there_is_no_copy_where_nothing_asks_for_one(pipeline_folder: Path) -> None:
     policy = toy.load(pipeline_folder, dtype="bfloat16")
     for config in (RolloutConfig(), RolloutConfig(dtype="bfloat16"), RolloutConfig(device="cpu")):
-        assert make_replica(policy, config) is None
+        assert make_rollout_copy(policy, config) is None
     with pytest.raises(ConfigError, match=r"rollout\.device: cuda:77 is not there"):
-        make_replica(policy, RolloutConfig(device="cuda:77"))
+        make_rollout_copy(policy, RolloutConfig(device="cuda:77"))
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, LORA], ids=["full", "autocast", "lora"])
@@ -45,14 +45,14 @@ def test_a_copy_of_the_same_type_samples_the_same_bits(
     pipeline_folder: Path, options: dict[str, Any]
 ) -> None:
     policy = toy.load(pipeline_folder, **options)
-    replica = Replica(policy, dtype=None, device=CPU, merge_lora=False)
-    before = addresses(replica.policy.denoiser)
+    rollout_copy = RolloutCopy(policy, dtype=None, device=CPU, merge_lora=False)
+    before = addresses(rollout_copy.policy.denoiser)
     assert not set(before.values()) & set(addresses(policy.denoiser).values())
     for _ in range(2):
         toy.move(policy)
         direct = toy.run(toy.sampler(policy, pipeline_folder, 2.0))
-        assert toy.same(toy.run(toy.sampler(policy, pipeline_folder, 2.0, replica=replica)), direct)
-    assert addresses(replica.policy.denoiser) == before
+        assert toy.same(toy.run(toy.sampler(policy, pipeline_folder, 2.0, rollout_copy=rollout_copy)), direct)
+    assert addresses(rollout_copy.policy.denoiser) == before
 
 
 @pytest.mark.parametrize(("guidance", "targets"), [(1.0, None), (3.0, ["to_q", "conv1", "proj_in"])])
@@ -61,27 +61,27 @@ def test_merged_weights_compute_what_the_adapter_does(
 ) -> None:
     policy = toy.load(pipeline_folder, tune="lora", lora={**LORA["lora"], "targets": targets})
     plain = toy.run(toy.sampler(policy, pipeline_folder, guidance))
-    replica = Replica(policy, dtype=None, device=CPU, merge_lora=True)
-    before = addresses(replica.policy.denoiser)
+    rollout_copy = RolloutCopy(policy, dtype=None, device=CPU, merge_lora=True)
+    before = addresses(rollout_copy.policy.denoiser)
     assert not any("lora" in name or "base_layer" in name for name in before)
     for _ in range(2):
         toy.move(policy, 0.2)
         direct = toy.run(toy.sampler(policy, pipeline_folder, guidance))
-        merged = toy.run(toy.sampler(policy, pipeline_folder, guidance, replica=replica))
+        merged = toy.run(toy.sampler(policy, pipeline_folder, guidance, rollout_copy=rollout_copy))
         torch.testing.assert_close(merged.latents, direct.latents, atol=2e-4, rtol=1e-4)
         assert (direct.latents - plain.latents).abs().max() > 1e-2
-    assert addresses(replica.policy.denoiser) == before
-    assert not any(parameter.requires_grad for parameter in replica.policy.denoiser.parameters())
+    assert addresses(rollout_copy.policy.denoiser) == before
+    assert not any(parameter.requires_grad for parameter in rollout_copy.policy.denoiser.parameters())
 
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_latents_have_the_type_that_the_model_saw(pipeline_folder: Path, merge: bool) -> None:
     policy = toy.load(pipeline_folder, **(LORA if merge else {}))
     config = RolloutConfig(dtype="bfloat16", merge_lora=merge)
-    replica = make_replica(policy, config)
-    assert replica is not None
-    assert {parameter.dtype for parameter in replica.policy.denoiser.parameters()} == {torch.bfloat16}
-    made = toy.sampler(policy, pipeline_folder, 2.0, replica=replica)
+    rollout_copy = make_rollout_copy(policy, config)
+    assert rollout_copy is not None
+    assert {parameter.dtype for parameter in rollout_copy.policy.denoiser.parameters()} == {torch.bfloat16}
+    made = toy.sampler(policy, pipeline_folder, 2.0, rollout_copy=rollout_copy)
     found = toy.run(made)
     assert found.latents.dtype == torch.bfloat16
     assert found.latents.device == policy.device
@@ -95,10 +95,10 @@ def test_compiled_blocks_are_compiled_in_the_copy_too(pipeline_folder: Path, mer
     policy = toy.load(pipeline_folder, **LORA)
     denoiser: Any = policy.denoiser
     denoiser.compile_repeated_blocks(dynamic=False)
-    replica = Replica(policy, dtype=torch.bfloat16, device=CPU, merge_lora=merge)
+    rollout_copy = RolloutCopy(policy, dtype=torch.bfloat16, device=CPU, merge_lora=merge)
     first, other = (
         [name for name, module in made.named_modules() if module._compiled_call_impl is not None]
-        for made in (denoiser, replica.policy.denoiser)
+        for made in (denoiser, rollout_copy.policy.denoiser)
     )
     assert first == other != []
 
@@ -132,9 +132,9 @@ def test_training_from_a_merged_copy_measures_what_it_changes(small_config: Make
 def test_a_copy_on_another_device_is_refreshed_under_a_graph(pipeline_folder: Path, merge: bool) -> None:
     policy = toy.load(pipeline_folder, **LORA)
     config = RolloutConfig(device="cuda", merge_lora=merge)
-    replica = make_replica(policy, config)
-    assert replica is not None
-    made = toy.sampler(policy, pipeline_folder, 2.0, replica=replica)
+    rollout_copy = make_rollout_copy(policy, config)
+    assert rollout_copy is not None
+    made = toy.sampler(policy, pipeline_folder, 2.0, rollout_copy=rollout_copy)
     for _ in range(2):
         toy.move(policy)
         found = toy.run(made)
@@ -147,49 +147,49 @@ def test_a_copy_on_another_device_is_refreshed_under_a_graph(pipeline_folder: Pa
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
 def test_a_gathered_copy_is_there_while_it_is_used(pipeline_folder: Path, options: dict[str, Any]) -> None:
     policy = toy.load(pipeline_folder, **options)
-    replica = make_replica(policy, RolloutConfig(replica="gathered"))
-    assert replica is not None
-    assert replica.exact
+    rollout_copy = make_rollout_copy(policy, RolloutConfig(replica="gathered"))
+    assert rollout_copy is not None
+    assert rollout_copy.exact
 
     def held() -> int:
-        return sum(parameter.nbytes for parameter in replica.policy.denoiser.parameters())
+        return sum(parameter.nbytes for parameter in rollout_copy.policy.denoiser.parameters())
 
     assert held() == 0
     for _ in range(2):
         toy.move(policy)
         direct = toy.run(toy.sampler(policy, pipeline_folder, 2.0))
-        sampler = toy.sampler(policy, pipeline_folder, 2.0, replica=replica)
+        sampler = toy.sampler(policy, pipeline_folder, 2.0, rollout_copy=rollout_copy)
         assert toy.same(toy.run(sampler), direct)
         assert held() == 0
         # what is asked for inside of another use is the copy that is there, as it was
         with sampler.ready():
-            once = [parameter.data_ptr() for parameter in replica.policy.denoiser.parameters()]
+            once = [parameter.data_ptr() for parameter in rollout_copy.policy.denoiser.parameters()]
             toy.move(policy)
             assert toy.same(toy.run(sampler), direct)
-            assert [parameter.data_ptr() for parameter in replica.policy.denoiser.parameters()] == once
+            assert [parameter.data_ptr() for parameter in rollout_copy.policy.denoiser.parameters()] == once
         assert held() == 0
 
 
 def test_a_gathered_copy_is_given_back_whatever_is_raised(pipeline_folder: Path) -> None:
     policy = toy.load(pipeline_folder)
-    replica = make_replica(policy, RolloutConfig(replica="gathered"))
-    assert replica is not None
+    rollout_copy = make_rollout_copy(policy, RolloutConfig(replica="gathered"))
+    assert rollout_copy is not None
 
     def stop() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        toy.run(toy.sampler(policy, pipeline_folder, replica=replica), between=stop)
-    assert all(parameter.numel() == 0 for parameter in replica.policy.denoiser.parameters())
-    found = toy.run(toy.sampler(policy, pipeline_folder, replica=replica))
+        toy.run(toy.sampler(policy, pipeline_folder, rollout_copy=rollout_copy), between=stop)
+    assert all(parameter.numel() == 0 for parameter in rollout_copy.policy.denoiser.parameters())
+    found = toy.run(toy.sampler(policy, pipeline_folder, rollout_copy=rollout_copy))
     assert toy.same(found, toy.run(toy.sampler(policy, pipeline_folder)))
 
 
 def test_a_gathered_copy_is_given_back_by_sampling_that_is_closed(pipeline_folder: Path) -> None:
     policy = toy.load(pipeline_folder)
-    replica = make_replica(policy, RolloutConfig(replica="gathered"))
-    assert replica is not None
-    sampler = toy.sampler(policy, pipeline_folder, replica=replica)
+    rollout_copy = make_rollout_copy(policy, RolloutConfig(replica="gathered"))
+    assert rollout_copy is not None
+    sampler = toy.sampler(policy, pipeline_folder, rollout_copy=rollout_copy)
     found = sampler.allocate(len(toy.SEEDS))
     sampling = sampler.stream(found, policy.encode(toy.PROMPTS), toy.ROWS, toy.SEEDS)
     with closing(sampling):
@@ -197,31 +197,31 @@ def test_a_gathered_copy_is_given_back_by_sampling_that_is_closed(pipeline_folde
         assert rows == slice(0, sampler.microbatch)
         # what is sampled needs no gradient; what is done with it between two microbatches may
         assert torch.is_grad_enabled()
-        assert all(parameter.numel() > 0 for parameter in replica.policy.denoiser.parameters())
-    assert all(parameter.numel() == 0 for parameter in replica.policy.denoiser.parameters())
+        assert all(parameter.numel() > 0 for parameter in rollout_copy.policy.denoiser.parameters())
+    assert all(parameter.numel() == 0 for parameter in rollout_copy.policy.denoiser.parameters())
     assert torch.is_grad_enabled()
 
 
 def test_sharded_weights_are_sampled_from_a_copy(pipeline_folder: Path) -> None:
     full, adapter = toy.load(pipeline_folder), toy.load(pipeline_folder, **LORA)
-    gathered, resident = (make_replica(each, RolloutConfig(), sharded=True) for each in (full, adapter))
+    gathered, resident = (make_rollout_copy(each, RolloutConfig(), sharded=True) for each in (full, adapter))
     assert gathered is not None
     assert resident is not None
     assert (gathered.resident, resident.resident) == (False, True)
-    assert make_replica(full, RolloutConfig(replica="none"), sharded=True) is None
-    kept = make_replica(full, RolloutConfig(replica="resident"))
+    assert make_rollout_copy(full, RolloutConfig(replica="none"), sharded=True) is None
+    kept = make_rollout_copy(full, RolloutConfig(replica="resident"))
     assert kept is not None
     assert kept.resident
     assert kept.exact
-    rounded = make_replica(full, RolloutConfig(dtype="bfloat16"))
+    rounded = make_rollout_copy(full, RolloutConfig(dtype="bfloat16"))
     assert rounded is not None
     assert not rounded.exact
 
 
 def test_whole_weights_are_asked_for_a_layer_at_a_time(pipeline_folder: Path) -> None:
     policy = toy.load(pipeline_folder)
-    replica = make_replica(policy, RolloutConfig(replica="gathered"))
-    assert replica is not None
+    rollout_copy = make_rollout_copy(policy, RolloutConfig(replica="gathered"))
+    assert rollout_copy is not None
     asked: list[set[int]] = []
 
     @contextmanager
@@ -229,8 +229,8 @@ def test_whole_weights_are_asked_for_a_layer_at_a_time(pipeline_folder: Path) ->
         asked.append({id(parameter) for parameter in parameters})
         yield
 
-    replica.whole = whole
-    with replica.ready():
+    rollout_copy.whole = whole
+    with rollout_copy.ready():
         pass
     everything = {id(parameter) for parameter in policy.denoiser.parameters()}
     assert set.union(*asked) == everything
