@@ -63,12 +63,12 @@ class Kernel:
     """A compiled kernel.
 
     Attributes:
-        variant: which arguments it was compiled for.
+        variant: the arguments for which it was compiled.
         architecture: compute capability, such as 90.
-        loads: bytes of each global load instruction, by how many instructions.
-        wide: the loads and stores of whole tensors are as few instructions of 16 bytes as can be.
-        double: there are double precision instructions.
-        contracted: multiplications and additions that the compiler has paired, which round otherwise than apart.
+        loads: the number of global load instructions, by their bytes; `stores` likewise.
+        wide: whether whole tensors are loaded and stored with as few instructions of 16 bytes as possible.
+        double: whether it has double precision instructions.
+        contracted: the number of multiply-adds that the compiler made of two operations, which round differently.
     """
 
     name: str

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Before torch is imported: two busy processes with two threads each slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# As the command line does: or else transformers lists at every import what does not work without torchvision.
+# The command line does the same: or else transformers lists at every import what does not work without torchvision.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 MakeConfig = Callable[..., "Config"]

@@ -68,7 +68,7 @@ def write(pipeline: Any, folder: Path) -> dict[str, int]:
 
 
 def _networks(name: str, device: str) -> tuple[Any, Any]:
-    """Makes the denoiser in bfloat16 and the autoencoder on the device; a CPU needs long for so many numbers."""
+    """Makes the denoiser in bfloat16 and the autoencoder on the device; a CPU would need long for this many numbers."""
     import diffusers
 
     architecture = load_architecture(ModelConfig(pretrained=name), name)

@@ -53,7 +53,7 @@ class Backend:
 
     @property
     def interpreted(self) -> bool:
-        """Whether programs run one after another in Python, so that tests must use only a few."""
+        """True if programs run one after another in Python, so that tests must use only a few."""
         return self.name == "triton" and self.device == "cpu"
 
     def active(self) -> AbstractContextManager[None]:
