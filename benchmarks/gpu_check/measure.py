@@ -166,7 +166,7 @@ def _plan(config: Callable[[Work], Config], work: Work) -> None:
 
     try:
         planned = config(work)
-        # 80 GiB of memory: the size has no part in what a run holds
+        # 80 GiB of memory: the bytes of a run do not depend on it
         resources = Resources("cuda" if work.device == "cuda" else "cpu", 80 * 2**30)
         found = footprint(planned, load_architecture(planned.model), resources)
         work.record.write(work.name, planned_bytes=found.total, planned_peak=found.peak_phase)
