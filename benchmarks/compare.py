@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loopfast.reporting.tables import aligned_table
+
 from .keep import load
 
 Row = Sequence[str]
@@ -26,19 +28,6 @@ class Change(NamedTuple):
     @property
     def ratio(self) -> float:
         return self.after_us / self.before_us
-
-
-def table(header: Row, rows: Sequence[Row]) -> str:
-    """Returns a table in Markdown. The first column is left-aligned, the others are right-aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Row) -> str:
-        first, *rest = (width for width in widths)
-        padded = [cells[0].ljust(first), *(c.rjust(w) for c, w in zip(cells[1:], rest, strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(map(line, (header, rule, *rows)))
 
 
 def _time(microseconds: float) -> str:
@@ -95,7 +84,7 @@ def speedups(run: dict[str, Any]) -> str:
             )
         )
     header = ("op", "latent", "rows", "dtype", "ours", "eager", "compile", "TRL", "GB/s", "of copy", "host")
-    return table(header, rows)
+    return aligned_table(header, rows)
 
 
 def engine(run: dict[str, Any]) -> str:
@@ -119,7 +108,7 @@ def engine(run: dict[str, Any]) -> str:
             cells = (op.removeprefix("engine_"), setting, name, _time(entry["median_us"]), rate)
             rows.append((*cells, f"{entry['ratio']:.2f}×", memory))
     header = ("phase", "setting", "competitor", "median", "rate", "time / ours", "peak memory")
-    return table(header, rows) if rows else ""
+    return aligned_table(header, rows) if rows else ""
 
 
 def _flat(run: dict[str, Any]) -> dict[str, float]:
@@ -168,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(moved)} of {len(changes)} medians moved by more than {options.threshold:g}×")
     if moved:
         rows = [(c.name, _time(c.before_us), _time(c.after_us), f"{c.ratio:.2f}×") for c in moved]
-        print(table(("benchmark", "A", "B", "B / A"), rows))
+        print(aligned_table(("benchmark", "A", "B", "B / A"), rows))
     for title, names in (("only in A", old.keys() - new.keys()), ("only in B", new.keys() - old.keys())):
         for name in sorted(names):
             print(f"{title}: {name}")

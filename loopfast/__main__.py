@@ -14,7 +14,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from loopfast.errors import Interrupted, LoopfastError, MissingExtraError, one_line
 from loopfast.system.allocator import reuse_freed_memory
-from loopfast.system.streams import lost_output, open_streams, said_by_another
+from loopfast.system.streams import lost_output, open_streams, printed_by_another
 
 __all__ = ["main"]
 
@@ -106,7 +106,7 @@ def _top_level(error: ModuleNotFoundError) -> str:
 
 
 def _fail(error: LoopfastError) -> int:
-    if not error.printed_elsewhere and not said_by_another(str(error)):
+    if not error.printed_elsewhere and not printed_by_another(str(error)):
         print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 

@@ -1,4 +1,4 @@
-"""The policy-gradient algorithms: a row of a table each, and how a row turns rewards into advantages.
+"""The policy-gradient algorithms: a table with a row for each, and the advantages of a row.
 
 =================  =======================  ====================  =======  ===================================
 name               baseline                 normalize             clipped  source
@@ -26,7 +26,7 @@ from loopfast_kernels import leave_one_out
 Baseline = Literal["leave_one_out", "group_mean", "batch_mean", "prompt_running_mean", "none"]
 Normalize = Literal["batch_std", "group_std", "prompt_running_std", "none"]
 
-# keeps rewards that hardly differ from getting a scale without bound
+# bounds the scale of rewards that hardly differ
 EPSILON = 1e-6
 
 
@@ -34,7 +34,7 @@ EPSILON = 1e-6
 class Algorithm:
     """One row of the table.
 
-    ``clip_range`` None: the ratio is not clipped, and the surrogate is trusted for one pass over the samples only.
+    With ``clip_range`` None the ratio is not clipped, and the surrogate holds for one pass over the samples only.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Algorithm:
 
     @property
     def needs_group(self) -> bool:
-        """Whether a single sample per prompt has nothing to be compared with."""
+        """True if a prompt needs at least two samples, which are compared with each other."""
         return self.baseline in ("leave_one_out", "group_mean")
 
     @property
     def single_epoch(self) -> bool:
-        """Whether samples are used for one pass only."""
+        """True if samples are used for one pass only."""
         return self.clip_range is None
 
 
@@ -67,7 +67,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 class PromptStatistics:
-    """Running mean and standard deviation of each prompt's latest rewards, as DDPO keeps them.
+    """Running mean and standard deviation of each prompt's latest rewards, as in DDPO.
 
     A prompt seen fewer than ``min_count`` times takes the statistics of the current batch. (Source: DDPO, arXiv
     2305.13301, section 5; ``PerPromptStatTracker`` of its published code.)
@@ -96,21 +96,21 @@ class PromptStatistics:
         return torch.stack(means).unsqueeze(1), torch.cat(stds).unsqueeze(1)
 
     def state_dict(self) -> dict[str, list[float]]:
-        """The buffers, as JSON can hold them."""
+        """Returns the buffers in a form that JSON can hold."""
         return {prompt: list(seen) for prompt, seen in self._rewards.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restores the buffers of `state_dict`."""
         self._rewards.clear()
         for prompt, seen in state.items():
             self._rewards[prompt].extend(seen)
 
 
 def deviations(values: Tensor) -> Tensor:
-    """Distances from the mean over the last dimension.
+    """Computes the differences from the mean over the last dimension.
 
-    Rewards are measured from the first of them before the mean is taken: the sum of equal numbers is rounded, and a
-    tiny standard deviation would blow up what is left of that. The sum of zeros is exact.
+    The first value is subtracted before the mean is taken: the sum of equal numbers is rounded, and a tiny standard
+    deviation would enlarge the rounding error. The sum of zeros is exact.
 
     Args:
         values: ``[..., N]``.
@@ -124,7 +124,7 @@ def deviations(values: Tensor) -> Tensor:
 
 
 def spread(values: Tensor) -> Tensor:
-    """Standard deviation over the last dimension, float64 ``[..., 1]``; exactly 0 where all values are equal."""
+    """Computes the standard deviation over the last dimension: float64 ``[..., 1]``; exactly 0 for equal values."""
     return deviations(values).square().mean(-1, keepdim=True).sqrt()
 
 
@@ -136,19 +136,19 @@ def advantages(
     *,
     normalize: Literal["auto", "std", "none"] = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Advantages before scaling, and their scale.
+    """Computes the advantages before scaling, and their scale.
 
     Args:
         algorithm: the row of the table.
         rewards: float32 ``[G, K]``.
         prompts: the G prompts.
         statistics: the prompts' history; updated where the algorithm keeps one.
-        normalize: ``auto`` as the row says; ``std``: by the batch's; ``none``.
+        normalize: ``auto`` takes the row's; ``std`` the batch's standard deviation; ``none`` no scale.
 
     Returns:
         ``(difference [G, K], scale [G, 1] or [])``, both float32; the advantage is their product. For leave-one-out
-        rows the difference is what the ``loop_loss`` op computes by itself from the rewards. Equal rewards have a
-        difference of exactly 0 from their mean, and a scale of 0: nothing can be learned from them.
+        rows the ``loop_loss`` op computes the same difference from the rewards. Equal rewards have a difference of
+        exactly 0 from their mean, and a scale of 0: nothing can be learned from them.
     """
     mean = std = torch.zeros(())
     if algorithm.baseline == "prompt_running_mean":

@@ -1,11 +1,9 @@
-"""From a diffusers scheduler to the table of transitions the ops work on.
+"""Computes the table of transitions that the ops work on from a diffusers scheduler.
 
-Every first-order stochastic sampler draws ``x_{t-1} ~ N(a x_t + b m, sigma^2)`` with three numbers per step.
-They are worked out here, once, in float64; nothing downstream knows which scheduler or prediction type they
-came from.
+Every first-order stochastic sampler draws ``x_{t-1} ~ N(a x_t + b m, sigma^2)`` with three numbers per step. They are
+computed here, once, in float64; no other code depends on the scheduler or the prediction type.
 
-Only torch is imported: schedulers are recognized by the name of their class and read through their
-configuration.
+Only torch is imported: schedulers are recognized by the name of their class and read through their configuration.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from loopfast.errors import short
 from loopfast.system.memory import to_device
 
 AUTO_SENSITIVITY_LIMIT = 8.0
-"""``auto`` leaves out the steps whose sensitivity is above this many times the median."""
+"""``auto`` skips the steps whose sensitivity is above this multiple of the median."""
 
 _DDIM = "DDIMScheduler"
 _FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -34,8 +32,8 @@ _OFF = (None, False)
 _NONLINEAR = "makes the mean nonlinear in the model output"
 _OTHER_PROCESS = "is of another process than the diffusion that DDIM samples"
 
-# Of the schedulers of the diffusion process, options that change what DDIM would sample: the values that do not, and
-# what is wrong with others.
+# Options of the diffusion process's schedulers that can change DDIM's process: the values that do not, and what is
+# wrong with others.
 _DIFFUSION_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "clip_sample": (_OFF, _NONLINEAR),
     "thresholding": (_OFF, _NONLINEAR),
@@ -61,8 +59,8 @@ _DIFFUSION_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "shift_terminal": (_OFF, _OTHER_PROCESS),
 }
 
-# Of the same schedulers, options that only say at which noise levels another sampler takes its steps, and the values
-# that DDIM agrees with. DDIM takes that sampler's place, with levels of its own; `replaced_by_ddim` says so.
+# Options of the same schedulers that only choose another sampler's noise levels, and the values with DDIM's levels.
+# DDIM replaces that sampler and takes its own levels; `replaced_by_ddim` reports it.
 _LEVELS: dict[str, tuple[object, ...]] = {
     "interpolation_type": (None, "linear"),
     "final_sigmas_type": (None, "zero"),
@@ -73,16 +71,9 @@ _LEVELS: dict[str, tuple[object, ...]] = {
     "use_lu_lambdas": _OFF,
 }
 
-# Of the same schedulers, what DDIM reads, and what only says how another sampler solves the same process.
+# Options of the same schedulers that only choose how another sampler solves the same process.
 _DIFFUSION_HARMLESS = frozenset(
     {
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "trained_betas",
-        "set_alpha_to_one",
-        "steps_offset",
-        "rescale_betas_zero_snr",
         "clip_sample_range",
         "dynamic_thresholding_ratio",
         "sample_max_value",
@@ -108,20 +99,7 @@ _FLOW_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "use_beta_sigmas": (_OFF, "needs scipy, which is not among the requirements"),
     "time_shift_type": (("exponential", "linear"), "is none of exponential and linear"),
 }
-_FLOW_HARMLESS = frozenset(
-    {
-        "num_train_timesteps",
-        "shift",
-        "use_dynamic_shifting",
-        "base_shift",
-        "max_shift",
-        "base_image_seq_len",
-        "max_image_seq_len",
-        "shift_terminal",
-        "use_karras_sigmas",
-        "use_exponential_sigmas",
-    }
-)
+_UNKNOWN = _OFF, "is not known here; remove it if the process is the same without it"
 
 
 def _number(value: object) -> bool:
@@ -138,7 +116,7 @@ def _whole(least: int, most: int = 100_000) -> tuple[Callable[[object], bool], s
 _SWITCH = (lambda value: value is None or isinstance(value, bool)), "true, false or null"
 _BETA = (lambda value: _number(value) and 0 <= value < 1), "a number from 0 to below 1"
 
-# Options of DDIM and of the flow that are numbers, lists of them or switches: whether a value fits, and what does.
+# Options that DDIM and the flow read: a test of their values, and the values that pass it, in words.
 _DIFFUSION_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_train_timesteps": _whole(1),
     "beta_start": _BETA,
@@ -170,7 +148,7 @@ _FLOW_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_exponential_sigmas": _SWITCH,
 }
 
-# Above this a flow's sigma counts as pure noise: shifting sigma = 1 in float32 may round to its neighbour.
+# A flow's sigma above this counts as pure noise: shifting sigma = 1 in float32 may round to its neighbour.
 _PURE_NOISE = 1 - 1e-6
 
 
@@ -179,13 +157,13 @@ class TransitionSchedule:
     """The steps of a sampler.
 
     Attributes:
-        timesteps: ``[T]``, what the model is given at each step; int64 for DDIM, float32 for flow matching.
+        timesteps: ``[T]``, the model's input at each step; int64 for DDIM, float32 for flow matching.
         table: float32 ``[T, 3]``, columns a, b, sigma.
         table64: the same in float64, always on the CPU.
-        sensitivity: float64 ``[T]`` on the CPU, ``(b / sigma)^2``: how strongly the log-probability reacts to
+        sensitivity: float64 ``[T]`` on the CPU, ``(b / sigma)^2``: the strength of the log-probability's reaction to
             the model's output. 0 where sigma is 0.
-        noiseless64: float64 ``[T, 3]`` on the CPU, the table of the same steps without noise (sigma = 0): the
-            deterministic sampler's. None for a schedule that was not made by `transition_schedule`.
+        noiseless64: float64 ``[T, 3]`` on the CPU, the deterministic sampler's table of the same steps (sigma = 0).
+            None for a schedule that was not made by `transition_schedule`.
     """
 
     timesteps: Tensor
@@ -198,17 +176,17 @@ class TransitionSchedule:
         return self.table64.shape[0]
 
     def to(self, device: torch.device | str) -> TransitionSchedule:
-        """Copy with `timesteps` and `table` on a device."""
+        """Returns a copy with `timesteps` and `table` on a device."""
         return replace(self, timesteps=self.timesteps.to(device), table=self.table.to(device))
 
     def stochastic_in(self, start: int, stop: int) -> TransitionSchedule:
-        """The same steps, those outside ``[start, stop)`` being deterministic: sigma = 0, and a and b that fit it.
+        """Returns a schedule whose steps outside ``[start, stop)`` are deterministic: sigma = 0, with its a and b.
 
         Args:
             start, stop: indices into the table, ``0 <= start < stop <= T``.
 
         Raises:
-            ValueError: they are not, or the deterministic table is not known.
+            ValueError: the indices are outside this range, or the deterministic table is not known.
         """
         if not 0 <= start < stop <= len(self):
             raise ValueError(f"steps {start}:{stop} reach outside the schedule, which has {len(self)} steps")
@@ -225,7 +203,7 @@ class TransitionSchedule:
         )
 
     def trained_steps(self, spec: str) -> tuple[int, ...]:
-        """Pick the steps to train on. Deterministic ones (sigma = 0) never are.
+        """Picks the steps to train on. Deterministic steps (sigma = 0) are never among them.
 
         Args:
             spec: ``"all"``; ``"auto"``, all but those that would dominate the ratio and the gradient
@@ -259,60 +237,54 @@ class TransitionSchedule:
 
 
 def refuse_unmapped(config: Mapping[str, Any], name: str) -> None:
-    """Refuse the options of a scheduler that would be lost or mean something else in a transition table.
+    """Refuses the options of a scheduler that would be lost or mean something else in a transition table.
 
-    For the configuration as the model's authors wrote it: ``DDIMScheduler.from_config`` drops what DDIM does not
-    have, silently. What it drops without changing the process, `replaced_by_ddim` reports.
+    It reads the configuration as the model's authors wrote it, because ``DDIMScheduler.from_config`` silently drops
+    options that DDIM does not have. `replaced_by_ddim` reports dropped options that do not change the process.
 
     Args:
         config: a scheduler's configuration, such as the content of ``scheduler_config.json``.
-        name: the scheduler's class: ``FlowMatchEulerDiscreteScheduler``, or else a sampler of the diffusion process, to
-            be replaced by DDIM.
+        name: the scheduler's class: ``FlowMatchEulerDiscreteScheduler``, or a sampler of the diffusion process that is
+            to be replaced by DDIM.
 
     Raises:
         ValueError: names the option, its value and what is wrong with it. An option that is not known here is
             refused unless it is null or false.
     """
-    flow = name == _FLOW
-    options, harmless = (
-        (_FLOW_OPTIONS, _FLOW_HARMLESS) if flow else (_DIFFUSION_OPTIONS, _DIFFUSION_HARMLESS | set(_LEVELS))
-    )
-    values = _FLOW_VALUES if flow else _DIFFUSION_VALUES
+    options, values, harmless = _DIFFUSION_OPTIONS, _DIFFUSION_VALUES, _DIFFUSION_HARMLESS | set(_LEVELS)
+    if name == _FLOW:
+        options, values, harmless = _FLOW_OPTIONS, _FLOW_VALUES, frozenset()
     for option, value in config.items():
-        if option in values and not values[option][0](value):
-            raise ValueError(
-                f"the scheduler's option {option}={short(repr(value))} is not {values[option][1]}"
-            )
-        if option.startswith("_") or option in harmless:
-            continue
-        allowed, reason = options.get(
-            option, (_OFF, "is not known here; remove it if the process is the same without it")
-        )
-        if value not in allowed:
-            raise ValueError(f"the scheduler's option {option}={short(repr(value))} {reason}")
+        if option in values:
+            fits, allowed = values[option]
+            if not fits(value):
+                raise ValueError(f"the scheduler's option {option}={short(repr(value))} is not {allowed}")
+        elif not option.startswith("_") and option not in harmless:
+            _refuse(config, {option: options.get(option, _UNKNOWN)})
+
+
+def _refuse(config: Mapping[str, Any], options: Mapping[str, tuple[tuple[object, ...], str]]) -> None:
+    for option, (allowed, reason) in options.items():
+        if option in config and config[option] not in allowed:
+            raise ValueError(f"the scheduler's option {option}={short(repr(config[option]))} {reason}")
 
 
 def replaced_by_ddim(config: Mapping[str, Any], name: str) -> dict[str, object]:
-    """The options that say at which noise levels a sampler takes its steps, and that DDIM does not have.
-
-    Args:
-        config: a scheduler's configuration.
-        name: the scheduler's class; ``DDIMScheduler`` and the flow's have none of these options.
-    """
+    """Returns the options of a scheduler of class ``name`` that choose noise levels which DDIM does not have."""
     if name in (_DDIM, _FLOW):
         return {}
     return {option: config[option] for option in _LEVELS if config.get(option) not in _LEVELS[option]}
 
 
 def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """The shift ``mu`` of a flow-matching scheduler with ``use_dynamic_shifting``.
+    """Returns the shift ``mu`` of a flow-matching scheduler with ``use_dynamic_shifting``.
 
-    Linear in the number of tokens, as the pipelines of FLUX and Stable Diffusion 3 have it in diffusers
+    It is linear in the number of tokens, as in diffusers' pipelines of FLUX and Stable Diffusion 3
     (``calculate_shift``).
 
     Args:
-        config: of the ``FlowMatchEulerDiscreteScheduler``.
-        tokens: of an image in the transformer: ``(height / p) (width / p)`` with p pixels to a patch's side.
+        config: the configuration of the ``FlowMatchEulerDiscreteScheduler``.
+        tokens: the number of an image's tokens: ``(height / p) (width / p)`` for patches of p × p pixels.
 
     Raises:
         ValueError: the configuration does not determine a line.
@@ -336,18 +308,18 @@ def transition_schedule(
     sigmas: Sequence[float] | None = None,
     mu: float | None = None,
 ) -> TransitionSchedule:
-    """Work out the transitions of a scheduler.
+    """Computes the transitions of a scheduler.
 
     Args:
         scheduler: diffusers' ``DDIMScheduler`` (any prediction type and timestep spacing) or
             ``FlowMatchEulerDiscreteScheduler``. It is read, not changed.
-        num_steps: number of sampling steps, T.
+        num_steps: the number of sampling steps, T.
         eta: DDIM's noise, 0 (deterministic) to 1 (as much as DDPM, the default).
-        noise_level: of the flow-matching SDE (Liu et al., "Flow-GRPO", 2025); 0.7 unless given.
-        sigmas: of flow matching, the T noise levels before any shift, falling, in (0, 1]; None: the scheduler's own.
+        noise_level: the noise level of the flow-matching SDE (Liu et al., "Flow-GRPO", 2025); 0.7 by default.
+        sigmas: flow matching's T noise levels before any shift, falling, in (0, 1]. None takes the scheduler's own.
             FLUX's pipeline gives ``linspace(1, 1 / T, T)``.
-        mu: of flow matching with ``use_dynamic_shifting``, the shift (`resolution_shift`); without that option it is
-            not used, as in diffusers.
+        mu: flow matching's shift with ``use_dynamic_shifting`` (`resolution_shift`); ignored without that option, as in
+            diffusers.
 
     Returns:
         The schedule, on the CPU.
@@ -387,12 +359,6 @@ def transition_schedule(
     )
 
 
-def _refuse(scheduler: Any, options: Mapping[str, tuple[tuple[object, ...], str]]) -> None:
-    for option, (allowed, reason) in options.items():
-        if option in scheduler.config and scheduler.config[option] not in allowed:
-            raise ValueError(f"the scheduler's option {option}={scheduler.config[option]!r} {reason}")
-
-
 def _check_count(scheduler: Any, num_steps: int) -> None:
     limit = scheduler.config["num_train_timesteps"]
     if not 1 <= num_steps <= limit:
@@ -400,7 +366,7 @@ def _check_count(scheduler: Any, num_steps: int) -> None:
 
 
 def _with_timesteps(scheduler: Any, num_steps: int) -> Any:
-    """A copy of a DDIM scheduler, set to its steps."""
+    """Returns a copy of a DDIM scheduler, set to its steps."""
     _check_count(scheduler, num_steps)
     prepared = copy.deepcopy(scheduler)
     prepared.set_timesteps(num_steps)
@@ -414,8 +380,8 @@ def _with_timesteps(scheduler: Any, num_steps: int) -> Any:
 
 
 def _with_sigmas(scheduler: Any, num_steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Any:
-    """A copy of a flow-matching scheduler, set to its steps."""
-    _refuse(scheduler, _FLOW_OPTIONS)
+    """Returns a copy of a flow-matching scheduler, set to its steps."""
+    _refuse(scheduler.config, _FLOW_OPTIONS)
     _check_count(scheduler, num_steps)
     if scheduler.config.get("use_dynamic_shifting") and mu is None:
         raise ValueError(
@@ -440,14 +406,14 @@ def _check_falling(name: str, sigmas: Sequence[float]) -> None:
 
 
 def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
-    """Song et al., "Denoising diffusion implicit models", 2021, equations 12 and 16, solved for a and b."""
-    _refuse(scheduler, {name: _DIFFUSION_OPTIONS[name] for name in ("clip_sample", "thresholding")})
+    """Solves Song et al., "Denoising diffusion implicit models", 2021, equations 12 and 16, for a and b."""
+    _refuse(scheduler.config, {name: _DIFFUSION_OPTIONS[name] for name in ("clip_sample", "thresholding")})
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie between 0 and 1, got {eta}")
 
     prepared = _with_timesteps(scheduler, num_steps)
     timesteps = prepared.timesteps.to("cpu", torch.int64)
-    # Where the step leads is given by the average stride, as in diffusers, whatever the next timestep is.
+    # A step leads to the timestep one average stride below, as in diffusers, whatever the next timestep is.
     previous = timesteps - scheduler.config["num_train_timesteps"] // num_steps
     alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
     if len(alphas) != scheduler.config["num_train_timesteps"]:
@@ -498,13 +464,13 @@ def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
 
 
 def _flow(prepared: Any, noise_level: float) -> Tensor:
-    """Liu et al., "Flow-GRPO", 2025: the SDE with the flow's marginals, in Euler-Maruyama steps."""
+    """Takes Euler-Maruyama steps of the SDE with the flow's marginals (Liu et al., "Flow-GRPO", 2025)."""
     if noise_level < 0.0:
         raise ValueError(f"noise_level must not be negative, got {noise_level}")
     sigmas = prepared.sigmas.to("cpu", torch.float64)
     now, then = sigmas[:-1], sigmas[1:]
     stride = then - now
-    # At pure noise (1 - s = 0) the noise would be infinite; it is taken at the end of the step.
+    # At pure noise (1 - s = 0) the noise would be infinite; the sigma at the end of the step replaces it.
     remaining = 1 - torch.where(now < _PURE_NOISE, now, then)
     # q = noise_level sqrt(s / (1 - s)); q^2 / (2 s) has no s in it.
     drift = noise_level**2 / (2 * remaining)

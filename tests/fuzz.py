@@ -208,7 +208,10 @@ def deepspeed_input(rng: random.Random, folder: Path) -> Given:
         (damaged(rng, written) if rng.random() < 0.2 else written).encode("utf-8", "surrogatepass")
     )
     config = parse_config(TINY, [f"distributed={{zero_stage: {stage}, deepspeed: {file}}}"])
-    return lambda: deepspeed_settings(config, 10**6), (stage, file.read_bytes())
+    return lambda: deepspeed_settings(config.train, config.distributed, config.model.dtype, 10**6), (
+        stage,
+        file.read_bytes(),
+    )
 
 
 def environment_input(rng: random.Random, folder: Path) -> Given:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.compare import table
 from benchmarks.gpu_check.stages import STAGES
 from benchmarks.gpu_check.table import outcome_of
+from loopfast.reporting.tables import aligned_table
 
 from .figures import TRAINING, Run, Stages, calls, named, parts, runs, start
 
@@ -237,7 +237,7 @@ def _missing(stages: Stages) -> Iterator[str]:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    return table(escaped[0], escaped[1:])
+    return aligned_table(escaped[0], escaped[1:])
 
 
 def _code(text: str) -> str:

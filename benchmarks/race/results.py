@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import table
 from benchmarks.keep import RESULTS, device_slug
+from loopfast.reporting.tables import aligned_table
 
 from .figures import PHASES
 from .settings import merged
@@ -69,7 +69,7 @@ def equal_work_table(results: Mapping[str, Any]) -> str:
                     f"{entry['speedup']:.2f}×" if trainer == "loopfast" else "",
                 )
             )
-    return table(header, rows)
+    return aligned_table(header, rows)
 
 
 def ratio_table(results: Mapping[str, Any]) -> str:
@@ -79,7 +79,7 @@ def ratio_table(results: Mapping[str, Any]) -> str:
         for name, entry in results.get("equal_work", {}).items()
         for dtype, shares in entry["ratios"].items()
     ]
-    return table(("work", "dtype", "TRL", "loopfast"), rows)
+    return aligned_table(("work", "dtype", "TRL", "loopfast"), rows)
 
 
 def sweep_table(results: Mapping[str, Any]) -> str:
@@ -94,7 +94,7 @@ def sweep_table(results: Mapping[str, Any]) -> str:
         for trainer, sweep in results.get("sweep", {}).items()
         for entry in sorted(sweep["settings"], key=lambda entry: -entry["reward"])
     ]
-    return table(("trainer", "setting", "iterations", "validation reward"), rows)
+    return aligned_table(("trainer", "setting", "iterations", "validation reward"), rows)
 
 
 def reward_table(results: Mapping[str, Any]) -> str:
@@ -113,7 +113,7 @@ def reward_table(results: Mapping[str, Any]) -> str:
             )
         )
     header = ("guidance", "TRL's reward", "TRL", "loopfast", "each seed", "TRL / ours")
-    return table(header, rows)
+    return aligned_table(header, rows)
 
 
 def _seeds(seconds: Iterable[float | None]) -> str:

@@ -47,8 +47,9 @@ def config_check(
     from loopfast.rewards import build_rewards
 
     # not for auto: another machine than this one may have GPUs
-    require_type(settings, settings.model.device)
-    require_settings(settings, settings.model.device)
+    model, distributed = settings.model, settings.distributed
+    require_type(model.dtype, distributed.zero_stage, model.device)
+    require_settings(settings.train, distributed, model.dtype, model.device)
     family = check_model(settings.model)
     if family is not None:
         load_schedule(settings.model, settings.rollout)
@@ -100,10 +101,11 @@ def config_deepspeed(
     from loopfast.planning.architectures import load_architecture
     from loopfast.system.device import torch_device
 
-    require_settings(settings, settings.model.device)
-    parameters = load_architecture(settings.model).denoiser.parameters()
-    pinned = torch_device(settings.model.device).type == "cuda"
-    print(json.dumps(deepspeed_settings(settings, parameters, pinned=pinned), indent=2))
+    model, sections = settings.model, (settings.train, settings.distributed)
+    require_settings(*sections, model.dtype, model.device)
+    parameters = load_architecture(model).denoiser.parameters()
+    pinned = torch_device(model.device).type == "cuda"
+    print(json.dumps(deepspeed_settings(*sections, model.dtype, parameters, pinned=pinned), indent=2))
 
 
 @config_app.command("schema", epilog="**Example:** `loopfast config schema > loopfast.schema.json`")

@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from loopfast.cli.app import app
 from loopfast.cli.options import Quiet, Seed
 from loopfast.errors import ConfigError, one_line
 from loopfast.system.libraries import quiet_libraries
 
-_EVAL_EXAMPLES = """
+_BENCHMARK_EXAMPLES = """
 **Examples**
 
-* `loopfast eval runs/tiny --prompts embedded:all-heldout`
+* `loopfast benchmark runs/tiny embedded --images-per-prompt 4`
 
-* `loopfast eval runs/tiny --benchmark embedded --images-per-prompt 4`
-
-* `loopfast eval runs/color --benchmark t2i-compbench --prompts-dir t2i-compbench --category color --metric-option
+* `loopfast benchmark runs/color t2i-compbench --prompts-dir t2i-compbench --category color --metric-option
 blip_vqa.weights=models/blip-vqa`
 """
 
-
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an exported LoRA's.")]
 Pretrained = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="The base model of a LoRA whose card does not say it: a folder, a file or a hub name.",
+        help="The base model of a LoRA whose card does not name it: a folder, a file or a hub name.",
     ),
+]
+Steps = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Denoising steps; default: the run's, or 50.")
+]
+Eta = Annotated[
+    float | None,
+    typer.Option(metavar="X", min=0, max=1, help="Noise of the DDIM sampler; default: the run's, or 0."),
+]
+NoiseLevel = Annotated[
+    float | None,
+    typer.Option(metavar="X", min=0, help="Noise of the flow-matching sampler; default: the run's, or 0."),
+]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(metavar="X", min=0, help="Classifier-free guidance; default: the run's, or 7.5."),
 ]
 
 
@@ -59,23 +73,10 @@ def sample(
     ] = None,
     count: Annotated[int, typer.Option(metavar="N", min=1, help="Images for each prompt.")] = 4,
     seed: Seed = 0,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Denoising steps; default: the run's, or 50.")
-    ] = None,
-    eta: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, max=1, help="Noise of the DDIM sampler; default: the run's, or 0."),
-    ] = None,
-    noise_level: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X", min=0, help="Noise of the flow-matching sampler; default: the run's, or 0."
-        ),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, help="Classifier-free guidance; default: the run's, or 7.5."),
-    ] = None,
+    steps: Steps = None,
+    eta: Eta = None,
+    noise_level: NoiseLevel = None,
+    guidance_scale: GuidanceScale = None,
     base: Annotated[
         bool,
         typer.Option(
@@ -123,139 +124,53 @@ def sample(
     print(f"{len(paths)} file(s) in {output}")
 
 
-@app.command(name="eval", epilog=_EVAL_EXAMPLES)
+class _Evaluate(TyperCommand):
+    """The command `eval`; its older spelling with `--benchmark` is handed to the command `benchmark`."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        benchmark: TyperCommand = parent.command.commands["benchmark"]
+        given = dict.fromkeys(argument.partition("=")[0] for argument in args)
+        if "--benchmark" not in given:
+            own, other = (
+                {name for p in c.params for name in p.opts + p.secondary_opts} for c in (self, benchmark)
+            )
+            if misplaced := [name for name in given if name in other - own]:
+                raise ConfigError(
+                    f"{', '.join(misplaced)}: only with --benchmark, or in `loopfast benchmark`"
+                )
+            return super().make_context(info_name, args, parent, **extra)
+        if "--prompts" in given:
+            raise ConfigError("--prompts: not with --benchmark, which has prompts of its own")
+        return benchmark.make_context(benchmark.name, args, parent, **extra)
+
+
+@app.command(
+    name="eval", cls=_Evaluate, epilog="**Example:** `loopfast eval runs/tiny --prompts embedded:all-heldout`"
+)
 def evaluate(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an exported LoRA's.")],
+    target: Run,
     prompts: Annotated[
         str | None,
         typer.Option(metavar="SOURCE", help="Prompts to draw; default: those the run was evaluated on."),
     ] = None,
     images_per_prompt: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="Images for each prompt; default: as in the run, of a benchmark 10."
-        ),
+        typer.Option(metavar="N", min=1, help="Images for each prompt; default: as in the run."),
     ] = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            help="The file for the scores as JSON; of a benchmark the folder, default: benchmarks/NAME in the run's.",
-        ),
+        typer.Option("--output", "-o", metavar="FILE", help="The file for the scores as JSON."),
     ] = None,
-    benchmark: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Measure on t2i-compbench or embedded, beside the base model."),
-    ] = None,
-    prompts_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Folder of T2I-CompBench's files, such as color_val.txt."),
-    ] = None,
-    categories: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--category", metavar="NAME", help="Of the benchmark; several times for several; default: all."
-        ),
-    ] = None,
-    metrics: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--metric",
-            metavar="CATEGORY=REWARD",
-            help="Measure a category by another reward: its name, or YAML such as {name: ..., options: {...}}.",
-        ),
-    ] = None,
-    metric_options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--metric-option",
-            metavar="REWARD.KEY=VALUE",
-            help="An option of a metric, such as blip_vqa.weights=FOLDER. May be given several times.",
-        ),
-    ] = None,
-    limit_prompts: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Only the first N prompts of each category.")
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Denoising steps of a benchmark; default: the run's."),
-    ] = None,
-    eta: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, max=1, help="DDIM's noise in a benchmark; default: the run's."),
-    ] = None,
-    noise_level: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, help="A flow's noise in a benchmark; default: the run's."),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, help="Guidance in a benchmark; default: the run's."),
-    ] = None,
-    base: Annotated[
-        bool,
-        typer.Option("--base/--no-base", help="Measure the model before training on the benchmark, too."),
-    ] = True,
-    keep_images: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Keep the first N images of each prompt of a benchmark.")
-    ] = 0,
     pretrained: Pretrained = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the reward of a run's model, or what it and the base model reach on a benchmark.
+    """Measure the reward of a run's model on the prompts of its evaluations, or on others.
 
-    A benchmark goes on where it was stopped, and draws every model's images from the same noise. Its folder has the
-    scores of each image, `results.json`, and `results.md`: the paper's table with 95 % confidence intervals.
+    Deprecated: `loopfast eval RUN --benchmark NAME`, with the options of `loopfast benchmark`, is the older spelling of
+    `loopfast benchmark RUN NAME`.
     """
-    for_benchmarks = {
-        "--prompts-dir": prompts_dir,
-        "--category": categories or None,
-        "--metric": metrics or None,
-        "--metric-option": metric_options or None,
-        "--limit-prompts": limit_prompts,
-        "--steps": steps,
-        "--eta": eta,
-        "--noise-level": noise_level,
-        "--guidance-scale": guidance_scale,
-        "--no-base": None if base else True,
-        "--keep-images": keep_images or None,
-    }
-    given = [name for name, value in for_benchmarks.items() if value is not None]
-    if benchmark is None and given:
-        raise ConfigError(f"{', '.join(given)}: only with --benchmark")
-    if benchmark is not None and prompts is not None:
-        raise ConfigError("--prompts: not with --benchmark, which has prompts of its own")
     quiet_libraries()
-    if benchmark is not None:
-        from loopfast.evaluation import benchmark_table, evaluate_benchmark
-        from loopfast.run.console import Display
-
-        with Display(quiet=quiet) as display:
-            found, titles = evaluate_benchmark(
-                target,
-                benchmark,
-                pretrained=pretrained,
-                prompts_dir=prompts_dir,
-                categories=categories or [],
-                metrics=metrics or [],
-                metric_options=metric_options or [],
-                images_per_prompt=images_per_prompt,
-                limit_prompts=limit_prompts,
-                steps=steps,
-                eta=eta,
-                noise_level=noise_level,
-                guidance_scale=guidance_scale,
-                base=base,
-                keep_images=keep_images,
-                seed=seed,
-                output=output,
-                display=display,
-            )
-        Console().print(benchmark_table(found, titles))
-        return
     from loopfast.evaluation import evaluate_checkpoint
     from loopfast.run.console import Display
 
@@ -278,6 +193,101 @@ def evaluate(
     Console().print(table)
 
 
+@app.command(epilog=_BENCHMARK_EXAMPLES)
+def benchmark(
+    target: Run,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The benchmark: t2i-compbench or embedded.")
+    ] = None,
+    option: Annotated[
+        str | None, typer.Option("--benchmark", metavar="NAME", help="The same, as an option.")
+    ] = None,
+    prompts_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder of T2I-CompBench's files, such as color_val.txt."),
+    ] = None,
+    categories: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--category",
+            metavar="NAME",
+            help="Measure this category only. May be given several times; default: all.",
+        ),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="CATEGORY=REWARD",
+            help="Measure a category by another reward: its name, or YAML such as {name: ..., options: {...}}.",
+        ),
+    ] = None,
+    metric_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric-option",
+            metavar="REWARD.KEY=VALUE",
+            help="An option of a metric, such as blip_vqa.weights=FOLDER. May be given several times.",
+        ),
+    ] = None,
+    images_per_prompt: Annotated[int, typer.Option(metavar="N", min=1, help="Images for each prompt.")] = 10,
+    limit_prompts: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only the first N prompts of each category.")
+    ] = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    eta: Eta = None,
+    noise_level: NoiseLevel = None,
+    guidance_scale: GuidanceScale = None,
+    base: Annotated[
+        bool, typer.Option("--base/--no-base", help="Measure the model before training, too.")
+    ] = True,
+    keep_images: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Keep the first N images of each prompt.")
+    ] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="The folder for scores and results; default: benchmarks/NAME in the run's.",
+        ),
+    ] = None,
+    pretrained: Pretrained = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what a run's model and the base model reach on a benchmark.
+
+    A benchmark that was stopped continues where it was. Every model's images are drawn from the same noise. The folder
+    has the scores of each image, `results.json`, and `results.md`: the paper's table with 95 % confidence intervals.
+    """
+    chosen = option if name is None else name
+    if chosen is None or (name is not None and option is not None):
+        raise ConfigError("give one benchmark: t2i-compbench or embedded")
+    quiet_libraries()
+    from loopfast.evaluation import BenchmarkChoice, SamplingPlan, benchmark_table, evaluate_benchmark
+    from loopfast.run.console import Display
+
+    choice = BenchmarkChoice(chosen, prompts_dir, categories or (), metrics or (), metric_options or ())
+    plan = SamplingPlan(images_per_prompt, seed, limit_prompts, keep_images)
+    with Display(quiet=quiet) as display:
+        found, titles = evaluate_benchmark(
+            target,
+            choice,
+            plan,
+            steps=steps,
+            eta=eta,
+            noise_level=noise_level,
+            guidance_scale=guidance_scale,
+            pretrained=pretrained,
+            base=base,
+            output=output,
+            display=display,
+        )
+    Console().print(benchmark_table(found, titles))
+
+
 @app.command(epilog="**Example:** `loopfast compare runs/loop runs/ppo runs/grpo --output comparison`")
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs' folders, finished or not.")],
@@ -291,7 +301,7 @@ def compare(
     """Show several runs side by side.
 
     A row for each: algorithm, K, iterations, images, time, and of its evaluations each reward at the first, the last
-    and the best. Then what they reached on benchmarks (`loopfast eval --benchmark`). With `--output` also as Markdown,
+    and the best. Then what they reached on benchmarks (`loopfast benchmark`). With `--output` also as Markdown,
     JSON and plots against iterations, images and seconds.
     """
     from loopfast.evaluation import compare_runs, comparison_tables

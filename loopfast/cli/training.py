@@ -73,7 +73,8 @@ def launch(
     from loopfast.run.folder import RunFolder
     from loopfast.system.device import torch_device
 
-    require_type(settings, torch_device(settings.model.device).type)
+    device = torch_device(settings.model.device).type
+    require_type(settings.model.dtype, settings.distributed.zero_stage, device)
     arguments = _arguments(name, overrides, resume, quiet)
     with _command_in_error("launch", "--nproc", str(processes), *arguments):
         if resume is None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -18,37 +18,36 @@ KeyPath = tuple[str | int, ...]
 # Deeper than any key, so that no document can exhaust the stack.
 _MAX_DEPTH = 16
 
-# YAML 1.1, PyYAML's dialect, reads ``off`` as false, ``1:30`` as ninety and ``1e-4`` as text.
-_CORE_SCHEMA: list[tuple[str, str, list[str]]] = [
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    (
-        "float",
+# The core schema of YAML 1.2: what each type of scalar looks like, and how it is read. YAML 1.1, which PyYAML reads by
+# default, takes ``off`` for false, ``1:30`` for ninety and ``1e-4`` for text.
+_SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+", int),
+    "float": (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
+        lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
     ),
-]
+}
 _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
     """Resolves plain scalars by the core schema of YAML 1.2."""
 
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # without those of YAML 1.1
+
 
 class Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML would read as something else."""
+    """Quotes text that either version of YAML would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: D102
         return True
 
 
-# Without those of PyYAML; of the class's own, so that PyYAML's loader keeps its.
-_Loader.yaml_implicit_resolvers = {}
-
-for _tag, _regexp, _first in _CORE_SCHEMA:
+for _kind, (_pattern, _) in _SCALARS.items():
     for _class in (_Loader, Dumper):
-        _class.add_implicit_resolver(_TAG + _tag, re.compile(rf"(?:{_regexp})\Z"), _first)
+        _class.add_implicit_resolver(_TAG + _kind, re.compile(rf"(?:{_pattern})\Z"), None)
 
 
 @dataclass
@@ -146,13 +145,11 @@ class Document:
             mark = error.problem_mark or error.context_mark
             where = place(mark.line + 1) if mark else self.name
             raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{place(1)}: not valid YAML: {first_line(error)}") from None
         except RecursionError:
             raise ConfigError(f"{place(1)}: nested too deeply") from None
-        except (ValueError, OverflowError) as error:
-            # PyYAML lets a malformed escape or version number through to int() and chr().
-            raise ConfigError(f"{place(1)}: not valid YAML: {error}") from None
+        # PyYAML passes a malformed escape or version number to int() and chr(), which raise the last two.
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
+            raise ConfigError(f"{place(1)}: not valid YAML: {first_line(error)}") from None
         seen: set[int] = set()
 
         def plain(node: yaml.Node, path: KeyPath) -> Any:
@@ -178,23 +175,16 @@ class Document:
                 return mapping
             if isinstance(node, yaml.SequenceNode) and kind == "seq":
                 return [plain(item, (*path, index)) for index, item in enumerate(node.value)]
+            if isinstance(node, yaml.ScalarNode) and kind == "str":
+                return node.value
             if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
                 try:
-                    return _SCALARS[kind](node.value)
+                    return _SCALARS[kind][1](node.value)
                 except ValueError:
                     raise ConfigError(f"{where}: {short(node.value)!r} is not of type {kind}") from None
             raise ConfigError(f"{where}: YAML tag {node.tag!r} is not supported")
 
         return None if root is None else plain(root, path)
-
-
-_SCALARS: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "null": lambda text: None,
-    "bool": lambda text: text.lower() == "true",
-    "int": int,
-    "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
-}
 
 
 def dotted(path: Sequence[str | int]) -> str:
@@ -206,7 +196,7 @@ def found(value: object) -> str:
     """A value as its author would recognize it."""
     if isinstance(value, dict):
         return "a mapping"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "a list"
     if isinstance(value, str):
         return repr(short(value))

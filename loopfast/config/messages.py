@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -29,6 +29,24 @@ def explain(error: ErrorDetails, document: Document) -> tuple[KeyPath, str]:
             path, schema = schema_at((*path, schema["required"][0]))
         return path, f"{dotted(path)} is missing: {schema.get('description') or allowed_values(schema)}"
     return problem(path, document.value(path), allowed_values(schema))
+
+
+def differences(before: Any, now: Any, ignored: Collection[str] = ()) -> list[str]:
+    """Returns the dotted keys whose values differ between two nested dictionaries, each with both values."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    return [
+        f"{key} (was {old.get(key)}, is {new.get(key)})"
+        for key in sorted((old.keys() | new.keys()).difference(ignored))
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, part in value.items():
+        yield from _leaves(part, f"{key}.{name}" if key else name)
 
 
 @cache

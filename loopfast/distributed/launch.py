@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from loopfast.errors import Interrupted, LoopfastError
-from loopfast.system.streams import SAID
+from loopfast.system.streams import PRINTED_ERRORS
 
 
 def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
@@ -54,11 +54,11 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with TemporaryDirectory(prefix="loopfast-launch-") as said:
         # Only one process prints an error that all of them raise.
-        os.environ[SAID] = said
+        os.environ[PRINTED_ERRORS] = said
         try:
             _run(config, arguments, restarts, said)
         finally:
-            del os.environ[SAID]
+            del os.environ[PRINTED_ERRORS]
 
 
 def _run(config: LaunchConfig, arguments: Sequence[str], restarts: int, said: str) -> None:

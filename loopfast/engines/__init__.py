@@ -1,6 +1,6 @@
 """Engines own the trained weights and the optimizer."""
 
-from loopfast.config import Config
+from loopfast.config import DistributedConfig, TrainConfig
 from loopfast.distributed.world import World
 from loopfast.engines.base import Engine
 from loopfast.engines.deepspeed_config import deepspeed_settings
@@ -18,14 +18,14 @@ __all__ = [
 ]
 
 
-def build_engine(policy: Policy, config: Config, world: World) -> Engine:
-    """The engine that a configuration needs in a group of processes."""
-    if not config.distributed.needs_deepspeed(world.size):
-        return LocalEngine(policy, config.train)
-    if config.distributed.zero_stage == 0:
+def build_engine(policy: Policy, train: TrainConfig, distributed: DistributedConfig, world: World) -> Engine:
+    """Returns the engine that owns a policy's weights in a group of processes."""
+    if not distributed.needs_deepspeed(world.size):
+        return LocalEngine(policy, train)
+    if distributed.zero_stage == 0:
         from loopfast.engines.data_parallel import ReplicatedEngine
 
-        return ReplicatedEngine(policy, config, world)
+        return ReplicatedEngine(policy, train, distributed, world)
     from loopfast.engines.zero import ZeroEngine
 
-    return ZeroEngine(policy, config, world)
+    return ZeroEngine(policy, train, distributed, world)

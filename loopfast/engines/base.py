@@ -1,4 +1,4 @@
-"""What the trainer asks of an engine, whoever owns the weights."""
+"""The interface that every engine has for the trainer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from loopfast.config import TrainConfig
 class Engine(Protocol):
     """Accumulates gradients, clips them and takes optimizer steps under a learning-rate schedule.
 
-    In a group of processes every method is called by all of them, in the same order.
+    In a group of processes, all of them call every method in the same order.
 
     Attributes:
-        sharded: whether the denoiser's weights are spread over processes, so that only `whole` shows them.
+        sharded: whether the denoiser's weights are spread over processes, so that they are read inside `gathered`.
         retries: whether an update that ran out of memory can be tried again with fewer rows.
     """
 
@@ -28,87 +28,87 @@ class Engine(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """The learning rate of the next update."""
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Adds the loss's gradient to what is accumulated for the next update; the sum over processes counts.
+        """Adds the loss's gradient to the accumulated one. The next update uses the sum over processes.
 
         Args:
-            loss: this process's part of it.
-            last: whether no other follows before the update.
+            loss: this process's part of the loss.
+            last: whether this is the last call before the update.
         """
 
     def discard(self) -> None:
-        """Forgets what is accumulated for the next update."""
+        """Clears the accumulated gradient."""
 
     def update(self) -> float | None:
         """Takes one optimizer step with the accumulated gradient, and clears it.
 
         Returns:
-            The gradient's norm before clipping. None where it overflows float16: no step was taken, nothing was
-            counted, and the loss scale is lower now, so that the same gradient can be accumulated again. This is so in
-            all processes or in none.
+            The gradient's norm before clipping. It is None, in all processes, if the gradient overflows float16. Then
+            no step was taken or counted, and the loss scale is lower now, so that the same gradient can be accumulated
+            again.
 
         Raises:
-            NonFiniteError: the gradient is NaN or infinite, in float16 at the lowest loss scale too; the weights are as
-                they were.
+            NonFiniteError: the gradient is NaN or infinite, in float16 at the lowest loss scale too. The weights are
+                unchanged.
         """
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the policy has the moving average of its weights, where ``train.ema_decay`` keeps one."""
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Context in which the policy has its EMA weights, if ``train.ema_decay`` is set."""
 
-    def whole(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
-        """Inside, these parameters of the denoiser have their whole values, to be read."""
+    def gathered(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
+        """Context in which these parameters of the denoiser have their full values, for reading."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The trained weights by name, float32 where an optimizer keeps such; in the first process only."""
+        """Returns the trained weights by name, in the first process only; float32 if the optimizer keeps float32."""
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Weights and optimizer state as groups of named tensors, and the rest as JSON.
+        """Returns weights and optimizer state as named tensors by file, and the rest of the state as JSON.
 
-        Neither depends on the number of processes or the engine. The tensors are there in the first process only.
+        Both are the same for every number of processes and every engine. Only the first process has the tensors.
         """
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        """Takes back what :meth:`state` gave.
+        """Restores a state that :meth:`state` returned.
 
         Args:
-            tensors: in the first process; the others' are not looked at.
-            state: the same in every process.
+            tensors: the tensors; only those of the first process are read.
+            state: the rest, equal in every process.
 
         Raises:
             ValueError: the weights are not those of this model, or the state is another optimizer's.
         """
 
     def memory(self) -> dict[str, int]:
-        """Bytes that this process holds: ``weights``, ``gradients``, ``optimizer`` and ``reference``."""
+        """Returns the bytes that this process holds: ``weights``, ``gradients``, ``optimizer`` and ``reference``."""
 
 
-def learning_rate(config: TrainConfig, updates: int) -> float:
-    """Of the update after so many: linear warm-up, then the configured course to the end of the run."""
-    if updates < config.warmup_updates:
-        return config.learning_rate * (updates + 1) / config.warmup_updates
-    total = config.iterations * config.updates_per_iteration * config.inner_epochs
-    progress = min(1.0, (updates - config.warmup_updates) / max(1, total - config.warmup_updates))
+def learning_rate(train: TrainConfig, updates: int) -> float:
+    """Returns the learning rate after a number of updates: linear warm-up, then ``train.lr_schedule``."""
+    if updates < train.warmup_updates:
+        return train.learning_rate * (updates + 1) / train.warmup_updates
+    total = train.iterations * train.updates_per_iteration * train.inner_epochs
+    progress = min(1.0, (updates - train.warmup_updates) / max(1, total - train.warmup_updates))
     factor = {
         "constant": 1.0,
         "linear": 1.0 - progress,
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[config.lr_schedule]
-    return config.learning_rate * factor
+    }[train.lr_schedule]
+    return train.learning_rate * factor
 
 
 def require_same(saved: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    """Makes sure that saved weights are those of a model.
+    """Checks that saved weights have the names and shapes of a model's.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they do not.
     """
     if {name: value.shape for name, value in saved.items()} != dict(shapes):
         raise ValueError("its weights are not those of this configuration's model")
 
 
 def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the storages that tensors lie in, each counted once."""
+    """Returns the bytes of the tensors' storages, counting each storage once."""
     storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())

@@ -1,4 +1,4 @@
-"""All weights in every process, and gradients added up."""
+"""The engine that holds all weights in every process and sums the gradients."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from loopfast.config import Config
+from loopfast.config import DistributedConfig, TrainConfig
 from loopfast.distributed.world import World
-from loopfast.engines.deepspeed import initialize, lay_out, require_same_everywhere
+from loopfast.engines.base import require_same
+from loopfast.engines.deepspeed import check_on_all, initialize, make_contiguous
 from loopfast.engines.local import LocalEngine
 from loopfast.policies import Policy
 
 
 class ReplicatedEngine(LocalEngine):
-    """Stage 0: every process has everything, and DeepSpeed adds up the gradients.
+    """ZeRO stage 0: every process holds everything, and DeepSpeed sums the gradients.
 
     Args:
-        policy: whose trainable parameters it owns.
-        config: the run.
-        world: the processes; joined to a group of ``torch.distributed``.
+        policy: the policy whose trainable parameters the engine owns.
+        train, distributed: the sections.
+        world: the processes, joined to a group of ``torch.distributed``.
 
     Raises:
         ConfigError: the settings of ``distributed.deepspeed`` cannot be used.
@@ -31,36 +32,39 @@ class ReplicatedEngine(LocalEngine):
 
     retries = False
 
-    def __init__(self, policy: Policy, config: Config, world: World) -> None:
+    def __init__(
+        self, policy: Policy, train: TrainConfig, distributed: DistributedConfig, world: World
+    ) -> None:
         self._world = world
-        lay_out(policy.denoiser)
-        super().__init__(policy, config.train)
+        make_contiguous(policy.denoiser)
+        super().__init__(policy, train)
+        # DeepSpeed only reduces the gradients: the base class clips them and takes the steps
         module = torch.nn.ParameterList(self._parameters)
-        # not the clipping, nor the step, which are the base's
-        self._engine = initialize(module, config, policy, self._optimizer, self._parameters)
+        self._engine = initialize(module, policy, train, distributed, self._optimizer)
 
     @override
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        # it takes the processes' mean
+        # DeepSpeed takes the mean over the processes
         self._engine.backward(self._scale.scaled(loss) * self._world.size, scale_wrt_gas=False)
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        require_same_everywhere(self._world, tensors, {name: p.shape for name, p in self._named.items()})
-        known = self._world.on_main(
+        shapes = {name: parameter.shape for name, parameter in self._named.items()}
+        check_on_all(self._world, lambda: require_same(tensors["policy"], shapes))
+        layout = self._world.on_main(
             lambda: {
-                group: {name: (value.shape, value.dtype) for name, value in tensors.get(group, {}).items()}
-                for group in ("policy", "optimizer", "average")
+                file: {name: (value.shape, value.dtype) for name, value in tensors.get(file, {}).items()}
+                for file in ("policy", "optimizer", "average")
             }
         )
         received = {
-            group: {
+            file: {
                 name: self._world.broadcast(
-                    tensors[group][name] if self._world.is_main else torch.empty(shape, dtype=dtype)
+                    tensors[file][name] if self._world.is_main else torch.empty(shape, dtype=dtype)
                 )
                 for name, (shape, dtype) in named.items()
             }
-            for group, named in known.items()
+            for file, named in layout.items()
         }
         super().load_state(received, state)

@@ -1,25 +1,27 @@
-"""DeepSpeed's settings, made from ours."""
+"""DeepSpeed's settings, made from a configuration."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from loopfast.config import Config
-from loopfast.engines import deepspeed_file
+from loopfast.config import DistributedConfig, TrainConfig
+from loopfast.engines.deepspeed_file import with_file
 
 
-def deepspeed_settings(config: Config, parameters: int, *, pinned: bool = False) -> dict[str, Any]:
-    """What DeepSpeed is started with: what a configuration decides, and the further settings of the user's own file.
+def deepspeed_settings(
+    train: TrainConfig, distributed: DistributedConfig, dtype: str, parameters: int, *, pinned: bool = False
+) -> dict[str, Any]:
+    """Returns the settings that DeepSpeed is started with, those of the user's own file included.
 
     Args:
-        config: the run.
-        parameters: of the denoiser; buffers are a share of it, so that a small model's are small.
-        pinned: whether what waits on the host lies in page-locked memory, as copies from and to a GPU want.
+        train, distributed: the sections.
+        dtype: ``model.dtype``.
+        parameters: the number of the denoiser's parameters; buffers are a share of it.
+        pinned: whether offloaded tensors lie in page-locked memory, which makes copies from and to a GPU faster.
 
     Raises:
         ConfigError: the file of ``distributed.deepspeed`` cannot be read, or contradicts the configuration.
     """
-    distributed = config.distributed
     stage = distributed.zero_stage
     zero: dict[str, Any] = {"stage": stage}
     bucket, live = buffer_sizes(parameters)
@@ -39,23 +41,20 @@ def deepspeed_settings(config: Config, parameters: int, *, pinned: bool = False)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.train.max_grad_norm,
+        "gradient_clipping": train.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
-        # on by default, and it waits for the GPU at every call of the denoiser
+        # DeepSpeed's default waits for the GPU at every call of the denoiser
         "timers": {"throughput": {"enabled": False}},
     }
-    if stage and config.model.dtype != "float32":
-        settings |= _mixed_precision(config.model.dtype, stage)
-    if distributed.deepspeed is not None:
-        theirs = deepspeed_file.read(distributed.deepspeed)
-        settings = deepspeed_file.merged(settings, theirs, config, distributed.deepspeed)
-    return settings
+    if stage and dtype != "float32":
+        settings |= _mixed_precision(dtype, stage)
+    return settings if distributed.deepspeed is None else with_file(settings, train, distributed, dtype)
 
 
 def buffer_sizes(parameters: int) -> tuple[int, int]:
-    """How many numbers are sent at a time, and how many stay gathered, for a denoiser of so many parameters."""
+    """Returns how many weights are sent at a time and how many stay gathered, for a denoiser of this size."""
     return _within(parameters // 40, 1e5, 5e7), _within(parameters // 20, 1e6, 2e8)
 
 
@@ -63,11 +62,11 @@ def _mixed_precision(dtype: str, stage: int) -> dict[str, Any]:
     if dtype == "bfloat16":
         settings: dict[str, Any] = {"bf16": {"enabled": True, "check_grad_overflow": True}}
     else:
-        # as torch's GradScaler starts and grows
+        # the start and growth of torch's GradScaler
         scale = {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}
         settings = {"fp16": {"enabled": True, **scale}}
     if stage >= 2 or dtype == "float16":
-        # DeepSpeed's stage 1 has another optimizer for this in bfloat16, which cannot take a gradient of zero
+        # not at stage 1 in bfloat16: the optimizer that DeepSpeed takes for this case fails on a gradient of zero
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 

@@ -1,19 +1,19 @@
-"""A user's own file of DeepSpeed settings: how it is read, and what it adds to ours."""
+"""Reads a user's own file of DeepSpeed settings, and adds it to the configuration's."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from loopfast.config import Config
+from loopfast.config import DistributedConfig, TrainConfig
 from loopfast.errors import ConfigError, short
 from loopfast.system.files import read_settings
 
-# Keys of the first level that DeepSpeed 0.19 reads or names as removed, by what belongs there.
+# The keys of the first level that DeepSpeed 0.19 reads or names as removed, by the kind of their values.
 _SECTION, _NUMBER, _SWITCH, _TEXT = "a section {...}", "a number above 0", "true or false", "text"
 KNOWN: dict[str, str] = {
     **dict.fromkeys(
@@ -98,22 +98,17 @@ KNOWN: dict[str, str] = {
         _TEXT,
     ),
 }
-# Sections with names, which may look like numbers.
+# Sections whose values are names, which may look like numbers.
 _NAMES = ("comet", "csv_monitor", "tensorboard", "wandb")
 _DEEPEST = 16
 
 _Path = tuple[str, ...]
-# What of a configuration decides an entry, and the value that says the same; `_NOTHING` where none does.
-_Decision = tuple[tuple[str, ...], Any]
-_NOTHING = object()
+# Marks an entry of which no fixed value agrees with the configuration.
+_NO_VALUE = object()
 
 
-def read(file: str) -> dict[str, Any]:
-    """The settings in a user's file, in UTF-8 with or without a byte order mark.
-
-    Raises:
-        ConfigError: it cannot be read, is not valid JSON, or holds keys or values that DeepSpeed does not know.
-    """
+def _read(file: str) -> dict[str, Any]:
+    """Returns the settings in a user's file, in UTF-8 with or without a byte order mark."""
     path = Path(file).expanduser()
     try:
         found = json.loads(
@@ -140,24 +135,27 @@ def read(file: str) -> dict[str, Any]:
     return found
 
 
-def merged(ours: dict[str, Any], theirs: Mapping[str, Any], config: Config, file: str) -> dict[str, Any]:
-    """Our settings with what a user's file adds.
+def with_file(
+    ours: dict[str, Any], train: TrainConfig, distributed: DistributedConfig, dtype: str
+) -> dict[str, Any]:
+    """Returns settings with those of the file that ``distributed.deepspeed`` names.
 
-    An empty section, null and ``auto`` add nothing. What the configuration decides is compared and not taken over.
+    An empty section, null and ``auto`` add nothing. An entry that the configuration decides has to agree with it.
 
     Args:
         ours: the settings that the configuration gives.
-        theirs: the content of the file.
-        config: the run.
-        file: its name, for errors.
+        train, distributed: the sections.
+        dtype: ``model.dtype``.
 
     Raises:
-        ConfigError: the file contradicts the configuration.
+        ConfigError: the file cannot be read, is not valid JSON, holds keys or values that DeepSpeed does not know, or
+            contradicts the configuration.
     """
-    decisions = _decisions(config)
+    file = str(distributed.deepspeed)
+    decisions = _decisions(train, distributed, dtype)
     sections = {path[:end] for path in decisions for end in range(1, len(path))}
     result = json.loads(json.dumps(ours))
-    for path, value in _leaves(theirs):
+    for path, value in _leaves(_read(file)):
         if value is None or value == "auto":
             continue
         if path in sections:
@@ -165,12 +163,12 @@ def merged(ours: dict[str, Any], theirs: Mapping[str, Any], config: Config, file
         present, found = _lookup(ours, path)
         decided = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in decisions), None)
         if decided is not None:
-            keys, same = decisions[decided] if decided == path else (decisions[decided][0], _NOTHING)
-            if same is _NOTHING and present:
+            keys, same = decisions[decided] if decided == path else (decisions[decided][0], _NO_VALUE)
+            if same is _NO_VALUE and present:
                 same = found
             if not (_equal(value, same) or (present and _equal(value, found))):
-                allowed = '"auto"' if same is _NOTHING else f'{_shown(same)} or "auto"'
-                raise _refusal(file, path, value, f"{allowed} with {_in_words(config, keys)}")
+                allowed = '"auto"' if same is _NO_VALUE else f'{_shown(same)} or "auto"'
+                raise _refusal(file, path, value, f"{allowed} with {keys}")
             continue
         target = result
         for part in path[:-1]:
@@ -181,50 +179,52 @@ def merged(ours: dict[str, Any], theirs: Mapping[str, Any], config: Config, file
     return result
 
 
-def _decisions(config: Config) -> dict[_Path, _Decision]:
-    """The entries that a configuration decides."""
-    train, dtype, offload = config.train, config.model.dtype, config.distributed.offload
+def _decisions(
+    train: TrainConfig, distributed: DistributedConfig, dtype: str
+) -> dict[_Path, tuple[str, Any]]:
+    """Returns the entries that a configuration decides: the keys that do, for an error, and the value that agrees."""
+    offload = distributed.offload
     updates = train.iterations * train.updates_per_iteration * train.inner_epochs
     course = {"constant": "WarmupLR", "linear": "WarmupDecayLR", "cosine": "WarmupCosineLR"}
-    # without a key of ours: the engine works in one way only
-    found: dict[str, tuple[str | Sequence[str], Any]] = {
-        "train_batch_size": ("train.updates_per_iteration", _NOTHING),
-        "train_micro_batch_size_per_gpu": ("train.microbatch", _NOTHING),
-        "gradient_accumulation_steps": ("train.microbatch", _NOTHING),
+    # an entry without keys is decided by the engine, which supports one value only
+    entries: dict[str, tuple[str, Any]] = {
+        "train_batch_size": ("train.updates_per_iteration", _NO_VALUE),
+        "train_micro_batch_size_per_gpu": ("train.microbatch", _NO_VALUE),
+        "gradient_accumulation_steps": ("train.microbatch", _NO_VALUE),
         "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm),
-        "gradient_allreduce_op": ((), "mean"),
-        "sequence_parallel_size": ((), 1),
-        "tensor_parallel": ((), _NOTHING),
-        "expert_parallel": ((), _NOTHING),
-        "optimizer": ("train.optimizer", _NOTHING),
-        "optimizer.type": ("train.optimizer", "AdamW" if train.optimizer == "adamw" else _NOTHING),
+        "gradient_allreduce_op": ("", "mean"),
+        "sequence_parallel_size": ("", 1),
+        "tensor_parallel": ("", _NO_VALUE),
+        "expert_parallel": ("", _NO_VALUE),
+        "optimizer": ("train.optimizer", _NO_VALUE),
+        "optimizer.type": ("train.optimizer", "AdamW" if train.optimizer == "adamw" else _NO_VALUE),
         "optimizer.params.lr": ("train.learning_rate", train.learning_rate),
-        "optimizer.params.betas": (("train.beta1", "train.beta2"), [train.beta1, train.beta2]),
+        "optimizer.params.betas": ("train.beta1 train.beta2", [train.beta1, train.beta2]),
         "optimizer.params.eps": ("train.optimizer", 1e-8),
         "optimizer.params.weight_decay": ("train.weight_decay", train.weight_decay),
-        "scheduler": ("train.lr_schedule", _NOTHING),
+        "scheduler": ("train.lr_schedule", _NO_VALUE),
         "scheduler.type": ("train.lr_schedule", course[train.lr_schedule]),
         "scheduler.params.warmup_min_lr": ("train.warmup_updates", 0),
         "scheduler.params.warmup_max_lr": ("train.learning_rate", train.learning_rate),
         "scheduler.params.warmup_num_steps": ("train.warmup_updates", train.warmup_updates),
         "scheduler.params.warmup_type": ("train.warmup_updates", "linear"),
         "scheduler.params.total_num_steps": (
-            ("train.iterations", "train.updates_per_iteration", "train.inner_epochs"),
+            "train.iterations train.updates_per_iteration train.inner_epochs",
             updates,
         ),
-        "bf16": ("model.dtype", _NOTHING),
+        "bf16": ("model.dtype", _NO_VALUE),
         "bf16.enabled": ("model.dtype", dtype == "bfloat16"),
-        "bfloat16": ("model.dtype", _NOTHING),
+        "bfloat16": ("model.dtype", _NO_VALUE),
         "bfloat16.enabled": ("model.dtype", dtype == "bfloat16"),
         "fp16.enabled": ("model.dtype", dtype == "float16"),
         "fp16.auto_cast": ("model.dtype", False),
         "fp16.fp16_master_weights_and_grads": ("model.dtype", False),
-        "amp": ("model.dtype", _NOTHING),
+        "amp": ("model.dtype", _NO_VALUE),
         "amp.enabled": ("model.dtype", False),
-        "torch_autocast": ("model.dtype", _NOTHING),
+        "torch_autocast": ("model.dtype", _NO_VALUE),
         "torch_autocast.enabled": ("model.dtype", False),
-        "data_types": ("model.dtype", _NOTHING),
-        "zero_optimization.stage": ("distributed.zero_stage", config.distributed.zero_stage),
+        "data_types": ("model.dtype", _NO_VALUE),
+        "zero_optimization.stage": ("distributed.zero_stage", distributed.zero_stage),
         "zero_optimization.offload_param.device": (
             "distributed.offload",
             "cpu" if offload == "all" else "none",
@@ -235,12 +235,18 @@ def _decisions(config: Config) -> dict[_Path, _Decision]:
         ),
         "zero_optimization.cpu_offload": ("distributed.offload", offload != "none"),
         "zero_optimization.cpu_offload_param": ("distributed.offload", offload == "all"),
-        "zero_allow_untested_optimizer": ("train.optimizer", _NOTHING),
-        "zero_force_ds_cpu_optimizer": ("train.optimizer", _NOTHING),
+        "zero_allow_untested_optimizer": ("train.optimizer", _NO_VALUE),
+        "zero_force_ds_cpu_optimizer": ("train.optimizer", _NO_VALUE),
     }
+    sections = {"train": dict(train), "distributed": dict(distributed), "model": {"dtype": dtype}}
+
+    def in_words(keys: str) -> str:
+        pairs = (key.split(".") for key in keys.split())
+        return ", ".join(f"{section}.{name}: {sections[section][name]}" for section, name in pairs)
+
     return {
-        tuple(path.split(".")): ((keys,) if isinstance(keys, str) else tuple(keys), same)
-        for path, (keys, same) in found.items()
+        tuple(path.split(".")): (in_words(keys) or "loopfast's engine", same)
+        for path, (keys, same) in entries.items()
     }
 
 
@@ -268,7 +274,7 @@ def _problem_of_first_level(key: str, value: Any) -> str | None:
 
 
 def _problem(path: _Path, value: Any) -> str | None:
-    """What is wrong with a value wherever it stands."""
+    """Returns what is wrong with a value at any level."""
     if len(path) > _DEEPEST:
         return "nested too deeply"
     if isinstance(value, float) and not math.isfinite(value):
@@ -287,7 +293,7 @@ def _is_number(text: str) -> bool:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are each given once."""
+    """Returns an object of JSON, each of whose keys is given once."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -301,7 +307,7 @@ def _no_number(text: str) -> float:
 
 
 def _leaves(settings: Mapping[str, Any], path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
-    """Every value that is no section; what is too deep comes as one."""
+    """Yields every value that is not a section. A section that is nested too deeply counts as a value."""
     for key, value in settings.items():
         if isinstance(value, dict) and len(path) < _DEEPEST:
             yield from _leaves(value, (*path, key))
@@ -318,19 +324,10 @@ def _lookup(settings: Any, path: _Path) -> tuple[bool, Any]:
 
 
 def _equal(value: Any, other: Any) -> bool:
-    """Whether two values say the same; true is not 1, and the names of DeepSpeed's classes have no case."""
+    """Returns whether two values agree: true is not 1, and DeepSpeed's names have no case."""
     if isinstance(value, str) and isinstance(other, str):
         return value.lower() == other.lower()
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
-
-
-def _in_words(config: Config, keys: Sequence[str]) -> str:
-    """The keys of a configuration and their values."""
-    words = []
-    for key in keys:
-        section, name = key.split(".")
-        words.append(f"{key}: {getattr(getattr(config, section), name)}")
-    return ", ".join(words) or "loopfast's engine"
 
 
 def _dotted(path: _Path) -> str:
@@ -338,5 +335,5 @@ def _dotted(path: _Path) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of JSON in one short line."""
+    """Returns a value of JSON in one short line."""
     return short(json.dumps(value))

@@ -1,4 +1,4 @@
-"""A moving average of the trained weights."""
+"""The exponential moving average (EMA) of the trained weights."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import torch
 from torch import Tensor
 
 
-class WeightAverage:
+class EMAWeights:
     """An exponential moving average of parameters, in float32.
 
     After update n it is ``d · average + (1 - d) · weights`` with ``d = min(decay, (1 + n) / (10 + n))``, so that the
-    weights before training are soon forgotten (as in TensorFlow's ``ExponentialMovingAverage``).
+    initial weights are soon forgotten (as in TensorFlow's ``ExponentialMovingAverage``).
 
     Args:
-        parameters: whole ones, by name; the average starts at their values.
-        decay: the largest.
+        parameters: full parameters by name. The average starts at their values.
+        decay: the largest ``d``.
 
     Attributes:
-        weights: the average by name.
+        weights: the averages by name.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
         self._parameters: list[Tensor] = list(parameters.values())
         self._decay = decay
-        # copies even where the parameters are float32, and laid out as they are: otherwise the kernels that take a list
-        # of tensors at once take them one by one
+        # Always copies, with the parameters' strides: the kernels for lists of tensors need equal strides to be fast.
         self.weights = {
             name: torch.empty_like(parameter, dtype=torch.float32).copy_(parameter.detach())
             for name, parameter in parameters.items()
@@ -36,14 +35,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Takes in the weights after so many updates."""
+        """Adds the weights of now, after this number of updates, to the average."""
         decay = min(self._decay, (1 + updates) / (10 + updates))
-        # float() copies nothing of float32, which trained weights are wherever this is used
+        # trained weights are float32 wherever this class is used, so float() copies nothing
         torch._foreach_lerp_(self._weights, [parameter.float() for parameter in self._parameters], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the parameters have the average's values."""
+        """Context in which the parameters have the average's values."""
         before = [parameter.detach().clone() for parameter in self._parameters]
         self._set(self._weights)
         try:
@@ -57,6 +56,6 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes an average back that `weights` gave."""
+        """Restores an average that was saved from `weights`."""
         for name, value in self.weights.items():
             value.copy_(weights[name])

@@ -1,4 +1,4 @@
-"""All weights in this process: AdamW on the policy's trainable parameters."""
+"""The engine that holds all weights in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from loopfast.config import TrainConfig
 from loopfast.engines.base import Engine, learning_rate, require_same, tensor_bytes
-from loopfast.engines.ema import WeightAverage
+from loopfast.engines.ema import EMAWeights
 from loopfast.engines.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from loopfast.engines.scaling import LossScale
 from loopfast.errors import NonFiniteError
@@ -24,8 +24,8 @@ class LocalEngine(Engine):
     """AdamW by PyTorch or bitsandbytes; see `Engine`.
 
     Args:
-        policy: whose trainable parameters it owns.
-        config: the section ``train``.
+        policy: the policy whose trainable parameters the engine owns.
+        train: the section.
 
     Raises:
         MissingExtraError: ``train.optimizer`` needs a package that is not installed.
@@ -34,20 +34,20 @@ class LocalEngine(Engine):
     sharded = False
     retries = True
 
-    def __init__(self, policy: Policy, config: TrainConfig) -> None:
-        self._policy, self._config = policy, config
+    def __init__(self, policy: Policy, train: TrainConfig) -> None:
+        self._policy, self._train = policy, train
         self._named = policy.trainable()
         self._parameters = list(self._named.values())
-        self._optimizer = build_optimizer(self._parameters, config)
+        self._optimizer = build_optimizer(self._parameters, train)
         self._updates = 0
-        decay = config.ema_decay
-        self._average = None if decay is None else WeightAverage(self._named, decay)
+        decay = train.ema_decay
+        self._ema = None if decay is None else EMAWeights(self._named, decay)
         self._scale = LossScale(enabled=policy.dtype == torch.float16)
 
     @property
     @override
     def learning_rate(self) -> float:
-        return learning_rate(self._config, self._updates)
+        return learning_rate(self._train, self._updates)
 
     @override
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
@@ -62,9 +62,8 @@ class LocalEngine(Engine):
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         self._scale.unscale(self._parameters)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self._parameters, self._config.max_grad_norm, foreach=True
-        ).item()
+        total = torch.nn.utils.clip_grad_norm_(self._parameters, self._train.max_grad_norm, foreach=True)
+        norm = total.item()
         if not math.isfinite(norm):
             self.discard()
             if self._scale.lower():
@@ -74,16 +73,16 @@ class LocalEngine(Engine):
         self._scale.succeeded()
         self._optimizer.zero_grad(set_to_none=True)
         self._updates += 1
-        if self._average is not None:
-            self._average.update(self._updates)
+        if self._ema is not None:
+            self._ema.update(self._updates)
         return norm
 
     @override
-    def averaged(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._average is None else self._average.applied()
+    def ema_weights(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._ema is None else self._ema.applied()
 
     @override
-    def whole(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
+    def gathered(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
         return nullcontext()
 
     @override
@@ -93,17 +92,17 @@ class LocalEngine(Engine):
     @override
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         tensors = {"policy": self.weights(), "optimizer": optimizer_state(self._optimizer, self._named)}
-        if self._average is not None:
-            tensors["average"] = self._average.weights
+        if self._ema is not None:
+            tensors["average"] = self._ema.weights
         return tensors, {"updates": self._updates, "scaler": self._scale.state_dict()}
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
         shapes = {name: parameter.shape for name, parameter in self._named.items()}
         require_same(tensors["policy"], shapes)
-        if self._average is not None:
+        if self._ema is not None:
             require_same(tensors.get("average", {}), shapes)
-            self._average.load(tensors["average"])
+            self._ema.load(tensors["average"])
         with torch.no_grad():
             for name, parameter in self._named.items():
                 parameter.copy_(tensors["policy"][name])
@@ -114,7 +113,7 @@ class LocalEngine(Engine):
     @override
     def memory(self) -> dict[str, int]:
         states = [value for state in self._optimizer.state.values() for value in state.values()]
-        states += [] if self._average is None else self._average.weights.values()
+        states += [] if self._ema is None else self._ema.weights.values()
         reference = self._policy.reference_denoiser
         return {
             "weights": tensor_bytes(self._policy.denoiser.parameters()),

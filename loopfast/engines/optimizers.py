@@ -11,15 +11,15 @@ from torch import Tensor
 from loopfast.config import TrainConfig
 from loopfast.errors import MissingExtraError
 
-# bitsandbytes' tables from 8 bits to numbers: the same for every parameter and every run
+# bitsandbytes' tables from 8-bit codes to numbers, which are the same for every parameter and every run
 _TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that ``train.optimizer`` names.
+    """Returns the optimizer that ``train.optimizer`` names.
 
     Raises:
-        MissingExtraError: it needs bitsandbytes, which is not installed.
+        MissingExtraError: the optimizer needs bitsandbytes, which is not installed.
     """
     options: dict[str, Any] = {
         "lr": config.learning_rate,
@@ -37,7 +37,7 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfi
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state as tensors ``<parameter>.<key>``; counters become int64 scalars."""
+    """Returns the state as tensors named ``<parameter>.<key>``. Counters become int64 scalars."""
     return {
         f"{name}.{key}": value.contiguous() if isinstance(value, Tensor) else torch.tensor(value)
         for name, parameter in named.items()
@@ -46,17 +46,26 @@ def optimizer_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor
     }
 
 
+def require_state_of(saved: Mapping[str, Tensor], *, eight_bit: bool) -> None:
+    """Checks that a saved state, unless it is empty, is one of an optimizer with or without 8-bit moments.
+
+    Raises:
+        ValueError: the state is another optimizer's.
+    """
+    if saved and any(name.endswith(".state1") for name in saved) != eight_bit:
+        raise ValueError("its optimizer state is not that of train.optimizer")
+
+
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], saved: Mapping[str, Tensor]
 ) -> None:
-    """Takes back what `optimizer_state` gave.
+    """Restores a state that `optimizer_state` returned.
 
     Raises:
-        ValueError: it is another optimizer's.
+        ValueError: the state is another optimizer's.
     """
     eight_bit = not isinstance(optimizer, torch.optim.AdamW)
-    if any(name.endswith(".state1") for name in saved) != eight_bit and saved:
-        raise ValueError("its optimizer state is not that of train.optimizer")
+    require_state_of(saved, eight_bit=eight_bit)
     for full_name, value in saved.items():
         name, _, key = full_name.rpartition(".")
         parameter = named[name]
@@ -64,7 +73,7 @@ def load_optimizer_state(
         if eight_bit and key == "step":
             state[key] = int(value)
         elif value.shape == parameter.shape:
-            # fused kernels walk a parameter and its moments side by side: they must be laid out alike
+            # fused kernels need the strides of a parameter and its moments to be equal
             state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         else:
             state[key] = value.to(parameter.device)

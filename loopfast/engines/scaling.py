@@ -1,4 +1,4 @@
-"""The loss scale of float16, without which small gradients vanish and with which large ones overflow."""
+"""The loss scale of float16. Without it small gradients underflow; with it large ones overflow."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ import torch
 from torch import Tensor
 
 FIRST = 65536.0
-"""The scale that a run begins with."""
+"""The initial scale."""
 
 GROWTH_INTERVAL = 2000
-"""Updates without an overflow after which the scale is doubled."""
+"""The number of updates without an overflow after which the scale doubles."""
 
 SMALLEST = 1.0
 
 
 class LossScale:
-    """A factor of the loss: halved when a gradient overflows, doubled after many updates without an overflow.
+    """A factor of the loss that halves when a gradient overflows and doubles after many updates without an overflow.
 
-    It begins and grows as torch's GradScaler does. It differs in that it neither steps the optimizer nor skips a step.
-    All scales are powers of two, so that a gradient is the same to the bit whatever the scale was, as long as nothing
-    overflows or vanishes.
+    It starts and grows as torch's GradScaler does, but leaves the optimizer's steps to the caller. All scales are
+    powers of two, so that the scale does not change a bit of a gradient that neither overflows nor underflows.
 
     Args:
-        enabled: whether it scales at all; else the factor is 1 and stays so.
+        enabled: whether the loss is scaled. If not, the factor stays 1.
     """
 
     def __init__(self, *, enabled: bool) -> None:
@@ -34,7 +33,7 @@ class LossScale:
         self._good_updates = 0
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss times the scale."""
+        """Returns the loss times the scale."""
         return loss * self._scale if self._enabled else loss
 
     def unscale(self, parameters: Iterable[Tensor]) -> None:
@@ -44,7 +43,7 @@ class LossScale:
             torch._foreach_mul_(gradients, 1.0 / self._scale)
 
     def lower(self) -> bool:
-        """Halves the scale after an overflow; returns False where it cannot be lower, and stays."""
+        """Halves the scale after an overflow. Returns False if it is the smallest already."""
         if self._scale <= SMALLEST:
             return False
         self._scale /= 2
@@ -59,13 +58,13 @@ class LossScale:
             self._good_updates = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, under the names of torch's GradScaler, which wrote them in earlier versions."""
+        """Returns the state for a checkpoint, under the names of torch's GradScaler, as earlier versions wrote it."""
         if not self._enabled:
             return {}
         return {"scale": self._scale, "_growth_tracker": self._good_updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave; nothing where that scaled nothing."""
+        """Restores a state that `state_dict` returned, if both scale."""
         if self._enabled and state:
             self._scale = float(state["scale"])
             self._good_updates = int(state["_growth_tracker"])

@@ -1,22 +1,21 @@
-"""Weights, gradients and optimizer state spread over processes, by DeepSpeed's ZeRO (arXiv 1910.02054)."""
+"""The engine that shards weights, gradients and optimizer state by DeepSpeed's ZeRO (arXiv 1910.02054)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from loopfast.config import Config
+from loopfast.config import DistributedConfig, TrainConfig
 from loopfast.distributed.world import World
-from loopfast.engines.base import Engine, learning_rate, tensor_bytes
-from loopfast.engines.deepspeed import initialize, lay_out, require_same_everywhere
-from loopfast.engines.optimizers import build_optimizer
+from loopfast.engines.base import Engine, learning_rate, require_same, tensor_bytes
+from loopfast.engines.deepspeed import check_on_all, initialize, make_contiguous
+from loopfast.engines.optimizers import build_optimizer, require_state_of
 from loopfast.errors import NonFiniteError
 from loopfast.policies import Policy
 
@@ -24,16 +23,16 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroEngine(Engine):
-    """Stages 1 to 3: each process holds a part of the optimizer's state, then of the gradients, then of the weights.
+    """ZeRO stages 1 to 3, which shard the optimizer's state, then the gradients too, then the weights too.
 
-    The denoiser's weights have the type to compute in, and the float32 ones lie with the optimizer's state. At stage 3
-    every call of the denoiser goes through DeepSpeed, which gathers weights layer by layer; a reference model is
-    sharded by an engine of its own.
+    The denoiser's weights have the type to compute in; the float32 weights are kept with the optimizer's state. Every
+    call of the denoiser goes through DeepSpeed, which at stage 3 gathers weights layer by layer. At stage 3 a reference
+    model is sharded by an engine of its own.
 
     Args:
-        policy: loaded with ``cast`` (and ``sharded`` at stage 3), see `load_policy`.
-        config: the run.
-        world: the processes; joined to a group of ``torch.distributed``, one process included.
+        policy: a policy loaded with ``cast`` (and ``sharded`` at stage 3), see `load_policy`.
+        train, distributed: the sections.
+        world: the processes, joined to a group of ``torch.distributed`` even if there is only one.
 
     Raises:
         ConfigError: the settings of ``distributed.deepspeed`` cannot be used, or DeepSpeed refuses ``model.dtype``.
@@ -42,41 +41,44 @@ class ZeroEngine(Engine):
 
     retries = False
 
-    def __init__(self, policy: Policy, config: Config, world: World) -> None:
-        self._config, self._world, self._policy = config.train, world, policy
-        self.sharded = config.distributed.zero_stage == 3
-        self._scaled = policy.dtype == torch.float16
+    def __init__(
+        self, policy: Policy, train: TrainConfig, distributed: DistributedConfig, world: World
+    ) -> None:
+        self._train, self._world, self._policy = train, world, policy
+        self.sharded = distributed.zero_stage == 3
         self._named = policy.trainable()
         self._shapes = {name: parameter.shape for name, parameter in self._named.items()}
-        lay_out(policy.denoiser)
-        parameters = list(self._named.values())
-        self._optimizer = build_optimizer(parameters, config.train)
-        channels_last = bool(policy.levers.get("channels last"))
+        make_contiguous(policy.denoiser)
+        self._optimizer = build_optimizer(list(self._named.values()), train)
+        channels_last = bool(policy.performance_options.get("channels last"))
         module = _Denoiser(policy.denoiser, channels_last)
-        self._engine = initialize(module, config, policy, self._optimizer, parameters)
+        self._engine = initialize(module, policy, train, distributed, self._optimizer)
+        scaler = self._engine.optimizer.loss_scaler
+        # None if the scale is fixed
+        self._scaler = scaler if policy.dtype == torch.float16 and scaler.dynamic else None
         self._engines = {id(policy.denoiser): self._engine}
         self._updates = 0
         reference = policy.reference_denoiser
         if reference is not None and self.sharded:
-            lay_out(reference)
+            make_contiguous(reference)
             frozen = _Denoiser(reference, channels_last)
-            self._engines[id(reference)] = initialize(frozen, config, policy, None, [])
-        policy.hand_over(self)
+            self._engines[id(reference)] = initialize(frozen, policy, train, distributed)
+        policy.attach_engine(self)
 
     def call(self, denoiser: torch.nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
-        """What ``function(denoiser, *inputs)`` returns, its weights being gathered; see `Policy.hand_over`."""
+        """Returns ``function(denoiser, *inputs)``, called with gathered weights; see `Policy.attach_engine`."""
         engine = self._engines.get(id(denoiser))
         return function(denoiser, *inputs) if engine is None else engine(function, *inputs)
 
     @property
     @override
     def learning_rate(self) -> float:
-        return learning_rate(self._config, self._updates)
+        return learning_rate(self._train, self._updates)
 
     @override
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        # it takes the processes' mean
+        # DeepSpeed takes the mean over the processes
         self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
 
     @override
@@ -89,14 +91,13 @@ class ZeroEngine(Engine):
             group["lr"] = self.learning_rate
         try:
             self._engine.step()
-        except Exception as error:
-            # it is an Exception and nothing more specific
-            if not (self._scaled and "minimum" in str(error)):
+        except Exception as error:  # DeepSpeed's scaler raises no more specific class
+            if self._scaler is None or "minimum" not in str(error):
                 raise
             raise NonFiniteError("the gradient overflows float16 at the smallest loss scale, too") from error
         if self._engine.optimizer.overflow:
             # DeepSpeed has taken no step
-            if self._scaled and self._engine.optimizer.loss_scaler.dynamic:
+            if self._scaler is not None:
                 return None
             raise NonFiniteError("the gradient's norm is not finite")
         norm = float(self._engine.get_global_grad_norm())
@@ -106,12 +107,12 @@ class ZeroEngine(Engine):
         return norm
 
     @override
-    def averaged(self) -> AbstractContextManager[None]:
+    def ema_weights(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     @override
     @contextmanager
-    def whole(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    def gathered(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
         import deepspeed
 
         wanted = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
@@ -123,7 +124,7 @@ class ZeroEngine(Engine):
     def weights(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return self._on_first(safe_get_full_fp32_param)
+        return self._gathered_on_main(safe_get_full_fp32_param)
 
     @override
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -132,22 +133,31 @@ class ZeroEngine(Engine):
         optimizer: dict[str, Tensor] = {}
         if self._optimizer.state:
             for key in _MOMENTS:
-                moments = self._on_first(partial(safe_get_full_optimizer_state, optim_state_key=key))
+                moments = self._gathered_on_main(safe_get_full_optimizer_state, key)
                 optimizer |= {f"{name}.{key}": value for name, value in moments.items()}
             step = next(iter(self._optimizer.state.values()))["step"]
             optimizer |= {f"{name}.step": step.detach().cpu().clone() for name in self._named}
         tensors = {"policy": self.weights(), "optimizer": optimizer}
-        return tensors, {"updates": self._updates, "scaler": self._scaler_state()}
+        scaler: dict[str, Any] = {}
+        if self._scaler is not None:
+            # in the form of `LossScale`, so that another engine can load it
+            since = self._scaler.cur_iter - self._scaler.last_overflow_iter - 1
+            good = int(since % self._scaler.scale_window)
+            scaler = {"scale": float(self._scaler.cur_scale), "_growth_tracker": good}
+        return tensors, {"updates": self._updates, "scaler": scaler}
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        require_same_everywhere(self._world, tensors, self._shapes)
         optimizer = tensors.get("optimizer", {}) if self._world.is_main else {}
+
+        def check() -> None:
+            require_same(tensors["policy"], self._shapes)
+            require_state_of(optimizer, eight_bit=False)
+
+        check_on_all(self._world, check)
         steps = self._world.on_main(
             lambda: [float(v) for k, v in optimizer.items() if k.endswith(".step")][:1]
         )
-        if problem := self._world.on_main(lambda: _other_optimizer(optimizer)):
-            raise ValueError(problem)
         for name, parameter in self._named.items():
             value = self._received(
                 tensors["policy"][name] if self._world.is_main else None, self._shapes[name]
@@ -169,21 +179,22 @@ class ZeroEngine(Engine):
                     value = self._received(optimizer.get(f"{name}.{key}"), self._shapes[name])
                     self._set(parameter, value, key)
         self._updates = state["updates"]
-        scaler = self._engine.optimizer.loss_scaler
-        if self._scaled and scaler.dynamic and state["scaler"]:
-            scaler.cur_scale = state["scaler"]["scale"]
-            scaler.cur_iter, scaler.last_overflow_iter = state["scaler"]["_growth_tracker"], -1
+        if self._scaler is not None and state["scaler"]:
+            self._scaler.cur_scale = state["scaler"]["scale"]
+            self._scaler.cur_iter, self._scaler.last_overflow_iter = state["scaler"]["_growth_tracker"], -1
 
     @override
     def memory(self) -> dict[str, int]:
         optimizer = self._engine.optimizer
         flat = self._flat()
         states = (value for state in self._optimizer.state.values() for value in state.values())
-        gradients = [parameter.grad for parameter in self._named.values()]
-        gradients += [value for group in _averaged(optimizer) for value in group]
-        gradients += [part.grad for part in flat]
+        gradients = [parameter.grad for parameter in (*self._named.values(), *flat)]
         gradients += [getattr(optimizer, "grad_partitions_flat_buffer", None)]
-        gradients += _buckets(optimizer)
+        for group in getattr(optimizer, "averaged_gradients", {}).values():
+            gradients += () if group is None else group
+        # the buffers that collect gradients until there are enough to be sent
+        for bucket in getattr(optimizer, "ipg_buckets", {}).values():
+            gradients += bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
         reference = self._policy.reference_denoiser
         return {
             "weights": tensor_bytes(_held(self._policy.denoiser)),
@@ -193,40 +204,35 @@ class ZeroEngine(Engine):
         }
 
     def _flat(self) -> list[Tensor]:
-        """The float32 weights that the optimizer steps, this process's parts."""
-        optimizer = self._engine.optimizer
-        parts = (
-            optimizer.fp32_partitioned_groups_flat
-            if self.sharded
-            else optimizer.single_partition_of_fp32_groups
-        )
-        return list(parts)
+        """Returns this process's parts of the float32 weights, which the optimizer steps."""
+        name = "fp32_partitioned_groups_flat" if self.sharded else "single_partition_of_fp32_groups"
+        return list(getattr(self._engine.optimizer, name))
 
-    def _on_first(self, whole: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """What is whole of every trained parameter, on the host, in the first process."""
+    def _gathered_on_main(self, gather: Callable[..., Tensor], *key: str) -> dict[str, Tensor]:
+        """Gathers a tensor of every trained parameter; the first process has them, on the host."""
         found = {}
         for name, parameter in self._named.items():
-            value = whole(parameter)
+            value = gather(parameter, *key)
             if self._world.is_main:
                 found[name] = value.detach().float().cpu().clone()
         return found
 
     def _set(self, parameter: Any, value: Tensor, *key: str) -> None:
-        """Writes a whole float32 weight, or a moment of it, where the optimizer has this process's part."""
+        """Writes this process's part of a float32 weight, or of its moment ``key``, to the optimizer."""
         from deepspeed import utils
 
         kind = "optimizer_state" if key else "fp32_param"
         if self.sharded:
-            # DeepSpeed's own cut fails where the last parts are shorter than the others, or empty
+            # DeepSpeed's own split fails if the last parts are shorter than the others, or empty
             length = parameter.ds_tensor.numel()
             missing = length * self._world.size - value.numel()
             value = torch.nn.functional.pad(value.flatten(), (0, missing)).split(length)[self._world.rank]
         getattr(utils, f"safe_set_{'local' if self.sharded else 'full'}_{kind}")(parameter, value, *key)
 
     def _received(self, value: Tensor | None, shape: torch.Size) -> Tensor:
-        home = self._policy.device
-        mine = torch.empty(shape, device=home) if value is None else value.to(home, torch.float32)
-        return self._world.broadcast(mine.contiguous())
+        device = self._policy.device
+        local = torch.empty(shape, device=device) if value is None else value.to(device, torch.float32)
+        return self._world.broadcast(local.contiguous())
 
     def _written(self, parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
         if not self.sharded:
@@ -236,17 +242,9 @@ class ZeroEngine(Engine):
         written: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
         return written
 
-    def _scaler_state(self) -> dict[str, Any]:
-        """As `LossScale` has it, so that another engine can go on from it; nothing where the scale is fixed."""
-        scaler = self._engine.optimizer.loss_scaler
-        if not (self._scaled and scaler.dynamic):
-            return {}
-        good = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
-        return {"scale": float(scaler.cur_scale), "_growth_tracker": int(good)}
-
 
 class _Denoiser(torch.nn.Module):
-    """Calls a function of the denoiser as one module, which DeepSpeed's hooks need."""
+    """A module that calls functions of the denoiser, so that DeepSpeed's hooks see the calls."""
 
     def __init__(self, denoiser: torch.nn.Module, channels_last: bool) -> None:
         super().__init__()
@@ -255,33 +253,12 @@ class _Denoiser(torch.nn.Module):
 
     def forward(self, function: Callable[..., Any], sample: Tensor, *inputs: Any) -> Any:
         if self._channels_last:
-            # the weights have lost their layout to the shards; the images give it to all that follows
+            # sharded weights are not channels-last any more; the layout of the images decides for all layers
             sample = sample.contiguous(memory_format=torch.channels_last)
         return function(self.denoiser, sample, *inputs)
 
 
-def _other_optimizer(saved: Mapping[str, Tensor]) -> str | None:
-    if any(name.endswith(".state1") for name in saved):
-        return "its optimizer state is not that of train.optimizer"
-    return None
-
-
-def _held(module: torch.nn.Module) -> list[Tensor]:
-    """What this process holds of a module's weights: shards, and whole ones where they are gathered."""
-    tensors: list[Tensor] = []
-    for parameter in module.parameters():
-        tensors += [
-            part for part in (parameter.data, getattr(parameter, "ds_tensor", None)) if part is not None
-        ]
-    return tensors
-
-
-def _averaged(optimizer: Any) -> list[list[Any]]:
-    groups = getattr(optimizer, "averaged_gradients", {})
-    return [list(group) for group in groups.values() if group is not None]
-
-
-def _buckets(optimizer: Any) -> list[Any]:
-    """What gradients are collected in until enough of them can be sent."""
-    buffers = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
-    return [part for buffer in buffers for part in (buffer if isinstance(buffer, list) else [buffer])]
+def _held(module: torch.nn.Module) -> list[Tensor | None]:
+    """Returns this process's shards of a module's weights, and the weights that are gathered."""
+    parameters = list(module.parameters())
+    return [p.data for p in parameters] + [getattr(p, "ds_tensor", None) for p in parameters]

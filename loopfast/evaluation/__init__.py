@@ -1,7 +1,8 @@
 """Measuring what a policy has learned."""
 
-from loopfast.evaluation.benchmark.command import BENCHMARKS, evaluate_benchmark
+from loopfast.evaluation.benchmark.command import BENCHMARKS, BenchmarkChoice, evaluate_benchmark
 from loopfast.evaluation.benchmark.results import as_rich as benchmark_table
+from loopfast.evaluation.benchmark.run import SamplingPlan
 from loopfast.evaluation.compare import as_rich as comparison_tables
 from loopfast.evaluation.compare import compare_runs
 from loopfast.evaluation.evaluate import Evaluation, evaluate
@@ -11,7 +12,9 @@ from loopfast.evaluation.sample import sample_images
 
 __all__ = [
     "BENCHMARKS",
+    "BenchmarkChoice",
     "Evaluation",
+    "SamplingPlan",
     "benchmark_table",
     "compare_runs",
     "comparison_tables",

@@ -15,6 +15,7 @@ from loopfast.errors import ConfigError
 from loopfast.evaluation.benchmark.results import RESULTS, read_results
 from loopfast.evaluation.models import run_config
 from loopfast.reporting import Curve, reward_curves
+from loopfast.reporting.tables import plain_table
 from loopfast.run.tracking import read_metrics
 from loopfast.system.files import write_file, writing
 
@@ -174,7 +175,7 @@ def as_markdown(summaries: Sequence[RunSummary]) -> str:
     """The tables as Markdown."""
     lines = ["# Comparison of runs", ""]
     for head, rows in _tables(summaries):
-        lines += [_row(head), _row(["---"] * len(head)), *map(_row, rows), ""]
+        lines += [plain_table(head, rows), ""]
     return "\n".join(lines)
 
 
@@ -264,7 +265,3 @@ def _clock(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}"
-
-
-def _row(values: Sequence[str]) -> str:
-    return f"| {' | '.join(values)} |"

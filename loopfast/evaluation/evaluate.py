@@ -16,10 +16,11 @@ from torch import Tensor
 
 from loopfast.config import EvaluationConfig
 from loopfast.distributed.world import SINGLE_PROCESS, World
+from loopfast.evaluation.draw import draw
 from loopfast.prompts import Prompt
 from loopfast.reporting import image_grid
 from loopfast.rewards import Scores
-from loopfast.rollout import Sampler, slices
+from loopfast.rollout import Sampler
 from loopfast.run.images import tile_sheet, write_image
 from loopfast.seeds import row_seeds
 from loopfast.system.files import write_file
@@ -131,65 +132,53 @@ def evaluate(
     """
     chosen = list(prompts[: config.limit_prompts])
     samples = config.images_per_prompt
+    drawn = [prompt for prompt in chosen for _ in range(samples)]
     seeds = row_seeds(config.seed, "evaluation", 0, list(range(len(chosen))), samples)
-    owner = torch.arange(len(chosen)).repeat_interleave(samples)
     preview = _spread(len(chosen), config.preview_images, samples)
-    mine = world.shard(len(owner))
-    most = max(part.stop - part.start for part in world.shards(len(owner)))
+    own = world.shard(len(drawn))
+    most = max(part.stop - part.start for part in world.shards(len(drawn)))
+    calls = -(-most // sampler.microbatch)
     names: list[str] = []
     values: list[Tensor] = []
     kept: dict[int, Tensor] = {}
     with sampler.ready():
-        for rows in slices(mine.stop - mine.start, sampler.microbatch, -(-most // sampler.microbatch)):
-            between()
-            counts = rows.stop > rows.start
-            # without rows of its own, a call of any: others may need this process's part of the weights
-            rows = slice(mine.start + rows.start, mine.start + rows.stop) if counts else slice(0, 1)
-            batch = [chosen[index] for index in owner[rows].tolist()]
-            texts = list(dict.fromkeys(prompt.text for prompt in batch))
-            position = {text: index for index, text in enumerate(texts)}
-            conditioning = sampler.policy.encode(texts)
-            indices = torch.tensor([position[prompt.text] for prompt in batch])
-            images = sampler.decode(sampler.sample(conditioning, indices, seeds[rows]).final)
-            scores = score(images, batch)
+        for rows, images in draw(sampler, drawn, seeds, own, calls=calls, between=between):
+            scores = score(images, drawn[rows] or drawn[:1])
             names = list(scores.parts)
-            if counts:
+            if rows.stop > rows.start:
                 values.append(torch.stack([scores.total, *scores.parts.values()], 1).double().cpu())
                 kept |= {i: images[i - rows.start].cpu() for i in preview if rows.start <= i < rows.stop}
     empty = torch.empty(0, 1 + len(names), dtype=torch.float64)
-    rewards = world.gather(torch.cat([empty, *values]), torch.arange(mine.start, mine.stop), len(owner))
+    rewards = world.gather(torch.cat([empty, *values]), torch.arange(own.start, own.stop), len(drawn))
     items = [
         {
-            "prompt": chosen[index].text,
-            "category": str(chosen[index].metadata.get("category", "all")),
+            "prompt": prompt.text,
+            "category": str(prompt.metadata.get("category", "all")),
             "seed": seed,
             "reward": row[0],
             "parts": dict(zip(names, row[1:], strict=True)),
         }
-        for index, seed, row in zip(owner.tolist(), seeds.tolist(), rewards.tolist(), strict=True)
+        for prompt, seed, row in zip(drawn, seeds.tolist(), rewards.tolist(), strict=True)
     ]
-    pictures = _together(kept, preview, images, world)
-    good = rewards.isfinite().all(1)
-    if good.all():
-        return Evaluation(items, preview, pictures)
-    shown = [place for place, item in enumerate(preview) if good[item]]
-    moved = good.cumsum(0) - 1
+    pictures = _gathered(kept, preview, images, world)
+    finite = rewards.isfinite().all(1)
+    shown = [number for number, item in enumerate(preview) if finite[item]]
+    position = finite.cumsum(0) - 1
     return Evaluation(
-        [item for item, there in zip(items, good.tolist(), strict=True) if there],
-        [int(moved[preview[place]]) for place in shown],
+        [item for item, counts in zip(items, finite.tolist(), strict=True) if counts],
+        [int(position[preview[number]]) for number in shown],
         pictures[shown],
-        int((~good).sum()),
+        int((~finite).sum()),
     )
 
 
-def _together(kept: dict[int, Tensor], preview: list[int], images: Tensor, world: World) -> Tensor:
+def _gathered(kept: dict[int, Tensor], preview: list[int], images: Tensor, world: World) -> Tensor:
     """The preview's images of all processes; ``images`` are any, for their shape."""
     if not preview:
         return torch.empty(0)
-    place = {item: index for index, item in enumerate(preview)}
-    ids = torch.tensor([place[item] for item in kept], dtype=torch.int64)
-    mine = torch.stack(list(kept.values())) if kept else images[:0].cpu()
-    return world.gather(mine, ids, len(preview))
+    numbers = torch.tensor([preview.index(item) for item in kept], dtype=torch.int64)
+    local = torch.stack(list(kept.values())) if kept else images[:0].cpu()
+    return world.gather(local, numbers, len(preview))
 
 
 def _spread(prompts: int, wanted: int, samples: int) -> list[int]:

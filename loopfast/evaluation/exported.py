@@ -42,8 +42,8 @@ def lora_config(lora: Path, pretrained: str | None, *, recipe: bool = False) -> 
     trained = _of_run(lora) or _of_card(lora)
     if trained is None and recipe:
         raise ConfigError(
-            f"{str(lora)!r} is a LoRA whose card has no recipe of loopfast, so there is no reward to measure; a "
-            "benchmark (--benchmark) has its own"
+            f"{str(lora)!r} is a LoRA whose card has no recipe of loopfast, so there is no reward to measure; "
+            "`loopfast benchmark` has its own"
         )
     config = trained or plain_config(pretrained or _base(lora))
     start = LoraConfig.model_validate({"from": str(lora)})

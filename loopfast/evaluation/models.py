@@ -70,6 +70,16 @@ def find_trained(
     return config, newest_checkpoint(target, display)
 
 
+def with_rollout(config: Config, **changes: float | None) -> Config:
+    """The configuration with other keys of the section ``rollout``; those that are None stay.
+
+    The rules of a configuration file are for training, and do not hold: sampling may be without noise (``eta: 0``), and
+    its number of steps need not suit ``train.steps``.
+    """
+    given = {key: value for key, value in changes.items() if value is not None}
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update=given)})
+
+
 def policy_of(config: Config, checkpoint: Checkpoint | None) -> Policy:
     """The policy of a configuration with a checkpoint's weights: their moving average where one was kept.
 

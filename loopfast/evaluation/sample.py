@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loopfast.evaluation.exported import plain_config
-from loopfast.evaluation.models import RunModels, find_trained, sampler_of
+from loopfast.evaluation.models import RunModels, find_trained, sampler_of, with_rollout
 from loopfast.policies import is_lora, load_policy, read_prompts
 from loopfast.reporting import image_grid
 from loopfast.rollout import Sampler, slices
@@ -63,9 +63,9 @@ def sample_images(
     whole = pretrained is None and not is_lora(folder) and not (folder / "config.yaml").is_file()
     found = (plain_config(target), None) if whole else find_trained(folder, display, pretrained=pretrained)
     config, checkpoint = found
-    given = {"steps": steps, "eta": eta, "noise_level": noise_level, "guidance_scale": guidance_scale}
-    changes = {key: value for key, value in given.items() if value is not None}
-    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=changes)})
+    config = with_rollout(
+        config, steps=steps, eta=eta, noise_level=noise_level, guidance_scale=guidance_scale
+    )
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
     if whole:
@@ -97,15 +97,15 @@ def _warn_of_cut(sampler: Sampler, prompts: Sequence[str], display: Display) -> 
 def _draw(sampler: Sampler, prompts: Sequence[str], count: int, seed: int, display: Display) -> Tensor:
     """Images ``[P · count, 3, H, W]``, prompt by prompt; a function of the seed and the prompt's position."""
     seeds = row_seeds(seed, "sample", 0, list(range(len(prompts))), count)
-    owner = torch.arange(len(prompts)).repeat_interleave(count)
+    prompt_index = torch.arange(len(prompts)).repeat_interleave(count)
     conditioning = sampler.policy.encode(list(prompts))
     images: list[Tensor] = []
     done = 0
-    for rows in slices(len(owner), sampler.microbatch):
-        trajectories = sampler.sample(conditioning, owner[rows], seeds[rows])
+    for rows in slices(len(prompt_index), sampler.microbatch):
+        trajectories = sampler.sample(conditioning, prompt_index[rows], seeds[rows])
         images.append(sampler.decode(trajectories.final).cpu())
         done += len(images[-1])
-        display.message(f"{done}/{len(owner)} images")
+        display.message(f"{done}/{len(prompt_index)} images")
     return torch.cat(images)
 
 

@@ -1,10 +1,10 @@
-"""What a pipeline consists of: the configuration of each component, and the component without memory."""
+"""The components of a pipeline: the configuration of each, and its network without memory."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -24,27 +24,20 @@ from loopfast.policies.source import locate
 
 _MODELS = resources.files("loopfast.planning") / "models"
 
-# Of each pipeline the key of its denoiser and those of its text encoders.
 _DENOISERS = ("unet", "transformer")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-_DENOISER_CLASSES = (
-    "UNet2DConditionModel",
-    "SD3Transformer2DModel",
-    "FluxTransformer2DModel",
-    "PixArtTransformer2DModel",
-)
 
-# Tokens that diffusers' pipelines ask of T5 unless told otherwise (max_sequence_length).
-T5_TOKENS = {
-    "StableDiffusion3Pipeline": 256,
-    "FluxPipeline": 512,
-    "PixArtAlphaPipeline": 120,
-    "PixArtSigmaPipeline": 300,
+# The pipeline whose policy calls a denoiser of this class.
+_PIPELINES = {
+    "UNet2DConditionModel": "StableDiffusionPipeline",
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+    "FluxTransformer2DModel": "FluxPipeline",
+    "PixArtTransformer2DModel": "PixArtSigmaPipeline",
 }
 
 
 class _Uninitialized(TorchFunctionMode):
-    """Leaves new weights as they are: on ``meta`` their first values would be worked out in vain, in Python."""
+    """A mode that skips the initialization of weights, which on ``meta`` has no effect but takes time."""
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,23 +61,23 @@ _INITIALIZERS = {
 
 @contextmanager
 def without_numbers() -> Iterator[None]:
-    """Inside, networks are made on the device ``meta``, and their weights get no first values."""
+    """Context in which networks are made on the device ``meta`` and their weights are not initialized."""
     with torch.device("meta"), _Uninitialized():
         yield
 
 
 @dataclass(frozen=True)
 class Component:
-    """A network by the name of its class in diffusers or transformers, and the configuration it is made from."""
+    """A network: the name of its class in diffusers or transformers, and the configuration that it is made from."""
 
     class_name: str
     config: dict[str, Any]
 
     def build(self) -> torch.nn.Module:
-        """The network on the device ``meta``: shapes and types, no memory.
+        """Returns the network on the device ``meta``, which has shapes and types but no memory.
 
         Raises:
-            ConfigError: its class or its configuration is unknown to the libraries.
+            ConfigError: the libraries do not know its class, or refuse its configuration.
         """
         try:
             with without_numbers():
@@ -104,7 +97,7 @@ class Component:
         return model(model.config_class(**self.config))
 
     def parameters(self) -> int:
-        """How many numbers its weights are."""
+        """Returns the number of its parameters."""
         return _count(self.class_name, json.dumps(self.config, sort_keys=True))
 
 
@@ -118,45 +111,47 @@ class Architecture:
     """The components of a pipeline that a run holds.
 
     Attributes:
-        name: as it was asked for.
-        title: what it is called.
+        name: its name in the package, or ``model.pretrained``.
+        title: its name for people.
         pipeline: the class of the pipeline.
+        family: the family whose policy calls the denoiser.
         denoiser, vae, text_encoders: its networks.
         size: height and width of the autoencoder's latents.
-        t5_tokens: that a T5 encoder reads of a prompt; None: as many as the pipeline asks for.
+        t5_tokens: the number of tokens that a T5 encoder reads; None if there is no T5 encoder.
     """
 
     name: str
     title: str
     pipeline: str
+    family: Family
     denoiser: Component
     vae: Component
     text_encoders: tuple[Component, ...]
     size: tuple[int, int]
-    t5_tokens: int | None = None
+    t5_tokens: int | None
 
     @property
     def trainable(self) -> bool:
-        """Whether this release trains it; others can be planned only."""
+        """True if this release trains it. Other pipelines can only be planned."""
         return family_of(self.pipeline) is not None
 
     @property
     def distilled(self) -> bool:
-        """Whether it is told the guidance scale, and called once."""
+        """True if the denoiser takes the guidance scale as an input, and is called once."""
         return bool(self.denoiser.config.get("guidance_embeds"))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Of one latent as it is sampled: ``(channels, height, width)``; ``(tokens, channels)`` where it is packed."""
+        """The shape of one sampled latent: ``(channels, height, width)``, or ``(tokens, channels)`` if packed."""
         channels = self.denoiser.config["in_channels"]
         height, width = self.size
-        if self.pipeline == "FluxPipeline":
+        if self.denoiser.class_name == "FluxTransformer2DModel":
             return (height // 2 * (width // 2), channels)
         return channels, height, width
 
     @property
     def decoded_shape(self) -> tuple[int, int, int]:
-        """``(channels, height, width)`` of what the autoencoder makes an image of."""
+        """``(channels, height, width)`` of the autoencoder's latent of one image."""
         return self.vae.config.get("latent_channels", 4), *self.size
 
     @property
@@ -169,17 +164,17 @@ class Architecture:
 
     @property
     def text_tokens(self) -> int:
-        """Rows of a prompt's encoding."""
+        """The number of rows of a prompt's encoding."""
         lengths = [int(encoder.config.get("max_position_embeddings", 0)) for encoder in self.text_encoders]
-        if self.pipeline not in T5_TOKENS:
+        if self.t5_tokens is None:
             return lengths[0] if lengths and lengths[0] else 77
-        tokens = self.t5_tokens or T5_TOKENS[self.pipeline]
-        # only Stable Diffusion 3 puts CLIP's rows before those of T5
-        return tokens + (max(lengths) or 77 if self.pipeline == "StableDiffusion3Pipeline" else 0)
+        # only Stable Diffusion 3 has CLIP's rows before those of T5
+        joined = self.denoiser.class_name == "SD3Transformer2DModel"
+        return self.t5_tokens + (max(lengths) or 77 if joined else 0)
 
     @property
     def text_width(self) -> int:
-        """Columns of a prompt's encoding."""
+        """The number of columns of a prompt's encoding."""
         config = self.denoiser.config
         widths = (
             config.get(name) for name in ("joint_attention_dim", "caption_channels", "cross_attention_dim")
@@ -188,7 +183,7 @@ class Architecture:
 
 
 def known() -> dict[str, tuple[str, ...]]:
-    """Names of the architectures that come with the package, and the repositories that hold such models."""
+    """Returns the names of the package's architectures, each with the repositories that hold such models."""
     files = [entry.name for entry in _MODELS.iterdir() if entry.name.endswith(".json")]
     names = sorted(name.removesuffix(".json") for name in files)
     return {name: tuple(_packaged(f"{name}.json")["hub"]) for name in names}
@@ -201,14 +196,14 @@ def _packaged(file: str) -> dict[str, Any]:
 
 
 def load_architecture(config: ModelConfig, name: str | None = None) -> Architecture:
-    """The architecture of a configuration's model, or one that comes with the package.
+    """Returns the architecture of a configuration's model, or one of the package's.
 
     Args:
         config: the section ``model``.
-        name: one of `known`; None: that of ``model.pretrained``.
+        name: one of `known`. None takes that of ``model.pretrained``.
 
     Raises:
-        ConfigError: there is none of that name, or the model's configuration cannot be found or is of another kind.
+        ConfigError: no architecture has that name, or the model's configuration cannot be read or planned.
     """
     packaged = known()
     if name is not None and name not in packaged:
@@ -238,17 +233,19 @@ def _architecture(
     vae: Component,
     encoders: tuple[Component, ...],
 ) -> Architecture:
-    # a pipeline that cannot be trained is planned by what its denoiser's configuration says
-    family = family_of(pipeline) or Family((pipeline,), pipeline, "", "unet")
+    sdxl = denoiser.config.get("addition_embed_type") == "text_time"
+    # the denoiser decides, so that pipelines of no family can be planned
+    family = family_of("StableDiffusionXLPipeline" if sdxl else _PIPELINES[denoiser.class_name])
+    assert family is not None
     size = latent_size(config, family, denoiser.config, vae.config)
-    return Architecture(name, title, pipeline, denoiser, vae, encoders, size, config.max_sequence_length)
+    policy = family.policy_class()
+    tokens = policy.t5_tokens(config, pipeline) if policy.sequence_length else None
+    return Architecture(name, title, pipeline, family, denoiser, vae, encoders, size, tokens)
 
 
 def _of_pipeline(config: ModelConfig) -> Architecture:
-    """From the configuration files of a folder or a repository."""
-    source = locate(config)
-    read = _reader(config, source)
-    index = read("model_index.json", "", "")
+    """Returns the architecture that the configuration files of a folder or a repository describe."""
+    index = _read(config)
     parts = {
         key: str(entry[1])
         for key, entry in index.items()
@@ -257,11 +254,11 @@ def _of_pipeline(config: ModelConfig) -> Architecture:
     denoiser = next((key for key in _DENOISERS if key in parts), None)
     if denoiser is None or "vae" not in parts:
         _refuse(config, f"its model_index.json names no {' or '.join(_DENOISERS)} with a vae")
-    if parts[denoiser] not in _DENOISER_CLASSES:
-        _refuse(config, f"its denoiser is a {parts[denoiser]}; supported: {', '.join(_DENOISER_CLASSES)}")
+    if parts[denoiser] not in _PIPELINES:
+        _refuse(config, f"its denoiser is a {parts[denoiser]}; supported: {', '.join(_PIPELINES)}")
 
     def component(key: str) -> Component:
-        return Component(parts[key], read("config.json", key, parts[key]))
+        return Component(parts[key], _read(config, key, parts[key]))
 
     return _architecture(
         config,
@@ -274,30 +271,27 @@ def _of_pipeline(config: ModelConfig) -> Architecture:
     )
 
 
-def _reader(config: ModelConfig, source: Path | str) -> Callable[[str, str, str], dict[str, Any]]:
-    """Reads one configuration file of a pipeline: ``(file, subfolder, class name)``."""
-
-    def read(file: str, subfolder: str, class_name: str) -> dict[str, Any]:
-        try:
-            if isinstance(source, Path):
-                found = json.loads((source / subfolder / file).read_text("utf-8"))
-            else:
-                found = _from_hub(source, config.revision, subfolder, class_name)
-        except (OSError, ValueError) as error:
-            name = f"{subfolder}/{file}" if subfolder else file
-            raise ConfigError(
-                f"model.pretrained: cannot read {name} of {config.pretrained!r}: {first_line(error)}; --model takes "
-                f"one of {', '.join(known())} instead"
-            ) from error
-        if not isinstance(found, dict):
-            _refuse(config, f"{file} holds no mapping")
-        return found
-
-    return read
+def _read(config: ModelConfig, subfolder: str = "", class_name: str = "") -> dict[str, Any]:
+    """Returns the configuration of a pipeline's component, or the pipeline's index."""
+    source, file = locate(config), "config.json" if subfolder else "model_index.json"
+    try:
+        if isinstance(source, Path):
+            found = json.loads((source / subfolder / file).read_text("utf-8"))
+        else:
+            found = _from_hub(source, config.revision, subfolder, class_name)
+    except (OSError, ValueError) as error:
+        name = f"{subfolder}/{file}" if subfolder else file
+        raise ConfigError(
+            f"model.pretrained: cannot read {name} of {config.pretrained!r}: {first_line(error)}; --model takes "
+            f"one of {', '.join(known())} instead"
+        ) from error
+    if not isinstance(found, dict):
+        _refuse(config, f"{file} holds no mapping")
+    return found
 
 
 def _from_hub(repository: str, revision: str | None, subfolder: str, class_name: str) -> dict[str, Any]:
-    """A configuration file, without the weights beside it."""
+    """Downloads a configuration file, without the weights beside it."""
     import diffusers
     import transformers
 

@@ -1,11 +1,11 @@
-"""Counts the memory and the operations of a computation on the device ``meta``, where nothing is computed."""
+"""Counts the memory and the operations of a computation on the device ``meta``, which computes nothing."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from typing_extensions import override
 
-# Batch sizes to trace with: a prime that divides no dimension of the model tells the tensors that grow with the rows
-# from those that do not.
+# Batch sizes to trace with. A prime that divides no dimension of the model distinguishes the tensors that grow with the
+# rows from those that do not.
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -26,33 +26,27 @@ _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 @dataclass(frozen=True)
 class Trace:
-    """What a computation allocates and computes, as a function of its rows.
+    """The memory and the operations of a computation, as functions of its rows.
 
     Attributes:
-        moments: ``(bytes, bytes per row)`` held at the moments that can be the peak, for some number of rows.
-        kept: ``(bytes, bytes per row)`` held at the end of the forward pass.
+        moments: ``(bytes, bytes per row)`` at the moments that are the peak for some number of rows.
         flops: floating-point operations per row; a multiplication and an addition are two.
     """
 
     moments: tuple[tuple[int, int], ...]
-    kept: tuple[int, int]
     flops: int
 
     def peak(self, rows: int) -> int:
-        """Most bytes held at a time with this many rows, beyond what was there before."""
+        """Returns the most bytes that are allocated at a time with a number of rows."""
         return max(constant + rows * per_row for constant, per_row in self.moments)
-
-    def saved(self, rows: int) -> int:
-        """Bytes held for the backward pass."""
-        return self.kept[0] + rows * self.kept[1]
 
 
 class Recorder(TorchDispatchMode):
-    """Follows every allocation, and adds up the operations of products, convolutions and attention.
+    """A mode that follows every allocation and counts the operations of products, convolutions and attention.
 
     Args:
-        rows: the batch size of what is computed.
-        present: tensors that are not counted, as they are there before and after.
+        rows: the batch size of the computation.
+        present: tensors that exist before and after, which are not counted.
     """
 
     def __init__(self, rows: int, present: Iterable[Tensor] = ()) -> None:
@@ -74,13 +68,13 @@ class Recorder(TorchDispatchMode):
             if isinstance(result, Tensor):
                 grown = self._add(result) or grown
         if grown:
-            self._moments.add((self._constant, self._per_row))
+            self._moments.add(self.held)
         return output
 
     @classmethod
     @override
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; torch's guard against it would double the time of a dispatch."""
+        """Skips torch's check for compilation, which would double the time of a dispatch."""
         return False
 
     def _add(self, tensor: Tensor) -> bool:
@@ -88,7 +82,8 @@ class Recorder(TorchDispatchMode):
         key = storage._cdata
         if key in self._live:
             return False
-        constant, per_row = self._parts(storage.nbytes())
+        size = storage.nbytes()
+        constant, per_row = (size, 0) if size % self._rows else (0, size // self._rows)
         self._constant += constant
         self._per_row += per_row
 
@@ -100,39 +95,33 @@ class Recorder(TorchDispatchMode):
         self._live[key] = weakref.ref(storage, freed)
         return True
 
-    def _parts(self, size: int) -> tuple[int, int]:
-        return (size, 0) if size % self._rows else (0, size // self._rows)
-
     @property
     def held(self) -> tuple[int, int]:
-        """``(bytes, bytes per row)`` held now."""
+        """``(bytes, bytes per row)`` that are allocated now."""
         return self._constant, self._per_row
 
-    def trace(self, kept: tuple[int, int] = (0, 0)) -> Trace:
-        """What was counted, of all moments those that no other exceeds at every number of rows."""
+    def trace(self) -> Trace:
+        """Returns the counts, without the moments that another one exceeds at every number of rows."""
         moments: list[tuple[int, int]] = []
         for moment in sorted(self._moments, reverse=True):  # by falling constants
             if not moments or moment[1] > moments[-1][1]:
                 moments.append(moment)
-        return Trace(tuple(moments), kept, self.flops // self._rows)
+        return Trace(tuple(moments), self.flops // self._rows)
 
 
 class _Results:
-    """What operators return on ``meta`` and how much they compute, by what they are given.
+    """A cache of the results of operators on ``meta``, and of their operations, by their arguments' shapes.
 
-    Torch works it out in Python, for a large model some 50,000 times; a model's blocks repeat the same operators on the
-    same shapes.
+    Torch computes shapes in Python, 50,000 times for a large model, whose blocks repeat the same operators on the same
+    shapes.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[Any, int]] = {}
-        self._kinds: dict[Any, _Kind] = {}
 
     def of(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
-        """The operator's result, tensors of the shape, strides and type that it would return, and its operations."""
-        kind = self._kinds.get(func)
-        if kind is None:
-            kind = self._kinds[func] = _kind(func)
+        """Returns the operator's result, with the shapes, strides and types that it has, and its operations."""
+        kind = _kind(func)
         if kind == "in place":
             return args[0], 0
         if kind == "view":
@@ -147,11 +136,9 @@ class _Results:
         return _made(known[0]), known[1]
 
 
-_Kind = Literal["pure", "in place", "view"]
-
-
-def _kind(func: Any) -> _Kind:
-    """What an operator returns: new tensors, its first argument with other numbers, or something else of its inputs."""
+@cache
+def _kind(func: Any) -> Literal["pure", "in place", "view"]:
+    """Returns whether an operator's result is new tensors, its first argument, or another view of its inputs."""
     arguments, returns = func._schema.arguments, func._schema.returns
     if all(part.alias_info is None for part in (*arguments, *returns)):
         return "pure"
@@ -162,7 +149,7 @@ def _kind(func: Any) -> _Kind:
 
 
 def _flops(func: Any, args: Any, kwargs: Any, output: Any) -> int:
-    """Operations of products, convolutions and attention; of others 0."""
+    """Returns the operations of a product, a convolution or attention, and 0 for other operators."""
     packet = func._overloadpacket
     if packet is _ATTENTION:
         return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
@@ -195,14 +182,14 @@ _results = _Results()
 
 
 class Precision(TorchFunctionMode):
-    """Attention and autocast as they are on a device, for tensors on ``meta``.
+    """A mode that gives tensors on ``meta`` the attention and the autocast of a device.
 
-    There attention would be taken apart, and autocast has no effect. Attention becomes the operator that keeps its
+    On ``meta`` itself attention is decomposed and autocast has no effect. Here attention is the operator that keeps its
     inputs, its output and one float32 number a query and head, as the kernels of CPUs and GPUs do. Under autocast,
-    products, convolutions and attention get inputs of its type; on a GPU, normalizations get float32 ones.
+    products, convolutions and attention get inputs of its type; on a GPU, normalizations get float32 inputs.
 
     Args:
-        autocast: the type to compute in; None: that of the tensors.
+        autocast: the type to compute in. None takes that of the tensors.
         on_gpu: whether the device is a GPU, whose autocast has other rules than a CPU's.
     """
 
@@ -251,11 +238,6 @@ _RAISED = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax}
 
 
 def rows_to_trace(model: torch.nn.Module, *sizes: int) -> int:
-    """A prime number of rows that divides no dimension of the model's weights and none of ``sizes``."""
+    """Returns a prime number of rows that divides no dimension of the model's weights and none of ``sizes``."""
     dimensions = {size for parameter in model.parameters() for size in parameter.shape} | set(sizes)
     return next((p for p in _PRIMES if all(size % p for size in dimensions)), 53)
-
-
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors that share nothing."""
-    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)

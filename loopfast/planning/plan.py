@@ -1,4 +1,4 @@
-"""Plans a run: memory by ZeRO stage, what fits, and how long an iteration takes."""
+"""Plans a run: memory by ZeRO stage, what fits, and the seconds of an iteration."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from loopfast.config import Config
 from loopfast.engines import require_type
 from loopfast.planning.architectures import Architecture, load_architecture
-from loopfast.planning.cards import Card, choose
-from loopfast.planning.levers import Advice, advise, largest_microbatch, largest_samples
-from loopfast.planning.memory import Footprint, Resources, footprint
-from loopfast.planning.networks import Weights, form_of, weights_of
+from loopfast.planning.devices import Device, choose
+from loopfast.planning.memory import Case, Footprint, Resources, footprint
+from loopfast.planning.networks import Weights
+from loopfast.planning.savings import Advice, advise, largest_microbatch, largest_samples
 from loopfast.planning.speed import Scale, Work, scaling, work_of
 
 STAGES = (0, 1, 2, 3)
@@ -18,7 +18,7 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Stage:
-    """A ZeRO stage: its memory and what else would fit in it."""
+    """A ZeRO stage: its memory, and the largest sizes that fit."""
 
     footprint: Footprint
     fits: bool
@@ -28,23 +28,23 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a run before it runs.
+    """The memory and the speed of a run, before it runs.
 
     Attributes:
         config: the run.
         architecture, weights: its model.
-        card, resources: what it is planned for.
+        device, resources: the devices that it is planned for.
         stages: one for each ZeRO stage.
-        advice: how to make it fit, at the stage of the configuration.
-        work: of one process in an iteration.
-        seconds: of that, by part.
-        weak, strong: the same with other numbers of GPUs.
+        advice: the savings that make it fit, at the stage of the configuration.
+        work: the operations of one process in an iteration.
+        seconds: the seconds of these, by part.
+        weak, strong: the same with other numbers of GPUs; the images grow with them, or stay.
     """
 
     config: Config
     architecture: Architecture
     weights: Weights
-    card: Card
+    device: Device
     resources: Resources
     stages: tuple[Stage, ...]
     advice: Advice
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def chosen(self) -> Stage:
-        """Of the configuration's ZeRO stage."""
+        """The configuration's ZeRO stage."""
         return self.stages[self.config.distributed.zero_stage]
 
 
@@ -67,45 +67,48 @@ def plan(
     card: str | None = None,
     model: str | None = None,
 ) -> Plan:
-    """Plans a run from its configuration and that of its model; nothing is loaded.
+    """Plans a run from its configuration and that of its model. Nothing is loaded.
 
     Args:
         config: the run.
-        gpus: processes with a device each; None: 1.
-        memory: of each device, such as ``24GiB``; None: the card's, or the machine's.
-        card: one of `loopfast.planning.cards.CARDS`, or ``cpu``; None: see `loopfast.planning.cards.choose`.
-        model: an architecture of the package in place of ``model.pretrained``.
+        gpus: the number of processes, each with a device. None means 1.
+        memory: the memory of each device, such as ``24GiB``. None takes the device's.
+        card: one of `loopfast.planning.devices.DEVICES`, or ``cpu``. None chooses, see
+            `loopfast.planning.devices.choose`.
+        model: an architecture of the package, in place of ``model.pretrained``.
 
     Raises:
         ConfigError: a value is not allowed, DeepSpeed refuses the configuration on this machine's CPU, or the model's
             configuration cannot be read.
     """
-    chosen, resources = choose(config, card, memory, gpus)
-    require_type(config, resources.device)
+    device, resources = choose(config.model.device, card, memory, gpus)
+    require_type(config.model.dtype, config.distributed.zero_stage, resources.device)
     architecture = load_architecture(config.model, model)
-    stages = tuple(_stage(config, architecture, resources, stage) for stage in STAGES)
-    here = stages[config.distributed.zero_stage].footprint
-    work = work_of(config, architecture, resources, here)
+    cases = [Case(config, architecture, resources, stage) for stage in STAGES]
+    stages = tuple(_stage(case) for case in cases)
+    case = cases[config.distributed.zero_stage]
+    batch = stages[case.stage].footprint.batch
+    work = work_of(case, batch)
     return Plan(
         config,
         architecture,
-        weights_of(architecture, form_of(config, resources.device, sharded=here.stage > 0)),
-        chosen,
+        case.weights,
+        device,
         resources,
         stages,
         advise(config, architecture, resources),
         work,
-        work.seconds(chosen, config),
-        scaling(config, architecture, chosen, resources, here, weak=True),
-        scaling(config, architecture, chosen, resources, here, weak=False),
+        work.seconds(device, config),
+        scaling(case, batch, device, weak=True),
+        scaling(case, batch, device, weak=False),
     )
 
 
-def _stage(config: Config, architecture: Architecture, resources: Resources, stage: int) -> Stage:
-    found = footprint(config, architecture, resources, stage)
+def _stage(case: Case) -> Stage:
+    found = footprint(case.config, case.architecture, case.resources, case.stage)
     return Stage(
         found,
-        found.total <= resources.usable,
-        largest_samples(config, architecture, resources, found),
-        largest_microbatch(config, architecture, resources, found),
+        found.total <= case.resources.usable,
+        largest_samples(case, found.batch),
+        largest_microbatch(case, found.batch),
     )

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from loopfast.config import Config
 from loopfast.errors import Interrupted, short
 from loopfast.profiling import DOMAIN, Times, range_
+from loopfast.reporting.tables import aligned_table
 from loopfast.run.console import Display
 from loopfast.system.files import write_file, writing
 from loopfast.system.memory import memory_used
@@ -127,9 +128,9 @@ class Profile:
             f"# Where the time goes: {self.facts['run']}",
             "\n".join(f"* {name}: {value}" for name, value in self.facts.items() if name != "run"),
             f"## By part, without torch's profiler\n\n{summary}",
-            _table(("part", "seconds", "share", "of it outside model calls, ms"), by_phase),
-            _table(("model calls", "number", "seconds", "share"), models),
-            _table(("outside model calls, by range", "ms", "share"), outside),
+            aligned_table(("part", "seconds", "share", "of it outside model calls, ms"), by_phase),
+            aligned_table(("model calls", "number", "seconds", "share"), models),
+            aligned_table(("outside model calls, by range", "ms", "share"), outside),
         ]
         for kind, title in (("kernel", "By kernel, on the GPU"), ("operator", "By operator, on the host")):
             rows = [row for row in self.rows if row.kind == kind]
@@ -141,11 +142,11 @@ class Profile:
             )
             sections += [
                 f"## {title}, under torch's profiler\n\nIt slows Python and small operators.",
-                _table(
+                aligned_table(
                     ("group", "own ms", "share"),
                     [(name, f"{value:.1f}", _percent(value / whole)) for name, value in groups],
                 ),
-                _table(
+                aligned_table(
                     (kind, "group", "calls", "own ms", "share"),
                     [
                         (
@@ -380,19 +381,3 @@ def _percent(share: float) -> str:
 def _cell(text: str) -> str:
     """A name that fits a table; names of templated kernels run to hundreds of letters."""
     return short(text.replace("|", "\\|"))
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown that is a table to the eye too; all columns but the first are numbers or short."""
-    cells = [tuple(header), *(tuple(row) for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-        for row in cells
-    ]
-    rule = (
-        "|"
-        + "|".join([":" + "-" * (widths[0] + 1), *("-" * (width + 1) + ":" for width in widths[1:])])
-        + "|"
-    )
-    return "\n".join([lines[0], rule, *lines[1:]])

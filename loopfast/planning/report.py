@@ -9,17 +9,17 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from loopfast.planning.cards import NETWORK, NODE
-from loopfast.planning.levers import MOST_SAMPLES
-from loopfast.planning.memory import BYTES, Footprint
+from loopfast.planning.devices import NETWORK, NODE
+from loopfast.planning.memory import BYTES
 from loopfast.planning.plan import Plan, Stage
+from loopfast.planning.savings import MOST_SAMPLES
 from loopfast.planning.speed import Scale
 from loopfast.rewards.registry import REWARDS
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON can hold it: bytes, seconds, operations and counts without units."""
-    architecture, resources, card = plan.architecture, plan.resources, plan.card
+    """Returns a plan as data for JSON: numbers without units, in bytes, seconds and operations."""
+    architecture, resources, device = plan.architecture, plan.resources, plan.device
     return {
         "model": {
             "name": architecture.name,
@@ -36,12 +36,12 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         },
         "device": {
             "kind": resources.device,
-            "title": card.title,
+            "title": device.title,
             "gpus": resources.gpus,
             "memory": resources.usable,
-            "rates": card.rates,
-            "utilisation": card.utilisation,
-            "source": card.source,
+            "rates": device.rates,
+            "utilisation": device.utilisation,
+            "source": device.source,
         },
         "zero_stage": plan.config.distributed.zero_stage,
         "stages": [_stage(stage) for stage in plan.stages],
@@ -51,12 +51,12 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "overrides": plan.advice.overrides,
             "steps": [
                 {
-                    "name": applied.lever.name,
-                    "settings": dict(applied.lever.settings),
-                    "cost": applied.lever.cost,
+                    "name": applied.saving.name,
+                    "settings": dict(applied.saving.settings),
+                    "cost": applied.saving.cost,
                     "total": applied.total,
                 }
-                for applied in plan.advice.levers
+                for applied in plan.advice.savings
             ],
         },
         "iteration": {
@@ -95,12 +95,12 @@ def _scale(scale: Scale) -> dict[str, Any]:
         "communication_seconds": scale.communication,
         "seconds": scale.seconds,
         "efficiency": scale.efficiency,
-        "bytes_sent": scale.traffic.volumes,
+        "bytes_sent": scale.sent,
     }
 
 
 def as_tables(plan: Plan) -> RenderableType:
-    """A plan for people."""
+    """Returns a plan as tables."""
     parts: list[RenderableType] = [_heading(plan), _memory(plan), _host(plan), _advice(plan), _seconds(plan)]
     if plan.resources.device == "cuda":
         for title, scales in (("images grow with the GPUs", plan.weak), ("the same images", plan.strong)):
@@ -120,7 +120,7 @@ def _heading(plan: Plan) -> str:
     )
     lines = [
         f"{plan.architecture.title}: {', '.join(networks)}",
-        f"{resources.gpus} x {plan.card.title}, {_gib(resources.usable)} each",
+        f"{resources.gpus} x {plan.device.title}, {_gib(resources.usable)} each",
     ]
     if not plan.architecture.trainable:
         lines.append(f"This release plans a {plan.architecture.pipeline}, but does not train it.")
@@ -148,9 +148,16 @@ def _memory(plan: Plan) -> Table:
     table.add_row("peak", *(f"[bold]{_number(found.total)}[/bold]" for found in prints))
     table.add_row("in phase", *(found.peak_phase for found in prints))
     table.add_row("fits", *("yes" if stage.fits else "[bold]no[/bold]" for stage in plan.stages))
-    table.add_row("rows per call, rollout / replay", *(_rows(found) for found in prints))
-    table.add_row("largest K", *(_samples(stage.largest_samples) for stage in plan.stages))
-    table.add_row("largest microbatch", *(_or_none(stage.largest_microbatch) for stage in plan.stages))
+    batches = [found.batch for found in prints]
+    table.add_row(
+        "rows per call, rollout / replay", *(f"{batch.rollout} / {batch.replay}" for batch in batches)
+    )
+    at_least = {MOST_SAMPLES: f">= {MOST_SAMPLES}", None: "none"}
+    samples, microbatches = zip(
+        *((s.largest_samples, s.largest_microbatch) for s in plan.stages), strict=True
+    )
+    table.add_row("largest K", *(at_least.get(most, f"{most}") for most in samples))
+    table.add_row("largest microbatch", *(f"{most or 'none'}" for most in microbatches))
     return table
 
 
@@ -159,31 +166,30 @@ def _host(plan: Plan) -> str:
     if not host:
         return "The host's memory is the device's."
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in host.items())
-    processes = min(plan.resources.gpus, plan.resources.per_node)
-    return f"Host memory of a node with {processes} process(es), not all at once: {parts}"
+    return f"Host memory of a node with {plan.resources.on_host} process(es), not all at once: {parts}"
 
 
 def _advice(plan: Plan) -> RenderableType:
     advice = plan.advice
-    if not advice.levers and advice.fits:
+    if not advice.savings and advice.fits:
         return "It fits as configured."
-    title = "the cheapest levers with which it fits" if advice.fits else "it does not fit with all levers"
-    table = Table("lever", "--set", "GiB then", "costs", title=title)
-    for applied in advice.levers:
-        sets = " ".join(f"{key}={value}" for key, value in applied.lever.settings.items())
-        table.add_row(applied.lever.name, sets, _number(applied.total), applied.lever.cost)
+    title = "the cheapest savings with which it fits" if advice.fits else "it does not fit with all savings"
+    table = Table("saving", "--set", "GiB then", "costs", title=title)
+    for applied in advice.savings:
+        sets = " ".join(f"{key}={value}" for key, value in applied.saving.settings.items())
+        table.add_row(applied.saving.name, sets, _number(applied.total), applied.saving.cost)
     return table
 
 
 def _seconds(plan: Plan) -> Table:
-    card, model = plan.card, plan.config.model
-    rate = card.rate(model.dtype, model.tf32)
-    source = f"datasheet rates ({model.dtype})" if card.device == "cuda" else card.source
+    device, model = plan.device, plan.config.model
+    rate = device.rate(model.dtype, model.tf32)
+    source = f"datasheet rates ({model.dtype})" if device.kind == "cuda" else device.source
     table = Table(
         "an iteration, each process",
         "operations",
         "seconds",
-        title=f"estimated from {source}, of which {card.utilisation:.0%} are assumed: {rate / 1e12:,.3g} TFLOP/s",
+        title=f"estimated from {source}, of which {device.utilisation:.0%} are assumed: {rate / 1e12:,.3g} TFLOP/s",
     )
     operations = {name: f"{size / 1e12:,.3g} TFLOP" for name, size in asdict(plan.work).items()}
     operations["optimizer"] = f"{plan.work.optimizer / 1e9:,.3g} GB moved"
@@ -195,7 +201,10 @@ def _seconds(plan: Plan) -> Table:
 
 
 def _scaling(plan: Plan, title: str, scales: list[Scale]) -> Table:
-    link = f"{plan.card.link / 1e9:g} GB/s ({plan.card.link_name}) within {NODE} GPUs, {NETWORK / 1e9:g} GB/s beyond"
+    device = plan.device
+    link = (
+        f"{device.link / 1e9:g} GB/s ({device.link_name}) within {NODE} GPUs, {NETWORK / 1e9:g} GB/s beyond"
+    )
     table = Table(
         "GPUs", "images", "compute", "communication", "sent by each", "efficiency", title=f"{title}: {link}"
     )
@@ -205,7 +214,7 @@ def _scaling(plan: Plan, title: str, scales: list[Scale]) -> Table:
             f"{scale.images:,}",
             f"{_significant(scale.compute)} s",
             f"{_significant(scale.communication)} s",
-            f"{sum(scale.traffic.volumes.values()) / 1e9:,.3g} GB",
+            f"{sum(scale.sent.values()) / 1e9:,.3g} GB",
             f"{scale.efficiency:.0%}",
         )
     return table
@@ -251,15 +260,3 @@ def _gib(size: int) -> str:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:,.1f} M"
-
-
-def _rows(found: Footprint) -> str:
-    return f"{found.batch.rollout} / {found.batch.replay}"
-
-
-def _samples(value: int | None) -> str:
-    return f">= {MOST_SAMPLES}" if value == MOST_SAMPLES else _or_none(value)
-
-
-def _or_none(value: int | None) -> str:
-    return "none" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""Seconds of an iteration from counted operations and a card's rates, and what many GPUs add to them."""
+"""The seconds of an iteration, from counted operations and a device's rates, and how they scale to many GPUs."""
 
 from __future__ import annotations
 
@@ -6,34 +6,18 @@ import math
 from dataclasses import dataclass, replace
 
 from loopfast.config import Config
-from loopfast.planning.architectures import Architecture
-from loopfast.planning.cards import NETWORK, NODE, Card
-from loopfast.planning.memory import (
-    BYTES,
-    Footprint,
-    Resources,
-    batch_of,
-    replica_of,
-    sampled_form,
-    with_sizes,
-)
-from loopfast.planning.networks import (
-    decoder_type,
-    decoding_call,
-    form_of,
-    sampling_call,
-    training_call,
-    weights_of,
-)
+from loopfast.planning.devices import NETWORK, NODE, Device
+from loopfast.planning.memory import BYTES, Batch, Case, with_sizes
+from loopfast.planning.networks import decoder_type, decoding_call, sampling_call, training_call
 
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of one process in an iteration, evaluations and checkpoints aside.
+    """The operations of one process in an iteration, without evaluations and checkpoints.
 
     Attributes:
         rollout, decoding, replay: floating-point operations.
-        optimizer: bytes that its updates read and write.
+        optimizer: bytes that the updates read and write.
     """
 
     rollout: float
@@ -41,29 +25,17 @@ class Work:
     replay: float
     optimizer: float
 
-    def seconds(self, card: Card, config: Config) -> dict[str, float]:
-        """By part, at the card's assumed rates."""
-        rate = card.rate(config.model.dtype, config.model.tf32)
-        sampling = card.rate(config.rollout.dtype or config.model.dtype, config.model.tf32)
-        # of the decoder, whose work is convolutions
-        in_tf32 = config.model.tf32 or config.model.decoder_precision in ("auto", "tf32")
+    def seconds(self, device: Device, config: Config) -> dict[str, float]:
+        """Returns the seconds of each part at the device's assumed rates."""
+        model = config.model
+        # the decoder's work is convolutions
+        in_tf32 = model.tf32 or model.decoder_precision in ("auto", "tf32")
         return {
-            "rollout": self.rollout / sampling,
-            "decoding": self.decoding / card.rate(decoder_type(config.model), in_tf32),
-            "replay": self.replay / rate,
-            "optimizer": self.optimizer / card.bandwidth,
+            "rollout": self.rollout / device.rate(config.rollout.dtype or model.dtype, model.tf32),
+            "decoding": self.decoding / device.rate(decoder_type(model), in_tf32),
+            "replay": self.replay / device.rate(model.dtype, model.tf32),
+            "optimizer": self.optimizer / device.bandwidth,
         }
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one process sends in an iteration, by purpose."""
-
-    volumes: dict[str, int]
-
-    def seconds(self, card: Card, gpus: int) -> float:
-        """At the bandwidth of the slowest link in the ring, without overlap with computation."""
-        return sum(self.volumes.values()) / (card.link if gpus <= NODE else NETWORK)
 
 
 @dataclass(frozen=True)
@@ -72,118 +44,106 @@ class Scale:
 
     Attributes:
         gpus: W.
-        images: of all GPUs together.
+        images: images of all GPUs together.
         compute, communication: seconds.
-        traffic: bytes that each GPU sends.
-        efficiency: images per second and GPU, as a share of those of one GPU.
+        sent: bytes that each GPU sends, by purpose.
+        efficiency: images per second and GPU, relative to one GPU.
     """
 
     gpus: int
     images: int
     compute: float
     communication: float
-    traffic: Traffic
+    sent: dict[str, int]
     efficiency: float = 1.0
 
     @property
     def seconds(self) -> float:
-        """Of an iteration, if nothing overlaps."""
+        """The seconds of an iteration, if nothing overlaps."""
         return self.compute + self.communication
 
 
-def work_of(config: Config, architecture: Architecture, resources: Resources, plan: Footprint) -> Work:
-    """What each process computes in an iteration."""
-    stage, batch = plan.stage, plan.batch
-    form = form_of(config, resources.device, sharded=stage > 0)
-    replica = replica_of(config.rollout, stage, config.model.tune)
-    sampled = sampled_form(config, form, replica)
-    sampling = sampling_call(architecture, sampled).flops
-    training = training_call(architecture, form, accumulating=stage > 0 or batch.calls > 1).flops
-    pairs = batch.pairs * config.train.inner_epochs
-    # a call is filled up to its microbatch, in the rollout always
+def work_of(case: Case, batch: Batch) -> Work:
+    """Returns the operations of each process in an iteration."""
+    config, architecture, device = case.config, case.architecture, case.resources.device
+    sampling = sampling_call(architecture, case.sampled).flops
+    training = training_call(architecture, case.form, accumulating=case.stage > 0 or batch.calls > 1).flops
+    # every call of the rollout is padded to its microbatch
     sampled_rows = math.ceil(batch.images / batch.rollout) * batch.rollout
     reference = sampling if config.algorithm.kl_weight > 0 else 0
     updates = config.train.updates_per_iteration * config.train.inner_epochs
-    trained = weights_of(architecture, form).trained / (resources.gpus if stage > 0 else 1)
+    trained = case.weights.trained / (case.resources.gpus if case.stage > 0 else 1)
     moments = 4 if config.train.optimizer == "adamw" else 1
     return Work(
         rollout=sampled_rows * config.rollout.steps * sampling,
-        decoding=batch.images * decoding_call(architecture, config.model, resources.device).flops,
-        replay=pairs * (training + reference),
+        decoding=batch.images * decoding_call(architecture, config.model, device).flops,
+        replay=batch.pairs * config.train.inner_epochs * (training + reference),
         # reads weight, gradient and both moments, writes weight and both moments
         optimizer=updates * trained * (4 + 4 + 4 + 4 * moments),
     )
 
 
-def traffic_of(config: Config, architecture: Architecture, resources: Resources, plan: Footprint) -> Traffic:
-    """What each process sends in an iteration: a ring moves (W - 1) / W of what is gathered or reduced."""
-    gpus, stage, batch = resources.gpus, plan.stage, plan.batch
-    ring = (gpus - 1) / gpus
-    form = form_of(config, resources.device, sharded=stage > 0)
-    weights = weights_of(architecture, form)
+def traffic_of(case: Case, batch: Batch) -> dict[str, int]:
+    """Returns the bytes that each process sends in an iteration, by purpose.
+
+    A ring moves (W - 1) / W of what is gathered or reduced.
+    """
+    config, stage = case.config, case.stage
+    ring = (case.resources.gpus - 1) / case.resources.gpus
     width = BYTES[config.model.dtype]
-    everything, trained = weights.parameters * width, weights.trained * (width if stage > 0 else 4)
+    everything = case.weights.parameters * width
+    trained = case.weights.trained * (width if stage > 0 else 4)
     updates = config.train.updates_per_iteration * config.train.inner_epochs
     calls = updates * batch.calls
-    volumes: dict[str, float] = {}
-    if stage < 2:
-        volumes["reduce gradients"] = 2 * ring * trained * updates
-    else:
-        volumes["reduce gradients"] = ring * trained * calls
+    # a stage that shards gradients reduces them at every call
+    sent: dict[str, float] = {"reduce gradients": ring * trained * (2 * updates if stage < 2 else calls)}
     if stage in (1, 2):
-        volumes["gather updated weights"] = ring * trained * updates
+        sent["gather updated weights"] = ring * trained * updates
     if stage == 3:
         passes = 3 if config.train.gradient_checkpointing else 2
-        volumes["gather weights, replay"] = passes * ring * everything * calls
-        if replica_of(config.rollout, stage, config.model.tune) is None:
-            times = config.rollout.steps * math.ceil(batch.images / batch.rollout)
-        else:
-            times = 1
-        whole = everything if config.model.tune == "full" or times > 1 else trained
-        volumes["gather weights, rollout"] = times * ring * whole
-    return Traffic({name: round(size) for name, size in volumes.items()})
+        sent["gather weights, replay"] = passes * ring * everything * calls
+        # a copy to sample from is gathered once, and of it only what training changed
+        calls = config.rollout.steps * math.ceil(batch.images / batch.rollout) if case.replica is None else 1
+        gathered = everything if not case.lora or calls > 1 else trained
+        sent["gather weights, rollout"] = calls * ring * gathered
+    return {name: round(size) for name, size in sent.items()}
 
 
-def scaling(
-    config: Config,
-    architecture: Architecture,
-    card: Card,
-    resources: Resources,
-    plan: Footprint,
-    *,
-    weak: bool,
-) -> list[Scale]:
-    """An iteration on 1, 8, 64 and 512 GPUs.
+def scaling(case: Case, batch: Batch, device: Device, *, weak: bool) -> list[Scale]:
+    """Returns an iteration on 1, 8, 64 and 512 GPUs.
 
     Args:
-        config: the run.
-        architecture: its model.
-        card: each GPU.
-        resources: what the plan is for.
-        plan: its memory; the rows of a model call stay as they are.
-        weak: whether images grow with the GPUs (each does the same work) or stay as they are.
+        case: the run that is planned.
+        batch: its rows; those of a model call stay as they are.
+        device: each GPU.
+        weak: whether the images grow with the GPUs, so that each does the same work, or stay as they are.
     """
-    found: list[Scale] = []
+    config, found = case.config, list[Scale]()
     for gpus in (1, 8, 64, 512):
-        there = replace(resources, gpus=gpus)
         prompts = config.rollout.prompts_per_iteration
         if weak:
-            prompts = math.ceil(prompts * gpus / resources.gpus)
-        total = prompts * config.algorithm.samples_per_prompt
-        each = math.ceil(total / gpus)
-        # a number in the configuration stays; what is automatic is no more than a process has images
+            prompts = math.ceil(prompts * gpus / case.resources.gpus)
+        images = prompts * config.algorithm.samples_per_prompt
+        each = math.ceil(images / gpus)
+        # a microbatch that is a number stays; an automatic one is at most a process's images
         rollout, replay = (
-            min(rows, each) if given == "auto" else rows
-            for given, rows in (
-                (config.rollout.microbatch, plan.batch.rollout),
-                (config.train.microbatch, plan.batch.replay),
+            min(rows, each) if configured == "auto" else rows
+            for configured, rows in (
+                (config.rollout.microbatch, batch.rollout),
+                (config.train.microbatch, batch.replay),
             )
         )
-        many = with_sizes(config, microbatch=(rollout, replay), prompts=prompts)
-        # the stages shard over the processes, of which one has nothing to share
-        part = replace(plan, batch=batch_of(many, architecture, there))
-        compute = sum(work_of(many, architecture, there, part).seconds(card, many).values())
-        traffic = traffic_of(many, architecture, there, part)
-        found.append(Scale(gpus, total, compute, traffic.seconds(card, gpus), traffic))
+        many = Case(
+            with_sizes(config, microbatch=(rollout, replay), prompts=prompts),
+            case.architecture,
+            replace(case.resources, gpus=gpus),
+            case.stage,
+        )
+        rows = many.batch()
+        sent = traffic_of(many, rows)
+        compute = sum(work_of(many, rows).seconds(device, many.config).values())
+        # at the bandwidth of the ring's slowest link, without overlap with computation
+        communication = sum(sent.values()) / (device.link if gpus <= NODE else NETWORK)
+        found.append(Scale(gpus, images, compute, communication, sent))
     base = found[0].images / found[0].seconds
     return [replace(scale, efficiency=scale.images / scale.seconds / scale.gpus / base) for scale in found]

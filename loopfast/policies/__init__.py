@@ -1,6 +1,6 @@
 """Diffusion pipelines as policies: encode prompts, predict model outputs, decode latents."""
 
-from loopfast.policies.base import Caller, Conditioning, Policy, expand, pad_rows
+from loopfast.policies.base import Conditioning, ForwardWrapper, Policy, expand, pad_rows
 from loopfast.policies.check import check_model
 from loopfast.policies.loading import (
     load_family,
@@ -22,8 +22,8 @@ from loopfast.policies.source import is_lora
 from loopfast.policies.text_limits import TextLimit, read_prompts
 
 __all__ = [
-    "Caller",
     "Conditioning",
+    "ForwardWrapper",
     "Policy",
     "TextLimit",
     "adapter_signature",

@@ -1,4 +1,4 @@
-"""The low-rank adapter of a denoiser: added, switched off, and put into the form that others read."""
+"""The low-rank adapter of a denoiser: adds it, switches it off, merges it and names its weights for an export."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADAPTER = "loopfast"
 
 
 class CastLinear(nn.Linear):
-    """A factor of an adapter that multiplies in its input's type, whatever type its weight is held in."""
+    """A factor of an adapter that multiplies in its input's type, whatever its weight's type is."""
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class CastLinear(nn.Linear):
 
 
 class CastConv2d(nn.Conv2d):
-    """As `CastLinear`, for the adapter of a convolution."""
+    """A `CastLinear` for the adapter of a convolution."""
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ _CAST: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: CastLinear, nn.Conv2
 
 
 def lora_config(settings: LoraSettings, targets: Sequence[str]) -> LoraConfig:
-    """What peft calls these settings."""
+    """Returns peft's form of these settings."""
     return LoraConfig(
         r=settings.rank,
         # peft annotates it as an int and divides it by the rank
@@ -61,11 +61,11 @@ def add_adapter(
     computes in ``dtype``, because the norms of the weights' columns need it.
 
     Args:
-        module: any.
+        module: a network.
         settings: the section ``model.lora``.
-        targets: the modules that get one, by their names' ends.
-        seed: of its first values.
-        dtype: of its parameters.
+        targets: the ends of the names of the modules that get an adapter.
+        seed: the seed of its first values.
+        dtype: the type of its parameters.
 
     Raises:
         ConfigError: no module has such a name.
@@ -75,8 +75,7 @@ def add_adapter(
         try:
             inject_adapter_in_model(lora_config(settings, targets), module, adapter_name=ADAPTER)
         except ValueError as error:
-            reason = first_line(error)
-            raise ConfigError(f"model.lora.targets: {list(targets)}: {reason}") from error
+            raise ConfigError(f"model.lora.targets: {list(targets)}: {first_line(error)}") from error
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -88,7 +87,7 @@ def add_adapter(
 
 
 def _measure_columns(layer: Any) -> None:
-    """Without this, DoRA starts from norms of the base's type: in 16 bits, not at the base model."""
+    """Makes DoRA start at the base model: peft's first norms have the base's type, which may have 16 bits."""
     factors = {"lora_A": layer.lora_A[ADAPTER].weight, "lora_B": layer.lora_B[ADAPTER].weight}
     layer.lora_magnitude_vector[ADAPTER].update_layer(
         base_layer=layer.get_base_layer(), scaling=layer.scaling[ADAPTER], **factors
@@ -96,7 +95,7 @@ def _measure_columns(layer: Any) -> None:
 
 
 def _compute_in_the_type_of_the_input(layer: Any) -> None:
-    """Without this, peft casts a layer's whole input to the type of the adapter's weights."""
+    """Keeps peft from casting a layer's whole input to the type of the adapter's weights."""
     factors = [layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]]
     if all(type(factor) in _CAST for factor in factors):
         layer.cast_input_dtype_enabled = False
@@ -106,7 +105,7 @@ def _compute_in_the_type_of_the_input(layer: Any) -> None:
 
 @contextmanager
 def without_adapter(module: torch.nn.Module) -> Iterator[None]:
-    """Inside, the module computes what it did before an adapter was added."""
+    """Context in which the module computes without its adapter."""
     layers = list(layers_with_adapter(module).values())
     for layer in layers:
         layer.enable_adapters(False)
@@ -118,7 +117,7 @@ def without_adapter(module: torch.nn.Module) -> Iterator[None]:
 
 
 def merge_adapter(module: torch.nn.Module) -> None:
-    """Adds the adapter to the weights, in place, and puts the plain layers back."""
+    """Adds the adapter to the weights, in place, and removes its layers."""
     for layer in layers_with_adapter(module).values():
         layer.merge()
     remove_adapter_layers(module)
@@ -127,15 +126,15 @@ def merge_adapter(module: torch.nn.Module) -> None:
 def exported_adapter(
     module: torch.nn.Module, settings: LoraSettings, weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The adapter's weights under the names that diffusers reads.
+    """Returns the adapter's weights under the names that diffusers reads.
 
-    Readers take alpha to be the rank unless told, each release in its own way: the factor alpha / rank goes into the
-    weights.
+    Releases of diffusers read alpha in different ways, and without it take the rank: the factor alpha / rank is
+    therefore a part of the weights.
 
     Args:
-        module: the one with the adapter.
+        module: the network with the adapter.
         settings: the section ``model.lora``.
-        weights: the trained ones, by the names of the module's parameters.
+        weights: the trained weights, by the names of the module's parameters.
     """
     factor = settings.alpha / settings.rank
     layers = get_peft_model_state_dict(module, state_dict=dict(weights), adapter_name=ADAPTER)

@@ -16,11 +16,11 @@ Conditioning = dict[str, Tensor]
 """Encoded prompts: tensors by name, each with a row per prompt."""
 
 
-class Caller(Protocol):
-    """Who calls a denoiser whose weights are not all here."""
+class ForwardWrapper(Protocol):
+    """An engine that makes the calls of a denoiser, as this process does not hold all of its weights."""
 
     def call(self, denoiser: torch.nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
-        """What ``function(denoiser, *inputs)`` returns, called with the weights it needs."""
+        """Returns ``function(denoiser, *inputs)``, called with the weights that it needs."""
 
 
 class Policy(Protocol):
@@ -31,7 +31,7 @@ class Policy(Protocol):
         latent_shape: ``*L``, the shape of one latent.
         decoder_rows: the number of latents that :meth:`decode` is given at a time.
         device, dtype: the denoiser's device and the type of its latents.
-        levers: what makes its denoiser faster, by name: on or off, or which.
+        performance_options: the options that make its denoiser faster, by name: on, off or the variant in use.
         text_limits: the number of tokens of a prompt that each text encoder reads.
     """
 
@@ -40,7 +40,7 @@ class Policy(Protocol):
     decoder_rows: int
     device: torch.device
     dtype: torch.dtype
-    levers: dict[str, bool | str]
+    performance_options: dict[str, bool | str]
     text_limits: tuple[TextLimit, ...]
 
     def describe(self) -> str:
@@ -57,8 +57,8 @@ class Policy(Protocol):
     def reference_denoiser(self) -> torch.nn.Module | None:
         """The network before training, if it is a second one."""
 
-    def hand_over(self, caller: Caller) -> None:
-        """Has every call of its denoisers made by an engine that has taken their weights."""
+    def attach_engine(self, wrapper: ForwardWrapper) -> None:
+        """Lets an engine, which now owns the weights, make every call of the denoisers."""
 
     def with_denoiser(
         self, denoiser: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, autocast: bool

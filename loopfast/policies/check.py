@@ -1,4 +1,4 @@
-"""Checks a model that is on this machine without loading it."""
+"""Checks a model on this machine without loading it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from loopfast.policies.source import local_path, locate
 
 
 def check_model(config: ModelConfig) -> Family | None:
-    """The family of a model that is on this machine; None for a hub name, which is not looked up.
+    """Returns the family of a model on this machine; None for a hub name, which is not looked up.
 
     Raises:
-        ConfigError: ``model.pretrained`` or ``model.lora.from`` names a place here that does not hold what it should.
+        ConfigError: ``model.pretrained`` or ``model.lora.from`` names a local path with the wrong content.
     """
     start = config.lora.from_
     if start is not None and local_path("model.lora.from", start) is not None:

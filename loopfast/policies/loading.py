@@ -1,4 +1,4 @@
-"""Finds out what a model is and loads it as a policy."""
+"""Recognizes a model's family and loads it as a policy."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def load_policy(
     sharded: bool = False,
     start: bool = True,
 ) -> Policy:
-    """The policy a configuration names, ready to be trained.
+    """Loads the policy that a configuration names, ready to be trained.
 
     Args:
         config: the section ``model``.
-        seed: of the adapter's initial weights.
-        keep_reference: keep the model before training at hand where that costs memory (full fine-tuning).
-        cast: give trained weights, too, the type to compute in, for an engine that keeps float32 ones itself.
-        sharded: leave the denoiser in the host's memory, for an engine that takes a part of it.
-        start: read ``model.lora.from``; False where a checkpoint's weights follow.
+        seed: the seed of the adapter's initial weights.
+        keep_reference: keep the model before training; with full fine-tuning this is a second network.
+        cast: give the trained weights the type to compute in, for an engine that keeps float32 ones itself.
+        sharded: leave the denoiser in the host's memory, for an engine that shards it.
+        start: read ``model.lora.from``; False if a checkpoint's weights follow.
 
     Raises:
         ConfigError: the model cannot be found or loaded, or its family is not supported.
@@ -56,7 +56,7 @@ def load_policy(
 
 
 def load_family(config: ModelConfig) -> Family:
-    """The family of a model, without loading the model.
+    """Returns the family of a model, without loading the model.
 
     Raises:
         ConfigError: the model cannot be found, or no such family is supported.
@@ -71,10 +71,10 @@ def load_family(config: ModelConfig) -> Family:
 
 
 def load_scheduler(config: ModelConfig) -> Any:
-    """The scheduler of a model whose transitions are sampled, without loading the model.
+    """Returns the scheduler whose transitions are sampled, without loading the model.
 
-    A diffusion pipeline that comes with another sampler of the same process gets DDIM with that process's schedule, as
-    DDPO and diffusers' documentation do.
+    A diffusion pipeline with another sampler of the same process gets DDIM with that process's schedule, as in DDPO and
+    in diffusers' documentation.
 
     Returns:
         A ``DDIMScheduler``, or for a flow a ``FlowMatchEulerDiscreteScheduler``.
@@ -86,10 +86,10 @@ def load_scheduler(config: ModelConfig) -> Any:
 
 
 def scheduler_notes(config: ModelConfig) -> tuple[str, ...]:
-    """Lines about what training samples differently from what a model's scheduler says.
+    """Returns a line for each difference between the sampler of training and the model's own scheduler.
 
     Raises:
-        ConfigError: as `load_scheduler`.
+        ConfigError: as `load_scheduler` does.
     """
     return _choice(config).notes
 
@@ -101,26 +101,26 @@ def _choice(config: ModelConfig) -> Choice:
 
 
 def absent_components(config: ModelConfig) -> list[str]:
-    """Components that a model's pipeline has a place for, and ``model_index.json`` says are not there."""
+    """Returns the components that ``model_index.json`` lists as absent."""
     return [name for name, entry in _index(config).items() if entry == [None, None]]
 
 
 def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
-    """The configuration of one of a model's components that diffusers has a class for, without its weights.
+    """Reads the configuration of a model's component, which must be of a diffusers class.
 
     Args:
         config: the section ``model``.
-        component: its name in ``model_index.json``.
+        component: the component's name in ``model_index.json``.
 
     Raises:
-        ConfigError: it cannot be found or read.
+        ConfigError: the configuration cannot be found or read.
     """
     import diffusers
 
     entry = _index(config).get(component)
     kind = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) and len(entry) == 2 else None
     if component == "scheduler":
-        # any scheduler's class reads the file; the model's own may need packages that are not here
+        # any scheduler's class reads the file; the model's own may need packages that are not installed
         kind = diffusers.DDIMScheduler
     if kind is None:
         raise ConfigError(
@@ -144,7 +144,7 @@ def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
 
 
 def load_schedule(config: ModelConfig, rollout: RolloutConfig) -> TransitionSchedule:
-    """The transition schedule of a model under the sampler settings of a configuration.
+    """Returns the transition schedule of a model with the sampler's settings of a configuration.
 
     Raises:
         ConfigError: the scheduler or a setting cannot be expressed as a transition table.
@@ -157,14 +157,11 @@ def load_schedule(config: ModelConfig, rollout: RolloutConfig) -> TransitionSche
         raise ConfigError("rollout.noise_level belongs to flow-matching models; DDIM takes rollout.eta")
     scheduler = load_scheduler(config)
     try:
-        if not flow:
-            eta = 1.0 if rollout.eta is None else rollout.eta
-            return transition_schedule(scheduler, rollout.steps, eta=eta)
-        level = 0.7 if rollout.noise_level is None else rollout.noise_level
         return transition_schedule(
             scheduler,
             rollout.steps,
-            noise_level=level,
+            eta=rollout.eta,
+            noise_level=rollout.noise_level,
             sigmas=_sigmas(family, scheduler, rollout.steps),
             mu=_mu(config, family, scheduler),
         )
@@ -173,14 +170,14 @@ def load_schedule(config: ModelConfig, rollout: RolloutConfig) -> TransitionSche
 
 
 def _sigmas(family: Family, scheduler: Any, steps: int) -> list[float] | None:
-    """Noise levels before the shift, where the family's pipeline does not leave them to its scheduler."""
+    """Returns the noise levels before the shift; None if the family's pipeline takes its scheduler's."""
     if "FluxPipeline" not in family.pipelines or scheduler.config.get("use_flow_sigmas"):
         return None
     return [1.0 - step / steps for step in range(steps)]
 
 
 def _mu(config: ModelConfig, family: Family, scheduler: Any) -> float | None:
-    """Of a shift that depends on the resolution."""
+    """Returns the scheduler's shift if it depends on the resolution."""
     if not scheduler.config.get("use_dynamic_shifting"):
         return None
     denoiser, vae = component_config(config, family.denoiser), component_config(config, "vae")
@@ -189,22 +186,19 @@ def _mu(config: ModelConfig, family: Family, scheduler: Any) -> float | None:
 
 
 def trained_steps(schedule: TransitionSchedule, spec: str) -> tuple[int, ...]:
-    """The transitions that ``train.steps`` selects.
+    """Returns the transitions that ``train.steps`` selects.
 
     Raises:
         ConfigError: it selects none.
     """
     try:
-        steps = schedule.trained_steps(spec)
+        return schedule.trained_steps(spec)
     except ValueError as error:
         raise ConfigError(f"train.steps: {error}") from error
-    if not steps:
-        raise ConfigError(f"train.steps: {spec} selects no transition that can be trained on")
-    return steps
 
 
 def _index(config: ModelConfig) -> dict[str, Any]:
-    """The pipeline's ``model_index.json``."""
+    """Reads the pipeline's ``model_index.json``."""
     source = find_source(config)
     place = source.pipeline
     try:

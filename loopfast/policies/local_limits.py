@@ -1,4 +1,4 @@
-"""The limits of a model's text encoders, found out without its weights and without the hub."""
+"""The limits of a model's text encoders, found without its weights and without the hub."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from loopfast.policies.text_limits import TOKENIZERS, TextLimit, encoder_of
 
 
 def local_text_limits(config: ModelConfig) -> tuple[TextLimit, ...] | None:
-    """The limits of a model's text encoders, from its tokenizers alone.
+    """Returns the limits of a model's text encoders, from its tokenizers alone.
 
-    Nothing is looked up on the hub: a hub name is known where the hub's cache has its tokenizers.
-
-    Args:
-        config: the section ``model``.
+    The hub is not asked: for a hub name, the tokenizers are those in the hub's cache.
 
     Returns:
-        The limits; None where the model's tokenizers are not on this machine.
+        The limits; None if the model's tokenizers are not on this machine.
 
     Raises:
         ConfigError: the model's folder is no pipeline, or its tokenizers cannot be loaded.
@@ -43,7 +40,7 @@ def local_text_limits(config: ModelConfig) -> tuple[TextLimit, ...] | None:
             tokenizers[name] = getattr(transformers, kind).from_pretrained(
                 folder / name, local_files_only=True
             )
-        # a damaged file may raise whatever its reader does
+        # a damaged file may raise any error of its reader
         except Exception as error:
             if folder != locate(config):
                 return None
@@ -54,7 +51,7 @@ def local_text_limits(config: ModelConfig) -> tuple[TextLimit, ...] | None:
 
 
 def _folder(config: ModelConfig) -> Path | None:
-    """The folder of a model on this machine: its own, or the one in the hub's cache."""
+    """Returns the folder of a model on this machine: its own, or the one in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     source = locate(config)
@@ -62,6 +59,6 @@ def _folder(config: ModelConfig) -> Path | None:
         return source
     try:
         found = try_to_load_from_cache(source, "model_index.json", revision=config.revision)
-    except ValueError:  # not a name that the hub allows
+    except ValueError:  # the hub allows no such name
         return None
     return Path(found).parent if isinstance(found, str) else None

@@ -1,9 +1,9 @@
-"""Reads a LoRA that any tool wrote, by the loaders of diffusers and peft."""
+"""Reads LoRA files of any tool, by the loaders of diffusers and peft."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loopfast.config import LoraConfig, ModelConfig
 from loopfast.errors import ConfigError, first_line, one_line
+from loopfast.policies.adapter import ADAPTER
 from loopfast.policies.families import Family
 from loopfast.policies.loading import component_config, load_family
 from loopfast.policies.signature import layers_with_adapter
@@ -20,7 +21,6 @@ from loopfast.policies.single_file import read_shapes
 from loopfast.policies.source import LORA_FILES, PICKLED, is_lora, local_path, locate, not_on_the_hub
 
 KEY = "model.lora.from"
-_ADAPTER = "from"
 _PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _TEXT = "text_encoder"
 _OTHER_KINDS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "lora_mid": "LoCon in Tucker form"}
@@ -31,10 +31,10 @@ class Factors:
     """The adapter of one layer, which adds ``scale · up · down`` to the layer's weight.
 
     Attributes:
-        down: ``[r, ...]``, for r the rank.
+        down: ``[r, ...]``, where r is the rank.
         up: ``[out, r, ...]``.
-        scale: alpha / r, or what the file says instead.
-        magnitude: norms of the weight's columns, of a DoRA.
+        scale: alpha / r, or the file's own scale.
+        magnitude: a DoRA's norms of the weight's columns.
     """
 
     down: Tensor
@@ -45,32 +45,22 @@ class Factors:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA as it lies in a file.
+    """The content of a LoRA file.
 
     Attributes:
-        layers: of each network (the denoiser, the text encoder) the layers with an adapter, by name.
-        unused: names of the other networks that the file has adapters of.
+        layers: for each network (the denoiser, the text encoder), its layers with an adapter, by name.
+        unused: the names of the other networks that the file has adapters for.
     """
 
     layers: dict[str, dict[str, Factors]]
     unused: tuple[str, ...] = ()
 
-    @property
-    def rank(self) -> int:
-        """The largest of its layers' ranks."""
-        return max(factors.down.shape[0] for layers in self.layers.values() for factors in layers.values())
-
-    @property
-    def dora(self) -> bool:
-        """Whether it is a DoRA."""
-        return any(f.magnitude is not None for layers in self.layers.values() for f in layers.values())
-
 
 def read_lora(config: ModelConfig, family: Family) -> Lora:
-    """The LoRA that ``model.lora.from`` names.
+    """Reads the LoRA that ``model.lora.from`` names.
 
     Raises:
-        ConfigError: there is none, or it does not fit the model.
+        ConfigError: there is no such LoRA, or it does not fit the model.
     """
     file = lora_weights(config)
     names = read_shapes(KEY, file)
@@ -93,52 +83,58 @@ def read_lora(config: ModelConfig, family: Family) -> Lora:
 
 
 def adopted_lora(config: ModelConfig) -> ModelConfig:
-    """The section ``model`` with the rank, the layers and the kind of adapter that its ``lora.from`` has.
+    """Returns the section ``model`` with the rank, the layers and the kind of adapter of its ``lora.from``.
 
     Raises:
         ConfigError: the model or the LoRA cannot be found or read.
     """
     family = load_family(config)
     lora = read_lora(config, family)
-    text = family.lora_of_text and _TEXT in lora.layers
+    factors = [each for layers in lora.layers.values() for each in layers.values()]
+    rank = _rank(factors)
     settings = config.lora.model_copy(
         update={
-            "rank": lora.rank,
-            "alpha": float(lora.rank),
+            "rank": rank,
+            "alpha": float(rank),
             "targets": tuple(lora.layers[family.denoiser]),
-            "dora": lora.dora,
-            "text_encoder": text,
+            "dora": _is_dora(factors),
+            "text_encoder": family.lora_of_text and _TEXT in lora.layers,
         }
     )
     return config.model_copy(update={"tune": "lora", "lora": settings})
 
 
-def load_lora(
-    module: torch.nn.Module, layers: Mapping[str, Factors], settings: LoraConfig, adapter: str
-) -> None:
-    """Writes a LoRA into an adapter that is there.
+def _rank(factors: Iterable[Factors]) -> int:
+    """Returns the largest rank of some layers."""
+    return max(each.down.shape[0] for each in factors)
 
-    The adapter then computes what the file's does. Where its rank is higher, the rest stays as it was, and adds nothing
-    at first; so do layers that the file does not have.
+
+def _is_dora(factors: Iterable[Factors]) -> bool:
+    return any(each.magnitude is not None for each in factors)
+
+
+def load_lora(module: torch.nn.Module, layers: Mapping[str, Factors], settings: LoraConfig) -> None:
+    """Writes a LoRA into a module's adapter, which then computes the same as the file's.
+
+    If the adapter's rank is higher, the other components stay as they were, and add nothing at first. So do layers
+    that the file does not have.
 
     Args:
-        module: the one with the adapter.
-        layers: of the file, by name.
+        module: the network with the adapter.
+        layers: the file's layers, by name.
         settings: the section ``model.lora``.
-        adapter: its name.
 
     Raises:
-        ConfigError: the adapter is too small for it, or is one of another kind.
+        ConfigError: the adapter is too small for the LoRA, or is of another kind.
     """
     own = layers_with_adapter(module)
     _require_layers(module, own, layers)
-    rank = max(factors.down.shape[0] for factors in layers.values())
+    rank, dora = _rank(layers.values()), _is_dora(layers.values())
     if rank > settings.rank:
         raise ConfigError(
             f"model.lora.rank: found {settings.rank}, allowed: {rank} or more with {settings.from_!r} of rank {rank} "
             f"({KEY})"
         )
-    dora = any(factors.magnitude is not None for factors in layers.values())
     if dora != settings.dora:
         raise ConfigError(
             f"model.lora.dora: found {str(settings.dora).lower()}, allowed: {str(dora).lower()} with "
@@ -148,16 +144,16 @@ def load_lora(
         for name, factors in layers.items():
             layer = own[name]
             rank = factors.down.shape[0]
-            layer.lora_A[adapter].weight[:rank] = factors.down
-            layer.lora_B[adapter].weight[:, :rank] = factors.up.float() * (
-                factors.scale / layer.scaling[adapter]
+            layer.lora_A[ADAPTER].weight[:rank] = factors.down
+            layer.lora_B[ADAPTER].weight[:, :rank] = factors.up.float() * (
+                factors.scale / layer.scaling[ADAPTER]
             )
             if factors.magnitude is not None:
-                layer.lora_magnitude_vector[adapter].weight.copy_(factors.magnitude)
+                layer.lora_magnitude_vector[ADAPTER].weight.copy_(factors.magnitude)
 
 
 def _require_layers(module: torch.nn.Module, own: Collection[str], wanted: Collection[str]) -> None:
-    """Raises `ConfigError` where the file has layers that the adapter has not; it says which targets would."""
+    """Raises `ConfigError` if the file has layers that the adapter lacks; the message names targets that match."""
     missing = sorted(set(wanted) - set(own))
     if missing:
         names = [name.replace(".base_layer", "") for name, _ in module.named_modules()]
@@ -168,22 +164,22 @@ def _require_layers(module: torch.nn.Module, own: Collection[str], wanted: Colle
 
 
 def _ends(names: Collection[str], wanted: Collection[str]) -> list[str]:
-    """The shortest ends of names that all ``wanted`` names have, and no others of ``names``."""
+    """Returns the shortest ends of names that match all ``wanted`` names and no others of ``names``."""
     others = Counter(end for name in set(names) - set(wanted) for end in _all_ends(name))
     return sorted({next((end for end in _all_ends(name) if not others[end]), name) for name in wanted})
 
 
 def _all_ends(name: str) -> list[str]:
     parts = name.split(".")
-    # a number alone says nothing: to_out.0, not 0
+    # an end does not begin with a number: to_out.0, not 0
     return [".".join(parts[-count:]) for count in range(1, len(parts) + 1) if not parts[-count].isdigit()]
 
 
 def lora_weights(config: ModelConfig) -> Path:
-    """The file that ``model.lora.from`` names, downloaded where it is on the hub.
+    """Returns the file that ``model.lora.from`` names, downloaded if it is on the hub.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such file.
     """
     name = config.lora.from_
     assert name is not None
@@ -227,7 +223,6 @@ def _in_folder(folder: Path, allow_pickle: bool) -> Path:
 
 
 def _downloaded(name: str) -> Path:
-    """A local copy of a repository's LoRA."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -245,7 +240,7 @@ def _downloaded(name: str) -> Path:
 
 
 def _of_diffusers(config: ModelConfig, family: Family, file: Path) -> Lora:
-    """A file that the pipeline's ``load_lora_weights`` reads: diffusers', kohya's and others' formats."""
+    """Reads a file as the pipeline's ``load_lora_weights`` does: diffusers', kohya's and others' formats."""
     skeleton = _denoiser(config, family)
     pipeline_class = family.policy_class().pipeline_class
     if not hasattr(pipeline_class, "lora_state_dict"):
@@ -264,49 +259,24 @@ def _of_diffusers(config: ModelConfig, family: Family, file: Path) -> Lora:
     weights, metadata = found[0], found[-1]
     alphas = found[1] if len(found) == 3 else None
     networks = {name.split(".")[0] for name in weights}
-    layers: dict[str, dict[str, Factors]] = {}
-    if family.denoiser in networks:
-        layers[family.denoiser] = _loaded(
-            file,
-            weights,
-            family.denoiser,
-            skeleton,
-            lambda: skeleton.load_lora_adapter(
-                weights,
-                prefix=family.denoiser,
-                network_alphas=alphas,
-                metadata=metadata,
-                adapter_name=_ADAPTER,
-                low_cpu_mem_usage=True,
-            ),
-        )
-    if not layers:
+    denoiser: str = family.denoiser
+    if denoiser not in networks:
         shown = ", ".join(list(weights)[:2])
         raise ConfigError(
-            f"{KEY}: {str(file)!r} has no adapter of a {family.denoiser}; its tensors are called {shown}, ..."
+            f"{KEY}: {str(file)!r} has no adapter of a {denoiser}; its tensors are called {shown}, ..."
         )
+    loading = {"metadata": metadata, "adapter_name": ADAPTER, "low_cpu_mem_usage": True}
+    skeleton.load_lora_adapter(weights, prefix=denoiser, network_alphas=alphas, **loading)
+    layers = {denoiser: _layers(file, weights, denoiser, skeleton)}
     if family.lora_of_text and _TEXT in networks:
         encoder = _text_encoder(config)
-        layers[_TEXT] = _loaded(
-            file,
-            weights,
-            _TEXT,
-            encoder,
-            lambda: pipeline_class.load_lora_into_text_encoder(
-                weights,
-                alphas,
-                encoder,
-                prefix=_TEXT,
-                metadata=metadata,
-                adapter_name=_ADAPTER,
-                low_cpu_mem_usage=True,
-            ),
-        )
+        pipeline_class.load_lora_into_text_encoder(weights, alphas, encoder, prefix=_TEXT, **loading)
+        layers[_TEXT] = _layers(file, weights, _TEXT, encoder)
     return Lora(layers, tuple(sorted(networks - layers.keys())))
 
 
 def _of_peft(config: ModelConfig, family: Family, file: Path) -> Lora:
-    """A folder as peft writes one: ``adapter_config.json`` and the weights of one network."""
+    """Reads a folder in peft's form: ``adapter_config.json`` and the weights of one network."""
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -314,26 +284,28 @@ def _of_peft(config: ModelConfig, family: Family, file: Path) -> Lora:
     if str(settings.peft_type).rpartition(".")[2] != "LORA":
         raise ConfigError(f"{KEY}: {str(file.parent)!r} is a {settings.peft_type} adapter; allowed: a LoRA")
     found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-    prefix = "base_model.model."
-    weights = {f"{family.denoiser}.{name.removeprefix(prefix)}": value for name, value in found.items()}
-    skeleton = _denoiser(config, family)
-
-    def load() -> None:
-        inject_adapter_in_model(settings, skeleton, _ADAPTER, low_cpu_mem_usage=True)
-        plain = {name.removeprefix(prefix): value for name, value in found.items()}
-        set_peft_model_state_dict(skeleton, plain, _ADAPTER, low_cpu_mem_usage=True)
-
-    network: str = family.denoiser
-    return Lora({network: _loaded(file, weights, network, skeleton, load)})
+    weights = {name.removeprefix("base_model.model."): value for name, value in found.items()}
+    skeleton, denoiser = _denoiser(config, family), str(family.denoiser)
+    named = [f"{denoiser}.{name}" for name in weights]
+    inject_adapter_in_model(settings, skeleton, ADAPTER, low_cpu_mem_usage=True)
+    set_peft_model_state_dict(skeleton, weights, ADAPTER, low_cpu_mem_usage=True)
+    return Lora({denoiser: _layers(file, named, denoiser, skeleton)})
 
 
-def _loaded(
-    file: Path, weights: Mapping[str, Tensor], network: str, skeleton: Any, load: Callable[[], Any]
-) -> dict[str, Factors]:
-    """The adapter that ``load`` puts into a network without weights; every tensor of the file has to be used."""
-    load()
+def _layers(file: Path, names: Iterable[str], network: str, skeleton: Any) -> dict[str, Factors]:
+    """Returns the loaded adapter's layers.
+
+    Args:
+        file: the LoRA, for messages.
+        names: the names of the file's tensors.
+        network: the component's name.
+        skeleton: the network with the adapter.
+
+    Raises:
+        ConfigError: a tensor of the file for this network was not used.
+    """
     layers = {name: _factors(file, name, layer) for name, layer in layers_with_adapter(skeleton).items()}
-    given = [name for name in weights if name.startswith(f"{network}.") and not name.endswith("alpha")]
+    given = [name for name in names if name.startswith(f"{network}.") and not name.endswith("alpha")]
     used = sum(3 if factors.magnitude is not None else 2 for factors in layers.values())
     if used != len(given):
         known = tuple(f"{network}.{name}." for name in layers)
@@ -346,22 +318,22 @@ def _loaded(
 
 
 def _factors(file: Path, name: str, layer: Any) -> Factors:
-    if _ADAPTER not in getattr(layer, "lora_A", {}):
+    if ADAPTER not in getattr(layer, "lora_A", {}):
         raise ConfigError(f"{KEY}: {str(file)!r} is an adapter of another kind than LoRA, at {name}")
-    down, up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+    down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     if down.weight.is_meta or up.weight.is_meta or up.bias is not None:
         what = "a bias, which is not supported" if up.bias is not None else "no weights"
         raise ConfigError(f"{KEY}: {str(file)!r} has {what} at {name}")
     magnitude = None
-    if _ADAPTER in layer.lora_magnitude_vector:
-        magnitude = layer.lora_magnitude_vector[_ADAPTER].weight.detach().float()
+    if ADAPTER in layer.lora_magnitude_vector:
+        magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach().float()
     return Factors(
-        down.weight.detach().float(), up.weight.detach().float(), layer.scaling[_ADAPTER], magnitude
+        down.weight.detach().float(), up.weight.detach().float(), layer.scaling[ADAPTER], magnitude
     )
 
 
 def _denoiser(config: ModelConfig, family: Family) -> Any:
-    """The denoiser without its weights."""
+    """Returns the denoiser without its weights."""
     import diffusers
 
     settings = component_config(config, family.denoiser)
@@ -370,7 +342,7 @@ def _denoiser(config: ModelConfig, family: Family) -> Any:
 
 
 def _text_encoder(config: ModelConfig) -> Any:
-    """CLIP's text encoder without its weights."""
+    """Returns CLIP's text encoder without its weights."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     settings = CLIPTextConfig.from_pretrained(
@@ -380,7 +352,7 @@ def _text_encoder(config: ModelConfig) -> Any:
 
 
 def _without_weights(make: Callable[[], Any]) -> Any:
-    """A network whose weights have addresses and no values: memory that nobody touches costs none."""
+    """Returns a network whose weights have addresses and no values: untouched memory costs none."""
     with torch.device("meta"):
         network = make()
     return network.to_empty(device="cpu")

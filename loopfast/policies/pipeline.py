@@ -1,4 +1,4 @@
-"""What the policies of all diffusers pipelines have in common."""
+"""The base class of the policies of all diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from typing_extensions import override
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError, first_line
 from loopfast.policies.adapter import (
-    ADAPTER,
     add_adapter,
     exported_adapter,
     merge_adapter,
     without_adapter,
 )
-from loopfast.policies.base import Caller, Conditioning, Policy, call_denoiser
+from loopfast.policies.base import Conditioning, ForwardWrapper, Policy, call_denoiser
 from loopfast.policies.families import Family
 from loopfast.policies.fast.guided_unet import shares_trunk
 from loopfast.policies.fast.switches import (
@@ -46,9 +45,9 @@ from loopfast.policies.source import find_source
 from loopfast.policies.text_limits import TOKENIZERS, TextLimit, encoder_of
 from loopfast.system.device import torch_device
 
-# Prompts encoded in one call, and the bytes from which on what comes out is kept in the host's memory.
+# Number of prompts to encode in one call; bytes above which encodings are kept in the host's memory.
 ENCODED_AT_ONCE, LARGE = 64, 256 * 2**20
-# Of image and text tokens that attend to each other: the projections of both, as Flow-GRPO's recipes train them.
+# Joint attention of image and text tokens: the projections of both, as Flow-GRPO's recipes train them.
 JOINT_ATTENTION = (
     "attn.to_q",
     "attn.to_k",
@@ -64,38 +63,38 @@ JOINT_ATTENTION = (
 class PipelinePolicy(Policy):
     """A diffusers pipeline whose denoiser, or a LoRA of it, is trained; see :class:`loopfast.policies.Policy`.
 
-    Under full fine-tuning the denoiser's weights stay in float32 and ``dtype`` is what it computes in (autocast); under
-    LoRA the frozen weights have ``dtype`` and the adapter's are float32, rounded to ``dtype`` for each product; with
-    ``cast`` all have ``dtype``. Text encoders and autoencoder are frozen, and the autoencoder computes as
+    With full fine-tuning the denoiser's weights stay in float32 and it computes in ``dtype`` (autocast). With LoRA the
+    frozen weights have ``dtype`` and the adapter's are float32, rounded to ``dtype`` for each product. With ``cast``
+    all weights have ``dtype``. The text encoders and the autoencoder are frozen, and the autoencoder computes as
     ``decoder_precision`` says.
 
-    A family says how prompts are encoded (:meth:`_encode`), how its denoiser is called (:meth:`forward`), and where the
-    defaults here are not its own.
+    A family's class implements the encoding of prompts (:meth:`_encode`), and overrides the call of the denoiser
+    (:meth:`forward`) and the defaults here that are not its own.
 
     Args:
         config: the section ``model``.
-        family: of the pipeline.
-        scheduler: whose transitions are sampled.
-        seed: of the adapter's initial weights.
+        family: the pipeline's family.
+        scheduler: the scheduler whose transitions are sampled.
+        seed: the seed of the adapter's initial weights.
         keep_reference, cast, sharded: as for `loopfast.policies.load_policy`.
 
     Raises:
         ConfigError: the pipeline cannot be loaded, no module matches ``model.lora.targets``, or another key of
-            ``model`` asks for what is not to be had here.
+            ``model`` asks for something that this model or machine does not have.
     """
 
     pipeline_class: ClassVar[Any]
-    """The diffusers class, or what picks it by ``model_index.json``."""
+    """The diffusers class, or ``DiffusionPipeline``, which chooses it by ``model_index.json``."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
-    """Ends of the names of the modules that get an adapter where the configuration names none."""
+    """Ends of the names of the modules that get an adapter, if the configuration names none."""
     load_options: ClassVar[dict[str, Any]] = {}
     """Further arguments of ``from_pretrained``."""
     sequence_length: ClassVar[int | None] = None
-    """Tokens that a T5 encoder reads unless told; None where there is no such encoder."""
+    """Number of tokens that a T5 encoder reads by default; None without such an encoder."""
     t5_tokenizer: ClassVar[str | None] = None
-    """The component that tokenizes for a T5 encoder; the others do for CLIP."""
+    """The name of the T5 encoder's tokenizer; other tokenizers are CLIP's."""
     lowers_prompts: ClassVar[bool] = False
-    """The pipeline makes a prompt's letters small."""
+    """True if the pipeline turns a prompt into lower case."""
 
     def __init__(
         self,
@@ -120,12 +119,15 @@ class PipelinePolicy(Policy):
         self._denoiser = getattr(self.pipeline, family.denoiser).requires_grad_(False).eval()
         for name in self._text_encoders():
             getattr(self.pipeline, name).requires_grad_(False).eval().to(self.device)
-        tokenizers = {
-            name: getattr(self.pipeline, name)
-            for name in TOKENIZERS
-            if encoder_of(name) in self._text_encoders()
-        }
-        self.text_limits = self.limits_of(config, type(self.pipeline).__name__, tokenizers)
+        self.text_limits = self.limits_of(
+            config,
+            type(self.pipeline).__name__,
+            {
+                name: getattr(self.pipeline, name)
+                for name in TOKENIZERS
+                if encoder_of(name) in self._text_encoders()
+            },
+        )
         self._vae = self._decoder()
         size = latent_size(config, family, self._denoiser.config, self._vae.config)
         self.latent_shape: tuple[int, ...] = (self._denoiser.config.in_channels, *size)
@@ -134,7 +136,7 @@ class PipelinePolicy(Policy):
 
         self._start: Lora | None = None
         self._base: torch.nn.Module | None = None
-        self._caller: Caller | None = None
+        self._wrapper: ForwardWrapper | None = None
         home = torch.device("cpu") if sharded else self.device
         if config.tune == "full":
             if keep_reference:
@@ -145,18 +147,18 @@ class PipelinePolicy(Policy):
             self._denoiser.to(home, self.dtype)
             self._add_adapter(seed, trained)
         self._active: torch.nn.Module = self._denoiser
-        # now, since an engine that spreads them leaves none whole
+        # counted here, before an engine shards them
         self._parameters = (
             sum(parameter.numel() for parameter in self.trainable().values()),
             sum(parameter.numel() for parameter in self._denoiser.parameters()),
         )
         self._autocast = config.tune == "full" and self.dtype != trained
-        self._unconditional: Conditioning | None = None
         self._encoded: tuple[dict[str, int], Conditioning] | None = None
+        self._released: list[str] = []
         self._plain = self._compiled(self.forward)
 
     def _refuse(self) -> None:
-        """Raises `ConfigError` where the configuration asks for what this family does not have."""
+        """Raises `ConfigError` if the configuration asks for something that this family does not have."""
         if self._config.lora.text_encoder:
             raise ConfigError(
                 f"model.lora.text_encoder: found true, allowed: false with {self._family.title}; adapters of text "
@@ -170,22 +172,17 @@ class PipelinePolicy(Policy):
 
     @classmethod
     def load_pipeline(cls, config: ModelConfig, family: Family, *without: str) -> Any:
-        """The pipeline of a configuration before training, without its scheduler and the components that are named.
-
-        Args:
-            config: the section ``model``.
-            family: of the pipeline.
-            without: names of components.
+        """Loads the pipeline before training, without its scheduler and the components named in ``without``.
 
         Raises:
-            ConfigError: it cannot be loaded.
+            ConfigError: the pipeline cannot be loaded.
         """
-        # an adapter's base is loaded in the type it is held in; the autoencoder computes in float32 anyway
+        # the base of an adapter is loaded in its final type; the autoencoder computes in float32 anyway
         dtype = getattr(torch, config.dtype)
         types = {"vae": torch.float32, "default": dtype}
         if config.tune == "full":
             types[family.denoiser] = torch.float32
-        # the model's own scheduler gives way to another, and its class may need packages that are not here
+        # the model's own scheduler is replaced, and its class may need packages that are not installed
         absent = (*absent_components(config), *without, "scheduler")
         options = {**dict.fromkeys(absent), **cls.load_options}
         source = find_source(config)
@@ -202,7 +199,7 @@ class PipelinePolicy(Policy):
                 source.pipeline,
                 revision=config.revision,
                 variant=config.variant,
-                # None: pickled files where there are no others
+                # None reads pickled files if there are no others
                 use_safetensors=None if config.allow_pickle else True,
                 torch_dtype=types,
                 **options,
@@ -213,7 +210,7 @@ class PipelinePolicy(Policy):
             ) from error
 
     def _decoder(self) -> Any:
-        """The autoencoder that decodes: the pipeline's, or a copy in the denoiser's type that is never exported."""
+        """Returns the autoencoder that decodes: the pipeline's, or a copy in the denoiser's type, never exported."""
         vae = self.pipeline.vae.requires_grad_(False).eval()
         self._precision_of_decoder = decoder_precision(self._config, self.device, vae.config)
         if self._precision_of_decoder == "model" and self.dtype != torch.float32:
@@ -221,7 +218,7 @@ class PipelinePolicy(Policy):
         return vae.to(self.device, torch.float32)
 
     def _accelerate(self) -> None:
-        """Sets the levers of the configuration that leave the mathematics alone."""
+        """Sets the performance options of the configuration, which leave the mathematics alone."""
         config = self._config
         if config.vae_tiling:
             self._vae.enable_tiling()
@@ -231,10 +228,10 @@ class PipelinePolicy(Policy):
         layers = set_layers(networks, config, self.device)
         if self._precision_of_decoder == "tf32":
             use_tf32_convolutions(self._vae)
-        self.levers = {
+        self.performance_options = {
             "attention": attention + (" (auto)" if config.attention == "auto" else ""),
             "shared trunk": config.shared_trunk and shares_trunk(self._denoiser),
-            # of the denoiser; a transformer has neither
+            # options of the denoiser; a transformer has neither
             **{name: is_unet and used for name, used in layers.items()},
             "compile": config.compile,
             "TF32": config.tf32,
@@ -245,20 +242,25 @@ class PipelinePolicy(Policy):
             compile_blocks(self._denoiser, self.device)
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function of a denoiser and its inputs, compiled where ``model.compile`` says so."""
+        """Returns a function of a denoiser and its inputs, compiled if ``model.compile`` says so."""
         if self._config.compile == "whole":
             return compile_calls(function, self.device)
         return with_one_graph(function) if self._config.compile == "blocks" else function
 
     def _add_adapter(self, seed: int, dtype: torch.dtype) -> None:
-        targets = self._config.lora.targets or self.lora_targets
-        add_adapter(self._denoiser, self._config.lora, targets, seed=seed, dtype=dtype)
         if self._config.lora.from_ is not None:
             self._start = read_lora(self._config, self._family)
-            load_lora(self._denoiser, self._start.layers[self._family.denoiser], self._config.lora, ADAPTER)
+        self._adapt(self._family.denoiser, self._config.lora.targets or self.lora_targets, seed, dtype)
+
+    def _adapt(self, component: str, targets: tuple[str, ...], seed: int, dtype: torch.dtype) -> None:
+        """Adds an adapter to a component, with the weights that ``model.lora.from`` has for it."""
+        network, settings = getattr(self.pipeline, component), self._config.lora
+        add_adapter(network, settings, targets, seed=seed, dtype=dtype)
+        if self._start is not None and component in self._start.layers:
+            load_lora(network, self._start.layers[component], settings)
 
     def _text_encoders(self) -> list[str]:
-        """The names of those that are there."""
+        """Returns the names of the pipeline's text encoders."""
         return [name for name in TEXT_ENCODERS if getattr(self.pipeline, name, None) is not None]
 
     @staticmethod
@@ -270,39 +272,40 @@ class PipelinePolicy(Policy):
 
     @abstractmethod
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of prompts, by the pipeline's text encoders."""
+        """Encodes prompts by the pipeline's text encoders."""
 
-    def _nothing(self) -> Conditioning:
-        """Conditioning of guidance's unconditional half, one row."""
+    @cached_property
+    def _unconditional(self) -> Conditioning:
+        """The conditioning of guidance's unconditional half, one row."""
+        return self._encode_empty()
+
+    def _encode_empty(self) -> Conditioning:
         return self.encode([""])
 
     @property
     def max_sequence_length(self) -> int | None:
-        """Tokens that a T5 encoder reads."""
-        return self._t5_tokens(self._config, type(self.pipeline).__name__)
+        """The number of tokens that a T5 encoder reads."""
+        return self.t5_tokens(self._config, type(self.pipeline).__name__)
 
     @classmethod
-    def _t5_tokens(cls, config: ModelConfig, pipeline: str) -> int | None:
-        """Tokens that a T5 encoder reads in a pipeline of this class's name."""
+    def t5_tokens(cls, config: ModelConfig, pipeline: str) -> int | None:
+        """Returns the number of tokens that a T5 encoder reads in a pipeline of this class's name."""
         return config.max_sequence_length or cls.sequence_length
 
     @classmethod
     def limits_of(
         cls, config: ModelConfig, pipeline: str, tokenizers: Mapping[str, Any]
     ) -> tuple[TextLimit, ...]:
-        """How many tokens :meth:`encode` gives to each text encoder.
+        """Returns the number of tokens that each text encoder reads, once for encoders that tokenize alike.
 
         Args:
             config: the section ``model``.
             pipeline: the name of the pipeline's class.
-            tokenizers: by the component's name, of the text encoders that are there.
-
-        Returns:
-            The limits; one for text encoders that tokenize alike.
+            tokenizers: the tokenizers of its text encoders, by the component's name.
         """
         limits: dict[tuple[str, int, int], TextLimit] = {}
         for name, tokenizer in tokenizers.items():
-            t5_tokens = cls._t5_tokens(config, pipeline) if name == cls.t5_tokenizer else None
+            t5_tokens = cls.t5_tokens(config, pipeline) if name == cls.t5_tokenizer else None
             encoder, tokens = ("T5", t5_tokens) if t5_tokens else ("CLIP", tokenizer.model_max_length)
             limit = TextLimit(encoder, tokens, tokenizer, cls.lowers_prompts)
             limits.setdefault((encoder, tokens, len(tokenizer)), limit)
@@ -317,7 +320,7 @@ class PipelinePolicy(Policy):
         return f"{self._config.pretrained} ({what}: {count / 1e6:.2f} M of {total / 1e6:.2f} M parameters trained)"
 
     def _origin(self) -> str:
-        """Where the adapter's first weights are from, and what of them is not used."""
+        """Returns the source of the adapter's first weights, and the parts of it that are not used."""
         if self._start is None:
             return ""
         unused = [*self._start.unused]
@@ -341,24 +344,19 @@ class PipelinePolicy(Policy):
         return self._base
 
     @override
-    def hand_over(self, caller: Caller) -> None:
-        self._caller = caller
+    def attach_engine(self, wrapper: ForwardWrapper) -> None:
+        self._wrapper = wrapper
 
     @override
     def with_denoiser(
         self, denoiser: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, autocast: bool
     ) -> PipelinePolicy:
-        nothing = self._unconditional_half()
+        unconditional = self._unconditional
         twin = copy.copy(self)
         twin._denoiser = twin._active = denoiser
-        twin.device, twin.dtype, twin._autocast, twin._caller = device, dtype, autocast, None
-        twin._unconditional = {name: _moved(value, device, dtype) for name, value in nothing.items()}
+        twin.device, twin.dtype, twin._autocast, twin._wrapper = device, dtype, autocast, None
+        twin._unconditional = {name: _moved(value, device, dtype) for name, value in unconditional.items()}
         return twin
-
-    def _unconditional_half(self) -> Conditioning:
-        if self._unconditional is None:
-            self._unconditional = self._nothing()
-        return self._unconditional
 
     @override
     @torch.no_grad()
@@ -388,15 +386,14 @@ class PipelinePolicy(Policy):
 
     @contextmanager
     def _with_text_encoders(self) -> Iterator[None]:
-        """Inside, the pipeline has those that were released, too."""
-        released = self._released if self._encoded is not None else []
-        if released:
+        """Context in which the pipeline has the released text encoders again."""
+        if self._released:
             loaded = self.load_pipeline(self._config, self._family, self._family.denoiser, "vae")
-            self.pipeline.register_modules(**{name: getattr(loaded, name) for name in released})
+            self.pipeline.register_modules(**{name: getattr(loaded, name) for name in self._released})
         try:
             yield
         finally:
-            self.pipeline.register_modules(**dict.fromkeys(released))
+            self.pipeline.register_modules(**dict.fromkeys(self._released))
 
     @override
     def enable_gradient_checkpointing(self) -> None:
@@ -408,9 +405,9 @@ class PipelinePolicy(Policy):
     ) -> tuple[Tensor, Tensor | None]:
         if guidance_scale == 1.0:
             return self._denoise(sample, timestep, conditioning), None
-        nothing = self._unconditional_half()
         both = {
-            name: torch.cat([value, nothing[name].expand_as(value)]) for name, value in conditioning.items()
+            name: torch.cat([value, self._unconditional[name].expand_as(value)])
+            for name, value in conditioning.items()
         }
         outputs = self._denoise(torch.cat([sample, sample]), torch.cat([timestep, timestep]), both)
         conditional, unconditional = outputs.chunk(2)
@@ -423,9 +420,9 @@ class PipelinePolicy(Policy):
         return result
 
     def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        if self._caller is None:
+        if self._wrapper is None:
             return function(self._active, *inputs)
-        return self._caller.call(self._active, function, *inputs)
+        return self._wrapper.call(self._active, function, *inputs)
 
     def _precision(self) -> AbstractContextManager[object]:
         if not self._autocast:
@@ -449,7 +446,7 @@ class PipelinePolicy(Policy):
 
     @cached_property
     def _channel_statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and deviation of the latents' channels, ``[1, C, 1, 1]``, made once: a copy to a GPU waits for it."""
+        """Mean and deviation of the latents' channels, ``[1, C, 1, 1]``; cached, as a copy to a GPU waits for it."""
         found = [self._vae.config.get(name) for name in ("latents_mean", "latents_std")]
         if None in found:
             return None
@@ -489,9 +486,9 @@ class PipelinePolicy(Policy):
     def _save_pipeline(
         self, directory: Path, weights: Mapping[str, Tensor], like: torch.nn.Module | None = None
     ) -> None:
-        """Writes the whole pipeline around a denoiser of these weights.
+        """Writes the whole pipeline with a denoiser of these weights.
 
-        The trained one may hold but a part of them, or layers of other classes.
+        It is made anew: the trained one may hold only a shard of them, or layers of other classes.
         """
         like = self._denoiser if like is None else like
         with torch.device("meta"):
@@ -512,5 +509,5 @@ class PipelinePolicy(Policy):
 
 
 def _moved(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """On a device, and in a type unless it holds whole numbers or a mask."""
+    """Returns the tensor on a device, and in a type unless it holds whole numbers or a mask."""
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)

@@ -1,4 +1,4 @@
-"""Writes pipelines so that earlier releases of transformers read them, too."""
+"""Writes pipelines that transformers 4 and 5 read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _PREFIX = "text_model."
 
 
 def save_portable(pipeline: Any, directory: Path) -> None:
-    """Writes a diffusers pipeline that transformers 4 and 5 read alike.
+    """Writes a diffusers pipeline that transformers 4 and 5 read in the same way.
 
-    What transformers 5 writes, transformers 4 does not: it misses the prefix ``text_model.`` in the names of CLIP's
-    weights, for which it goes on with random ones, and the files ``vocab.json`` and ``merges.txt`` of CLIP's tokenizer;
-    and the ``T5Tokenizer`` of 4 needs a model of sentencepiece, where ``T5TokenizerFast`` reads ``tokenizer.json``, but
-    with its further special tokens under another name.
+    Transformers 4 does not read all that transformers 5 writes. In the names of CLIP's weights it needs the prefix
+    ``text_model.``, and without it continues with random weights. It needs ``vocab.json`` and ``merges.txt`` of CLIP's
+    tokenizer. Its ``T5Tokenizer`` needs a model of sentencepiece, while its ``T5TokenizerFast`` reads
+    ``tokenizer.json``, with the additional special tokens under another name.
     """
     for component in pipeline.components.values():
         tokenizer = getattr(component, "backend_tokenizer", None)
         if tokenizer is not None:
-            # it keeps how its last call padded and cut, which would be written too
+            # the padding and truncation of its last call would be written too
             tokenizer.no_padding()
             tokenizer.no_truncation()
     pipeline.save_pretrained(directory)
@@ -32,7 +32,7 @@ def save_portable(pipeline: Any, directory: Path) -> None:
     index.write_text(index.read_text("utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), "utf-8")
     for file in (directory / "model_index.json", *directory.glob("*/config.json")):
         config = json.loads(file.read_text("utf-8"))
-        # the folder it was loaded from, which is nobody else's business
+        # the folder that it was loaded from is private
         if config.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     for file in directory.glob("*/tokenizer_config.json"):
@@ -49,7 +49,7 @@ def save_portable(pipeline: Any, directory: Path) -> None:
 
 
 def text_model_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a ``CLIPTextModel`` under transformers 4's names, which 5 reads too."""
+    """Returns the weights of a ``CLIPTextModel`` under transformers 4's names, which 5 reads too."""
     return {_PREFIX + name.removeprefix(_PREFIX): value for name, value in weights.items()}
 
 

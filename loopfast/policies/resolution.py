@@ -1,4 +1,4 @@
-"""The size of a model's latents and images, and how many images an autoencoder decodes at a time."""
+"""The size of a model's latents and images, and the number of images that an autoencoder decodes at a time."""
 
 from __future__ import annotations
 
@@ -13,16 +13,11 @@ from loopfast.policies.families import Family
 def latent_size(
     config: ModelConfig, family: Family, denoiser: Mapping[str, Any], vae: Mapping[str, Any]
 ) -> tuple[int, int]:
-    """Height and width of the latents of a run.
-
-    Args:
-        config: the section ``model``.
-        family: of its pipeline.
-        denoiser, vae: configurations of these two components.
+    """Returns the height and width of a run's latents, from the configurations of two components.
 
     Raises:
-        ConfigError: ``model.height`` or ``model.width`` is no whole number of tokens, or more than the model has
-            positions for.
+        ConfigError: ``model.height`` or ``model.width`` is no whole number of tokens, or larger than the model's
+            position embeddings allow.
     """
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
     step = scale * family.patch
@@ -40,17 +35,17 @@ def latent_size(
     return sides[0], sides[1]
 
 
-# Four images of 512×512 by Stable Diffusion's autoencoder. More at a time are not faster, as one fills a GPU.
+# Four images of 512×512 by Stable Diffusion's autoencoder. Larger batches are not faster: one image fills a GPU.
 _DECODER_BYTES = 4 * 2**30
-# Tensors of the largest size that are in memory at once: a block's input, and what its layers make of it.
+# Number of tensors of the largest size in memory at once: a block's input, and its layers' outputs.
 _DECODER_TENSORS = 4
 
 
 def decoder_rows(vae: Mapping[str, Any], size: tuple[int, int]) -> int:
-    """How many images an autoencoder decodes at a time, for about 4 GiB of float32 activations; at least 1.
+    """Returns the number of images to decode at a time, for about 4 GiB of float32 activations; at least 1.
 
     Args:
-        vae: its configuration. The second of its ``block_out_channels`` is the width at the size of the image.
+        vae: the autoencoder's configuration. The second of its ``block_out_channels`` is the width at full resolution.
         size: height and width of the latents.
     """
     channels = vae["block_out_channels"]

@@ -13,7 +13,7 @@ from loopfast.errors import ConfigError
 from loopfast.policies.families import Family
 from loopfast.schedules import refuse_unmapped, replaced_by_ddim
 
-# Samplers of the same diffusion process: their training schedule defines the DDIM transition as well.
+# Samplers of one diffusion process: their training schedule defines DDIM's transition, too.
 _DIFFUSION = (
     "DDIMScheduler",
     "DDPMScheduler",
@@ -25,13 +25,13 @@ _DIFFUSION = (
     "UniPCMultistepScheduler",
 )
 _FLOW = ("FlowMatchEulerDiscreteScheduler",)
-# Classes that clip where their configuration does not say it.
+# Classes that clip by default.
 _CLIPPING = ("DDIMScheduler", "DDPMScheduler")
 _FILE = "scheduler_config.json"
 
 
 class Choice(NamedTuple):
-    """A scheduler, and in a line each what is different from what its file says."""
+    """A scheduler, and a line for each difference from its file."""
 
     scheduler: Any
     notes: tuple[str, ...]
@@ -41,10 +41,10 @@ class _Given(NamedTuple):
     """A scheduler's configuration.
 
     Attributes:
-        name: its class; None where the model names none.
+        name: the scheduler's class; None if the model names none.
         settings: the content of its file.
-        written_for: the class whose defaults hold for what the file does not say.
-        source: what errors call it.
+        written_for: the class whose defaults apply to options that the file lacks.
+        source: the scheduler's name in messages.
     """
 
     name: Any
@@ -56,22 +56,22 @@ class _Given(NamedTuple):
 def choose_scheduler(
     config: ModelConfig, family: Family, name: str | None, settings: Callable[[], dict[str, Any]]
 ) -> Choice:
-    """The scheduler whose transitions are sampled.
+    """Returns the scheduler whose transitions are sampled.
 
-    A sampler of a diffusion process gives way to DDIM with that process's schedule. Only its configuration is read: its
-    class may need packages that are not here.
+    A sampler of a diffusion process is replaced by DDIM with that process's schedule. Only its configuration is read:
+    its class may need packages that are not installed.
 
     Args:
         config: the section ``model``.
-        family: of the model.
-        name: class of the model's own scheduler.
+        family: the model's family.
+        name: the class of the model's own scheduler.
         settings: reads the configuration of the model's own scheduler.
 
     Returns:
         A ``DDIMScheduler``, or for a flow a ``FlowMatchEulerDiscreteScheduler``.
 
     Raises:
-        ConfigError: it describes another process, or its configuration is wrong.
+        ConfigError: the scheduler describes another process, or its configuration is wrong.
     """
     import diffusers
 
@@ -93,7 +93,7 @@ def choose_scheduler(
             )
         options[option] = value
     if not flow:
-        # samplers that have no such option never clip
+        # other samplers never clip by default
         options.setdefault("clip_sample", given.written_for in _CLIPPING)
     try:
         refuse_unmapped(options, given.name)
@@ -107,7 +107,7 @@ def choose_scheduler(
             "the same process"
         )
     kind: Any = diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDIMScheduler
-    # diffusers warns of options that it does not know
+    # diffusers warns about unknown options
     known = kind().config
     options = {
         option: value for option, value in options.items() if option in known or value not in (None, False)
@@ -132,8 +132,8 @@ def _given(config: ModelConfig, name: str | None, settings: Callable[[], dict[st
 
 
 def _file(given: str) -> Path:
-    """The file that a folder holds: a scheduler's, or a pipeline's."""
-    path = Path(os.path.expanduser(given))  # noqa: PTH111 - Path's raises where there is no such user
+    """Returns the scheduler's file in a scheduler's or a pipeline's folder, or the file itself."""
+    path = Path(os.path.expanduser(given))  # noqa: PTH111 - Path's raises if there is no such user
     for file in (path / _FILE, path / "scheduler" / _FILE, path):
         if file.is_file():
             return file

@@ -1,4 +1,4 @@
-"""One file with the weights of a whole model, in the layout of its authors; diffusers converts them."""
+"""Single files with the weights of a whole model, in the layout of its authors; diffusers converts them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopfast.errors import ConfigError, first_line
 
-# Where the files of Stable Diffusion, SDXL, SD 3 and FLUX keep a pipeline's components, if they have them.
+# Prefixes of a pipeline's components in the files of Stable Diffusion, SDXL, SD 3 and FLUX.
 _PLACES = {
     "vae": ("first_stage_model.", "vae."),
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
@@ -24,7 +24,7 @@ _LORA = ("lora", "lokr", "hada", "dora_scale")
 
 
 def described_by(tensors: Mapping[str, Tensor]) -> str:
-    """The hub name of the pipeline that a file belongs to, as diffusers recognizes it by its tensors."""
+    """Returns the hub name of the pipeline that a file belongs to, which diffusers recognizes by its tensors."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
     return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])
@@ -33,20 +33,20 @@ def described_by(tensors: Mapping[str, Tensor]) -> str:
 def load_single_file(
     pipeline_class: Any, file: Path, pipeline: Path | str, revision: str | None, options: dict[str, Any]
 ) -> Any:
-    """The pipeline with a file's weights, in their own types.
+    """Loads the pipeline with a file's weights, in their own types.
 
-    Components that the file lacks, as files of FLUX.1 do, are those of the pipeline that describes it.
+    Components that the file lacks (files of FLUX.1 do) come from the pipeline that describes it.
 
     Args:
-        pipeline_class: of diffusers.
-        file: the weights.
-        pipeline: where its configuration files are.
-        revision: of a hub name.
-        options: further arguments of ``from_single_file``; a component that is None is left out.
+        pipeline_class: the diffusers class.
+        file: the file with the weights.
+        pipeline: the folder or hub name with the configuration files.
+        revision: the revision of a hub name.
+        options: more arguments of ``from_single_file``; a component that is None is not loaded.
 
     Raises:
-        ConfigError: the file is not one of a whole model, or diffusers reads no single files of this family.
-        OSError, ValueError: as diffusers raises them.
+        ConfigError: the file does not hold a whole model, or diffusers reads no single files of this family.
+        OSError, ValueError: diffusers' own errors.
     """
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
@@ -62,10 +62,11 @@ def load_single_file(
         and not any(name.startswith(places) for name in names)
     ]
     if lacking:
-        others = {part: None for part, entry in index.items() if isinstance(entry, list)}
-        left_out = {part: None for part in others if part not in lacking}
+        others = {
+            part: None for part, entry in index.items() if isinstance(entry, list) and part not in lacking
+        }
         donor = pipeline_class.from_pretrained(
-            pipeline, revision=revision, use_safetensors=True, **{**options, **left_out}
+            pipeline, revision=revision, use_safetensors=True, **{**options, **others}
         )
         options = {**options, **{part: getattr(donor, part) for part in lacking}}
     try:
@@ -73,9 +74,8 @@ def load_single_file(
             str(file), config=str(pipeline), revision=revision, **options
         )
     except SingleFileComponentError as error:
-        reason = first_line(error)
-        raise ConfigError(f"model.pretrained: {str(file)!r}: {reason}") from error
-    except NotImplementedError as error:  # of weights that were not in the file, on the device "meta"
+        raise ConfigError(f"model.pretrained: {str(file)!r}: {first_line(error)}") from error
+    except NotImplementedError as error:  # weights that the file lacks are on the device "meta"
         raise ConfigError(
             f"model.pretrained: {str(file)!r} lacks tensors of the pipeline that {str(pipeline)!r} describes"
         ) from error
@@ -91,10 +91,10 @@ def load_single_file(
 
 
 def shapes(file: Path) -> Mapping[str, Tensor]:
-    """The tensors of a file by name, without their values.
+    """Returns the tensors of a whole model's file by name, without their values.
 
     Raises:
-        ConfigError: the file cannot be read, or is not one of a whole model.
+        ConfigError: the file cannot be read, or does not hold a whole model.
     """
     found = read_shapes("model.pretrained", file)
     name = f"model.pretrained: {str(file)!r}"
@@ -116,18 +116,17 @@ def shapes(file: Path) -> Mapping[str, Tensor]:
 
 
 def read_shapes(key: str, file: Path) -> Mapping[str, Tensor]:
-    """As `shapes`, of any file of weights; ``key`` is the configuration's that names it."""
+    """Returns the tensors of any file of weights, without their values; ``key`` is for messages."""
     try:
         return _read(file, file.stat().st_mtime_ns)
-    except Exception as error:  # torch and safetensors raise of many kinds
+    except Exception as error:  # torch and safetensors raise many kinds of errors
         reason = first_line(error)
-        if _is_pointer(file):
+        if _is_lfs_pointer(file):
             reason = "it is a pointer of Git LFS; `git lfs pull` in its repository downloads the file"
         raise ConfigError(f"{key}: {str(file)!r} cannot be read: {reason}") from error
 
 
-def _is_pointer(file: Path) -> bool:
-    """Whether a file is what Git LFS leaves in the place of one that was not downloaded."""
+def _is_lfs_pointer(file: Path) -> bool:
     try:
         with file.open("rb") as opened:
             return opened.read(40).startswith(b"version https://git-lfs")

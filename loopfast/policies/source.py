@@ -16,7 +16,7 @@ from loopfast.errors import ConfigError
 from loopfast.policies.single_file import described_by, shapes
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
-"""Ends of the names of files that torch's pickle wrote."""
+"""Suffixes of files that torch's pickle wrote."""
 _FILES = (*PICKLED, ".safetensors", ".gguf")
 _WEIGHTS = (".safetensors", ".bin")
 _VARIANT = re.compile(r"^[^.]+\.([A-Za-z][\w]*)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
@@ -24,16 +24,19 @@ _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _SWITCH = (
     "model.allow_pickle: true reads it, and nothing in it but tensors (torch.load with weights_only=True)"
 )
+_GGUF = "they hold rounded weights that cannot be trained: take the original ones"
+LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+"""Names that diffusers gives the file of a LoRA."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from.
+    """The location of a model.
 
     Attributes:
-        pipeline: the folder, or the hub name, with the pipeline's configuration files and, unless there is a file, its
+        pipeline: the folder, or the hub name, with the pipeline's configuration files and, without ``file``, its
             weights.
-        file: one file with the weights, in the layout of the model's authors.
+        file: one file with all weights, in the layout of the model's authors.
     """
 
     pipeline: Path | str
@@ -41,15 +44,15 @@ class Source:
 
 
 def locate(config: ModelConfig) -> Path | str:
-    """The folder, or the hub name, with the configuration files of a model's pipeline; see `find_source`."""
+    """Returns the folder, or the hub name, of a model's pipeline; see `find_source`."""
     return find_source(config).pipeline
 
 
 def find_source(config: ModelConfig) -> Source:
-    """The place of a model, which is there unless it is on the hub.
+    """Returns the location of a model; a local one is checked.
 
     Raises:
-        ConfigError: there is no such folder or file, or it holds something else. The message says what.
+        ConfigError: there is no such folder or file, or it holds something else, which the message names.
     """
     found = _place("model.pretrained", config.pretrained)
     if isinstance(found, Path) and found.is_file():
@@ -74,16 +77,16 @@ def find_source(config: ModelConfig) -> Source:
 
 
 def local_path(key: str, name: str) -> Path | None:
-    """The file or folder that a name means; None for a name on the hub.
+    """Returns the file or folder of a name; None for a name on the hub.
 
-    What begins with ``/``, ``./``, ``../`` or ``~``, or ends like a file of weights, is never a name on the hub.
+    A name that begins with ``/``, ``./``, ``../`` or ``~``, or ends like a file of weights, is never on the hub.
 
     Args:
-        key: of the configuration, for messages.
+        key: the configuration's key, for messages.
         name: its value.
 
     Raises:
-        ConfigError: it is a path and there is nothing, or it can be neither a path nor a name on the hub.
+        ConfigError: the path does not exist, or the name can be neither a path nor a name on the hub.
     """
     try:
         path = Path(name).expanduser()
@@ -106,7 +109,7 @@ def local_path(key: str, name: str) -> Path | None:
 
 
 def not_on_the_hub(name: str) -> str:
-    """What to add to a message about a hub name that was not found: it may be meant for a folder."""
+    """Returns an addition to a message about an unknown hub name, which may be meant for a folder."""
     parent = Path(name).parent
     if str(parent) == "." or not parent.is_dir():
         return "; there is no such folder here, either"
@@ -114,17 +117,15 @@ def not_on_the_hub(name: str) -> str:
 
 
 def check_weights(config: ModelConfig, parts: Sequence[str]) -> None:
-    """Looks at the names of a folder's weight files.
-
-    Args:
-        config: the section ``model``.
-        parts: the components that are loaded with weights.
+    """Checks the names of a folder's weight files for the components in ``parts``.
 
     Raises:
-        ConfigError: they are pickled only, and reading those was not allowed; or of a variant only, and none is named.
+        ConfigError: all files are pickled, and ``model.allow_pickle`` is false; or all belong to a variant, and the
+            configuration names none.
     """
-    folder, file = find_source(config).pipeline, find_source(config).file
-    if file is not None or not isinstance(folder, Path):
+    source = find_source(config)
+    folder = source.pipeline
+    if source.file is not None or not isinstance(folder, Path):
         return
     for part in parts:
         names = sorted(entry.name for entry in (folder / part).glob("*") if entry.suffix in _WEIGHTS)
@@ -142,8 +143,8 @@ def check_weights(config: ModelConfig, parts: Sequence[str]) -> None:
             )
 
 
-def kind_of_folder(folder: Path) -> str:
-    """What a folder without ``model_index.json`` is, and what to do, to follow its name in a message."""
+def _kind_of_folder(folder: Path) -> str:
+    """Returns what a folder without ``model_index.json`` is, and advice, to follow its name in a message."""
     names = sorted(file.name for file in folder.iterdir())
     if not names:
         return "is an empty folder"
@@ -174,13 +175,8 @@ def kind_of_folder(folder: Path) -> str:
 
 
 def is_lora(folder: Path) -> bool:
-    """Whether a folder is a LoRA's, as diffusers and peft write them."""
+    """Returns whether a folder is a LoRA's, as diffusers and peft write them."""
     return any((folder / name).is_file() for name in ("adapter_config.json", *LORA_FILES))
-
-
-LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-"""Names that diffusers gives the file of a LoRA."""
-_GGUF = "they hold rounded weights that cannot be trained: take the original ones"
 
 
 def _place(key: str, name: str) -> Path | str:
@@ -192,7 +188,7 @@ def _place(key: str, name: str) -> Path | str:
 def _require_pipeline(key: str, folder: Path) -> None:
     try:
         if not (folder / "model_index.json").is_file():
-            raise ConfigError(f"{key}: {str(folder)!r} {kind_of_folder(folder)}")
+            raise ConfigError(f"{key}: {str(folder)!r} {_kind_of_folder(folder)}")
     except OSError as error:
         raise ConfigError(f"{key}: {str(folder)!r} cannot be read: {error}") from error
 
@@ -211,7 +207,7 @@ def _kind_of_run(run: Path) -> str:
 
 
 def _class_of(file: Path) -> str:
-    """The class that a component's configuration file names, or nothing."""
+    """Returns the class that a component's configuration file names, or an empty string."""
     try:
         config: Any = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
@@ -223,7 +219,7 @@ def _class_of(file: Path) -> str:
 
 
 def _refuse_file(file: Path, config: ModelConfig) -> None:
-    """Raises `ConfigError` where a file cannot be one with a model's weights."""
+    """Raises `ConfigError` if a file cannot hold a model's weights."""
     name = f"model.pretrained: {str(file)!r}"
     if file.name == "model_index.json":
         raise ConfigError(f"{name} is a part of a pipeline: name its folder, {str(file.parent)!r}")
@@ -238,7 +234,7 @@ def _refuse_file(file: Path, config: ModelConfig) -> None:
 
 
 def _similar(path: Path) -> str:
-    """The entry of a folder whose name is most like that of one that is not there."""
+    """Returns a hint at the file in the same folder whose name is most similar to a missing one."""
     try:
         names = [file.name for file in path.parent.iterdir()]
     except OSError:

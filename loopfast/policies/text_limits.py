@@ -1,6 +1,6 @@
-"""How many tokens of a prompt the text encoders of a pipeline read, and which prompts are longer.
+"""The number of tokens that the text encoders of a pipeline read, and the prompts that are longer.
 
-A text encoder ignores what is beyond its limit, so prompts that differ only there are the same to the model.
+A text encoder ignores all text beyond its limit, so prompts that differ only there are the same to the model.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 @dataclass(frozen=True)
 class TextLimit:
-    """How many tokens of a prompt a text encoder reads.
+    """The number of tokens of a prompt that a text encoder reads.
 
     Attributes:
-        encoder: its kind, ``CLIP`` or ``T5``.
-        tokens: how many it reads, with the marks of beginning and end that the tokenizer adds.
-        tokenizer: as transformers loads it.
-        lower: the pipeline makes letters small before they are tokenized.
+        encoder: the encoder's kind, ``CLIP`` or ``T5``.
+        tokens: the number of tokens, with the marks of beginning and end that the tokenizer adds.
+        tokenizer: the tokenizer of transformers.
+        lower: the pipeline turns prompts into lower case before they are tokenized.
     """
 
     encoder: str
@@ -30,7 +30,7 @@ class TextLimit:
     lower: bool = False
 
     def ids(self, prompts: Sequence[str], *, cut: bool) -> list[list[int]]:
-        """The token ids of each of P prompts: all, or only those that are read."""
+        """Returns the token ids of each of P prompts: all, or with ``cut`` only those that are read."""
         if not prompts:
             return []
         texts = [self._given(prompt) for prompt in prompts]
@@ -39,7 +39,7 @@ class TextLimit:
         return found
 
     def last_words(self, prompt: str) -> str:
-        """The last words of a prompt that are read, in 40 characters at most."""
+        """Returns the last words of a prompt that are read, in 40 characters at most."""
         text = self._given(prompt)
         if self.tokenizer.is_fast:
             places = self.tokenizer(text, return_offsets_mapping=True, **self._length)["offset_mapping"]
@@ -54,7 +54,6 @@ class TextLimit:
         return {"truncation": True, "max_length": self.tokens}
 
     def _given(self, prompt: str) -> str:
-        """A prompt as the tokenizer is given it."""
         return prompt.lower() if self.lower else prompt
 
 
@@ -64,9 +63,9 @@ class Cut:
 
     Attributes:
         index: the prompt's position.
-        limit: the text encoder's.
-        prompt: its text.
-        tokens: how many it has.
+        limit: the text encoder's limit.
+        prompt: the prompt's text.
+        tokens: the number of its tokens.
     """
 
     index: int
@@ -76,7 +75,7 @@ class Cut:
 
     @property
     def end(self) -> str:
-        """The last words that are read."""
+        """The last words that the encoder reads."""
         return self.limit.last_words(self.prompt)
 
     def __str__(self) -> str:
@@ -85,12 +84,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the text encoders of a model read of some prompts.
+    """The prompts that the text encoders of a model cut.
 
     Attributes:
-        count: how many prompts there are.
-        cuts: those that are cut, by encoder and then in the prompts' order.
-        twins: positions of prompts that are the same to the model as an earlier, different one, with that one's.
+        count: the number of prompts.
+        cuts: the cut prompts, by encoder and then in the prompts' order.
+        twins: the position of each prompt that is the same to the model as an earlier, different one, with the position
+            of the earlier one.
     """
 
     count: int
@@ -99,7 +99,7 @@ class Reading:
 
     @property
     def warning(self) -> str | None:
-        """How many of the prompts are cut and where, as what follows on "prompts <source>: "; None if none is."""
+        """A sentence about the cut prompts that follows "prompts <source>: "; None if none is cut."""
         if not self.cuts:
             return None
         by_limit = Counter((cut.limit.encoder, cut.limit.tokens) for cut in self.cuts)
@@ -113,9 +113,9 @@ class Reading:
 
 
 def read_prompts(limits: Sequence[TextLimit], prompts: Sequence[str]) -> Reading:
-    """What text encoders with these limits read of P prompts."""
+    """Finds the prompts that text encoders with these limits cut."""
     whole = [limit.ids(prompts, cut=False) for limit in limits]
-    # a prompt that fills an encoder may be what is left of another
+    # a prompt that fills an encoder may equal the read part of a longer one
     full = sorted(
         {
             index
@@ -142,5 +142,5 @@ def read_prompts(limits: Sequence[TextLimit], prompts: Sequence[str]) -> Reading
 
 
 def encoder_of(tokenizer: str) -> str:
-    """The name of the component that reads what a tokenizer makes."""
+    """Returns the name of the text encoder that belongs to a tokenizer."""
     return tokenizer.replace("tokenizer", "text_encoder")

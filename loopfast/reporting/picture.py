@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loopfast.errors import LoopfastError
-from loopfast.reporting.images import tiles
+from loopfast.reporting.records import EvaluationRecord
 from loopfast.run.tracking import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from PIL import Image
 
 __all__ = ["run_picture"]
 
@@ -39,47 +37,29 @@ def run_picture(run_directory: Path, path: Path, *, prompts: int = 8) -> Path:
     evaluations = sorted((run_directory / "evaluation").glob("iteration-*.json"))
     if len(evaluations) < 2:
         raise LoopfastError(f"{run_directory} has {len(evaluations)} evaluation(s); the picture needs two")
-    before, after = (_preview(evaluations[index]) for index in (0, -1))
-    shown = [item for item in before if item in after][:prompts]
+    before, after = (EvaluationRecord.read(evaluations[index]) for index in (0, -1))
+    shown = [item for item in before.tiles if item in after.tiles][:prompts]
     if not shown:
         raise LoopfastError(f"{run_directory} kept no images of its evaluations (evaluation.preview_images)")
 
     figure = Figure(figsize=(1.15 * len(shown) + 5.2, 3.5), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.15 * len(shown), 5.2])[0]
     grid = left.subplots(2, len(shown), squeeze=False, gridspec_kw={"hspace": 0.02, "wspace": 0.04})
-    for row, (name, images) in enumerate((("before", before), ("after", after))):
+    for row, (name, evaluation) in enumerate((("before", before), ("after", after))):
         for axes, item in zip(grid[row], shown, strict=True):
-            image, entry = images[item]
-            axes.imshow(image, interpolation="nearest")
+            axes.imshow(evaluation.tiles[item].convert("RGB"), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-            axes.set_xlabel(f"{entry['reward']:.2f}", fontsize=8, labelpad=2)
+            axes.set_xlabel(f"{evaluation.items[item]['reward']:.2f}", fontsize=8, labelpad=2)
             axes.spines[:].set_color(_RULE)
         grid[row][0].set_ylabel(name, fontsize=10)
     for axes, item in zip(grid[0], shown, strict=True):
-        axes.set_title(fill(before[item][1]["prompt"], 15), fontsize=7.5)
+        axes.set_title(fill(before.items[item]["prompt"], 15), fontsize=7.5)
     _curves(right.subplots(), run_directory)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise LoopfastError(f"cannot write {path}: {error}") from error
     return path
-
-
-def _preview(file: Path) -> dict[int, tuple[Image.Image, dict[str, Any]]]:
-    """The images an evaluation kept and their scores, by item."""
-    from PIL import Image
-
-    record = json.loads(file.read_text("utf-8"))
-    preview = record.get("preview")
-    if preview is None:
-        return {}
-    with Image.open(file.with_suffix(".png")) as sheet:
-        images = tiles(
-            sheet.convert("RGB"), tuple(preview["tile"]), preview["columns"], len(preview["items"])
-        )
-    return {
-        item: (image, record["items"][item]) for item, image in zip(preview["items"], images, strict=True)
-    }
 
 
 def _curves(axes: Axes, run_directory: Path) -> None:

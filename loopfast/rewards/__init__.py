@@ -7,7 +7,7 @@ see `Reward`. The package's own have a file each and a name in `REWARDS`; the us
 
 from loopfast.rewards.base import Reward, RewardSet, RewardTerm, Scores
 from loopfast.rewards.fitting import RewardMemoryError
-from loopfast.rewards.normalize import training_total
+from loopfast.rewards.normalize import training_rewards
 from loopfast.rewards.process import RewardProcess
 from loopfast.rewards.registry import REWARDS, build_rewards
 from loopfast.rewards.thread import RewardThread, join_scores
@@ -23,5 +23,5 @@ __all__ = [
     "Scores",
     "build_rewards",
     "join_scores",
-    "training_total",
+    "training_rewards",
 ]

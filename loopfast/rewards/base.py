@@ -1,4 +1,4 @@
-"""What a reward is, and the weighted sum of several."""
+"""The interface of a reward, and the weighted sum of several."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _PROMPT_LENGTH = 60
 
 
 class CountError(RewardError):
-    """Raised by a reward that itself was given another number of scores than it asked for."""
+    """Raised by a reward that has received another number of scores than it asked for."""
 
 
 class Reward(Protocol):
-    """Scores a batch of images. Higher is better; the scale is free.
+    """A function that scores a batch of images. Higher is better; the scale is free.
 
     Args:
-        images: float32 ``[N, 3, H, W]`` in [0, 1], on the sampler's device; a copy of the reward's own.
+        images: float32 ``[N, 3, H, W]`` in [0, 1], on the sampler's device; a copy that the reward may change.
         prompts: the N texts the images were sampled from.
         metadata: the N prompts' metadata, such as ``{"category": "color"}``.
 
@@ -47,8 +47,7 @@ class Reward(Protocol):
 class RewardTerm:
     """A reward and its weight in the sum; with weight 0 it is measured only.
 
-    ``range``: two values that count as 0 and 1 in the sum, by a straight line; None: the sum takes the values as they
-    are.
+    ``range``: two values that count as 0 and 1 in the sum, by a straight line; None takes the values as they are.
     """
 
     name: str
@@ -61,7 +60,7 @@ class RewardTerm:
 class Scores:
     """Rewards of N images, float32 ``[N]`` on the CPU: the sum, and each term by name before weighting.
 
-    ``problems``: by reward, what was wrong with its scores where that was not to be an error; those are NaN then.
+    ``problems``: by reward, the error of scores that have become NaN instead of ending the call.
     """
 
     total: Tensor
@@ -76,7 +75,7 @@ class RewardSet:
 
     Args:
         terms: the rewards, with names that differ.
-        whole: a reward may compare the images of a batch, and is called with all of them or not at all.
+        whole: calls a reward with all images of a batch or not at all, as it may compare them.
     """
 
     def __init__(self, terms: Sequence[RewardTerm], *, whole: bool = False) -> None:
@@ -95,18 +94,18 @@ class RewardSet:
         *,
         keep_bad: bool = False,
     ) -> Scores:
-        """Score a batch.
+        """Scores a batch.
 
         Args:
             images: float32 ``[N, 3, H, W]`` in [0, 1].
             prompts: N texts.
             metadata: N mappings; None for N empty ones.
-            keep_bad: a number that is not finite, and all those of a reward that gives more or fewer than N, become
-                NaN, with the sum of their image, and `Scores.problems` says so.
+            keep_bad: notes numbers that are not finite, and all numbers of a reward that returns more or fewer than N,
+                in `Scores.problems`; they become NaN, and so does the sum of their images.
 
         Raises:
-            RewardError: a reward raised, or gave anything but N numbers, finite ones unless ``keep_bad``, with which
-                their number may be wrong, too. ``images_index`` holds the positions of the images at fault.
+            RewardError: a reward raised, or returned anything but N numbers, or without ``keep_bad`` a number that is
+                not finite or a wrong number of numbers. ``images_index`` holds the positions of the images at fault.
             RewardMemoryError: a reward ran out of a GPU's memory, and fewer images in a call do not help.
             ValueError: the lengths of the arguments differ.
         """
@@ -131,16 +130,16 @@ class RewardSet:
             found = self._sizes[term.name].with_oom_fallback(
                 count, images.device, partial(_score, term, images, prompts, metadata)
             )
-            part = checked(term.name, *found)
-            parts[term.name] = part
-            total += term.weight * scaled(part.double(), term.range)
+            parts[term.name] = checked(term.name, *found)
+            total += term.weight * scaled(parts[term.name].double(), term.range)
+        # of an image with a bad part, that part is reported
         scored = torch.stack([part.isfinite() for part in parts.values()]).all(0)
-        total_found = _finite("the weighted sum of the rewards", total.float(), prompts, among=scored)
-        return Scores(checked("sum", *total_found), parts, problems)
+        found = _finite("the weighted sum of the rewards", total.float(), prompts, among=scored)
+        return Scores(checked("sum", *found), parts, problems)
 
 
 def scaled(values: Tensor, bounds: tuple[float, float] | None) -> Tensor:
-    """The values, or where the straight line that takes ``bounds`` to 0 and 1 takes them."""
+    """Maps the values by the straight line that maps ``bounds`` to 0 and 1; None returns the values as they are."""
     if bounds is None:
         return values
     low, high = bounds
@@ -154,11 +153,11 @@ def _score(
     metadata: Sequence[Mapping[str, Any]],
     size: int,
 ) -> tuple[Tensor, RewardError | None]:
-    """One term's values, float32 ``[N]`` on the CPU, NaN where they are none; and what was wrong with them.
+    """Returns one term's values, float32 ``[N]`` on the CPU, NaN where they are bad, and the error about those.
 
-    ``size`` images are scored in a call.
+    Each call has ``size`` images.
     """
-    # a reward is called for no images, too
+    # a reward is called even without images
     starts = range(0, max(len(prompts), 1), max(size, 1))
     parts = [_call(term, images, prompts, metadata, slice(start, start + size)) for start in starts]
     values, problem = _finite(f"reward {term.name!r}", torch.cat([part for part, _ in parts]), prompts)
@@ -172,17 +171,14 @@ def _call(
     metadata: Sequence[Mapping[str, Any]],
     rows: slice,
 ) -> tuple[Tensor, RewardError | None]:
-    """The values that one call gives for some rows, float32 ``[n]`` on the CPU.
-
-    They are NaN, with an error, where their number is wrong.
-    """
+    """Returns one call's values for some rows, float32 ``[n]`` on the CPU; NaN, with an error, for a wrong number."""
     name = f"reward {term.name!r}"
     texts = list(prompts[rows])
     count = len(texts)
     everything = range(rows.start, rows.start + count)
     missing = torch.full((count,), torch.nan)
     try:
-        # copies: what a reward changes in place is shown, kept, and scored by other rewards, too
+        # copies: the images are also shown, saved, and scored by other rewards
         found = term.reward(images[rows].clone(), texts, [dict(entry) for entry in metadata[rows]])
     except CountError as error:
         return missing, RewardError(f"{name}: {error}", everything)
@@ -208,7 +204,7 @@ def _call(
 
 
 def _as_tensor(found: object) -> Tensor | None:
-    """What a reward returned as a tensor of real numbers of any shape; None where it is no such thing."""
+    """Converts what a reward returned to a tensor of real numbers of any shape; None if that is not possible."""
     if isinstance(found, list | tuple):
         try:
             numbers = [None if isinstance(item, str | bytes) else float(item) for item in found]
@@ -225,7 +221,7 @@ def _as_tensor(found: object) -> Tensor | None:
 def _finite(
     name: str, values: Tensor, prompts: Sequence[str], among: Tensor | None = None
 ) -> tuple[Tensor, RewardError | None]:
-    """The values with NaN for those that are not finite, and the error about these; ``among`` others it is silent."""
+    """Replaces values that are not finite by NaN, and returns the error about them, or about those in ``among``."""
     bad = ~values.isfinite()
     at_fault = (bad if among is None else bad & among).nonzero().flatten().tolist()
     if not at_fault:
@@ -239,12 +235,12 @@ def _finite(
 
 
 def shown(prompt: str) -> str:
-    """A prompt for a message: quoted, on one line and in short."""
+    """Quotes a prompt for a message: on one line, and cut off if it is long."""
     return repr(one_line(prompt, _PROMPT_LENGTH))
 
 
 def quoted(prompts: Sequence[str], positions: Sequence[int]) -> str:
-    """The first of the prompts at some positions, each once and in short, and how many more there are."""
+    """Quotes the first of the prompts at some positions, each once, and says how many more there are."""
     texts = list(dict.fromkeys(prompts[position] for position in positions))
     first = ", ".join(map(shown, texts[:_PROMPTS_SHOWN]))
     rest = len(texts) - _PROMPTS_SHOWN
@@ -252,14 +248,14 @@ def quoted(prompts: Sequence[str], positions: Sequence[int]) -> str:
 
 
 def _raised(error: BaseException) -> str:
-    """An error that came out of a reward, and the reward's line it came from, where there is one."""
+    """Describes an error of a reward, with the line of the reward that raised it, if there is one."""
     frames = traceback.extract_tb(error.__traceback__)[1:2]
     place = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in frames)
     return f"{type(error).__name__}: {one_line(error)}{place}"
 
 
 def _described(found: object, values: Tensor | None) -> str:
-    """What a reward returned, in words; ``values``: as a tensor, where it is one."""
+    """Describes what a reward returned; ``values`` is the same as a tensor, or None."""
     if values is not None:
         if values.ndim == 0:
             return "a single number"

@@ -1,4 +1,4 @@
-"""Faithfulness to a caption of the embedded world, judged by its detector."""
+"""Faithfulness to a caption of the embedded world, scored by its detector."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ __all__ = ["embedded", "embedded_exact"]
 
 
 def embedded() -> Reward:
-    """How well an image shows its caption, in [0, 1], partly right counting in part."""
-    return _judged_by(detector.score)
+    """Score of an image that shows its caption, in [0, 1]; a partly right image gets a part."""
+    return _scored_by(detector.score)
 
 
 def embedded_exact() -> Reward:
-    """1 where an image shows exactly what its caption says, else 0."""
-    return _judged_by(detector.exact)
+    """1 if an image shows exactly what its caption says, else 0."""
+    return _scored_by(detector.exact)
 
 
-def _judged_by(judge: Callable[[Tensor, list[str]], Tensor]) -> Reward:
+def _scored_by(score: Callable[[Tensor, list[str]], Tensor]) -> Reward:
     def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         if images.shape[1:] != (3, SIZE, SIZE):
             raise ValueError(
                 f"the detector of the embedded world reads images of shape [3, {SIZE}, {SIZE}], not "
                 f"{list(images.shape[1:])}"
             )
-        return judge(images, prompts)
+        return score(images, prompts)
 
     return reward

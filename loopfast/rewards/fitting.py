@@ -1,4 +1,4 @@
-"""How many images a call of a reward takes, and what happens when they do not fit into a GPU's memory."""
+"""The number of images per call of a reward, which falls when they do not fit into a GPU's memory."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class ImagesPerCall:
     """The number of images that a call of a reward takes: half as many after a call that ran out of memory.
 
     Args:
-        reward: its name, for messages.
-        most: to begin with; None: as many as there are.
-        halves: whether a call may be made with fewer.
-        advice: what makes room for this reward beside what makes room for any, for messages.
+        reward: name of the reward, for messages.
+        most: the first number; None takes all images.
+        halves: whether a call may have fewer images.
+        advice: advice about memory for this reward, before the advice for all rewards, for messages.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class ImagesPerCall:
         """Returns what ``attempt(size)`` returns, called with half the size for as long as memory does not suffice.
 
         Args:
-            count: images there are.
-            device: where the memory is, for messages.
-            attempt: scores all of them, ``size`` in a call.
+            count: number of images.
+            device: the device that has the memory, for messages.
+            attempt: scores all images, ``size`` in a call.
 
         Raises:
             RewardMemoryError: the memory does not suffice for one image, or a call may not be made with fewer.
@@ -61,7 +61,7 @@ class ImagesPerCall:
                 if not is_out_of_memory(error):
                     raise
                 reason = shortage(error)
-            # outside of the handler, where nothing holds the failed call's tensors any more
+            # outside of the handler, where nothing holds the failed call's tensors
             free_cached_memory()
             if size <= 1 or not self._halves:
                 raise RewardMemoryError(
@@ -76,6 +76,6 @@ class ImagesPerCall:
 
 
 def shortage(error: Exception) -> str:
-    """What was asked for and what there was, without the advice that follows in PyTorch's message."""
+    """Returns the requested and the free memory from PyTorch's message, without the advice that follows."""
     reason = first_line(error)
     return ". ".join(reason.split(". ")[:_SENTENCES]).rstrip(".")

@@ -1,4 +1,4 @@
-"""A reward that lives on another machine, asked by HTTP; what is said there is in docs/reward-server.md."""
+"""A reward on another machine, asked by HTTP; docs/reward-server.md describes the protocol."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["http"]
 
 LONGEST_WAIT = 60.0
-"""Seconds between two attempts at most, unless the server asks for more."""
+"""Longest delay between two attempts in seconds, unless the server asks for more."""
 
 LONGEST_ASKED = 600.0
-"""Seconds that a server's Retry-After is followed for at most."""
+"""Longest delay in seconds that a server's Retry-After can ask for."""
 
 
 def http(
@@ -44,21 +44,21 @@ def http(
     batch_size: int = 16,
     token_env: str | None = None,
 ) -> Reward:
-    """What a reward server says, such as one started by ``loopfast serve-reward``.
+    """Score of a reward server, such as one started by ``loopfast serve-reward``.
 
     Args:
-        url: where ``/score`` and ``/health`` are, such as ``http://judge:8000``.
+        url: address of ``/score`` and ``/health``, such as ``http://judge:8000``.
         timeout: seconds to wait for an answer.
-        retries: how often a request is tried again that finds no server, gets no answer in time, or is answered with
-            429 or 5xx; any other answer but 200 is an error at once.
-        backoff: seconds before the first such attempt, doubled for each further one, up to a minute, and drawn between
-            half of that and all. A server's ``Retry-After`` is waited for too, up to ten minutes.
-        concurrency: requests under way at a time, of each process of the run.
+        retries: number of further attempts of a request that finds no server, gets no answer in time, or is answered
+            with 429 or 5xx; any other answer but 200 is an error at once.
+        backoff: seconds before the second attempt, doubled for each further one, up to a minute, and drawn between half
+            of that and all. A server's ``Retry-After`` is followed too, up to ten minutes.
+        concurrency: requests at a time of each process of the run.
         batch_size: images in a request.
         token_env: the environment variable whose value is sent as ``Authorization: Bearer``.
 
     Raises:
-        ValueError: an option has a value it cannot have.
+        ValueError: an option has a value that is not allowed.
         RewardError: the server does not answer, does not accept the token, or takes fewer images in a request.
     """
     _require_url(url)
@@ -93,7 +93,7 @@ def http(
                 raise failures[0]
             return [score for answer in answers for score in answer.result()]
         finally:
-            # after an error or Ctrl-C, what has not begun need not, and what waits to try again need not wait
+            # after an error or Ctrl-C, no request begins, and none waits for another attempt
             stop.set()
             for answer in answers:
                 answer.cancel()
@@ -122,11 +122,11 @@ class _Client:
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency))
 
     def require_health(self, batch_size: int) -> None:
-        """Raises a `RewardError` unless the server is there and takes so many images."""
+        """Raises a `RewardError` unless the server answers and takes ``batch_size`` images in a request."""
         answer = self._ask("GET", "/health", None, threading.Event())
         try:
             most = answer.json().get("max_batch")
-        except (ValueError, AttributeError):  # what a server says of itself is its own business
+        except (ValueError, AttributeError):  # a server need not say anything about itself
             return
         if isinstance(most, int) and batch_size > most:
             raise RewardError(
@@ -140,7 +140,7 @@ class _Client:
         metadata: Sequence[Mapping[str, Any]],
         stop: threading.Event,
     ) -> list[float]:
-        """Scores of uint8 images ``[N, H, W, 3]``; NaN for null."""
+        """Returns the scores of uint8 images ``[N, H, W, 3]``; NaN for null."""
         try:
             body = json.dumps(
                 {
@@ -169,11 +169,11 @@ class _Client:
         return [math.nan if score is None else score for score in scores]
 
     def _ask(self, method: str, path: str, body: bytes | None, stop: threading.Event) -> requests.Response:
-        """The server's answer, with status 200."""
+        """Returns the server's answer of status 200, after as many attempts as it needs."""
         import requests
 
         for attempt in range(self._retries + 1):
-            asked = 0.0
+            retry_after = 0.0
             try:
                 answer = self._session.request(
                     method,
@@ -198,17 +198,17 @@ class _Client:
                 problem = f"it answered {answer.status_code} {answer.reason}: {one_line(_reason(answer))!r}"
                 if answer.status_code != 429 and answer.status_code < 500:
                     raise RewardError(f"reward server {self._url}{path}: {problem}{self._hint(answer)}")
-                asked = _asked(answer.headers.get("Retry-After"))
-            if attempt < self._retries and stop.wait(max(asked, self._delay(attempt))):
+                retry_after = _retry_after(answer.headers.get("Retry-After"))
+            if attempt < self._retries and stop.wait(max(retry_after, self._delay(attempt))):
                 raise RewardError(f"reward server {self._url}: another request has failed")
         raise RewardError(f"reward server {self._url}{path}: {problem} ({self._retries + 1} attempt(s))")
 
     def _delay(self, attempt: int) -> float:
-        # drawn, so that many who were turned away together do not come back together
+        # random, so that clients that were turned away together do not return together
         return min(self._backoff * 2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        # as a function, so that a ~/.netrc does not put another in its place
+        # a function, as requests would replace a header by the password of a ~/.netrc
         if self._token is not None:
             request.headers["Authorization"] = f"Bearer {self._token}"
         return request
@@ -223,7 +223,7 @@ class _Client:
 
 def _png(pixels: Any) -> str:
     file = io.BytesIO()
-    # the network is faster than the smallest file
+    # sending more bytes takes less time than compressing them further
     Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
@@ -236,8 +236,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _asked(header: str | None) -> float:
-    """Seconds that a Retry-After, a number of them or a date, asks for; 0 where it says nothing."""
+def _retry_after(header: str | None) -> float:
+    """Returns the seconds that a Retry-After, a number or a date, asks for; 0 if it cannot be read."""
     if header is None:
         return 0.0
     if header.isascii() and header.isdigit():
@@ -250,7 +250,7 @@ def _asked(header: str | None) -> float:
 
 
 def _reason(answer: requests.Response) -> str:
-    """What a server that says no says."""
+    """Returns the error message of a server's answer."""
     try:
         return str(answer.json()["error"])
     except (ValueError, KeyError, TypeError):
@@ -258,7 +258,7 @@ def _reason(answer: requests.Response) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """What broke a connection, without the layers it was reported through."""
+    """Returns the innermost error of a failed connection."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return str(error) or type(error).__name__

@@ -22,7 +22,7 @@ def jpeg_compressibility(quality: int = 95) -> Reward:
     """Minus the size in kB of the image as a JPEG: smooth images win.
 
     Args:
-        quality: of the JPEG, 1 to 100.
+        quality: quality of the JPEG, 1 to 100.
     """
     return _size(-1.0, quality)
 
@@ -31,7 +31,7 @@ def jpeg_incompressibility(quality: int = 95) -> Reward:
     """The size in kB of the image as a JPEG: detailed images win.
 
     Args:
-        quality: of the JPEG, 1 to 100.
+        quality: quality of the JPEG, 1 to 100.
     """
     return _size(1.0, quality)
 

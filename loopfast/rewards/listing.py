@@ -1,4 +1,4 @@
-"""The rewards of the package, for people to read: ``loopfast rewards``."""
+"""The tables of ``loopfast rewards``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["all_rewards", "one_reward", "options_of"]
 
 
 def all_rewards() -> RenderableType:
-    """A table with a row for each reward."""
+    """Makes a table with a row for each reward."""
     table = Table("name", "range", Column("weights", overflow="fold"), "license", "extra")
     table.columns[0].no_wrap = True
     for name, info in REWARDS.items():
@@ -28,7 +28,7 @@ def all_rewards() -> RenderableType:
 
 
 def one_reward(name: str) -> RenderableType:
-    """What a reward is, and its options.
+    """Makes the description of a reward, with a table of its options.
 
     Raises:
         ConfigError: the package has no reward of this name.
@@ -60,7 +60,7 @@ def _facts(info: RewardInfo) -> dict[str, str]:
 
 
 def options_of(make: Callable[..., Any]) -> list[tuple[str, str, str]]:
-    """Each option of a reward: its name, its default as YAML, and its meaning from the docstring of ``make``."""
+    """Returns each option of a reward: name, default as YAML, and meaning from the docstring of ``make``."""
     meanings = _arguments(inspect.getdoc(make) or "")
     return [
         (
@@ -73,7 +73,7 @@ def options_of(make: Callable[..., Any]) -> list[tuple[str, str, str]]:
 
 
 def _arguments(docstring: str) -> dict[str, str]:
-    """The meaning of each argument in a docstring's section Args."""
+    """Returns the meaning of each argument in a docstring's section Args."""
     section = re.search(r"^Args:\n((?:    .*\n?|\n)*)", docstring, re.MULTILINE)
     found: dict[str, str] = {}
     for entry in re.split(r"^    (?=\S)", section[1], flags=re.MULTILINE)[1:] if section else ():

@@ -18,23 +18,24 @@ from torch import Tensor
 from loopfast.config import RewardConfig
 from loopfast.errors import LoopfastError, RewardError
 from loopfast.rewards.base import Scores
-from loopfast.rewards.precision import set_tf32
 from loopfast.system.streams import open_streams
 
 _PROGRAM = "from loopfast.rewards.process import serve; serve()"
 
 
 class RewardProcess:
-    """The rewards of a configuration in another process; scores as a `RewardSet` does, and fails as it does.
+    """Rewards of a configuration in another process, which score and fail as those of a `RewardSet` do.
 
-    What a reward computes in Python runs beside the sampling then, and not in turn with it. Images, prompts, metadata
-    and scores are copied between the processes. The process ends with this object, and with its owner, however that
-    ends. It is not interrupted by Ctrl-C, which its owner answers.
+    What a reward computes in Python then runs beside the sampling. Images, prompts, metadata and scores are copied
+    between the two processes. The other process ends with this object, and with the process that made it, even if that
+    is killed. Ctrl-C does not reach it. Its current GPU is that of its parent: rewards whose device is ``auto`` or
+    ``cuda`` use that one.
 
-    Its current GPU is that of its owner, where rewards go whose device is ``auto`` or ``cuda``.
+    `concurrent.futures.ProcessPoolExecutor` does not serve here: its process runs a script without a ``__main__`` guard
+    a second time, and outlives a parent that is killed.
 
     Args:
-        terms: the rewards to build there.
+        terms: the rewards to build.
         tf32: whether they multiply and convolve float32 in TF32 on a GPU.
 
     Raises:
@@ -44,12 +45,12 @@ class RewardProcess:
 
     def __init__(self, terms: Sequence[RewardConfig], *, tf32: bool = False) -> None:
         self._names = ", ".join(repr(term.title) for term in terms)
-        connection, theirs = Pipe()
-        with theirs:
+        connection, child_connection = Pipe()
+        with child_connection:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                # modules are found where they are found here, those beside the user's program too
+                [sys.executable, "-c", _PROGRAM, str(child_connection.fileno())],
+                pass_fds=[child_connection.fileno()],
+                # the process finds the modules that this one finds, those beside the user's program too
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
@@ -59,10 +60,10 @@ class RewardProcess:
             )
         self._connection: Connection[Any, Any] = connection
         self.close = weakref.finalize(self, _end, connection, self._process)
-        """Ends the process; once it has returned the reward it is in. Nothing happens the second time."""
-        # before CUDA has started, which asking would do, it is the first one, as in the new process
+        """Ends the process, once the reward that it is calling has returned. A second call does nothing."""
+        # asking for the current GPU would start CUDA; before that it is the first one, as in the new process
         gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        self._ask(([term.model_dump() for term in terms], gpu, tf32))
+        self._ask((list(terms), gpu, tf32))
 
     def score(
         self,
@@ -72,11 +73,11 @@ class RewardProcess:
         *,
         keep_bad: bool = False,
     ) -> Scores:
-        """Score a batch; see `RewardSet.score`.
+        """Scores a batch; see `RewardSet.score`.
 
         Raises:
-            RewardError: as there, or the metadata cannot be sent, or the process has ended.
-            RewardMemoryError: as there.
+            RewardError: as in `RewardSet.score`, or the metadata cannot be sent, or the process has ended.
+            RewardMemoryError: as in `RewardSet.score`.
         """
         entries = None if metadata is None else [dict(entry) for entry in metadata]
         try:
@@ -94,56 +95,52 @@ class RewardProcess:
         return Scores(torch.from_numpy(total), named, problems)
 
     def _ask(self, question: object) -> Any:
-        """What the process answers; the error it answers with is raised."""
+        """Returns the answer of the process, or raises it if it is an error."""
         try:
             self._connection.send(question)
-            kind, answer = self._connection.recv()
+            answer = self._connection.recv()
         except (EOFError, OSError) as error:
             code = self._process.wait()
             raise RewardError(
                 f"the process of the rewards {self._names} ended with exit code {code}; what it last said is above"
             ) from error
-        if kind is None:
-            return answer
-        if issubclass(kind, RewardError):
-            raise kind(*answer)
-        raise kind(answer[0])
+        if isinstance(answer, LoopfastError):
+            raise answer
+        return answer
 
 
 def serve() -> None:
-    """The process's side; see `answer_questions`."""
+    """Runs in the new process; see `answer_questions`."""
     open_streams(keep_going=True)
     answer_questions(Connection(int(sys.argv[1])))
 
 
 def answer_questions(connection: Connection[Any, Any]) -> None:
-    """Builds the rewards it is told, then scores until the other end is closed."""
+    """Builds rewards from the first message, then scores until the other end is closed."""
     from loopfast.rewards.registry import build_rewards
 
     rewards = None
     while True:
         try:
             question = connection.recv()
-        except (EOFError, OSError):  # reset, or amid a message, where the other end was killed
+        except (EOFError, OSError):  # reset, or in the middle of a message, where the other end was killed
             return
-        answer: tuple[type[LoopfastError] | None, Any]
+        answer: Any = None
         try:
             if rewards is None:
                 terms, gpu, tf32 = question
                 if gpu is not None:
                     torch.cuda.set_device(gpu)
-                set_tf32(tf32)
-                rewards = build_rewards([RewardConfig.model_validate(term) for term in terms])
-                answer = None, None
+                # a run's setting holds for its process; PyTorch's default would convolve in TF32
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+                rewards = build_rewards(terms)
             else:
                 images, prompts, metadata, keep_bad = question
                 scores = rewards.score(torch.from_numpy(images), prompts, metadata, keep_bad=keep_bad)
                 parts = {name: part.numpy() for name, part in scores.parts.items()}
-                answer = None, (scores.total.numpy(), parts, dict(scores.problems))
-        except RewardError as error:
-            answer = RewardError, (str(error), error.images_index)
+                answer = scores.total.numpy(), parts, dict(scores.problems)
         except LoopfastError as error:
-            answer = type(error), (str(error),)
+            answer = error
         try:
             connection.send(answer)
         except OSError:  # nobody is waiting any more

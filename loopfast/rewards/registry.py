@@ -1,4 +1,4 @@
-"""The names a configuration can give for a reward."""
+"""The rewards that a configuration can name."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class RewardInfo:
     """A reward of the package.
 
     Attributes:
-        make: makes it from its options.
-        summary: what it measures, in a few words.
-        range: the values it gives.
-        weights: where its weights come from; None: it has none.
-        license: of the weights; None: it has none.
-        extra: of the package, which brings what it imports; None: ``train`` does.
+        make: makes the reward from its options.
+        summary: its meaning, in a few words.
+        range: range of its values.
+        weights: origin of its weights; None if it has none.
+        license: license of the weights; None if it has none.
+        extra: the package's extra with its imports; None means ``train``.
     """
 
     make: Callable[..., Reward]
@@ -147,14 +147,14 @@ REWARDS: dict[str, RewardInfo] = {
     ),
     "http": RewardInfo(http, "what a reward server says (docs/reward-server.md)", "the server's"),
 }
-"""Each reward of the package by its name."""
+"""The rewards of the package by their names."""
 
 
 def find_reward(name: str) -> RewardInfo:
-    """The reward of the package with this name.
+    """Returns the reward of the package with this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the package has no such reward.
     """
     if name not in REWARDS:
         if name.startswith("<"):
@@ -176,16 +176,16 @@ def build_rewards(
     *,
     load: bool = True,
     whole: bool = False,
-    given: Mapping[str, Callable[..., Any]] | None = None,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
 ) -> RewardSet:
-    """The rewards of a configuration, ready to score.
+    """Builds the rewards of a configuration.
 
     Args:
         terms: the rewards.
-        load: read the weights of those that have any. Without, their options are checked and that local weights are
-            there; they are read when they first score.
+        load: reads weights now. False checks options and that local weights exist, and leaves reading them to the first
+            call.
         whole: see `RewardSet`.
-        given: functions of a Python program by the names that the terms have for them.
+        functions: functions of a Python program by the names that the terms have for them.
 
     Raises:
         RewardMemoryError: weights do not fit into a GPU's memory.
@@ -194,32 +194,27 @@ def build_rewards(
     """
     return RewardSet(
         [
-            RewardTerm(term.title, _build(term, load, given or {}), term.weight, bounds(term))
+            RewardTerm(term.title, _build(term, load, functions or {}), term.weight, bounds(term))
             for term in terms
         ],
         whole=whole,
     )
 
 
-def _build(term: RewardConfig, load: bool, given: Mapping[str, Callable[..., Any]]) -> Reward:
-    if term.name in given:
-        return checked_reward(term.name, given[term.name], term.options)
+def _build(term: RewardConfig, load: bool, functions: Mapping[str, Callable[..., Any]]) -> Reward:
+    if term.name in functions:
+        return checked_reward(term.name, functions[term.name], term.options)
     if is_reference(term.name):
         return user_reward(term.name, term.options)
     info = find_reward(term.name)
     try:
-        reward = info.make(**term.options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"reward {term.name!r} does not take options {term.options}: {error}") from None
-    except ModuleNotFoundError as error:
-        raise _missing(term.name, info, error) from error
-    if load and isinstance(reward, PretrainedReward | ThreeInOne):
         try:
+            reward = info.make(**term.options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"reward {term.name!r} does not take options {term.options}: {error}") from None
+        if load and isinstance(reward, PretrainedReward | ThreeInOne):
             reward.load()
-        except ModuleNotFoundError as error:
-            raise _missing(term.name, info, error) from error
+    except ModuleNotFoundError as error:
+        missing = MissingExtraError(f"reward {term.name!r}", info.extra or "train", error.name)
+        raise ConfigError(str(missing)) from error
     return reward
-
-
-def _missing(name: str, info: RewardInfo, error: ModuleNotFoundError) -> ConfigError:
-    return ConfigError(str(MissingExtraError(f"reward {name!r}", info.extra or "train", error.name)))

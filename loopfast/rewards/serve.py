@@ -1,4 +1,4 @@
-"""A server for the reward ``http``: any rewards of a configuration, one batch at a time; see docs/reward-server.md."""
+"""A server for the reward ``http``, which scores by any rewards of a configuration; see docs/reward-server.md."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from torch import Tensor
 from loopfast.errors import LoopfastError, MissingExtraError, RewardError
 from loopfast.rewards.base import RewardSet, Scores
 from loopfast.rewards.fitting import RewardMemoryError
-from loopfast.rewards.precision import set_tf32
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -49,13 +48,14 @@ class _Refused(Exception):  # noqa: N818 - an answer
 def reward_app(
     rewards: RewardSet, *, token: str | None = None, max_batch: int = 64, max_body: int = 64 * 2**20
 ) -> Starlette:
-    """The ASGI application that answers ``POST /score`` and ``GET /health``.
+    """Makes the ASGI application that answers ``POST /score`` and ``GET /health``.
 
     Args:
-        rewards: their weighted sum is what is answered; called in one thread, as cuDNN keeps its plans per thread.
-        token: what an ``Authorization: Bearer`` header has to hold, of every request; None: nothing is asked for.
-        max_batch: images in a request.
-        max_body: bytes of a request.
+        rewards: the rewards, whose weighted sum is the answer; called in one thread, as cuDNN keeps its plans per
+            thread.
+        token: token that every request must have in its header ``Authorization: Bearer``; None requires none.
+        max_batch: largest number of images in a request.
+        max_body: largest number of bytes of a request.
 
     Raises:
         MissingExtraError: the extra ``serve`` is not installed.
@@ -124,33 +124,34 @@ def serve_rewards(
     max_body: int,
     say: Callable[[str], None],
 ) -> None:
-    """Serves rewards until SIGINT or SIGTERM; what is being answered then still is.
+    """Serves rewards until SIGINT or SIGTERM, then finishes the requests that it is answering.
 
     Float32 is IEEE float32 on a GPU, as in a run without ``model.tf32``.
 
     Args:
         rewards: as for `reward_app`.
-        host, port: where to listen; port 0: any that is free.
+        host, port: the address to listen at; port 0 takes any that is free.
         token, max_batch, max_body: as for `reward_app`.
-        say: told the address, once it can be asked.
+        say: called with the address, once the server answers there.
 
     Raises:
         MissingExtraError: the extra ``serve`` is not installed.
-        LoopfastError: the address cannot be listened at.
+        LoopfastError: the server cannot listen at the address.
     """
     try:
         import uvicorn
     except ImportError as error:
         raise MissingExtraError("loopfast serve-reward", "serve", error.name) from error
-    set_tf32(False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     app = reward_app(rewards, token=token, max_batch=max_batch, max_body=max_body)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=_family(host))
+        listener = socket.create_server((host, port), family=family)
     except OSError as error:
         raise LoopfastError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error
     shown = f"[{host}]" if ":" in host else host
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    # once it has ended well, the server sends itself the signal that ended it
+    # after it has ended, the server sends the signal that ended it to itself
     previous = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         with listener:
@@ -162,20 +163,16 @@ def serve_rewards(
         signal.signal(signal.SIGTERM, previous)
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
 def _require_token(request: Request, token: str | None) -> None:
     if token is None:
         return
-    given = request.headers.get("authorization", "")
-    if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+    header = request.headers.get("authorization", "")
+    if not hmac.compare_digest(header.encode(), f"Bearer {token}".encode()):
         raise _Refused(401, "Authorization: found no or another token, allowed: Bearer and the server's")
 
 
 async def _read(parts: AsyncIterator[bytes], most: int) -> bytes:
-    """The body; one that is too long is read to its end, so that the answer reaches who is still sending."""
+    """Returns the body. One that is too long is read to its end, so that the client gets the answer."""
     body, size = bytearray(), 0
     async for part in parts:
         size += len(part)
@@ -187,7 +184,7 @@ async def _read(parts: AsyncIterator[bytes], most: int) -> bytes:
 
 
 def _parse(body: bytes, max_batch: int) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
-    """Images, float32 ``[N, 3, H, W]`` in [0, 1], prompts and metadata of a request."""
+    """Returns the images, float32 ``[N, 3, H, W]`` in [0, 1], prompts and metadata of a request."""
     try:
         asked = json.loads(body)
     except ValueError as error:
@@ -218,7 +215,7 @@ def _list(found: Any, name: str, kind: type, count: int | None) -> list[Any]:
 
 
 def _pixels(text: str, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Uint8 ``[H, W, 3]`` of a PNG in base64."""
+    """Decodes a PNG in base64 to uint8 ``[H, W, 3]``."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -16,7 +16,7 @@ from loopfast.rewards.base import Scores
 Item = TypeVar("Item")
 
 WAITING = 2
-"""Parts that may wait to be scored; the one who brings another waits until there is room."""
+"""Number of parts that may wait to be scored; adding another part waits until there is room."""
 
 _LAST_WAIT = 10.0
 
@@ -29,15 +29,18 @@ class RewardThread(Generic[Item]):
     its stream on each GPU: cuDNN keeps its plans per thread, the allocator and cuBLAS keep their memory per stream, and
     little of it would be freed with them.
 
+    It is a daemon thread, which a thread of `concurrent.futures` is not: a reward that never returns must not keep the
+    program from ending.
+
     Args:
-        score: gives the scores of images ``[N, 3, H, W]`` of N items; called in the thread.
+        score: returns the scores of images ``[N, 3, H, W]`` of N items; called in the thread.
     """
 
     def __init__(self, score: Callable[[Tensor, Sequence[Item]], Scores]) -> None:
         self._score = score
         self._parts: list[Scores] = []
         self._error: BaseException | None = None
-        self._given_up = False
+        self._cancelled = False
         self._queue: queue.Queue[_Part | None] = queue.Queue(maxsize=WAITING)
         self._thread: threading.Thread | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -46,23 +49,22 @@ class RewardThread(Generic[Item]):
     def batch(self) -> Iterator[None]:
         """Context in which the parts of one batch are added.
 
-        On leaving, the thread is idle: at once where nothing waits, else when the reward that is being called has
-        returned. Parts that still wait are dropped.
+        After it the thread is idle. Parts that still wait are dropped; a reward that is being called is waited for.
         """
         self._queue.join()
-        self._parts, self._error, self._given_up = [], None, False
+        self._parts, self._error, self._cancelled = [], None, False
         try:
             yield
         finally:
-            self._given_up = True
+            self._cancelled = True
             self._queue.join()
             self._parts, self._error = [], None
 
     def add(self, images: Tensor, items: Sequence[Item]) -> None:
-        """Hands over images ``[N, 3, H, W]`` and their N items; waits while too many are there already.
+        """Adds images ``[N, 3, H, W]`` and their N items; waits while `WAITING` other parts wait.
 
         Raises:
-            BaseException: what ``score`` raised for an earlier part of the batch.
+            BaseException: the error that ``score`` raised for an earlier part of the batch.
         """
         self._raise()
         if self._thread is None:
@@ -75,10 +77,10 @@ class RewardThread(Generic[Item]):
         self._queue.put(_Part(images, items, ready))
 
     def result(self) -> Scores:
-        """The scores of all parts of the batch together, in their order, when all are there.
+        """Waits for the scores of all parts of the batch, and returns them together, in their order.
 
         Raises:
-            BaseException: what ``score`` raised for one of them.
+            BaseException: the error that ``score`` raised for one of them.
         """
         self._queue.join()
         self._raise()
@@ -88,8 +90,8 @@ class RewardThread(Generic[Item]):
         """Ends the thread. A reward that does not return is waited for 10 seconds, and ends with the process."""
         if self._thread is None:
             return
-        self._given_up = True
-        # parts that wait are left only where `batch` was interrupted while it waited
+        self._cancelled = True
+        # parts still wait only where `batch` was interrupted while it waited
         with suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()
@@ -105,25 +107,25 @@ class RewardThread(Generic[Item]):
     def _work(self) -> None:
         while (part := self._queue.get()) is not None:
             try:
-                # a part that is not scored makes room for what is still to come
-                if not self._given_up and self._error is None:
-                    with self._beside(part):
+                # after an error, parts are still taken, so that `add` does not wait for ever
+                if not self._cancelled and self._error is None:
+                    with self._stream(part):
                         self._parts.append(self._score(part.images, part.items))
             except BaseException as error:
                 self._error = error
-            # nothing holds the images while the thread waits for others
+            # the images are freed while the thread waits for others
             del part
             self._queue.task_done()
 
-    def _beside(self, part: _Part) -> AbstractContextManager[Any]:
-        """Context of a stream beside that of the sampling, in which the part's images are ready; nothing on a CPU.
+    def _stream(self, part: _Part) -> AbstractContextManager[Any]:
+        """Context of the thread's own stream, in which the part's images are ready; none on a CPU.
 
-        In the sampling's own stream, reading a score would wait for all steps that were started meanwhile.
+        In the sampling's stream, reading a score would wait for all steps that were started meanwhile.
         """
         if part.ready is None:
             return nullcontext()
         device = part.images.device
-        # a new thread's device is the first one, whatever that of the thread is which samples
+        # a new thread's device is the first one, whatever the device of the sampling thread is
         torch.cuda.set_device(device)
         stream = self._streams.get(device)
         if stream is None:
@@ -140,7 +142,7 @@ class _Part(NamedTuple):
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
-    """The scores of consecutive parts of a batch, at least one, as those of the batch."""
+    """Joins the scores of consecutive parts of a batch, at least one."""
     return Scores(
         torch.cat([part.total for part in parts]),
         {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},

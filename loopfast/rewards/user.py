@@ -14,7 +14,7 @@ from loopfast.system.plugins import import_function
 __all__ = ["checked_reward", "user_reward"]
 
 _ALLOWED = "a function or object that takes images, prompts and metadata and returns a number for each image"
-# What can be called like a reward, and gives no numbers.
+# callables that return no numbers
 _OTHER_KINDS: dict[Callable[[Any], bool], str] = {
     inspect.isclass: "a class and not an object of it",
     inspect.iscoroutinefunction: "an async function",
@@ -24,13 +24,13 @@ _OTHER_KINDS: dict[Callable[[Any], bool], str] = {
 
 
 def user_reward(reference: str, options: Mapping[str, Any]) -> Reward:
-    """The function that ``module:function`` names, with ``options`` as keyword arguments.
+    """Imports the function that ``module:function`` names, and binds ``options`` as keyword arguments.
 
-    It is called as ``function(images, prompts, metadata, **options)``; see `Reward`. Any callable will do, an
-    object that holds a model in memory for example.
+    It is called as ``function(images, prompts, metadata, **options)``; see `Reward`. It may be any callable, such as an
+    object that holds a model in memory.
 
     Raises:
-        ConfigError: the function cannot be imported or cannot be called like that.
+        ConfigError: the function cannot be imported or cannot be called with these arguments.
     """
     try:
         function = import_function(reference)
@@ -40,10 +40,10 @@ def user_reward(reference: str, options: Mapping[str, Any]) -> Reward:
 
 
 def checked_reward(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> Reward:
-    """A user's function with ``options`` as keyword arguments.
+    """Binds ``options`` as keyword arguments of a user's function.
 
     Raises:
-        ConfigError: it cannot be called as a reward; the message names it by ``name``.
+        ConfigError: the function cannot be called as a reward; the message names it by ``name``.
     """
     for test, what in _OTHER_KINDS.items():
         if test(function):
@@ -51,7 +51,7 @@ def checked_reward(name: str, function: Callable[..., Any], options: Mapping[str
     try:
         signature = inspect.signature(function)
     except ValueError:
-        pass  # a builtin without a signature; what is wrong with it shows at the first call
+        pass  # a builtin without a signature: a wrong one fails at the first call
     else:
         try:
             signature.bind("images", "prompts", "metadata", **options)

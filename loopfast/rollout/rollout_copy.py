@@ -12,8 +12,8 @@ from loopfast.config import RolloutConfig
 from loopfast.policies import Policy, layers_with_adapter, remove_adapter_layers
 from loopfast.system.device import torch_device
 
-Whole = Callable[[Iterable[torch.nn.Parameter]], AbstractContextManager[None]]
-"""Shows the whole values of parameters that an engine may have spread over processes."""
+Gathered = Callable[[Iterable[torch.nn.Parameter]], AbstractContextManager[None]]
+"""A context in which parameters that an engine has sharded have their full values."""
 
 
 class RolloutCopy:
@@ -33,7 +33,7 @@ class RolloutCopy:
         policy: the policy that predicts with the copy.
         resident: as given.
         exact: whether the copy computes the policy's own outputs, bit for bit.
-        whole: shows the policy's weights; an engine that spreads them sets it.
+        gathered: the context in which the policy's weights are read; an engine that shards them sets it.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RolloutCopy:
         resident: bool = True,
     ) -> None:
         self._source, self.resident, self._users = policy, resident, 0
-        self.whole: Whole = lambda parameters: nullcontext()
+        self.gathered: Gathered = lambda parameters: nullcontext()
         self.exact = dtype is None and not merge_lora and device.type == policy.device.type
         # the copied parameters still require gradients: a compiled graph depends on it
         denoiser = copy.deepcopy(policy.denoiser)
@@ -95,7 +95,7 @@ class RolloutCopy:
         for name, parameter in parameters.items():
             layers.setdefault(name.rpartition(".")[0], {})[name] = parameter
         for layer in layers.values():
-            with self.whole(layer.values()):
+            with self.gathered(layer.values()):
                 for name, parameter in layer.items():
                     self._targets[name].copy_(parameter)
 
@@ -103,7 +103,7 @@ class RolloutCopy:
         sources = layers_with_adapter(self._source.denoiser)
         for name in self._merged:
             layer = sources[name]
-            with self.whole(layer.parameters()):
+            with self.gathered(layer.parameters()):
                 for adapter in layer.active_adapters:
                     weight = layer.get_base_layer().weight
                     merged = weight.float() + layer.get_delta_weight(adapter).float()

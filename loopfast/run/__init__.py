@@ -1,1 +1,1 @@
-"""What a run leaves behind, and what a person sees of it."""
+"""A run's folder and record, and its display."""

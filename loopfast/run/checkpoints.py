@@ -1,15 +1,15 @@
 """Checkpoints that survive a kill, a full disk and a damaged file.
 
-A checkpoint is a folder of safetensors and JSON files; nothing in it is executed when it is read. It is
-written under a temporary name beside its final place, synced to the disk and renamed, so a folder with a
-final name is complete unless something damaged it later. Its manifest holds the size and SHA-256 of every
-file, and reading checks them, so that damage is found before training goes on from it:
+A checkpoint is a folder of safetensors and JSON files; reading it executes nothing in it. It is written under a
+temporary name beside its final place, synced to the disk and renamed. A folder with a final name is therefore complete
+unless something damaged it later. Its manifest holds the size and SHA-256 of every file. Reading checks them, so that
+damage is found before training continues:
 
     checkpoints/
       iteration-000020/             20 iterations are complete
         manifest.json               sizes, hashes, the score used by keep-best, the version that wrote it
         state.json                  everything that is not a tensor
-        policy.safetensors          one file a group of tensors
+        policy.safetensors          named tensors
         optimizer.safetensors
       iteration-000020-update-2/    20 iterations and two updates of the 21st (written on an interruption)
 """
@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from loopfast.errors import CheckpointError
+from loopfast.system.files import reason
 from loopfast.version import __version__
 
 __all__ = ["Checkpoint", "CheckpointStore"]
@@ -42,7 +43,7 @@ _STATE = "state.json"
 _TEMPORARY = ".tmp-"
 _REPLACED = ".old-"
 _NAME = re.compile(r"iteration-(\d{6,})(?:-update-(\d+))?")
-_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_TENSOR_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Checkpoint:
     Attributes:
         path: its folder.
         iteration: the number of complete iterations.
-        update: the number of updates done in the iteration after those; 0 between iterations.
-        tensors: the groups of named tensors, as they were given to `CheckpointStore.save`.
-        state: the JSON state, as it was given to `CheckpointStore.save`.
+        update: the number of updates done in the next iteration; 0 between iterations.
+        tensors: the named tensors of each file, as `CheckpointStore.save` received them.
+        state: the JSON state, as `CheckpointStore.save` received it.
     """
 
     path: Path
@@ -68,9 +69,9 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        directory: the folder that holds them; created by the first `save`.
+        directory: the folder that holds them. The first `save` creates it.
         keep: how many of the newest to keep, at least 1.
-        keep_best: keep the one with the highest score too, however old it is.
+        keep_best: keep the one with the highest score too, whatever its age.
 
     Raises:
         ValueError: ``keep`` is less than 1.
@@ -84,7 +85,7 @@ class CheckpointStore:
         self.keep_best = keep_best
 
     def paths(self) -> list[Path]:
-        """The folders of all checkpoints, oldest first. Their contents are not looked at."""
+        """The folders of all checkpoints, oldest first. Their contents are not read."""
         if not self.directory.is_dir():
             return []
         paths = (path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
@@ -98,29 +99,29 @@ class CheckpointStore:
         state: Mapping[str, Any],
         score: float | None,
     ) -> Path:
-        """Write a checkpoint, then remove those that need not be kept.
+        """Writes a checkpoint, then removes those that need not be kept.
 
-        Nothing is removed before the new checkpoint is in its place. Checkpoints of a later point of the run
-        go too: they are there only when the run was resumed from before them, and this is its history now.
+        Nothing is removed before the new checkpoint is in its place. Checkpoints of a later point of the run are
+        removed too: the run was resumed from an earlier point, and they are no longer its history.
 
         Args:
             iteration: the number of complete iterations.
-            update: the number of updates done in the iteration after those.
-            tensors: named tensors by group, of any dtype and device. A group's name becomes a file name.
-            state: what else is needed to go on; anything JSON can hold.
-            score: what `best` goes by, higher is better. None when this point was not evaluated; then the
-                checkpoint has the score of the one of the same point that it replaces, if any.
+            update: the number of updates done in the next iteration.
+            tensors: file names without their ending, each with its named tensors of any dtype and device.
+            state: the rest of the run's state; anything JSON can hold.
+            score: the score that `best` compares; higher is better. None if this point was not evaluated: the
+                checkpoint then keeps the score of the one that it replaces, if any.
 
         Returns:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: the disk is full or cannot be written. The checkpoints that were there still are.
-            ValueError: a group's name is not made of letters, digits, ``-`` and ``_``.
+            CheckpointError: the disk is full or cannot be written. Earlier checkpoints are intact.
+            ValueError: a file name is not made of letters, digits, ``-`` and ``_``.
         """
-        for group in tensors:
-            if not _GROUP.fullmatch(group):
-                raise ValueError(f"tensors: a group's name is letters, digits, '-' and '_', got {group!r}")
+        for file in tensors:
+            if not _TENSOR_FILE.fullmatch(file):
+                raise ValueError(f"tensors: a group's name is letters, digits, '-' and '_', got {file!r}")
         name = f"iteration-{iteration:06d}" + (f"-update-{update}" if update else "")
         temporary = self.directory / f"{_TEMPORARY}{name}"
         if score is None or not math.isfinite(score):
@@ -128,8 +129,8 @@ class CheckpointStore:
         try:
             self.recover()
             temporary.mkdir(parents=True)
-            for group, named in tensors.items():
-                save_file(_storable(named), temporary / f"{group}.safetensors")
+            for file, named in tensors.items():
+                save_file(_storable(named), temporary / f"{file}.safetensors")
             (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             manifest = {
                 "format": _FORMAT,
@@ -155,13 +156,13 @@ class CheckpointStore:
         return final
 
     def load(self, path: Path) -> Checkpoint:
-        """Read a checkpoint and check every file of it against its manifest.
+        """Reads a checkpoint and checks every file against its manifest.
 
         Args:
-            path: the checkpoint's folder; it need not belong to this store.
+            path: the checkpoint's folder. It may belong to another store.
 
         Returns:
-            The checkpoint, its tensors on the CPU.
+            The checkpoint, with its tensors on the CPU.
 
         Raises:
             CheckpointError: a file is missing, truncated or altered; the message names it.
@@ -178,17 +179,14 @@ class CheckpointStore:
                 if name.endswith(".safetensors")
             }
         except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
+            raise CheckpointError(f"checkpoint {path} cannot be read: {reason(error)}") from error
         return Checkpoint(path, manifest["iteration"], manifest["update"], tensors, state)
 
     def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """Load the newest checkpoint that is whole.
+        """Loads the newest checkpoint that is undamaged, or returns None if there is none.
 
         Args:
-            warn: called with one line for each newer checkpoint passed over, naming it and its fault.
-
-        Returns:
-            The checkpoint, or None when there is none that can be used.
+            warn: called with one line for each damaged checkpoint that is skipped: its path and its fault.
         """
         for path in reversed(self.paths()):
             try:
@@ -198,16 +196,12 @@ class CheckpointStore:
         return None
 
     def best(self) -> Path | None:
-        """The folder of the checkpoint with the highest score, or None when none has a score.
+        """The folder of the checkpoint with the highest score, or None if none has a score.
 
-        Of equal scores the newest wins. Only manifests are read; `load` checks the rest.
+        The newest of equal scores wins. Only manifests are read; `load` checks the rest.
         """
-        best: tuple[float, Path] | None = None
-        for path in self.paths():
-            score = self._score(path)
-            if score is not None and (best is None or score >= best[0]):
-                best = (score, path)
-        return best[1] if best else None
+        scores = {path: score for path in reversed(self.paths()) if (score := self._score(path)) is not None}
+        return max(scores, key=scores.__getitem__, default=None)
 
     def _score(self, path: Path) -> float | None:
         try:
@@ -219,7 +213,7 @@ class CheckpointStore:
         final = self.directory / name
         replaced = self.directory / f"{_REPLACED}{name}"
         if final.exists():
-            # A folder cannot be renamed over another. `recover` puts it back if we are killed in between.
+            # A folder cannot be renamed over another. If the process is killed in between, `recover` puts it back.
             final.rename(replaced)
         temporary.rename(final)
         _sync(self.directory)
@@ -227,9 +221,9 @@ class CheckpointStore:
         return final
 
     def recover(self) -> None:
-        """Clear away what a process that was killed while saving has left behind.
+        """Removes what a process that was killed while saving left behind.
 
-        Only the process that writes the checkpoints may do so: another would clear away what that one is saving.
+        Only the process that writes the checkpoints may call it: any other would remove the one being written.
 
         Raises:
             OSError: the folder cannot be read or written.
@@ -248,21 +242,18 @@ class CheckpointStore:
 
     def _prune(self, newest: Path) -> None:
         paths = self.paths()
-        history = paths[: paths.index(newest) + 1]
-        kept = set(history[-self.keep :])
-        later = set(paths) - set(history)
-        for path in later:
+        end = paths.index(newest) + 1
+        for path in paths[end:]:
             self._remove(path)
-        if self.keep_best and (best := self.best()):
-            kept.add(best)
-        for path in history:
-            if path not in kept:
+        best = self.best() if self.keep_best else None
+        for path in paths[: max(0, end - self.keep)]:
+            if path != best:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
         doomed = self.directory / f"{_TEMPORARY}{path.name}"
         try:
-            # Renamed first, so that a kill in the middle leaves no half-emptied folder with a final name.
+            # Renamed first: a process that is killed here leaves no half-empty folder with a final name.
             path.rename(doomed)
         except OSError:
             return
@@ -271,7 +262,7 @@ class CheckpointStore:
     def _cannot_save(self, name: str, error: Exception) -> str:
         paths = self.paths()
         intact = f"the last one saved, {paths[-1].name}, is intact" if paths else "there is none from before"
-        return f"cannot save checkpoint {name} in {self.directory}: {_reason(error)}; {intact}"
+        return f"cannot save checkpoint {name} in {self.directory}: {reason(error)}; {intact}"
 
 
 def _position(path: Path) -> tuple[int, int]:
@@ -281,7 +272,7 @@ def _position(path: Path) -> tuple[int, int]:
 
 
 def _storable(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors as safetensors takes them: on the CPU, contiguous, no two sharing memory."""
+    """Returns the tensors in the form that safetensors accepts: on the CPU, contiguous, none sharing memory."""
     seen: set[int] = set()
     result: dict[str, torch.Tensor] = {}
     for name, tensor in named.items():
@@ -301,7 +292,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} is incomplete: {_MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path}: {_MANIFEST} cannot be read ({_reason(error)})") from error
+        raise CheckpointError(f"checkpoint {path}: {_MANIFEST} cannot be read ({reason(error)})") from error
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise CheckpointError(f"checkpoint {path} is damaged: {_MANIFEST} is not a manifest")
     if manifest["format"] != _FORMAT:
@@ -337,7 +328,7 @@ def _verify(path: Path, name: str, expected: Mapping[str, Any]) -> None:
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing") from None
     except OSError as error:
-        raise CheckpointError(f"checkpoint {path}: {name} cannot be read: {_reason(error)}") from error
+        raise CheckpointError(f"checkpoint {path}: {name} cannot be read: {reason(error)}") from error
 
 
 def _sha256(path: Path) -> str:
@@ -354,7 +345,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -1,7 +1,7 @@
-"""What a person sees while a run goes on.
+"""The display of a run in a terminal or a log.
 
-In a terminal: a header, a bar with the time left and the latest rewards, and a line for each evaluation. In a
-pipe or a log file: the same facts as plain lines, at most one an iteration, without control codes.
+A terminal shows a header, a progress bar with the time left and the latest rewards, and a line for each evaluation. A
+pipe or a log file gets the same facts as plain lines without control codes, at most one per iteration.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["Display"]
 
 
 class Display:
-    """The run's voice: header, progress, messages and summary on stdout, warnings on stderr.
+    """Writes a run's header, progress, messages and summary to stdout, and its warnings to stderr.
 
-    Leaving it as a context manager, or `finish`, takes the progress bar away and gives the terminal back.
+    As a context manager it removes the progress bar at the end, and so does `finish`.
 
     Args:
         quiet: show nothing but warnings.
-        console: where to write instead of stdout.
-        errors: where to write warnings instead of stderr.
+        console: used in place of stdout.
+        errors: used for warnings in place of stderr.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Display:
 
     @staticmethod
     def silent() -> Display:
-        """One that shows nothing, for a process whose run another one shows."""
+        """Returns a display that shows nothing, for a process whose run another process shows."""
         nowhere = Console(file=io.StringIO())
         return Display(quiet=True, console=nowhere, errors=nowhere)
 
@@ -63,15 +63,15 @@ class Display:
         self._stop()
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Say what is about to run: a title, then a line for each (name, value)."""
+        """Describes the run that starts: a title, then a line for each (name, value)."""
         self._facts(title, rows)
 
     def start(self, total_iterations: int, completed: int = 0) -> None:
-        """Begin to show progress.
+        """Begins to show progress.
 
         Args:
-            total_iterations: where the run ends.
-            completed: how many iterations are done already, in a resumed run.
+            total_iterations: the number of iterations of the whole run.
+            completed: the number of iterations that a resumed run has done before.
         """
         self._total, self._completed, self._resumed_at = total_iterations, completed, completed
         self._began = self._advanced = time.monotonic()
@@ -86,39 +86,39 @@ class Display:
             self._live.start()
 
     def phase(self, name: str) -> None:
-        """Show beside the bar what the run is doing: rollout, reward, replay, evaluation, checkpoint."""
+        """Shows the run's current phase beside the bar: rollout, reward, replay, evaluation or checkpoint."""
         self._phase = name
 
     def advance(self, metrics: Mapping[str, Any]) -> None:
-        """Report an iteration.
+        """Reports an iteration.
 
         Args:
-            metrics: its numbers, named as in `loopfast.run.tracking.METRICS`; ``iteration`` must be there.
+            metrics: its numbers by the names of `loopfast.run.tracking.METRICS`; ``iteration`` is required.
         """
         self._note(metrics)
         if self._live is None or metrics.get("eval_reward") is not None:
             self._line(self._summary(metrics))
 
     def image(self, image: Image.Image) -> None:
-        """Show the images of an evaluation, where images can be shown."""
+        """Shows the images of an evaluation, if the display can."""
 
     def message(self, text: str) -> None:
-        """Say one thing on a line of its own."""
+        """Shows a message on its own line."""
         self._line(text)
 
     def warning(self, text: str) -> None:
-        """Say on stderr what the user should know, in quiet runs too."""
-        # Above the bar, where both are the same terminal: written past it, the line would be drawn over.
+        """Shows a warning on stderr, in quiet runs too."""
+        # If both are one terminal, the line has to go above the bar, which would be drawn over it.
         console = self._console if self._live and self._errors.is_terminal else self._errors
         console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
 
     def finish(self, rows: Sequence[tuple[str, str]]) -> None:
-        """End the progress and sum up, a line for each (name, value)."""
+        """Ends the progress and shows a summary: a line for each (name, value)."""
         self._stop()
         self._facts("", rows)
 
     def _note(self, metrics: Mapping[str, Any]) -> None:
-        """Remembers how far the run is, and its latest rewards."""
+        """Stores the number of complete iterations and the latest rewards."""
         iteration = int(metrics["iteration"])
         if iteration > self._completed:
             self._completed = iteration
@@ -128,7 +128,7 @@ class Display:
                 self._last[name] = float(metrics[name])
 
     def _summary(self, metrics: Mapping[str, Any]) -> str:
-        """An iteration in a line."""
+        """Describes an iteration in one line."""
         width = len(str(self._total))
         parts = [f"iteration {int(metrics['iteration']):{width}d}/{self._total}"]
         if metrics.get("reward_mean") is not None:

@@ -1,4 +1,4 @@
-"""A run's folder: where everything a run leaves behind is, and what may be resumed there."""
+"""A run's folder, and the check that a run there may be resumed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from loopfast.config import Config, config_to_yaml, load_config
+from loopfast.config.messages import differences
 from loopfast.errors import CheckpointError, ConfigError, RunExistsError
 from loopfast.run.checkpoints import Checkpoint, CheckpointStore
 from loopfast.run.console import Display
 from loopfast.run.images import save_image
 from loopfast.system.files import write_file, writing
 
-# What may differ between a run and its continuation: nothing that changes what came before.
+# Keys that may change when a run is resumed: they do not affect the results.
 _CHANGEABLE = {
+    "run.name",
     "run.directory",
     "run.trackers",
     "model.device",
@@ -42,7 +44,7 @@ _CHANGEABLE = {
 
 
 class RunFolder:
-    """``<run.directory>/<run.name>`` of a configuration."""
+    """The folder ``<run.directory>/<run.name>`` of a configuration."""
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.run.directory).expanduser() / config.run.name
@@ -52,11 +54,11 @@ class RunFolder:
         self._config = config
 
     def open(self, resume: str | None, display: Display) -> Checkpoint | None:
-        """Prepares the folder for a new run, or finds the checkpoint to go on from.
+        """Prepares the folder for a new run, or finds the checkpoint to resume from.
 
         Args:
-            resume: None for a new run; ``auto`` for the newest good checkpoint of this folder, if any; or the path of
-                a checkpoint.
+            resume: ``auto`` for the newest undamaged checkpoint of this folder, if any, or the path of a checkpoint.
+                None begins a new run.
 
         Raises:
             ConfigError: a new run would overwrite another, or the configuration is not that of the run to resume.
@@ -85,15 +87,15 @@ class RunFolder:
         return checkpoint
 
     def continues(self, resume: str | None) -> bool:
-        """Whether a run of this very folder is gone on with. Checks before anything is written what `open` checks.
+        """Returns whether the run in this folder is resumed. It makes the checks of `open`, and writes nothing.
 
         Args:
-            resume: as for `open`.
+            resume: the same as for `open`.
 
         Raises:
-            RunExistsError: a run is in the folder, and another or none is gone on with.
+            RunExistsError: the folder holds a run, and another run or none is resumed.
             ConfigError: the configuration is not that of the run to resume.
-            CheckpointError: the run to resume is not there.
+            CheckpointError: the run to resume does not exist.
         """
         own = self.path.resolve()
         origin = own if resume == "auto" else Path(resume).resolve().parent.parent if resume else None
@@ -105,17 +107,17 @@ class RunFolder:
         return origin == own
 
     def require_unused(self) -> None:
-        """Checks that no run is in the folder.
+        """Checks that the folder holds no run.
 
         Raises:
-            RunExistsError: one is.
+            RunExistsError: it holds one.
         """
         if _holds_run(self.path):
             number = next(n for n in count(2) if not _holds_run(self.path.with_name(f"{self.path.name}-{n}")))
             raise RunExistsError(self.path, f"{self.path.name}-{number}")
 
     def _continue_record(self, origin: Path, iteration: int) -> None:
-        """Copies what another run recorded up to the iteration that this one goes on from."""
+        """Copies the record of another run up to the iteration that this run continues from."""
         self.path.mkdir(parents=True, exist_ok=True)
         if (origin / "metrics.jsonl").exists():
             shutil.copy(origin / "metrics.jsonl", self.path)  # the tracker cuts off what came later
@@ -128,17 +130,12 @@ class RunFolder:
     def _require_same(self, file: Path) -> None:
         if not file.is_file():
             raise CheckpointError(f"{file.parent} is not a run's folder: there is no config.yaml in it")
-        before, now = (_flatten(_comparable(config)) for config in (load_config(file), self._config))
-        changed = [
-            f"{key} (was {before.get(key)}, is {now.get(key)})"
-            for key in sorted({*before, *now} - _CHANGEABLE - {"run.name"})
-            if before.get(key) != now.get(key)
-        ]
-        if changed:
+        before, now = _comparable(load_config(file)), _comparable(self._config)
+        if changed := differences(before, now, ignored=_CHANGEABLE):
             raise ConfigError(f"cannot resume {file.parent} with another configuration: {', '.join(changed)}")
 
     def write_summary(self, facts: Sequence[tuple[str, str]]) -> None:
-        """Keeps the header's lines for the report."""
+        """Stores the header's lines for the report."""
         with writing(self.path):
             write_file(self.path / "summary.json", json.dumps({"facts": facts}, indent=1).encode())
 
@@ -151,17 +148,17 @@ class RunFolder:
         *,
         place: str = "failures",
     ) -> Path:
-        """Keeps the images that something was wrong with, with their prompts.
+        """Writes the images that caused a failure, with their prompts.
 
         Args:
-            iteration: the one they are of.
+            iteration: their iteration.
             images: N float ``[3, H, W]`` in [0, 1]; NaN is drawn black.
             prompts: N texts.
-            rank: of the process they are from, where each has its own.
-            place: the folder of the run they go to, those that a run stopped at to ``failures``.
+            rank: the rank of the process that writes, if every process writes its own.
+            place: the folder within the run's. Images at which the run stopped are in ``failures``.
 
         Returns:
-            The folder they are in.
+            The folder with the images.
 
         Raises:
             LoopfastError: the folder cannot be written.
@@ -184,19 +181,9 @@ def _holds_run(folder: Path) -> bool:
 
 
 def _comparable(config: Config) -> dict[str, Any]:
-    """Of a reward server it is where and how it is asked that is configured: it may move."""
+    """Returns the configuration without the options (URL, timeouts) of reward servers, which may change."""
     sections = config.model_dump(mode="json")
     for term in sections["reward"]:
         if term["name"] == "http":
             term["options"] = {}
     return sections
-
-
-def _flatten(section: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(section, dict):
-        return {prefix: section}
-    return {
-        key: value
-        for name, part in section.items()
-        for key, value in _flatten(part, f"{prefix}.{name}" if prefix else name).items()
-    }

@@ -1,4 +1,4 @@
-"""Images as files."""
+"""Writes images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def save_image(image: Tensor, path: Path) -> None:
 
 
 def tile_sheet(tiles: Tensor, columns: int) -> Image.Image:
-    """All tiles without gaps, row by row, white where the last row ends early."""
+    """Returns all tiles in one image, row by row and without gaps; an incomplete last row is filled with white."""
     rows = math.ceil(len(tiles) / columns)
     count, channels, height, width = tiles.shape
     sheet = torch.ones(rows * columns, channels, height, width)
@@ -31,7 +31,7 @@ def tile_sheet(tiles: Tensor, columns: int) -> Image.Image:
 
 
 def write_image(image: Image.Image, path: Path) -> None:
-    """Writes a picture as a PNG file, whole or not at all."""
+    """Writes a PNG file completely or not at all."""
     file = io.BytesIO()
     image.save(file, format="PNG")
     write_file(path, file.getvalue())

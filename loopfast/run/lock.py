@@ -1,4 +1,4 @@
-"""One process at a time works in a run's folder."""
+"""A lock on a run's folder, so that one process at a time works in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loopfast.system.files import writing
 
 NAME = "lock.json"
 
-# A process that was killed may hold its locks a moment longer than its launcher waits for it.
+# A process that was killed may hold its locks for a moment after its launcher has stopped waiting for it.
 PATIENCE = 2.0
 _POLL = 0.05
 
@@ -30,14 +30,14 @@ _held: set[Path] = set()
 
 @contextmanager
 def locked(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Context in which no other process, and no other run of this one, can enter the same for a folder.
+    """Context that excludes every other process, and every other run of this process, from a folder.
 
-    The lock is the kernel's, on a file in the folder that names its holder. It ends with the process, whatever ends it.
-    Reading the folder needs no lock.
+    It holds the kernel's lock on a file in the folder, which names the holder. The lock ends with the process, even if
+    the process is killed. Reading the folder needs no lock.
 
     Args:
-        folder: of the run. It is made if need be, and removed at the end if it is still empty.
-        warn: called with a line where the file system has no locks. The run goes on without one.
+        folder: the run's folder. It is created if it does not exist, and removed at the end if it is still empty.
+        warn: called with a line if the file system has no locks. The run continues without one.
 
     Raises:
         LoopfastError: another run has the lock, or the folder cannot be written.
@@ -46,7 +46,7 @@ def locked(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder.resolve() / NAME
-    # the kernel's lock is the process's: to open and close its file a second time would end it
+    # the kernel's lock belongs to the process: opening and closing its file a second time would release it
     with _guard:
         if path in _held:
             raise _in_use(folder, "another run of this process")
@@ -57,7 +57,7 @@ def locked(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
         try:
             yield
         finally:
-            # before the lock ends: later the file may be another process's
+            # while the lock is held: afterwards the file may belong to another process
             with suppress(OSError):
                 if _is_file(descriptor, path):
                     path.unlink()
@@ -69,13 +69,13 @@ def locked(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
 
 
 def _acquired(path: Path, folder: Path, warn: Callable[[str], None]) -> int:
-    """The descriptor of the file, once it is locked and says whose it is."""
+    """Locks the file, writes its holder into it, and returns its descriptor."""
     end = time.monotonic() + PATIENCE
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # who had it before may just have removed the file that is locked now
+            # the previous holder may just have removed the file that is locked now
             if _is_file(descriptor, path):
                 break
         except (BlockingIOError, PermissionError):
@@ -94,7 +94,7 @@ def _acquired(path: Path, folder: Path, warn: Callable[[str], None]) -> int:
             )
             break
         os.close(descriptor)
-    # the lock counts; whose it is, is only for others' messages, and may be missing on a full disk
+    # the holder's name is only for the messages of other processes: on a full disk it may be missing
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)

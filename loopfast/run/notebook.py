@@ -1,4 +1,4 @@
-"""What a person sees of a run in a notebook: a line that changes, and the images of each evaluation below it."""
+"""The display of a run in a notebook: one line of progress that is updated, and the images of each evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loopfast.run.console import Display
 
 
 def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook, such as Jupyter's or Colab's."""
+    """Returns whether this process is the kernel of a notebook, such as Jupyter's or Colab's."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and type(shell).__module__.split(".")[0] in ("ipykernel", "google")
@@ -23,14 +23,14 @@ _TITLES = {"reward_mean": "reward", "eval_reward": "held-out"}
 
 
 class NotebookDisplay(Display):
-    """A run's voice in a notebook. The header and the summary are printed; one line shows the progress.
+    """A display for notebooks, which prints the header and the summary, and shows the progress in one line.
 
     Args:
         quiet: show nothing but warnings.
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        # plain text: as a notebook's own output, each line would be a block
+        # plain text: a notebook would show each line of rich's own output as a block
         plain: dict[str, Any] = {"highlight": False, "force_jupyter": False, "force_terminal": False}
         super().__init__(quiet, console=Console(**plain), errors=Console(stderr=True, **plain))
         self._shown: Any = None
@@ -54,7 +54,7 @@ class NotebookDisplay(Display):
         super().finish(rows)
 
     def _show(self, text: str) -> None:
-        """Writes over the line that was shown before."""
+        """Replaces the line that was shown before."""
         if self._quiet:
             return
         content = {"text/plain": text}

@@ -1,8 +1,8 @@
-"""The record of a run: ``metrics.jsonl``, TensorBoard and, if asked for, Weights & Biases.
+"""The record of a run: ``metrics.jsonl``, and TensorBoard or Weights & Biases if they are configured.
 
-``metrics.jsonl`` is the run's own record and is always written: one JSON object an iteration, flushed as it
-is written, with the names of `METRICS` and nothing else. The first object, iteration 0, holds the evaluation
-before any training. A number that is not finite is written as null, so that every line is plain JSON.
+``metrics.jsonl`` is always written: one JSON object per iteration, flushed at once, with no names but those of
+`METRICS`. The first object, iteration 0, holds the evaluation before training. A number that is not finite is written
+as null, so that every line is standard JSON.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import json
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from loopfast.errors import LoopfastError, MissingExtraError, WriteError, first_line
-from loopfast.system.files import write_file
+from loopfast.errors import LoopfastError, MissingExtraError, first_line
+from loopfast.system.files import write_file, writing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +26,7 @@ __all__ = ["METRICS", "Metric", "Tracker", "describe", "read_metrics"]
 
 
 class Metric(NamedTuple):
-    """What a number in ``metrics.jsonl`` means, its unit, and the section that trackers show it under."""
+    """The meaning of a number in ``metrics.jsonl``, its unit, and its section in trackers."""
 
     description: str
     unit: str
@@ -35,118 +34,126 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {
-    "iteration": Metric("complete iterations; 0 is before any training", "count", "run"),
+    "iteration": Metric("complete iterations; 0 is before training", "count", "run"),
     "images": Metric("images sampled for training so far", "count", "run"),
-    "seconds": Metric("time since the run began, evaluation and earlier sessions included", "s", "time"),
+    "seconds": Metric("time since the run began, with evaluations and earlier sessions", "s", "time"),
     "reward_mean": Metric(
-        "mean over the iteration's images of the total reward, as evaluations work it out", "reward", "reward"
+        "mean total reward of the iteration's images, computed as in evaluations", "reward", "reward"
     ),
     "reward_std": Metric(
-        "standard deviation over the iteration's images of the total reward", "reward", "reward"
+        "standard deviation of the total reward over the iteration's images", "reward", "reward"
     ),
     "group_spread": Metric(
-        "standard deviation among one prompt's images, mean over prompts", "reward", "reward"
+        "standard deviation of the total reward within a group (a prompt's K samples), mean over groups",
+        "reward",
+        "reward",
     ),
     "dropped_groups": Metric(
-        "prompts left out of the iteration, as a reward gave no finite score for an image of theirs; only with "
-        "rollout.on_bad_reward: drop_group",
+        "groups dropped because a reward of one of their images was not finite (rollout.on_bad_reward: drop_group)",
         "count",
         "reward",
     ),
     "eval_dropped_images": Metric(
-        "images left out of the evaluation, as a reward gave no finite score for them; likewise",
+        "evaluation images dropped because a reward was not finite (rollout.on_bad_reward: drop_group)",
         "count",
         "evaluation",
     ),
-    "eval_reward": Metric("mean over the evaluation's images of the total reward", "reward", "evaluation"),
-    "ratio_max_deviation": Metric("max |ratio - 1| over the first update's pairs, before it", "1", "policy"),
+    "eval_reward": Metric("mean total reward of the evaluation's images", "reward", "evaluation"),
+    "ratio_max_deviation": Metric("max |ratio - 1| before the iteration's first update", "1", "policy"),
     "on_policy_outside_clip": Metric(
-        "share of the first update's pairs whose ratio is outside the clip range before it", "1", "policy"
+        "share of pairs with a ratio outside the clip range before the iteration's first update",
+        "1",
+        "policy",
     ),
-    "ratio_outside_clip": Metric("share of pairs whose ratio is outside the clip range", "1", "policy"),
-    "clip_fraction": Metric("share of pairs that the clip leaves without a gradient", "1", "policy"),
+    "ratio_outside_clip": Metric(
+        "share of pairs with a ratio outside the clip range (Stable-Baselines3: clip_fraction)", "1", "policy"
+    ),
+    "clip_fraction": Metric(
+        "share of pairs with a clipped, flat surrogate, so without a policy gradient (verl: pg_clipfrac); "
+        "Stable-Baselines3's clip_fraction is ratio_outside_clip here",
+        "1",
+        "policy",
+    ),
     "zero_gradient": Metric(
-        "share of pairs without a gradient: clipped, or of advantage 0, where no divergence is penalized",
+        "share of pairs without any gradient: clipped or with advantage 0, and without a KL penalty",
         "1",
         "policy",
     ),
     "kl": Metric(
-        "estimate of the divergence from the policy that sampled: mean of ratio - 1 - log ratio",
+        "KL divergence from the policy that sampled, estimated as mean(ratio - 1 - log ratio)",
         "nat",
         "policy",
     ),
     "kl_reference": Metric(
-        "mean divergence of the transitions from those of the model before training, where it is penalized",
+        "mean KL divergence of the transitions from the reference model, the model before training; only with a "
+        "KL penalty",
         "nat",
         "policy",
     ),
-    "logprob_change": Metric("mean |log-probability - the one at sampling| over the pairs", "nat", "policy"),
-    "loss": Metric("mean loss over the iteration's updates", "1", "optimization"),
+    "logprob_change": Metric("mean |log-probability - log-probability at sampling|", "nat", "policy"),
+    "loss": Metric("mean loss of the iteration's updates", "1", "optimization"),
     "screened_out": Metric(
-        "share of pairs whose backward pass was left out, as they have no gradient", "1", "optimization"
+        "share of pairs whose backward pass was skipped because they have no gradient", "1", "optimization"
     ),
-    "grad_norm": Metric("mean norm of the gradient over the updates, before clipping", "1", "optimization"),
+    "grad_norm": Metric("mean gradient norm of the updates, before clipping", "1", "optimization"),
     "learning_rate": Metric("learning rate of the last update", "1", "optimization"),
     "overflows": Metric(
-        "how often a gradient overflowed float16, after which its update was repeated with half of the loss scale; "
-        "only with model.dtype: float16",
+        "float16 gradient overflows; each update was repeated with half the loss scale (model.dtype: float16)",
         "count",
         "optimization",
     ),
-    "seconds_iteration": Metric(
-        "time the iteration took, evaluation and checkpoint not included", "s", "time"
-    ),
-    "seconds_rollout": Metric("time of it spent sampling", "s", "time"),
+    "seconds_iteration": Metric("iteration time without evaluation and checkpoint", "s", "time"),
+    "seconds_rollout": Metric("iteration time in sampling", "s", "time"),
     "seconds_reward": Metric(
-        "time of it spent decoding and scoring images, as far as sampling did not go on meanwhile",
+        "iteration time in decoding and scoring images, as far as sampling did not continue meanwhile",
         "s",
         "time",
     ),
-    "seconds_replay": Metric("time of it spent replaying trajectories, forward and backward", "s", "time"),
-    "seconds_optimizer": Metric("time of it spent clipping gradients and updating weights", "s", "time"),
+    "seconds_replay": Metric("iteration time in the update's forward and backward passes", "s", "time"),
+    "seconds_optimizer": Metric("iteration time in gradient clipping and optimizer steps", "s", "time"),
     "seconds_model": Metric(
-        "time of it in which the denoiser, the autoencoder or a reward was at work", "s", "time"
+        "iteration time in which the denoiser, the VAE or a reward was at work", "s", "time"
     ),
-    "seconds_eval": Metric("time spent evaluating after the iteration", "s", "time"),
-    "seconds_checkpoint": Metric("time spent writing the checkpoint before the iteration", "s", "time"),
+    "seconds_eval": Metric("time of the evaluation after the iteration", "s", "time"),
+    "seconds_checkpoint": Metric("time of writing the checkpoint before the iteration", "s", "time"),
     "images_per_second": Metric(
-        "images of the iteration by its time, training on them included", "image/s", "speed"
+        "the iteration's images divided by its time, training included", "image/s", "speed"
     ),
-    "model_calls": Metric("forward calls of the denoiser in the iteration", "count", "speed"),
-    "model_calls_per_second": Metric("those calls by the iteration's time", "call/s", "speed"),
+    "model_calls": Metric("forward calls of the denoiser", "count", "speed"),
+    "model_calls_per_second": Metric(
+        "forward calls of the denoiser divided by the iteration time", "call/s", "speed"
+    ),
     "outside_model_share": Metric(
-        "share of the iteration's time in which no model was at work: what the loop itself costs",
-        "1",
-        "speed",
+        "share of the iteration time in which no model was at work: the overhead of the loop", "1", "speed"
     ),
     "peak_memory_bytes": Metric(
-        "most memory held so far: by torch's tensors on the device, or on a CPU by the process; of all processes the "
-        "largest, as with the two below",
+        "peak memory so far of torch's tensors on the device, or of the process on a CPU; the largest of all processes",
         "byte",
         "run",
     ),
     "peak_reserved_bytes": Metric(
-        "most memory that torch's allocator has reserved so far, on a GPU: tensors, the graphs' pools, and gaps",
+        "peak memory reserved so far by torch's allocator on a GPU: tensors, the pools of CUDA graphs, and gaps; the "
+        "largest of all processes",
         "byte",
         "run",
     ),
     "device_memory_bytes": Metric(
-        "memory taken from the GPU at the time of the record: all of it, also the CUDA context, libraries' workspaces "
-        "and what other processes hold",
+        "memory in use on the GPU now: also the CUDA context, libraries' workspaces and other processes; the largest "
+        "of all processes",
         "byte",
         "run",
     ),
 }
-"""Every name of ``metrics.jsonl`` but those of single rewards, which `describe` knows by their prefix."""
+"""Every name in ``metrics.jsonl`` except those of single rewards, which `describe` recognizes by their prefix."""
 
 _PREFIXES = {
-    "reward_": Metric("mean over the iteration's images of the reward of that name", "reward", "reward"),
-    "eval_": Metric("mean over the evaluation's images of the reward of that name", "reward", "evaluation"),
+    "reward_": Metric("mean of this reward over the iteration's images", "reward", "reward"),
+    "eval_": Metric("mean of this reward over the evaluation's images", "reward", "evaluation"),
 }
 
 
 def describe(name: str) -> Metric:
-    """What the metric ``name`` is, ``reward_<name>`` and ``eval_<name>`` of single rewards included.
+    """Describes the metric ``name``, which may be ``reward_<name>`` or ``eval_<name>`` of a single reward.
 
     Raises:
         KeyError: there is no metric of that name.
@@ -160,15 +167,15 @@ def describe(name: str) -> Metric:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a ``metrics.jsonl``.
+    """Reads a ``metrics.jsonl``.
 
-    A last line that is half written, because the process was killed or is writing now, is left out.
+    A half-written last line is skipped: the process was killed, or is writing now.
 
     Returns:
-        One dict a line, in the order of the file. Empty when there is no file.
+        One dict per line, in the order of the file. Empty if there is no file.
 
     Raises:
-        LoopfastError: a line other than the last is not a JSON object; the message says which.
+        LoopfastError: a line before the last is not a JSON object; the message names it.
     """
     path = Path(path)
     if not path.exists():
@@ -181,7 +188,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
         except ValueError:
-            if number == len(lines):  # what follows the last newline
+            if number == len(lines):  # no newline after it
                 break
             raise LoopfastError(f"{path} is damaged: line {number} is not JSON") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
@@ -193,21 +200,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Tracker:
     """Writes a run's metrics and images.
 
-    ``metrics.jsonl`` has to be written. Another tracker that fails in the middle of a run is left out from then on,
-    with a warning.
+    A failure to write ``metrics.jsonl`` is an error. Any other tracker that fails during a run is dropped, with a
+    warning.
 
     Args:
-        directory: the run's folder; created if need be.
+        directory: the run's folder, which is created if it does not exist.
         trackers: any of ``tensorboard`` and ``wandb``, besides ``metrics.jsonl``.
-        resume_at: the number of complete iterations the run goes on from: what was recorded for later ones is
-            removed. None begins a new record in place of any that was there.
-        warn: called with a line for each tracker that is left out.
+        resume_at: the number of complete iterations to continue from. Records of later iterations are removed. None
+            begins a new record and removes an old one.
+        warn: called with a line for each tracker that is dropped.
 
     Raises:
         MissingExtraError: a tracker's package is not installed.
         WriteError: the disk is full or cannot be written.
-        LoopfastError: the record to go on from is damaged, or a tracker of a new run cannot start.
-        ValueError: a tracker's name is not known.
+        LoopfastError: the record to continue is damaged, or a tracker of a new run cannot start.
+        ValueError: a tracker's name is unknown.
     """
 
     def __init__(
@@ -224,7 +231,7 @@ class Tracker:
                 raise ValueError(f"trackers: no tracker is called {name!r}; there are {', '.join(_SINKS)}")
         self._path = directory / "metrics.jsonl"
         self._warn = warn
-        with self._writing():
+        with writing(self._path.parent, "the metrics "):
             directory.mkdir(parents=True, exist_ok=True)
             kept = []
             if resume_at is not None:
@@ -236,14 +243,14 @@ class Tracker:
             self._start(name, directory, resume_at)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """Record one iteration.
+        """Records one iteration.
 
         Args:
-            metrics: numbers, or tensors of one element, by the names of `METRICS`; None is left out.
-                ``iteration`` must be there.
+            metrics: numbers, or tensors of one element, by the names of `METRICS`. ``iteration`` is required; a value
+                of None is skipped.
 
         Raises:
-            KeyError: a name is not documented in `METRICS`, or ``iteration`` is missing.
+            KeyError: a name is not in `METRICS`, or ``iteration`` is missing.
             WriteError: the disk is full or cannot be written.
         """
         numbers = {name: _number(value) for name, value in metrics.items() if value is not None}
@@ -251,30 +258,30 @@ class Tracker:
         for name in numbers:
             describe(name)
         finite = {name: value for name, value in numbers.items() if value is not None and name != "iteration"}
-        with self._writing():
+        with writing(self._path.parent, "the metrics "):
             self._file.write(json.dumps(numbers) + "\n")
             self._file.flush()
         self._each(lambda sink: sink.scalars(iteration, finite))
 
     def image(self, tag: str, iteration: int, image: Image.Image) -> None:
-        """Show an image in the trackers that can; ``metrics.jsonl`` holds numbers only."""
+        """Shows an image in every tracker but ``metrics.jsonl``, which holds numbers only."""
         self._each(lambda sink: sink.image(tag, iteration, image))
 
     def close(self) -> None:
-        """Write out what is buffered. Nothing can be recorded after that.
+        """Writes what is buffered and ends the record.
 
         Raises:
             WriteError: the disk is full or cannot be written.
         """
         try:
-            with self._writing():
+            with writing(self._path.parent, "the metrics "):
                 self._file.close()
         finally:
             self._each(lambda sink: sink.close())
             self._sinks = {}
 
     def _start(self, name: str, directory: Path, resume_at: int | None) -> None:
-        """Adds a tracker. A new run needs all of them; one that goes on rather loses one than its time."""
+        """Adds a tracker. If it fails, a new run ends, and a resumed run continues without it."""
         try:
             self._sinks[name] = _SINKS[name](directory, resume_at)
         except LoopfastError:
@@ -286,7 +293,7 @@ class Tracker:
             self._warn(f"{problem}; the run goes on without it")
 
     def _each(self, use: Callable[[_Sink], None]) -> None:
-        """Uses every tracker but those that fail, which are left out from now on."""
+        """Applies a function to every tracker, and drops those that fail."""
         for name, sink in list(self._sinks.items()):
             try:
                 use(sink)
@@ -296,17 +303,9 @@ class Tracker:
                     f"the tracker {name!r} has failed: {_described(error)}; the run goes on without it"
                 )
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            folder = self._path.parent
-            raise WriteError(f"cannot write the metrics in {folder}: {error.strerror or error}") from error
-
 
 def _described(error: Exception) -> str:
-    """What went wrong, in a line."""
+    """Returns an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
@@ -345,7 +344,7 @@ class _TensorBoard:
 
 @functools.cache
 def _quiet_tensorboards_thread() -> None:
-    """Its error comes to us with the next call; the thread would print a traceback as well."""
+    """Hides the traceback of TensorBoard's writing thread: the next call raises the same error."""
     show = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:

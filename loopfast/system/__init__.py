@@ -1,1 +1,1 @@
-"""The machine a run is on: memory, files, signals, streams, the user's own code."""
+"""The machine of a run: memory, files, signals, streams, and the user's own code."""

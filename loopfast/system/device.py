@@ -1,4 +1,4 @@
-"""The device that a configuration names."""
+"""Finds the device that a configuration names."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 from loopfast.errors import ConfigError
 
 CUBLAS_WORKSPACE, CUBLAS_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
-"""What cuBLAS needs to sum in one order in every stream: a variable, and the values that PyTorch takes."""
+"""The variable that makes cuBLAS sum in one order in every stream, and the values that PyTorch accepts."""
 
 
 def torch_device(name: str, *, key: str = "model.device") -> torch.device:
-    """The device that a configuration's ``key`` names.
+    """Returns the device that a configuration's ``key`` names.
 
     Raises:
-        ConfigError: there is no such device on this machine.
+        ConfigError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""What ``loopfast doctor`` finds out about an installation. Needs no more than the base install."""
+"""The report of ``loopfast doctor`` about an installation. It needs only the base install."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["examine"]
 
 
 def examine() -> str:
-    """Versions, devices, backends and extras, as text with a line for each fact.
+    """Returns versions, devices, backends and extras as text, one fact per line.
 
-    What is missing comes with the command that installs it.
+    The line of a missing package contains the command that installs it.
     """
     sections = {
         "loopfast": _versions(),
@@ -61,7 +61,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 
 def _extras() -> Iterator[tuple[str, str]]:
-    """Each extra that the installed distribution declares, and what of it is missing."""
+    """Yields each extra of the installed distribution with its packages, or those that are missing."""
     try:
         requirements = metadata.requires("loopfast") or []
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Reading files of settings, and writing files so that a kill or a full disk leaves no half of one behind."""
+"""Reads files of settings, and writes files so that no kill or full disk leaves half of one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from loopfast.errors import WriteError
 
 LARGEST = 2**24
-"""Bytes of the largest file of settings that is read."""
+"""The size of the largest file of settings that is read, in bytes."""
 
 
 def read_settings(path: Path, encoding: str) -> str:
-    """The text of a user's file of settings. A device such as ``/dev/zero`` has no end, so there is a limit.
+    """Returns the text of a user's file of settings, up to a limit: a device such as ``/dev/zero`` has no end.
 
     Raises:
-        OSError: it cannot be read, or is larger than `LARGEST`.
-        UnicodeDecodeError: it has another encoding.
+        OSError: the file cannot be read, or is larger than `LARGEST`.
+        UnicodeDecodeError: the file has another encoding.
     """
     with path.open("rb") as file:
         data = file.read(LARGEST + 1)
@@ -29,10 +29,10 @@ def read_settings(path: Path, encoding: str) -> str:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a file, synced to the disk, so that it is there whole or not at all; and the folder it is in.
+    """Writes a file completely or not at all, synced to the disk, and creates its folder.
 
     Raises:
-        OSError: the disk is full or cannot be written; a file that was there is as it was.
+        OSError: the disk is full or cannot be written. An earlier file of that name is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
@@ -47,19 +47,25 @@ def write_file(path: Path, data: bytes) -> None:
         raise
 
 
-@contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """Makes a disk that is full or cannot be written a `WriteError` that names the folder or file.
+def reason(error: Exception) -> str:
+    """Returns the system's own words for an error, without the file; the error's text if it has none."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
-    Errors of the libraries that write weights count too, whatever their class.
+
+@contextmanager
+def writing(target: Path, what: str = "") -> Iterator[None]:
+    """Context that turns an error of writing into a `WriteError` that names the folder or file.
+
+    These are errors of the system, such as a full disk, and errors of safetensors, which writes weights.
+
+    Args:
+        target: the folder or file.
+        what: what is written there, for the message, with a space after it.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-        elif type(error).__name__ == "SafetensorError":  # safetensors comes with an extra
-            reason = str(error)
-        else:
+        # by its name: safetensors comes with an extra
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
-        raise WriteError(f"cannot write in {target}: {reason}") from error
+        raise WriteError(f"cannot write {what}in {target}: {reason(error)}") from error

@@ -1,4 +1,4 @@
-"""Turns Ctrl-C, SIGTERM and SIGHUP into a request that the run answers between two updates."""
+"""Turns Ctrl-C, SIGTERM and SIGHUP into a request that the run obeys between two updates."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 
 class StopRequest:
-    """A context in which the first SIGINT, SIGTERM or SIGHUP is only noted, and a second one ends the process as usual.
+    """Context that only records the first SIGINT, SIGTERM or SIGHUP. A second signal ends the process as usual.
 
-    A closed terminal may send SIGHUP several times, so a second SIGHUP is ignored. Where SIGHUP was ignored before, as
-    under ``nohup``, it stays so.
+    A closed terminal may send SIGHUP several times, so a second SIGHUP is ignored. If SIGHUP was ignored before, as
+    under ``nohup``, it remains ignored.
 
-    Outside the main thread, where Python takes no signals, it notes nothing.
+    Outside the main thread Python accepts no signal handlers, and the context records nothing.
 
     Args:
-        grace: seconds after the first signal in which others are ignored: Ctrl-C in a terminal reaches a launcher and
-            its processes, and then the launcher passes it on to them.
+        grace: seconds after the first signal during which others are ignored. Ctrl-C in a terminal reaches a launcher
+            and its processes, and the launcher then sends it to the processes again.
     """
 
     def __init__(self, grace: float = 0.0) -> None:
@@ -31,7 +31,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """True if a signal has arrived."""
         return self._received is not None
 
     @property
@@ -57,7 +57,7 @@ class StopRequest:
         if self._received is None:
             self._received, self._ignored_until = number, now + self._grace
             if self._grace == 0:
-                # not left to Python, which takes a signal only between two of its own instructions
+                # the system's own handlers act at once; Python's only between two of its instructions
                 self._restore(signal.SIGINT, signal.SIGTERM)
         elif number != signal.SIGHUP and now > self._ignored_until:
             self._restore(signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What a run changes in its process: libraries are quiet while it goes on, and everything is as before afterwards."""
+"""Keeps libraries quiet during a run, and restores the process's settings after it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VERBOSITY = {"diffusers": "DIFFUSERS_VERBOSITY", "transformers": "TRANSFORMERS_V
 
 
 def quiet_libraries() -> None:
-    """Keeps the libraries' warnings and loading bars from between our lines, unless they are asked for by ``-W``."""
+    """Hides the libraries' warnings and loading bars. Python's option ``-W`` keeps the warnings."""
     for variable in VERBOSITY.values():
         os.environ.setdefault(variable, "error")
     if not sys.warnoptions:
@@ -22,21 +22,21 @@ def quiet_libraries() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        # DeepSpeed, which other libraries import where it is installed, says at length what it found
+        # other libraries import DeepSpeed if it is installed, and it prints at length which accelerator it found
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for library, variable in VERBOSITY.items():
         log = _logging_of(library)
         log.disable_progress_bar()
-        if os.environ[variable] == "error":  # which is read only when the library is imported
+        if os.environ[variable] == "error":  # the library reads the variable only when it is imported
             log.set_verbosity_error()
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Context in which libraries are quiet, and after which the process is as it was before.
+    """Context in which libraries are quiet. At its end the process has its earlier settings again.
 
-    This concerns the environment's variables, the path of modules, filters of warnings, verbosity and loading bars of
-    diffusers and transformers, the root logger, and PyTorch's settings of arithmetic.
+    These are the environment variables, ``sys.path``, the warning filters, the verbosity and loading bars of diffusers
+    and transformers, the root logger, and PyTorch's arithmetic (TF32, determinism).
     """
     with ExitStack() as after:
         after.enter_context(warnings.catch_warnings())
@@ -50,7 +50,7 @@ def undisturbed() -> Iterator[None]:
                 log = _logging_of(library)
                 after.callback(_set_verbosity, library, log.get_verbosity(), log.is_progress_bar_enabled())
             elif variable not in os.environ:
-                # as after an import by the user
+                # the library's defaults, as if the user imported it
                 after.callback(_set_verbosity, library, logging.WARNING, True)
         _keep_arithmetic(after)
         quiet_libraries()

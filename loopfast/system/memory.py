@@ -1,4 +1,4 @@
-"""Memory: what is used, what counts as running out of it, giving it back, and copying into it without waiting."""
+"""Memory of the device: its use, out-of-memory errors, cached memory, and copies that do not wait."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from loopfast.errors import first_line
 
-# Libraries under PyTorch allocate for themselves, and say so in a plain RuntimeError.
+# Libraries below PyTorch allocate memory themselves, and report that they cannot in a RuntimeError.
 _LIBRARY_MESSAGES = (
     "CUDA error: out of memory",
     "CUDA out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",  # cublasCreate, where there is no room for its handle
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # cublasCreate, without memory for its handle
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-    "unable to find an engine",  # cuDNN, where no algorithm's workspace fits
+    "unable to find an engine",  # cuDNN, if no algorithm's workspace fits
     "Failed to CUDA calloc",  # NCCL
     "Cuda failure 'out of memory'",  # NCCL
     "Cuda failure 2 'out of memory'",  # NCCL
@@ -27,7 +27,7 @@ _LIBRARY_MESSAGES = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a GPU's memory does not suffice: PyTorch's allocator, CUDA, cuBLAS, cuDNN or NCCL."""
+    """Returns whether PyTorch's allocator, CUDA, cuBLAS, cuDNN or NCCL reports that a GPU is out of memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError):
@@ -37,31 +37,31 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_sentence(error: BaseException) -> str:
-    """What ran out, without the advice that follows in PyTorch's message."""
+    """Returns the first sentence of an error's text: PyTorch's message continues with advice."""
     return first_line(error).split(". ")[0].rstrip(".")
 
 
 def free_cached_memory() -> None:
-    """Gives what PyTorch's allocator holds and does not use back to the GPUs. It never raises."""
+    """Returns the unused memory of PyTorch's allocator to the GPUs. It never raises."""
     if torch.cuda.is_initialized():
-        # with a recording of another thread under way, or after one that failed, the allocator refuses
+        # the allocator refuses during the graph capture of another thread, or after one that failed
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor on a device, in a type if given. The host does not wait for a copy from its memory to a GPU."""
+    """Copies a tensor to a device, and to a type if given. The host does not wait for a copy to a GPU."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, dtype, non_blocking=device.type == "cuda")
 
 
 def memory_used(device: torch.device) -> dict[str, int]:
-    """The metrics of a process's memory in bytes, by the names of `loopfast.run.tracking.METRICS`.
+    """Returns the memory of this process in bytes, by the names of `loopfast.run.tracking.METRICS`.
 
-    On a CUDA device torch's tensors are a part of what its allocator has reserved, which is a part of what is taken:
-    beside it lie the CUDA context, workspaces of libraries, NCCL's buffers, and whatever other processes hold.
-    On a CPU there is only the peak of the whole process.
+    On a CUDA device torch's tensors are a part of the memory that its allocator has reserved, and that is a part of
+    the memory in use. The rest is the CUDA context, workspaces of libraries, NCCL's buffers, and other processes. On a
+    CPU there is only the peak of the whole process.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

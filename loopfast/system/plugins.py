@@ -22,14 +22,15 @@ _PATH = re.compile(
 
 
 def is_reference(text: str) -> bool:
-    """Whether ``text`` has the form ``module:function``; the module may have dots."""
+    """Returns whether ``text`` has the form ``module:function``; the module may have dots."""
     return _REFERENCE.fullmatch(text) is not None
 
 
 def reference_of_path(text: str) -> str | None:
-    """How to write a function in a file, such as ``./prompts.py:fn``; None where ``text`` does not name one.
+    """Returns advice on writing a function in a file, such as ``./prompts.py:fn``, as ``module:function``.
 
-    A module is imported from the current directory, so the advice may be to start elsewhere.
+    Modules are imported from the current directory, so the advice may be to start loopfast elsewhere. None if ``text``
+    names no function in a file.
     """
     match = _PATH.fullmatch(text)
     if match is None or not (match["folder"] or match["ending"]):
@@ -44,9 +45,7 @@ def reference_of_path(text: str) -> str | None:
 
 
 def import_function(reference: str) -> Callable[..., Any]:
-    """The callable that ``module:function`` names.
-
-    Modules in the current directory can be imported, as under ``python -m``.
+    """Imports the callable that ``module:function`` names. As under ``python -m``, the current directory is searched.
 
     Raises:
         ConfigError: the text has another form, the module cannot be imported, or it has no such callable.
@@ -73,7 +72,7 @@ def import_function(reference: str) -> Callable[..., Any]:
 
 
 def reference_to(function: object) -> str | None:
-    """``module:function`` of a function that another process can import; None where there is no such name."""
+    """Returns the ``module:function`` by which another process can import a function; None if there is none."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     reference = f"{module}:{name}"
     if module in (None, "__main__") or not is_reference(reference):
@@ -82,18 +81,18 @@ def reference_to(function: object) -> str | None:
 
 
 def source_file(reference: str) -> Path | None:
-    """The file of the module that ``module:function`` names; None where there is none."""
+    """Returns the file of the module that ``module:function`` names; None if there is none."""
     name = reference.partition(":")[0]
     _search_here()
     try:
         spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # ValueError: of a module that was made by a program
+    except (ImportError, ValueError):  # ValueError: a program made the module
         return None
     return Path(spec.origin) if spec is not None and spec.origin and spec.has_location else None
 
 
 def _search_here() -> str:
-    """Has modules in the current directory found, and returns its path."""
+    """Adds the current directory to the path of modules, and returns it."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)

@@ -1,4 +1,4 @@
-"""What the processor can compute in. Needs no more than the base install."""
+"""The processor's name, instruction sets and 16-bit arithmetic. It needs only the base install."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 _CPUINFO = Path("/proc/cpuinfo")
 
-# Instruction sets, by what torch and Linux call them.
+# Instruction sets, with their names in torch and in Linux.
 _SETS = {
     "AVX2": ("avx2",),
     "FMA": ("fma3", "fma"),
@@ -27,12 +27,12 @@ _SETS = {
     "BF16": ("bf16",),
     "FP16": ("fp16_arith", "asimdhp"),
 }
-# Those that compute in a 16-bit type.
+# Instruction sets that compute in a 16-bit type.
 _COMPUTE = {
     "bfloat16": ("AVX512_BF16", "AMX_BF16", "BF16"),
     "float16": ("AVX512_FP16", "AMX_FP16", "FP16"),
 }
-# Variables that keep libraries from using what is there.
+# Environment variables that limit the instruction sets which libraries use.
 _LIMITS = (
     "ATEN_CPU_CAPABILITY",
     "ONEDNN_MAX_CPU_ISA",
@@ -43,7 +43,7 @@ _LIMITS = (
 
 
 def describe() -> Iterator[tuple[str, str]]:
-    """The processor's name, its instruction sets, what limits their use, and how it computes in 16 bits."""
+    """Yields the processor's name, its instruction sets, limits of their use, and how it computes in 16 bits."""
     sets = instruction_sets()
     yield "model", model_name()
     yield "instructions", ", ".join(sets) or "unknown"
@@ -61,21 +61,21 @@ def describe() -> Iterator[tuple[str, str]]:
 
 
 def model_name() -> str:
-    """What the processor is called, as far as the system tells."""
+    """Returns the processor's name, or ``unknown`` if the system does not give it."""
     named = _cpuinfo().get("model name") or _capabilities().get("cpu_name")
     return str(named or platform.processor() or platform.machine() or "unknown")
 
 
 def instruction_sets() -> list[str]:
-    """Those of the processor that matter here; empty where nothing tells."""
+    """Returns the processor's instruction sets that matter here; none if the system does not list them."""
     cpuinfo = _cpuinfo()
     known = set(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
-    known.update(name for name, there in _capabilities().items() if there is True)
+    known.update(name for name, present in _capabilities().items() if present is True)
     return [name for name, names in _SETS.items() if known.intersection(names)]
 
 
 def has_kernels(dtype: str) -> bool:
-    """Whether oneDNN has kernels of a 16-bit type for this processor; DeepSpeed refuses float16 where it has none.
+    """Returns whether oneDNN has kernels of a 16-bit type for this processor. DeepSpeed needs those of float16.
 
     Args:
         dtype: ``bfloat16`` or ``float16``.
@@ -88,12 +88,12 @@ def has_kernels(dtype: str) -> bool:
 
 
 def _capabilities() -> Mapping[str, Any]:
-    """What torch says; empty in versions that do not."""
+    """Returns the processor's capabilities according to torch; older versions report none."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def _cpuinfo() -> Mapping[str, str]:
-    """What Linux says of the first core; empty elsewhere."""
+    """Returns Linux's description of the first core; other systems have none."""
     try:
         first = _CPUINFO.read_text("utf-8", errors="replace").split("\n\n")[0]
     except OSError:

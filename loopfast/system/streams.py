@@ -1,6 +1,6 @@
-"""Makes stdout and stderr streams that no character, closed pipe or full disk can fail, and says an error once.
+"""Makes stdout and stderr survive every character, closed pipe and full disk, and prints an error of a launch once.
 
-Needs the standard library only, as the command line calls it first.
+It needs only the standard library, because the command line calls it first.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["REPLACE", "SAID", "lost_output", "open_streams", "said_by_another"]
+__all__ = ["PRINTED_ERRORS", "REPLACE", "lost_output", "open_streams", "printed_by_another"]
 
-SAID = "LOOPFAST_SAID"
-"""The variable that names the folder in which the processes of a launch note the errors that they have said."""
+PRINTED_ERRORS = "LOOPFAST_PRINTED_ERRORS"
+"""The environment variable with the folder in which the processes of a launch record the errors they printed."""
 
 REPLACE = "loopfast-replace"
-"""Name of the codecs' error handler that writes what an encoding lacks in ASCII."""
+"""The name of the codecs' error handler that replaces characters an encoding lacks by ASCII."""
 
 _ASCII = {
     **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"),  # hyphens, dashes and the minus sign
@@ -59,15 +59,15 @@ _ASCII = {
 
 
 def open_streams(*, keep_going: bool = False) -> None:
-    """Makes ``sys.stdout`` and ``sys.stderr`` write on whatever happens to what is behind them.
+    """Makes ``sys.stdout`` and ``sys.stderr`` accept everything, whatever happens to the file or pipe behind them.
 
-    Characters that the encoding lacks are written in ASCII. What a closed pipe or a full disk does not take is dropped;
-    see `lost_output`. A stream that is closed, or its file descriptor, becomes the null device: otherwise the next file
-    that is opened, such as a checkpoint, would get what libraries print. Streams that are not the process's own, such
-    as a notebook's, only get the replacements.
+    Characters that the encoding lacks are written in ASCII. Output that a closed pipe or a full disk does not accept is
+    dropped; see `lost_output`. A closed stream or file descriptor becomes the null device: without that, the next file
+    that is opened, such as a checkpoint, would receive the output of libraries. Streams that are not the process's own,
+    such as a notebook's, only get the replacements of characters.
 
     Args:
-        keep_going: the process has more to do than to print: that its output is dropped is said at once, on stderr.
+        keep_going: the process does more than print, so a warning on stderr reports dropped output at once.
     """
     _open_descriptors()
     sys.stdout, sys.stderr = (
@@ -77,7 +77,7 @@ def open_streams(*, keep_going: bool = False) -> None:
 
 
 def lost_output() -> str | None:
-    """Why stdout has not taken all that was printed; None where it has, or where its reader has closed the pipe."""
+    """Returns why stdout dropped output; None if it did not, or if its reader closed the pipe."""
     if not isinstance(sys.stdout, _SteadyText):
         return None
     sys.stdout.flush()
@@ -86,13 +86,13 @@ def lost_output() -> str | None:
 
 
 class _SteadyFile(io.FileIO):
-    """A file that takes everything, and drops what the file behind it does not.
+    """A file that accepts everything, and drops what the file behind it does not accept.
 
-    It tries again each time, as a full disk may have room again.
+    Every write is tried, because a full disk may have space again.
 
     Attributes:
-        failure: the first error.
-        keep_going: see `open_streams`.
+        failure: the first error, or None.
+        keep_going: as in `open_streams`.
     """
 
     def __init__(self, descriptor: int, name: str, keep_going: bool) -> None:
@@ -102,14 +102,14 @@ class _SteadyFile(io.FileIO):
         self.keep_going = keep_going
 
     def write(self, data: Any, /) -> int:
-        left = memoryview(data).cast("B")
-        size = len(left)
+        rest = memoryview(data).cast("B")
+        size = len(rest)
         try:
-            while left:
-                written = super().write(left)
-                if written is None:  # a pipe that does not block is full
+            while rest:
+                written = super().write(rest)
+                if written is None:  # a non-blocking pipe is full
                     select.select([], [self], [])
-                left = left[written or 0 :]
+                rest = rest[written or 0 :]
         except OSError as error:
             first, self.failure = self.failure is None, self.failure or error
             if first and self.keep_going and error.errno != errno.EPIPE:
@@ -125,7 +125,7 @@ class _SteadyText(io.TextIOWrapper):
     """Text over a steady file."""
 
     def __init__(self, file: _SteadyFile, old: io.TextIOWrapper) -> None:
-        # without a buffer where Python has none: python -u
+        # without a buffer under python -u
         buffer: Any = file if old.write_through else io.BufferedWriter(file)
         super().__init__(
             buffer,
@@ -153,12 +153,12 @@ def _steady(stream: TextIO | None, original: TextIO | None, keep_going: bool = F
 
 
 def _open_descriptors() -> None:
-    """Opens the null device for each of stdin, stdout and stderr that is closed."""
+    """Opens the null device in place of every closed descriptor of stdin, stdout and stderr."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # the lowest number that is free is the one that is asked for
+            # the system assigns the lowest free descriptor, which is this one
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
@@ -175,18 +175,18 @@ def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error(REPLACE, _replace)
 
 
-def said_by_another(text: str) -> bool:
-    """Whether another process of the same ``loopfast launch`` has ended with this error, and has said it."""
-    folder = os.environ.get(SAID)
+def printed_by_another(text: str) -> bool:
+    """Returns whether another process of the same ``loopfast launch`` has ended with this error and printed it."""
+    folder = os.environ.get(PRINTED_ERRORS)
     if folder is None:
         return False
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    # one process may end with it, and another because of that
+    # a second process may end because of the first one's error
     text = re.sub(r"^rank \d+ failed: ", "", text)
     try:
         Path(folder, f"{attempt}-{sha256(text.encode(errors='replace')).hexdigest()}").touch(exist_ok=False)
     except FileExistsError:
         return True
-    except OSError:  # said twice is better than not at all
+    except OSError:  # better printed twice than not at all
         pass
     return False

@@ -1,4 +1,4 @@
-"""What the installed xformers was built for, read without importing it. Needs no more than the base install."""
+"""Checks whether the installed xformers fits this torch, without importing it. It needs only the base install."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from loopfast.errors import first_line
 
 
 def why_unusable() -> str | None:
-    """Why the kernels of the installed xformers cannot be used with this torch; None: nothing speaks against it.
+    """Returns why the kernels of the installed xformers cannot be used with this torch, or None if they can.
 
-    A wheel's kernels are linked to one major version of CUDA. They use torch's stable interface, so that a wheel serves
-    later versions of torch too, unless it asks for exactly one.
+    A wheel's kernels are linked to one major version of CUDA. They use torch's stable interface, so a wheel also works
+    with later versions of torch, unless it requires exactly one.
     """
     folder = _folder()
     if folder is None:
@@ -38,7 +38,7 @@ def why_unusable() -> str | None:
 
 
 def describe() -> str:
-    """Whether the kernels of the installed xformers load here, found out by loading them."""
+    """Loads the kernels of the installed xformers, and returns whether that works."""
     reason = why_unusable()
     if reason is None:
         library = next(iter((_folder() or Path()).glob("_C*.so")), None)
@@ -60,7 +60,7 @@ def _platform() -> str:
 
 
 def _pinned_torch() -> str | None:
-    """The one version of torch that xformers asks for, if it asks for one."""
+    """Returns the version of torch that xformers requires, or None if it accepts several."""
     try:
         requirements = metadata.requires("xformers") or []
     except metadata.PackageNotFoundError:

@@ -17,12 +17,12 @@ from loopfast.training.run import Run
 
 @dataclass(frozen=True)
 class Batch:
-    """G prompts, of which K samples each are drawn: ``N = G · K`` rows.
+    """G prompts with the seeds of K samples each: ``N = G · K`` rows.
 
     Attributes:
         prompts: the G prompts.
-        conditioning: of them, rows ``[G, ...]``.
-        prompt_index: int64 ``[N]`` on the CPU, each row's prompt; the K rows of a prompt lie side by side.
+        conditioning: the encoded prompts, rows ``[G, ...]``.
+        prompt_index: int64 ``[N]`` on the CPU, each row's prompt. The K rows of a prompt are adjacent.
         seeds: int64 ``[N]`` on the CPU, each row's noise seed.
     """
 
@@ -38,7 +38,7 @@ class Batch:
 
 
 def draw_prompts(run: Run, iteration: int) -> list[Prompt]:
-    """The G prompts of an iteration, a function of the run's seed; none comes again before all had their turn."""
+    """Draws the G prompts of an iteration from the run's seed. A prompt repeats only after all were drawn."""
     wanted, available = run.config.rollout.prompts_per_iteration, len(run.prompts)
     rng = random.Random(derive(run.config.run.seed, "prompts", iteration))
     rounds = [rng.sample(run.prompts, min(available, wanted - done)) for done in range(0, wanted, available)]
@@ -46,7 +46,7 @@ def draw_prompts(run: Run, iteration: int) -> list[Prompt]:
 
 
 def draw_batch(run: Run, iteration: int) -> Batch:
-    """The prompts of an iteration, encoded, with the seeds of their samples."""
+    """Draws and encodes the prompts of an iteration, with the seeds of their samples."""
     prompts, samples = draw_prompts(run, iteration), run.config.algorithm.samples_per_prompt
     with run.meter.phase("rollout"), range_("encode", "rollout"):
         conditioning = run.sampler.policy.encode([prompt.text for prompt in prompts])

@@ -1,4 +1,4 @@
-"""What must hold in every iteration: the ratio before its first update is 1, and losses are finite."""
+"""Checks every iteration: the ratio before its first update is 1, and its losses are finite."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from loopfast.training.run import Run
 from loopfast.training.state import TrainState
 from loopfast.training.update import UpdateStatistics
 
-# Where a key of the configuration makes the replay's calls others than the rollout's, the ratio before the first update
-# may be this far from 1; where the calls are the same, it is 1 wherever the libraries round equal calls alike.
+# If a configuration key makes model calls differ between rollout and update, the ratio before the first update may be
+# this far from 1. If the calls are the same, it is exactly 1 as long as libraries round equal calls alike.
 ON_POLICY_TOLERANCE = 1e-3
 
 
 def check_ratio(run: Run, state: TrainState, done: UpdateStatistics) -> None:
-    """Checks that before an iteration's first update, the policy is the one that sampled.
+    """Checks that the policy before an iteration's first update is the policy that sampled.
 
     Raises:
-        LoopfastError: it is not, and ``train.on_policy_check`` is ``error``.
+        LoopfastError: the ratio differs from 1, and ``train.on_policy_check`` is ``error``.
     """
     check, deviation = run.config.train.on_policy_check, done.ratio_max_deviation
     if state.updates or check == "off" or deviation == 0:
@@ -58,7 +58,7 @@ def check_ratio(run: Run, state: TrainState, done: UpdateStatistics) -> None:
 
 
 def _rounding(run: Run, state: TrainState) -> float:
-    """How far rounding alone can take the logarithm of this iteration's ratios from 0."""
+    """Returns how far rounding alone can move the logarithm of this iteration's ratios from 0."""
     config, policy = run.config, run.sampler.policy
     schedule, steps = run.steps.for_iteration(config.run.seed, state.iteration)
     return rounding_bound(
@@ -72,7 +72,7 @@ def _rounding(run: Run, state: TrainState) -> float:
 
 
 def _cause(run: Run) -> str | None:
-    """The key that has the replay call the model otherwise than the rollout, and what to do about it."""
+    """Names the configuration key that makes model calls differ between rollout and update. None if there is none."""
     config, sizes, rollout_copy = run.config, run.microbatches, run.sampler.rollout_copy
     if config.rollout.merge_lora:
         return "rollout.merge_lora=true rounds otherwise than the adapter that is trained"
@@ -87,18 +87,18 @@ def _cause(run: Run) -> str | None:
 
 
 def _remedy(run: Run) -> str:
-    """What makes the difference of equal calls smaller."""
-    told = "ratio_max_deviation in metrics.jsonl says by how much in each iteration"
+    """Returns advice that makes the rounding of equal calls differ less."""
+    metric = "ratio_max_deviation in metrics.jsonl says by how much in each iteration"
     if run.sampler.policy.device.type == "cuda":
-        return f"{told}; model.attention: flash may make it 0"
+        return f"{metric}; model.attention: flash may make it 0"
     if run.sampler.policy.dtype != torch.float32:
-        return f"{told}; model.dtype: float32 makes it smaller"
-    return f"{told}; it matters only where it comes near the clip range"
+        return f"{metric}; model.dtype: float32 makes it smaller"
+    return f"{metric}; it matters only where it comes near the clip range"
 
 
 @contextmanager
 def explained(run: Run, state: TrainState, batch: Batch) -> Iterator[None]:
-    """Context of an update that adds the prompts and the images to an error about a loss that is not finite."""
+    """Context of an update that adds prompts and images to an error about a loss that is not finite."""
     try:
         yield
     except NonFiniteError as error:
@@ -116,7 +116,7 @@ def explained(run: Run, state: TrainState, batch: Batch) -> Iterator[None]:
 
 
 def warn_of_overflows(run: Run, state: TrainState, done: UpdateStatistics) -> None:
-    """Says once that updates are repeated, which takes time; the metrics say how often."""
+    """Warns once that updates are repeated, which takes time. Metrics count the repetitions."""
     if not done.overflows or state.warned_of_overflow:
         return
     state.warned_of_overflow = True

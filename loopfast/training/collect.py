@@ -18,13 +18,13 @@ from loopfast.training.state import Rollout, TrainState
 
 
 def collect(run: Run, state: TrainState, batch: Batch) -> Rollout:
-    """Samples K trajectories of each prompt, and scores their images as they come; in calls that memory suffices for.
+    """Samples K trajectories of each prompt in calls that fit into memory, and scores each call's images at once.
 
     Raises:
         Stopped: a signal has come.
-        RewardError: a reward failed, or fewer pairs are left than there are updates.
+        RewardError: a reward failed, or fewer pairs are kept than there are updates.
         RewardMemoryError: a reward ran out of memory.
-        LoopfastError: memory does not suffice for the smallest call.
+        LoopfastError: not even one row per call fits into memory.
     """
     run.meter.start()
     run.scoring.iteration = state.number
@@ -35,14 +35,14 @@ def collect(run: Run, state: TrainState, batch: Batch) -> Rollout:
     if run.config.trajectories.device == "host":
         trajectories = trajectories.to_host()
     trajectories, scores = gathered(run.world, trajectories, scores, len(batch.seeds))
-    rollout = Rollout(trajectories, run.scoring.rewards(scores, batch.texts, run.trained_per_trajectory))
-    state.metrics |= rollout_metrics(run.config, scores, rollout)
+    rollout = Rollout(trajectories, *run.scoring.rewards(scores, batch.texts, run.trained_per_trajectory))
+    state.metrics |= rollout_metrics(scores, rollout, count_dropped=run.drops_bad_rewards)
     state.images += len(batch.seeds)
     return rollout
 
 
 def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Trajectories, Scores]:
-    """This process's trajectories and their images' scores, in calls of so many rows."""
+    """Returns this rank's trajectories and the scores of their images, sampled in calls of ``rows`` rows."""
     sampler = run.resize(rows)
     own = run.world.shard(len(batch.seeds))
     prompt_index, seeds = batch.prompt_index[own], batch.seeds[own]
@@ -69,7 +69,7 @@ def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Traj
 
 
 def _calls(world: World, count: int, rows: int) -> int:
-    """Model calls that ``count`` rows of all processes take: as many in each."""
+    """Returns the number of model calls for ``count`` rows of all ranks. Every rank makes as many."""
     most = max(part.stop - part.start for part in world.shards(count))
     return -(-most // rows)
 
@@ -77,12 +77,12 @@ def _calls(world: World, count: int, rows: int) -> int:
 def gathered(
     world: World, trajectories: Trajectories, scores: Scores, count: int
 ) -> tuple[Trajectories, Scores]:
-    """The scores and log-probabilities of all processes' rows, beside this one's latents.
+    """Gathers the scores and log-probabilities of all ranks. The latents stay on their ranks.
 
     Args:
         world: the processes.
-        trajectories, scores: of this process's rows.
-        count: N, of all rows.
+        trajectories, scores: those of this rank's rows.
+        count: N, the number of all rows.
     """
     own = world.shard(count)
     rows = torch.arange(own.start, own.stop)

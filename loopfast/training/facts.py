@@ -1,4 +1,4 @@
-"""What a run says when it starts and when it ends."""
+"""Describes a run when it starts and when it ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loopfast_kernels import info
 
 
 def announce(run: Run, state: TrainState) -> None:
-    """Shows what is about to run, and which prompts the model does not read to their end."""
+    """Shows the run's header, and warns about prompts that the text encoders truncate."""
     facts = describe_run(run)
     run.display.header("loopfast train", facts)
     run.world.on_main(lambda: run.folder.write_summary(facts))
@@ -26,7 +26,7 @@ def announce(run: Run, state: TrainState) -> None:
 
 
 def conclude(run: Run, state: TrainState, exported: Path, report: Path) -> None:
-    """Sums up what came out of a run, in the first process."""
+    """Shows a summary of the run. Only rank 0 calls it."""
     lines = read_metrics(run.folder.path / "metrics.jsonl")
     evaluated = [line for line in lines if "eval_reward" in line]
     deviation = max(line.get("ratio_max_deviation", 0.0) for line in lines)
@@ -45,7 +45,7 @@ def conclude(run: Run, state: TrainState, exported: Path, report: Path) -> None:
 
 
 def _warn_of_cut_prompts(run: Run) -> None:
-    """Says which prompts are longer than the model's text encoders read."""
+    """Warns about prompts that the model's text encoders truncate."""
     source, evaluation = run.config.prompts.source, run.config.evaluation
     read: dict[str, list[Prompt]] = {source: run.prompts}
     if evaluation.prompts is not None:
@@ -57,7 +57,7 @@ def _warn_of_cut_prompts(run: Run) -> None:
 
 
 def describe_rollout(run: Run) -> str:
-    """The levers of the rollout, off or on."""
+    """Returns a line with the rollout's performance options."""
     sampler, config = run.sampler, run.config.rollout
     graphs = sampler.model.device.type == "cuda" and config.cuda_graph
     replica = "off"
@@ -73,7 +73,7 @@ def describe_rollout(run: Run) -> str:
 
 
 def describe_run(run: Run) -> list[tuple[str, str]]:
-    """The header's lines: what is trained, how, on what, and where it goes."""
+    """Returns the lines of the header: names and texts."""
     config, sampler = run.config, run.sampler
     policy, algorithm, settings = sampler.policy, config.algorithm, config.train
     steps = config.rollout.steps
@@ -81,7 +81,7 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
     pairs = images * run.trained_per_trajectory // settings.updates_per_iteration
     left_out = [str(step) for step in range(steps) if step not in run.steps.trained_steps]
     reason = {"auto": " (each would outweigh the others)", "all": " (deterministic)"}.get(settings.steps, "")
-    levers = {**policy.levers, "screening": run.screening}
+    options = {**policy.performance_options, "screening": run.screening}
     threads = f", {torch.get_num_threads()} thread(s)" if policy.device.type == "cpu" else ""
     facts = info()
     by_device = facts.get(policy.device.type, "reference")
@@ -112,7 +112,7 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
         ),
         ("processes", _describe_processes(run)),
         ("rollout", describe_rollout(run)),
-        ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in levers.items())),
+        ("speed", ", ".join(f"{name} {_switch(state)}" for name, state in options.items())),
         ("memory", _describe_memory(run)),
         ("run", str(run.folder.path)),
     ]

@@ -1,8 +1,7 @@
-"""What a checkpoint belongs to beside its configuration: prompts and rewards, which are files of their own.
+"""Digests of the prompts and rewards that a checkpoint belongs to.
 
-A configuration names prompts and a user's reward, but what these names stand for can change while a run is stopped.
-A checkpoint says what they stood for in a few readable parts, and for trajectories that are not yet learned from also
-what they were sampled by.
+A configuration names prompts and a user's reward. The files behind these names can change while a run is stopped. So a
+checkpoint stores their digests. Beside an unfinished rollout it also stores what the rollout was sampled with.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from loopfast.schedules import TransitionSchedule
 from loopfast.system.plugins import is_reference, source_file
 
 Identity = Mapping[str, Any]
-"""A text or a list of numbers for each part, as JSON can hold them."""
+"""A text or a list of numbers for each part, in the types of JSON."""
 
-# Another processor, or another release of torch, rounds a schedule's numbers differently.
+# Another processor or another release of torch may round a schedule's numbers differently.
 _ROUNDING = 1e-6
 
 
 def prompts_identity(prompts: Sequence[Prompt]) -> str:
-    """A digest of the prompts' texts and metadata, in their order."""
+    """Returns a digest of the prompts' texts and metadata, in their order."""
     entries = [
         [prompt.text, sorted((str(key), _as_json(value)) for key, value in prompt.metadata.items())]
         for prompt in prompts
@@ -35,9 +34,9 @@ def prompts_identity(prompts: Sequence[Prompt]) -> str:
 
 
 def reward_identity(terms: Sequence[RewardConfig]) -> dict[str, str]:
-    """For each reward that is ``module:function``, a digest of the module's file; modules without one are left out.
+    """Returns a digest of the module's file for each reward that is ``module:function``.
 
-    What such a module imports is not looked at, nor are the weights of a pretrained reward.
+    Modules without a file, modules that the file imports and the weights of pretrained rewards are not included.
     """
     files = {term.name: source_file(term.name) for term in terms if is_reference(term.name)}
     return {
@@ -54,14 +53,14 @@ def sampled_identity(
     trained: Sequence[int],
     latent_shape: Sequence[int],
 ) -> dict[str, Any]:
-    """What an iteration's trajectories were sampled for and scored by.
+    """Returns digests of everything that determines an iteration's trajectories and rewards.
 
     Args:
         batch: the iteration's prompts.
-        rewards: of the run, as `reward_identity` gives them.
+        rewards: the result of `reward_identity`.
         schedule: the iteration's transitions.
         trained: the steps that are trained on.
-        latent_shape: of one image's latents.
+        latent_shape: the shape of one image's latents.
     """
     return {
         "prompts.source": prompts_identity(batch),
@@ -72,12 +71,12 @@ def sampled_identity(
 
 
 def changed(before: Identity, now: Identity) -> list[str]:
-    """The parts that are there both before and now, and differ."""
+    """Returns the parts that exist both before and now, and differ."""
     return [part for part, value in before.items() if part in now and not _equal(value, now[part])]
 
 
 def describe_changes(parts: Sequence[str]) -> str:
-    """What `changed` has found, in words that ``than when ...`` may follow."""
+    """Returns a text about changed parts, which ``than when ...`` can follow."""
     return ", ".join(
         f"{part} holds other prompts" if part.endswith(("prompts", "source")) else f"{part} is another"
         for part in dict.fromkeys(parts)
@@ -85,7 +84,7 @@ def describe_changes(parts: Sequence[str]) -> str:
 
 
 def _as_json(value: Any) -> str:
-    """Of what JSON does not have only the kind: its representation may hold an address, which is another each time."""
+    """Returns a value as JSON. An object is replaced by its type's name, as its text may hold a memory address."""
     return json.dumps(value, skipkeys=True, default=lambda thing: type(thing).__name__)
 
 

@@ -25,13 +25,13 @@ from loopfast_kernels import LoopLoss, clipped_loss, loop_loss
 
 @dataclass(frozen=True)
 class Advantages:
-    """How much better each of an iteration's images is than those it is compared with.
+    """The advantages of an iteration's images.
 
     Attributes:
-        rewards: float32 ``[G, K]``; 0 for a prompt that is left out.
-        scale: float32 ``[]`` or ``[G, 1]``, what the difference from the other rewards is multiplied by.
-        values: float32 ``[G · K]``, the advantages; 0 for a prompt that is left out.
-        fused: whether the op works them out by itself, from rewards and scale, as it does for leave-one-out.
+        rewards: float32 ``[G, K]``; 0 for a prompt that is not kept.
+        scale: float32 ``[]`` or ``[G, 1]``, the factor of the difference from the other rewards.
+        values: float32 ``[G · K]``, the advantages; 0 for a prompt that is not kept.
+        fused: whether the op computes them from rewards and scale, as it does for leave-one-out.
     """
 
     rewards: Tensor
@@ -43,25 +43,27 @@ class Advantages:
 def compare(
     config: AlgorithmConfig,
     rewards: Tensor,
+    kept: Tensor,
     prompts: list[str],
     statistics: PromptStatistics,
     device: torch.device,
 ) -> Advantages:
-    """The advantages of an iteration's images, by an algorithm's row of the table.
+    """Computes the advantages of an iteration's images by the algorithm's row of the table.
 
     Args:
         config: the section ``algorithm``.
-        rewards: float32 ``[G, K]``; NaN for all images of a prompt that is left out: the others' advantages, their
-            scale and the history are as if it were not there, and its own are 0.
+        rewards: float32 ``[G, K]``.
+        kept: bool ``[G]``. The advantages of a prompt that is not kept are 0; the other advantages, their scale and the
+            history are as if it had not been sampled.
         prompts: the G prompts.
-        statistics: the prompts' history; updated by algorithms that keep one.
-        device: where the latents are.
+        statistics: the prompts' history, updated by algorithms that keep one.
+        device: the device of the latents.
     """
-    row, kept = ALGORITHMS[config.name], rewards.isfinite().all(1)
+    row = ALGORITHMS[config.name]
     difference, scale = advantages(
         row,
         rewards[kept],
-        [prompt for prompt, there in zip(prompts, kept.tolist(), strict=True) if there],
+        [prompts[index] for index in kept.nonzero()[:, 0].tolist()],
         statistics,
         normalize=config.advantage.normalize,
     )
@@ -82,7 +84,7 @@ class PolicyLoss:
 
     Args:
         config: the section ``algorithm``.
-        advantages: of the iteration's images.
+        advantages: the advantages of the iteration's images.
     """
 
     def __init__(self, config: AlgorithmConfig, advantages: Advantages) -> None:
@@ -100,10 +102,10 @@ class PolicyLoss:
         rows: Tensor,
         steps: Tensor,
     ) -> LoopLoss:
-        """The loss of M pairs from the policy's and the reference's outputs for them, in one fused op.
+        """Computes the loss of M pairs from the outputs of policy and reference, in one fused op.
 
         Args:
-            sampler: whose transitions they are.
+            sampler: the sampler of the transitions.
             output, unconditional, reference: ``[M, *L]`` each.
             transitions: ``(sample, prev_sample, old_logprob)`` of the pairs, see `Trajectories.pairs`.
             rows, steps: int64 ``[M]``, the pairs.
@@ -136,11 +138,11 @@ class PolicyLoss:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss has a penalty on the KL divergence from the policy before training."""
+        """True if the loss has a penalty on the KL divergence from the policy before training."""
         return self._config.kl_weight > 0
 
     def zero_gradient(self, loss: LoopLoss) -> Tensor:
-        """Bool ``[M]``: which of the pairs' losses have no gradient; none where each has that of its KL divergence."""
+        """Returns bool ``[M]``: the pairs whose loss has no gradient. With a KL penalty every pair has one."""
         if self.needs_reference:
             return torch.zeros_like(loss.clipped)
         return loss.clipped | (loss.advantage == 0)

@@ -1,4 +1,4 @@
-"""Measures the policy of a run, and records what was measured."""
+"""Evaluates the policy of a run, and records the metrics."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from loopfast.training.state import TrainState
 
 
 def evaluated(run: Run, state: TrainState, metrics: dict[str, Any]) -> Evaluation:
-    """Measures the policy on fixed prompts and noise, and adds what was measured to the iteration's metrics."""
+    """Evaluates the policy on fixed prompts and noise, and adds the results to the iteration's metrics."""
     began = time.perf_counter()
     with run.phase("evaluation"):
         result = run.microbatches.with_oom_fallback("rollout", partial(evaluate_policy, run, state))
-    metrics |= result.metrics(dropped=run.config.rollout.on_bad_reward == "drop_group")
+    metrics |= result.metrics(dropped=run.drops_bad_rewards)
     metrics["seconds_eval"] = time.perf_counter() - began
     return result
 
 
 def evaluate_policy(run: Run, state: TrainState, rows: int) -> Evaluation:
-    """Measures the policy itself, by the whole schedule: what is measured depends on no lever of the rollout."""
+    """Evaluates the policy with the whole schedule, independent of the rollout's performance options."""
     sampler = run.resize(rows)
-    # where the weights are spread over processes, a copy that computes the same bits is the faster way to them
+    # With sharded weights, an exact rollout copy computes the same bits faster.
     if not (run.engine.sharded and sampler.rollout_copy is not None and sampler.rollout_copy.exact):
         sampler = replace(sampler, rollout_copy=None)
     run.scoring.iteration = state.number
-    with run.scoring.together(), run.engine.averaged():
+    with run.scoring.together(), run.engine.ema_weights():
         result = evaluate(
             sampler,
             run.evaluation_prompts,
@@ -44,7 +44,7 @@ def evaluate_policy(run: Run, state: TrainState, rows: int) -> Evaluation:
 
 
 def record(run: Run, state: TrainState, result: Evaluation | None, metrics: dict[str, Any]) -> None:
-    """Keeps an iteration's metrics, and its evaluation, if any; in the first process."""
+    """Writes an iteration's metrics, and its evaluation if there is one. Only rank 0 calls it."""
     assert run.tracker is not None
     if result is not None:
         with writing(run.folder.path):

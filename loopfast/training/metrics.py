@@ -1,22 +1,22 @@
-"""An iteration's metrics, by the names of `loopfast.run.tracking.METRICS`."""
+"""Computes an iteration's metrics. `loopfast.run.tracking.METRICS` describes them."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
 
-from loopfast.config import Config
 from loopfast.rewards import Scores
+from loopfast.training.run import Run
 from loopfast.training.state import Rollout, TrainState
 
 
-def rollout_metrics(config: Config, scores: Scores, rollout: Rollout) -> dict[str, float]:
-    """What was sampled, of the prompts that are trained on.
+def rollout_metrics(scores: Scores, rollout: Rollout, *, count_dropped: bool) -> dict[str, float]:
+    """Returns the metrics of a rollout, over the kept prompts.
 
     Args:
-        config: the run.
-        scores: of all processes' images.
-        rollout: what is trained on.
+        scores: the scores of all ranks' images.
+        rollout: the rollout.
+        count_dropped: whether to report the number of dropped prompts.
     """
     kept, shape = rollout.kept, rollout.rewards.shape
     total = scores.total.view(shape)[kept]
@@ -26,18 +26,18 @@ def rollout_metrics(config: Config, scores: Scores, rollout: Rollout) -> dict[st
         "group_spread": total.std(1, correction=0).mean().item(),
         **{f"reward_{name}": part.view(shape)[kept].mean().item() for name, part in scores.parts.items()},
     }
-    if config.rollout.on_bad_reward == "drop_group":
+    if count_dropped:
         metrics["dropped_groups"] = int((~kept).sum())
     return metrics
 
 
-def iteration_metrics(config: Config, state: TrainState) -> dict[str, Any]:
-    """The metrics of an iteration whose updates are done: those of the sampling, and the means over its updates."""
-    updates, metrics = state.updates, state.metrics
+def iteration_metrics(run: Run, state: TrainState) -> dict[str, Any]:
+    """Returns the metrics of an iteration after its last update: the rollout's, and means over its updates."""
+    config, updates, metrics = run.config, state.updates, state.metrics
     means = {name: statistics.fmean(update[name] for update in updates) for name in updates[0]}
     if config.algorithm.kl_weight == 0:
         del means["kl_reference"]
-    # a checkpoint of an earlier version may lack it
+    # Updates from an earlier version's checkpoint may lack it.
     means.pop("overflows", None)
     counts = {}
     if config.model.dtype == "float16":

@@ -1,4 +1,4 @@
-"""How many rows a model call takes, and what happens when they do not fit into memory."""
+"""Chooses the number of rows per model call, and halves it when they do not fit into memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Result = TypeVar("Result")
 
 
 class Microbatches:
-    """Rows per model call, in the rollout and in the replay.
+    """The rows per model call in the rollout and in the update pass.
 
-    A number in the configuration stays. ``auto`` beside a number starts from that number. Where both are ``auto``
-    they are one size and stay so, because libraries round equal calls alike, on most processors to the last bit: the
-    ratio before an update is then 1 exactly. Where memory does not suffice, ``auto`` halves.
+    A number in the configuration does not change. If one size is ``auto``, it starts from the other. If both are
+    ``auto``, they stay equal, because libraries round equal calls alike, on most processors to the last bit. The ratio
+    before an update is then exactly 1. If memory does not suffice, ``auto`` halves.
 
     Args:
         rollout, train: ``rollout.microbatch`` and ``train.microbatch``.
-        start: what ``auto`` begins with when both are.
-        warn: is told of each halving.
-        release: called at each halving; frees what the calls keep for the next time.
-        retries: whether a call that failed can be made again; not where other processes wait for its end.
+        start: the first size if both are ``auto``.
+        warn: receives a message at each halving.
+        release: called at each halving to free memory that calls keep for reuse.
+        retries: whether a failed call can be repeated. It cannot while other processes wait for its end.
     """
 
     def __init__(
@@ -49,28 +49,28 @@ class Microbatches:
 
     @property
     def rollout(self) -> int:
-        """Rows per model call where images are sampled."""
+        """The rows per model call in the rollout."""
         return self._sizes["rollout"]
 
     @property
     def train(self) -> int:
-        """Rows per model call where they are trained on."""
+        """The rows per model call in the update pass."""
         return self._sizes["train"]
 
     @property
     def shared(self) -> bool:
-        """Whether rollout and replay have one automatic size."""
+        """True if rollout and update pass share one automatic size."""
         return len(self._automatic) == 2
 
     def automatic(self, call: Call) -> bool:
-        """Whether the size of a call may halve."""
+        """Returns whether the size of a call may halve."""
         return call in self._automatic
 
     def with_oom_fallback(self, call: Call, attempt: Callable[[int], Result]) -> Result:
-        """What ``attempt(rows)`` returns, called with fewer rows for as long as memory does not suffice.
+        """Returns ``attempt(rows)``, and halves the rows as long as memory does not suffice.
 
         Raises:
-            LoopfastError: it does not, and the size is given or is 1 already.
+            LoopfastError: memory does not suffice, and the size is fixed or 1.
         """
         while True:
             try:
@@ -79,14 +79,14 @@ class Microbatches:
                 if not is_out_of_memory(error):
                     raise
                 reason = first_sentence(error)
-            # outside of the handler, where nothing holds the failed call's tensors any more
+            # Outside the handler, so that the error no longer holds the failed call's tensors.
             self.halve(call, reason)
 
     def halve(self, call: Call, reason: str) -> None:
-        """Goes on with half of the rows, after a call ran out of memory.
+        """Halves the rows after a call ran out of memory.
 
         Raises:
-            LoopfastError: the size is given, or is 1 already.
+            LoopfastError: the size is fixed, or 1.
         """
         size, key = self._sizes[call], f"{call}.microbatch"
         if not self._retries:
@@ -105,25 +105,25 @@ class Microbatches:
             )
         for name in self._automatic if self.shared else {call}:
             self._sizes[name] = size // 2
-        # recorded steps of the former size would take the room that fewer rows need
+        # Recorded steps of the former size would occupy memory that fewer rows need.
         self._release()
         free_cached_memory()
         self._warn(f"{key}: {size} rows per model call do not fit into memory; going on with {size // 2}")
 
     def state_dict(self) -> dict[str, int]:
-        """The sizes, for a checkpoint: a resumed run rounds as the one it continues."""
+        """Returns the sizes for a checkpoint, so that a resumed run rounds as before."""
         return dict(self._sizes)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Takes back the automatic ones of :meth:`state_dict`'s sizes."""
+        """Restores the automatic sizes from `state_dict`."""
         for name in self._automatic & state.keys():
             self._sizes[name] = state[name]
 
 
 def start_size(rows: int, latent_shape: tuple[int, ...], device: torch.device) -> int:
-    """What ``auto`` begins with: at most ``rows``, of 65,536 latent elements (4 latents of 4×64×64) per model call.
+    """Returns the first size of ``auto``: at most ``rows``, 65,536 latent elements (4 latents of 4×64×64) per call.
 
-    On a GPU of 16 times as many, which a small model needs to fill one and which a large one halves soon.
+    On a GPU it is 16 times as many. A small model needs them to keep the GPU busy, and a large model halves them soon.
     """
     at_least = automatic_microbatch(rows, latent_shape)
     return min(rows, 16 * at_least) if device.type == "cuda" else at_least

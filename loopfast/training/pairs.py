@@ -1,4 +1,4 @@
-"""The (trajectory, step) pairs of an iteration, shuffled and dealt out to its updates."""
+"""Shuffles the (trajectory, step) pairs of an iteration, and splits them into updates."""
 
 from __future__ import annotations
 
@@ -12,22 +12,19 @@ from loopfast.training.run import Run
 from loopfast.training.state import Rollout, TrainState
 
 Pairs = tuple[Tensor, Tensor]
-"""``(rows [M], steps [M])``, int64 on the CPU: which transitions of which trajectories."""
+"""``(rows [M], steps [M])``, int64 on the CPU: the trajectory and the transition of each pair."""
 
 
 def update_pairs(run: Run, state: TrainState, rollout: Rollout) -> list[Pairs]:
-    """The pairs of each update that an iteration has still to make.
-
-    Pairs are shuffled and cut as if a prompt that is left out were not there.
-    """
+    """Returns the pairs of each remaining update of an iteration. They belong to kept prompts only."""
     config = run.config
     _, trained = run.steps.for_iteration(config.run.seed, state.iteration)
-    kept = rollout.kept.repeat_interleave(rollout.rewards.shape[1]).nonzero()[:, 0]
+    kept_rows = rollout.kept.repeat_interleave(rollout.rewards.shape[1]).nonzero()[:, 0]
     parts = [
-        (kept[rows], steps)
+        (kept_rows[rows], steps)
         for epoch in range(config.train.inner_epochs)
         for rows, steps in shuffled_pairs(
-            len(kept),
+            len(kept_rows),
             trained,
             config.train.updates_per_iteration,
             config.run.seed,
@@ -48,18 +45,17 @@ def shuffled_pairs(
     epoch: int,
     per_trajectory: int | None = None,
 ) -> Iterator[Pairs]:
-    """The (row, step) pairs of a pass over an iteration, shuffled together and dealt out to its updates.
+    """Shuffles the (row, step) pairs of one pass over an iteration, and splits them into updates.
 
-    The loss is a mean over pairs. Where ``per_trajectory`` is below the number of steps, that many
-    steps of each trajectory are drawn without replacement, each with the same probability. The expectation of their
-    mean is then the mean over all pairs, and the same holds for its gradient, without weights. Every pass draws anew,
-    so the steps that one pass leaves out are in another.
+    The loss is a mean over pairs. If ``per_trajectory`` is below the number of steps, that many steps of each
+    trajectory are drawn without replacement, all with the same probability. The expectation of their mean is then the
+    mean over all pairs, and the same holds for its gradient. Every pass draws again, so that all steps are used.
 
     Args:
         count: N, the number of trajectories.
         steps: the transitions that are trained on.
-        updates: how many parts to cut the pairs into; their sizes differ by one at most.
-        seed, iteration, epoch: of the run; they determine the draw and the order.
+        updates: the number of updates. Their numbers of pairs differ by one at most.
+        seed, iteration, epoch: determine the draw and the order.
         per_trajectory: the number of steps to draw from each trajectory. None takes all.
 
     Yields:

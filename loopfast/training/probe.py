@@ -1,4 +1,4 @@
-"""Finds out what fits into memory before images are sampled for it."""
+"""Finds the number of rows of a training call that fits into memory, before images are sampled."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from loopfast.rollout import Sampler
 from loopfast.training.run import Run
 from loopfast.training.update_pass import reference_output
 
-# Bytes that the rehearsal of a training call leaves free: for decoded images, rewards, and the libraries under PyTorch,
-# which fail in ways of their own when a GPU is full to the last byte.
+# Bytes that the probe leaves free for decoded images, rewards and the libraries under PyTorch. These libraries fail in
+# various ways on a full GPU.
 PROBE_RESERVE = 2**30
 
 
 def fit_training_calls(run: Run) -> None:
-    """Halves the automatic rows of a training call until one fits into memory; on a GPU, and where it may be tried.
+    """On a GPU, halves the automatic rows of a training call until it fits into memory.
 
     Raises:
         LoopfastError: not even one row fits.
     """
-    # elsewhere running out of memory is not an error that can be caught
+    # Only a GPU raises an error that can be caught when memory is full.
     on_gpu = run.sampler.policy.device.type == "cuda"
     if on_gpu and run.engine.retries and run.microbatches.automatic("train"):
         probe(run)
 
 
 def probe(run: Run) -> None:
-    """Halves the rows of a training call until one fits into memory; see `fit_training_calls`."""
+    """Halves the rows of a training call until it fits into memory; see `fit_training_calls`."""
     conditioning = run.sampler.policy.encode([run.prompts[0].text])
     with_reference = run.config.algorithm.kl_weight > 0
-    # the optimizer's first step allocates two float32 numbers for each trained weight
+    # The optimizer's first step allocates two float32 numbers for each trained weight.
     trained = sum(parameter.numel() for parameter in run.sampler.policy.trainable().values())
     reserve = PROBE_RESERVE + 8 * trained
 
@@ -57,18 +57,18 @@ def probe_memory(
     with_reference: bool,
     reserve: int = 0,
 ) -> None:
-    """The model call of an update, forward and backward, on zeros: whether memory suffices, and nothing else.
+    """Makes the model call of an update, forward and backward, on zeros, to find out whether memory suffices.
 
     Args:
         sampler: the policy and its transitions.
-        engine: owns the policy's weights, which stay as they are.
-        conditioning: of one prompt or more.
-        microbatch: pairs in the call.
-        with_reference: whether the policy before training is asked as well.
-        reserve: bytes that must be left on the policy's device meanwhile.
+        engine: owns the policy's weights, which do not change.
+        conditioning: the conditioning of one prompt or more.
+        microbatch: the number of pairs in the call.
+        with_reference: whether the call includes the policy before training.
+        reserve: the bytes that must stay free on the policy's device.
 
     Raises:
-        torch.OutOfMemoryError: it does not.
+        torch.OutOfMemoryError: memory does not suffice.
     """
     policy = sampler.policy
     held = torch.empty(reserve, dtype=torch.uint8, device=policy.device)

@@ -1,4 +1,4 @@
-"""How far rounding alone can take the ratio before the first update from 1."""
+"""Bounds how far rounding alone can move the ratio before the first update from 1."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from loopfast.schedules import TransitionSchedule
 
-# A network's outputs are off by 16 units in the last place, as 256 roundings in a row make them, whose errors add up as
-# their root; and the largest of many pairs is some six standard deviations off.
+# A network's outputs are off by 16 units in the last place: 256 successive roundings, whose errors add up as the square
+# root of their number. The largest of many pairs is about six standard deviations off.
 _UNITS = 16 * 6
 
 
@@ -23,17 +23,17 @@ def rounding_bound(
     guidance_scale: float = 1.0,
     mean: bool = False,
 ) -> float:
-    """The largest change of a transition's log-probability that a model's rounding explains.
+    """Returns the largest change of a transition's log-probability that a model's rounding explains.
 
-    Outputs have elements of about 1, and noise too. A relative error of δ in D outputs moves the mean by b·δ each, and
+    The elements of outputs and noise are about 1. A relative error of δ in D outputs moves the mean by b·δ each, and
     the log-probability by (b/σ)·δ·√D times a standard normal number.
 
     Args:
         schedule: the sampler's transitions.
-        steps: those that are trained on.
-        dtype: the model computes in.
-        shape: of a latent, D elements.
-        guidance_scale: s; of the two outputs, the conditional one is taken s times and the other 1 − s times.
+        steps: the trained steps.
+        dtype: the dtype that the model computes in.
+        shape: the shape of a latent, D elements.
+        guidance_scale: s, the weight of the conditional output; the unconditional one has the weight 1 − s.
         mean: whether the log-probability is a mean over the elements instead of a sum.
     """
     sensitivity = max(float(schedule.sensitivity[step]) for step in steps)

@@ -24,29 +24,30 @@ from loopfast.training.scoring import Scoring, Worker
 
 
 class Stopped(Exception):  # noqa: N818 - being stopped is not an error
-    """Unwinds to where the state is saved, after a signal."""
+    """A signal has come. `loopfast.training.saving` catches this and saves the state."""
 
 
 @dataclass
 class Run:
-    """What a run is made of. `loopfast.training.setup.start` makes it, and ends it.
+    """The parts of a run. `loopfast.training.setup.start` makes and ends them.
 
     Attributes:
-        config: the run.
-        display: where progress is shown; it is silent in all processes but the first.
-        stop: notes signals.
-        world: the processes of the run.
-        folder: where its files go.
-        prompts, evaluation_prompts: those that are trained on and those that evaluations draw.
-        scoring: its rewards.
-        reward_identity: what the rewards' names stand for, see `loopfast.training.identity`.
-        steps: the denoising steps that draw noise, and those that are trained on.
+        config: the configuration.
+        display: shows progress; silent on all ranks but 0.
+        stop: records signals.
+        world: the processes.
+        folder: the run's files.
+        prompts: the prompts to train on.
+        evaluation_prompts: the prompts to evaluate on.
+        scoring: the rewards.
+        reward_identity: digests of the rewards' files, see `loopfast.training.identity`.
+        steps: the denoising steps that draw noise, and the steps that are trained on.
         trained_per_trajectory: the number of steps of each trajectory that one pass trains on.
-        microbatches: rows per model call.
-        sampler: the policy, and how it is sampled; `resize` replaces it.
+        microbatches: the rows per model call.
+        sampler: samples the policy; `resize` replaces it.
         engine: owns the policy's weights.
-        meter: the accounts of an iteration.
-        tracker: the record of metrics; None in all processes but the first.
+        meter: measures the time of an iteration's phases.
+        tracker: writes metrics; None on all ranks but 0.
         callbacks: called after every iteration, see `loopfast.training.callbacks`.
     """
 
@@ -70,21 +71,26 @@ class Run:
 
     @property
     def screening(self) -> Literal["auto", "on", "off"]:
-        """``train.screening``; off where nothing is clipped, or where a divergence gives every pair a gradient."""
+        """``train.screening``; off if the algorithm has no clip, or if a KL penalty gives every pair a gradient."""
         algorithm = self.config.algorithm
         possible = ALGORITHMS[algorithm.name].clip_range is not None and algorithm.kl_weight == 0
         return self.config.train.screening if possible else "off"
 
     @property
+    def drops_bad_rewards(self) -> bool:
+        """True if prompts with a failed reward are dropped, as ``rollout.on_bad_reward: drop_group`` says."""
+        return self.config.rollout.on_bad_reward == "drop_group"
+
+    @property
     def reward_worker(self) -> Worker:
-        """``rollout.reward_worker``, decided where it is ``auto``."""
+        """``rollout.reward_worker``, with ``auto`` resolved."""
         worker = self.config.rollout.reward_worker
         if worker != "auto":
             return worker
         return "thread" if self.sampler.model.device.type == "cuda" else "inline"
 
     def resize(self, rows: int) -> Sampler:
-        """The sampler, with ``rows`` per model call from now on."""
+        """Returns the sampler, which samples ``rows`` per model call from now on."""
         if self.sampler.microbatch != rows:
             self.sampler.release()
             self.sampler = replace(self.sampler, microbatch=rows)
@@ -92,21 +98,21 @@ class Run:
 
     @contextmanager
     def phase(self, name: Category) -> Iterator[None]:
-        """Context of a part of the iteration: it is shown, here and to profilers, and entered in the accounts."""
+        """Context of a phase of the iteration, which is displayed, measured and visible to profilers."""
         self.display.phase(name)
         with self.meter.phase(name):
             yield
 
     def check_stop(self) -> None:
-        """Raises `Stopped` in every process, once a signal has come to one of them."""
+        """Raises `Stopped` on every rank once any rank has received a signal."""
         if self.world.any(self.stop.requested):
             raise Stopped
 
     def raised_on_all_ranks(self, error: LoopfastError) -> bool:
-        """Whether an error is raised in all processes at once, so that they can still save together."""
+        """Returns whether all ranks raise this error, so that they can still save a checkpoint together."""
         return error.on_all_ranks or self.world.size == 1
 
     def close_tracker(self) -> None:
-        """Ends the record of metrics."""
+        """Closes the tracker, if this rank has one."""
         if self.tracker is not None:
             self.tracker.close()

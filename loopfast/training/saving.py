@@ -1,4 +1,4 @@
-"""Saves where a run stands to a checkpoint, and restores it from one."""
+"""Saves the state of a run to a checkpoint, and restores it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ _SAVED = ("iteration", "images", "seconds", "pending", "metrics", "updates")
 
 
 def save(run: Run, state: TrainState, score: float | None = None) -> Path:
-    """Writes a checkpoint of the present state, which is that between two updates.
+    """Writes a checkpoint of the present state, between two updates. All ranks call it.
 
     Args:
-        run, state: in all processes.
-        score: the evaluation's reward, if this state was evaluated.
+        run: the parts of the run.
+        state: the state to save.
+        score: the evaluation's reward. None if this state was not evaluated.
     """
     rollout = state.rollout
     if run.meter.running and rollout is not None:
@@ -69,7 +70,7 @@ def save(run: Run, state: TrainState, score: float | None = None) -> Path:
 
 
 def save_once(run: Run, state: TrainState) -> Path:
-    """The checkpoint of the present state, which is written unless it is there."""
+    """Returns the checkpoint of the present state, and writes it if it does not exist."""
     if state.saved is not None and state.saved[0] == state.position:
         return state.saved[1]
     return save(run, state)
@@ -77,16 +78,16 @@ def save_once(run: Run, state: TrainState) -> Path:
 
 @contextmanager
 def saved_on_failure(run: Run, state: TrainState) -> Iterator[None]:
-    """Context of a run's work, whose state is saved where a signal, a reward, a callback or a full disk ends it.
+    """Context of a run's work, which saves the state when a signal, a reward, a callback or a full disk ends the work.
 
     Raises:
         Interrupted: a signal stopped the run.
-        CallbackError, RewardError, RewardMemoryError, WriteError: as raised inside, with what was saved.
+        CallbackError, RewardError, RewardMemoryError, WriteError: raised by the work; the message names the checkpoint.
     """
     try:
         yield
     except BaseException as error:
-        # on a full disk this fails too, and what came first says more
+        # On a full disk this fails, too. The first error says more.
         with suppress(LoopfastError):
             run.close_tracker()
         if isinstance(
@@ -105,21 +106,21 @@ def _saved(run: Run, state: TrainState) -> str:
 
 
 def _with_state_saved(error: LoopfastError, run: Run, state: TrainState) -> LoopfastError:
-    """The error, raised by all processes of a run at once, once the run's state is saved."""
+    """Saves the state, and returns the error with the checkpoint in its message. All ranks call it."""
     try:
         saved = _saved(run, state)
     except LoopfastError as unsaved:
         saved = str(unsaved)
-    told = type(error)(f"{error}; {saved}")
-    told.on_all_ranks = run.world.size > 1
-    return told
+    extended = type(error)(f"{error}; {saved}")
+    extended.on_all_ranks = run.world.size > 1
+    return extended
 
 
 def restored(run: Run, checkpoint: Checkpoint | None) -> TrainState:
-    """The state that a checkpoint holds, with the weights and the optimizer in the run's engine; None: a new one.
+    """Restores the weights and the optimizer from a checkpoint, and returns its state. None gives a new state.
 
     Raises:
-        CheckpointError: the checkpoint is of another model.
+        CheckpointError: the checkpoint belongs to another model.
     """
     if checkpoint is None:
         return TrainState()
@@ -143,7 +144,7 @@ def restored(run: Run, checkpoint: Checkpoint | None) -> TrainState:
 
 
 def _sampled_anew(run: Run, state: TrainState, checkpoint: Checkpoint) -> bool:
-    """Whether stored trajectories belong to other prompts or rewards than there are now; says what has changed."""
+    """Returns whether the stored trajectories belong to other prompts or rewards, and warns about the changes."""
 
     def compared() -> bool:
         data = changed(checkpoint.state.get("data", {}), _data_identity(run))
@@ -165,7 +166,7 @@ def _sampled_anew(run: Run, state: TrainState, checkpoint: Checkpoint) -> bool:
 
 
 def _stored_rollout(run: Run, tensors: Mapping[str, Mapping[str, Tensor]]) -> Rollout | None:
-    """What was sampled and not yet learned from, each process its rows."""
+    """Returns the stored rollout, each rank its own rows. None if the checkpoint has none."""
     stored, world = tensors.get("trajectories", {}), run.world
     known = world.on_main(
         lambda: (
@@ -186,11 +187,11 @@ def _stored_rollout(run: Run, tensors: Mapping[str, Mapping[str, Tensor]]) -> Ro
     )
     trajectories = Trajectories(latents.to(device), logprob.to(device), own.start)
     on_host = run.config.trajectories.device == "host"
-    return Rollout(trajectories.to_host() if on_host else trajectories, rewards)
+    return Rollout(trajectories.to_host() if on_host else trajectories, rewards, rewards.isfinite().all(1))
 
 
 def _data_identity(run: Run) -> dict[str, str]:
-    """What the configuration's prompts and rewards stand for at present."""
+    """Returns digests of the configured prompts and rewards as they are now."""
     prompts = {"prompts.source": prompts_identity(run.prompts)}
     if run.config.evaluation.prompts is not None:
         prompts["evaluation.prompts"] = prompts_identity(run.evaluation_prompts)
@@ -198,7 +199,7 @@ def _data_identity(run: Run) -> dict[str, str]:
 
 
 def _sampled_identity(run: Run, state: TrainState) -> dict[str, Any]:
-    """What the iteration's trajectories are sampled for and scored by at present."""
+    """Returns digests of everything that determines the iteration's trajectories and rewards now."""
     schedule, trained = run.steps.for_iteration(run.config.run.seed, state.iteration)
     shape = run.sampler.policy.latent_shape
     prompts = draw_prompts(run, state.iteration)

@@ -20,7 +20,7 @@ from loopfast.rewards import (
     RewardThread,
     Scores,
     build_rewards,
-    training_total,
+    training_rewards,
 )
 from loopfast.rewards.base import quoted
 from loopfast.run.folder import RunFolder
@@ -62,7 +62,7 @@ class Scoring:
         self._rewards = (
             RewardProcess(config.reward, tf32=config.model.tf32)
             if worker == "process"
-            else build_rewards(config.reward, whole=worker == "none", given=given)
+            else build_rewards(config.reward, whole=worker == "none", functions=given)
         )
         self._thread = RewardThread(self.score)
         self.iteration = 0
@@ -161,22 +161,23 @@ class Scoring:
             with self._thread.batch():
                 yield Beside(self._thread, decode, timed)
 
-    def rewards(self, scores: Scores, texts: Sequence[str], steps: int) -> Tensor:
-        """What an iteration is trained on, float32 ``[G, K]``; NaN for prompts that are left out, which is said.
+    def rewards(self, scores: Scores, texts: Sequence[str], steps: int) -> tuple[Tensor, Tensor]:
+        """Returns the rewards that an iteration is trained on, and which prompts are kept; see `training_rewards`.
+
+        Warns of prompts that are not kept.
 
         Args:
-            scores: of all processes' images, the K of a prompt side by side.
+            scores: scores of all processes' images, the K of a prompt side by side.
             texts: the G prompts.
-            steps: of a trajectory that each pass trains on.
+            steps: number of steps of a trajectory that each pass trains on.
 
         Raises:
             RewardError: fewer (image, step) pairs are left than there are updates.
         """
         samples = self._config.algorithm.samples_per_prompt
-        rewards = training_total(self._config.reward, scores, samples)
-        kept = rewards.isfinite().all(1)
+        rewards, kept = training_rewards(self._config.reward, scores, samples)
         if kept.all():
-            return rewards
+            return rewards, kept
         dropped = (~kept).nonzero()[:, 0].tolist()
         told = (
             f"{len(dropped)} of {len(texts)} prompt(s) are left out, {quoted(texts, dropped)}: "
@@ -186,7 +187,7 @@ class Scoring:
         if pairs < updates:
             self._end(f"{told}; {pairs} (image, step) pairs are left for {updates} update(s)")
         self._warn(f"iteration {self.iteration}: {told}")
-        return rewards
+        return rewards, kept
 
     def account_for(self, dropped: int, kept: int) -> None:
         """Says that images are left out of an evaluation, if any are.

@@ -33,7 +33,7 @@ from loopfast.training.saving import restored
 from loopfast.training.scoring import Scoring
 from loopfast.training.state import TrainState
 
-# Seconds in which a launcher passes on a signal that its processes have had already.
+# Seconds in which a launcher may repeat a signal that its processes have already received.
 PASSING_ON = 2.0
 
 
@@ -41,14 +41,14 @@ PASSING_ON = 2.0
 def start(
     config: Config, resume: str | None, display: Display, given: Given | None = None
 ) -> Iterator[tuple[Run, TrainState]]:
-    """Context of a run, together with the other processes of its launch: its parts, and where it stands.
+    """Context of a run with the other processes of its launch. It gives the run's parts and its state.
 
     Args:
-        config: the run.
-        resume: None for a new run, ``auto`` for its newest good checkpoint, or a checkpoint's path. A launch that
-            ``torchrun`` has started anew goes on with its run.
-        display: where progress is shown, by the first process.
-        given: objects of a Python program that the configuration has names for.
+        config: the configuration.
+        resume: ``auto`` for the newest good checkpoint, or a checkpoint's path. None starts a new run, except that a
+            launch restarted by ``torchrun`` resumes its run.
+        display: shows progress on rank 0.
+        given: objects of a Python program that the configuration refers to by name.
 
     Raises:
         LoopfastError: the run cannot start.
@@ -91,8 +91,8 @@ def processes(config: Config, stop: StopRequest) -> Iterator[World]:
         yield SINGLE_PROCESS
         return
     device = torch_device(config.model.device)
-    require_type(config, device.type)
-    require_settings(config, device.type)
+    require_type(config.model.dtype, config.distributed.zero_stage, device.type)
+    require_settings(config.train, config.distributed, config.model.dtype, device.type)
     with connected(launch_env, device, config.distributed.timeout, lambda: stop.requested) as world:
         yield world
 
@@ -107,7 +107,7 @@ def _prepared(
     given: Given,
     ends: ExitStack,
 ) -> tuple[Run, TrainState]:
-    """The parts of a run and its state; what takes little time to find wrong comes first, what takes memory last."""
+    """Makes the parts of a run and its state: quick checks first, parts that take memory last."""
     prompts = load_prompts(config.prompts.source)
     evaluation_prompts = load_prompts(config.evaluation.prompts or config.prompts.source)
     scoring = Scoring(config, world, folder, display.warning, given.rewards)
@@ -156,10 +156,7 @@ def _prepared(
 
 
 def _opened(folder: RunFolder, resume: str | None, display: Display, world: World) -> Checkpoint | None:
-    """The run's folder is prepared, and a checkpoint to go on from read, by the first process.
-
-    The others get all of it but the tensors.
-    """
+    """Prepares the run's folder and reads the checkpoint to resume, on rank 0. Other ranks get it without tensors."""
     found: list[Checkpoint] = []
 
     def opened() -> Checkpoint | None:
@@ -174,7 +171,7 @@ def _opened(folder: RunFolder, resume: str | None, display: Display, world: Worl
 
 
 def _policy(config: Config, texts: list[str], *, new: bool) -> Policy:
-    """The policy of a run, whose prompts are the texts; a new one starts from ``model.lora.from``, if anywhere."""
+    """Loads the policy for prompts with these texts. A new run's policy starts from ``model.lora.from``, if set."""
     stage = config.distributed.zero_stage
     policy = load_policy(
         config.model,
@@ -199,8 +196,8 @@ def _sampler_and_engine(
     display: Display,
     world: World,
 ) -> tuple[Sampler, Engine]:
-    """How a policy is sampled, in calls of so many rows; and what owns its weights from now on."""
-    # before the engine takes the weights apart
+    """Makes the sampler, with ``rows`` per call, and the engine, which owns the policy's weights from now on."""
+    # The copy is made before the engine shards the weights.
     rollout_copy = make_rollout_copy(policy, config.rollout, sharded=config.distributed.zero_stage == 3)
     sampler = Sampler(
         policy,
@@ -211,17 +208,17 @@ def _sampler_and_engine(
         rollout_copy,
         StepCache(capture=config.rollout.cuda_graph, warn=display.warning),
     )
-    engine = build_engine(policy, config, world)
+    engine = build_engine(policy, config.train, config.distributed, world)
     if rollout_copy is not None:
-        rollout_copy.whole = engine.whole
+        rollout_copy.gathered = engine.gathered
     elif engine.sharded:
-        # gathered weights lie elsewhere in every call
+        # The addresses of gathered weights change with every call, so that nothing can be captured.
         sampler = replace(sampler, steps=StepCache(capture=False))
     return sampler, engine
 
 
 def _trained_per_trajectory(config: Config, steps: StochasticSteps, world: World) -> int:
-    """How many steps of a trajectory each pass trains on."""
+    """Returns the number of steps of a trajectory that each pass trains on."""
     train, count = config.train, steps.count
     trained = train.trained_per_trajectory(count)
     if trained < 1:

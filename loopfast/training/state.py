@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""The state of a run, which checkpoints hold."""
 
 from __future__ import annotations
 
@@ -17,41 +17,39 @@ from loopfast.rollout.trajectories import Trajectories
 
 @dataclass(frozen=True)
 class Rollout:
-    """What an iteration has sampled, and what came of it.
+    """The trajectories of an iteration and their rewards.
 
     Attributes:
-        trajectories: N of them; each process has the latents of its own rows.
-        rewards: float32 ``[G, K]`` of all of them; NaN for all images of a prompt that is left out.
+        trajectories: N trajectories; each rank holds the latents of its own rows.
+        rewards: float32 ``[G, K]`` of all of them; NaN for all images of a prompt that is not kept.
+        kept: bool ``[G]``, the prompts to train on.
     """
 
     trajectories: Trajectories
     rewards: Tensor
-
-    @property
-    def kept(self) -> Tensor:
-        """Bool ``[G]``: the prompts that are trained on."""
-        return self.rewards.isfinite().all(1)
+    kept: Tensor
 
 
 @dataclass
 class TrainState:
-    """Where a run stands between two updates; with weights and optimizer, all that a checkpoint holds.
+    """The state of a run between two updates. A checkpoint holds it, the weights and the optimizer's state.
 
     Attributes:
-        iteration: complete iterations.
-        images: sampled for training so far.
-        seconds: spent so far when the state was last saved, earlier sessions included.
-        pending: metrics of the latest iteration (0: before training) as long as it is not evaluated and recorded.
-        metrics: of the iteration under way.
-        updates: statistics of the updates done in it.
-        zero_gradient: share of pairs without a gradient in the latest update that was not an iteration's first.
-        rollout: what was sampled for the iteration under way.
+        iteration: the number of complete iterations.
+        images: the number of images sampled for training so far.
+        seconds: the run's duration when the state was last saved, earlier sessions included.
+        pending: the latest iteration's metrics that await evaluation and recording. They belong to iteration 0 before
+            training. None while an iteration is under way.
+        metrics: the metrics of the iteration under way.
+        updates: the statistics of its completed updates.
+        zero_gradient: the share of pairs without a gradient in the latest update that was not an iteration's first.
+        rollout: the rollout of the iteration under way.
         statistics: the history of each prompt's rewards.
-        stopped: whether a callback has asked for an end; not saved, like all that follows.
-        latest: what the latest iteration sampled, until its callbacks were called; None where there are none.
-        times: the accounts of the latest stretch.
-        began: the clock's reading when the run, had it not been interrupted, would have begun.
-        saved: the newest checkpoint, and the position it is of.
+        stopped: whether a callback has asked to stop. This and the following attributes are not saved.
+        latest: the latest rollout until callbacks have been called; None without callbacks.
+        times: the times that the meter has measured last.
+        began: the clock's reading at the start of the run, moved later by the length of interruptions.
+        saved: the newest checkpoint and the position that it holds.
         warned_of_rounding, warned_of_overflow: whether these warnings, given once, were.
     """
 
@@ -74,26 +72,26 @@ class TrainState:
 
     @property
     def number(self) -> int:
-        """The iteration that is sampled or learned from, or the last one, whose evaluation is due."""
+        """The number, from 1, of the iteration under way, or of the latest one if it awaits its evaluation."""
         return self.iteration + (self.pending is None)
 
     @property
     def elapsed(self) -> float:
-        """Seconds spent so far, earlier sessions included."""
+        """The run's duration in seconds, earlier sessions included."""
         return time.perf_counter() - self.began
 
     @property
     def position(self) -> tuple[int, ...]:
-        """What tells two states of a run apart."""
+        """A key that differs between any two states of a run."""
         return self.iteration, len(self.updates), self.pending is None, self.rollout is not None
 
     def add(self, amounts: Mapping[str, float]) -> None:
-        """Adds to the metrics of the iteration under way."""
+        """Adds amounts to the metrics of the iteration under way."""
         for name, amount in amounts.items():
             self.metrics[name] = self.metrics.get(name, 0) + amount
 
     def account(self, times: Times) -> None:
-        """Adds the accounts of a stretch to the metrics of the iteration under way."""
+        """Adds measured times to the metrics of the iteration under way."""
         self.times = times
         self.add(
             {f"seconds_{name}": seconds for name, seconds in times.phases.items()}
@@ -102,13 +100,13 @@ class TrainState:
         )
 
     def discard_rollout(self) -> None:
-        """Gives up what was sampled and not yet learned from."""
+        """Discards the rollout, on which no update has been made."""
         if self.rollout is not None:
             self.images -= self.rollout.trajectories.count
             self.rollout = None
 
     def complete(self, metrics: Mapping[str, Any], statistics: PromptStatistics) -> None:
-        """Ends the iteration under way, whose metrics are then to be evaluated and recorded."""
+        """Ends the iteration under way. Its metrics then await evaluation and recording."""
         self.iteration += 1
         self.statistics = statistics
         self.pending = {"iteration": self.iteration, "images": self.images, **metrics}

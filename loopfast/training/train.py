@@ -40,12 +40,12 @@ from loopfast.training.state import TrainState
 from loopfast.training.update import UpdateStatistics, screen, update
 from loopfast.training.update_pass import UpdatePass
 
-# Screening pays off once a third of the pairs have no gradient, or a little more where a forward pass costs over half
-# of a backward pass. The previous update must have had this share, as a margin.
+# Screening pays off if more than a third of the pairs have no gradient, or a little more if a forward pass costs over
+# half of a backward pass. As a margin, this share is required of the previous update.
 SCREENING_SHARE = 0.4
 
-# An update's last call is filled up to a multiple of this: few batch sizes for libraries that prepare each one, and
-# little work for nothing.
+# An update's last call is padded to a multiple of this: few batch sizes, as libraries plan for each one, and little
+# wasted work.
 PADDING = 16
 
 
@@ -57,22 +57,22 @@ def train(
     given: Given | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Path:
-    """Trains a policy as a configuration says, together with the other processes of its launch, if any.
+    """Trains a policy by a configuration, together with the other processes of its launch.
 
     Args:
-        config: the run.
-        resume: None for a new run, ``auto`` for its newest good checkpoint, or a checkpoint's path. A resumed run
-            continues as if it had not stopped. A launch that ``torchrun`` has started anew goes on with its run.
-        display: where progress is shown, by the first process.
-        given: objects of a Python program that the configuration has names for.
+        config: the configuration.
+        resume: ``auto`` for the newest good checkpoint, or a checkpoint's path. A resumed run continues as if it had
+            not stopped. None starts a new run, except that a launch restarted by ``torchrun`` resumes its run.
+        display: shows progress on rank 0.
+        given: objects of a Python program that the configuration refers to by name.
         callbacks: called after every iteration.
 
     Returns:
         The run's folder.
 
     Raises:
-        LoopfastError: the run cannot start or go on; the message says why. What was saved stays.
-        Interrupted: a signal stopped the run, which is saved.
+        LoopfastError: the run cannot start or continue; the message says why. Saved files stay.
+        Interrupted: a signal stopped the run, whose state is saved.
     """
     with start(config, resume, display, given) as (run, state):
         run.callbacks = callbacks
@@ -90,12 +90,12 @@ def train(
 
 
 def finished(run: Run, state: TrainState) -> bool:
-    """Whether all iterations are done, or a callback has asked for an end."""
+    """Returns whether all iterations are done, or a callback has asked to stop."""
     return state.stopped or state.iteration >= run.config.train.iterations
 
 
 def iterate(run: Run, state: TrainState) -> None:
-    """One iteration of LOOP, or the rest of one that was interrupted between two updates."""
+    """Runs one iteration of LOOP, or the rest of one that was interrupted between two updates."""
     run.meter.start()
     batch = draw_batch(run, state.iteration)
     while True:
@@ -105,19 +105,19 @@ def iterate(run: Run, state: TrainState) -> None:
             learn(run, state, batch)  # 3. compare  4. update
             return
         except Resized:
-            # nothing is learned from these images yet: new ones come from calls of the size they are trained in
+            # No update has used these images. New ones are sampled in calls of the updates' size.
             state.discard_rollout()
 
 
 def learn(run: Run, state: TrainState, batch: Batch) -> None:
-    """The updates of an iteration that are still to be made, on what it has sampled."""
+    """Makes the remaining updates of an iteration on its rollout."""
     rollout, algorithm, device = state.rollout, run.config.algorithm, run.sampler.policy.device
     assert rollout is not None
     run.meter.start()
-    # joins the history when the iteration is complete, so that one resumed halfway counts its rewards once
+    # The copy becomes the history when the iteration is complete, so that a resumed one counts its rewards once.
     history = copy.deepcopy(state.statistics)
-    # A_i = (r_i − mean of the other K − 1) / std, of the prompts that are kept
-    advantages = compare(algorithm, rollout.rewards, batch.texts, history, device)
+    # A_i = (r_i − mean of the other K − 1) / std, for kept prompts
+    advantages = compare(algorithm, rollout.rewards, rollout.kept, batch.texts, history, device)
     # max(−A ρ, −A clip(ρ, 1 ± ε)) + kl_weight · KL, by one fused op with its gradient
     loss = PolicyLoss(algorithm, advantages)
     update_pass = UpdatePass(
@@ -133,11 +133,11 @@ def learn(run: Run, state: TrainState, batch: Batch) -> None:
         run.check_stop()
     state.account(run.meter.stop())
     state.latest = rollout if run.callbacks else None
-    state.complete(iteration_metrics(run.config, state), history)
+    state.complete(iteration_metrics(run, state), history)
 
 
 class Resized(Exception):  # noqa: N818 - a way out, not an error
-    """Updates take fewer rows per model call than the rollout did."""
+    """Updates take fewer rows per model call than the rollout did, so that its images must be sampled anew."""
 
 
 def update_with_fallback(
@@ -153,9 +153,9 @@ def update_with_fallback(
         Resized: the first update's calls would be smaller than the rollout's, so that the ratio would not be exactly 1.
     """
     screening, first = None, not state.updates
-    # an iteration's first update calls the model as the rollout did, and a compiled model is compiled for one size
+    # The first update's calls have the rollout's size, for a ratio of exactly 1. A compiled model has one size.
     padding = None if first or run.config.model.compile != "off" else PADDING
-    # in the first update the ratio is 1, and nothing is clipped
+    # In the first update the ratio is 1, so that no pair is clipped.
     wanted = run.screening == "on" or (run.screening == "auto" and state.zero_gradient > SCREENING_SHARE)
     if wanted and not first:
         screening = run.microbatches.with_oom_fallback(
@@ -179,13 +179,13 @@ def update_with_fallback(
 
 
 def _screening_call(run: Run) -> Literal["rollout", "train"]:
-    """Which call's rows a screening call takes: the larger number that is known to fit on the policy's device."""
+    """Returns the call whose rows screening uses: the larger of the sizes that fit on the policy's device."""
     sizes = run.microbatches
     return "rollout" if run.sampler.rollout_copy is None and sizes.rollout > sizes.train else "train"
 
 
 def finish_iteration(run: Run, state: TrainState) -> None:
-    """Evaluates where it is due, writes the iteration's metrics, and saves a checkpoint where it is due."""
+    """Evaluates the policy and saves a checkpoint at their intervals, and writes the iteration's metrics."""
     config, metrics, result = run.config, state.pending, None
     assert metrics is not None
     if state.iteration == 0 or finished(run, state) or _due(state.iteration, config.evaluation.every):
@@ -204,7 +204,7 @@ def finish_iteration(run: Run, state: TrainState) -> None:
         began = time.perf_counter()
         with run.phase("checkpoint"):
             save(run, state, None if result is None else result.reward)
-        # this iteration's line is written: it goes to the next
+        # This iteration's line is already written, so the next one gets the seconds.
         state.add({"seconds_checkpoint": time.perf_counter() - began})
     run.check_stop()
 
@@ -214,10 +214,10 @@ def _due(iteration: int, every: int) -> bool:
 
 
 def export(run: Run, state: TrainState) -> None:
-    """Exports the model, writes the report, and says what came out."""
+    """Exports the model, writes the report, and shows a summary."""
     path = run.folder.path
     exported = path / ("model" if run.config.model.tune == "full" else "lora")
-    with run.engine.averaged():
+    with run.engine.ema_weights():
         weights = run.engine.weights()
 
         def write() -> Path:

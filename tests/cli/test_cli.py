@@ -26,6 +26,7 @@ COMMANDS = [
     "profile",
     "sample",
     "eval",
+    "benchmark",
     "report",
     "schedule",
     "rewards",

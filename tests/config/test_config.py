@@ -20,6 +20,7 @@ from loopfast.config import (
     parse_config,
     recipes,
 )
+from loopfast.config.messages import differences
 from loopfast.errors import ConfigError, one_line
 
 MINIMAL = "model: {pretrained: embedded}\n"
@@ -469,3 +470,14 @@ def test_changes_of_a_program_go_into_their_sections_and_name_their_argument() -
         with pytest.raises(ConfigError) as caught:
             load_config("tiny", [], [wrong])
         assert str(caught.value).startswith(reason)
+
+
+def test_settings_that_differ_are_named_with_both_values() -> None:
+    before: dict[str, Any] = {"a": {"b": 1, "c": [1]}, "d": 2, "e": {}, "f": 0}
+    now: dict[str, Any] = {"a": {"b": 3, "c": [1]}, "e": {"g": 4}, "f": 5}
+    assert differences(before, now, ignored={"f"}) == [
+        "a.b (was 1, is 3)",
+        "d (was 2, is None)",
+        "e.g (was None, is 4)",
+    ]
+    assert differences(before, before) == []

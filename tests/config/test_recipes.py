@@ -27,7 +27,7 @@ from loopfast.config import Config, ModelConfig, load_config, parse_config, reci
 from loopfast.embedded.tokenizer import MAX_LENGTH, write_tokenizer
 from loopfast.planning import load_architecture, plan
 from loopfast.planning.architectures import Architecture
-from loopfast.planning.cards import CARDS
+from loopfast.planning.devices import DEVICES
 from loopfast.planning.memory import Resources, footprint
 from loopfast.prompts import load_prompts
 from loopfast.rewards.models.aesthetic import ScoreHead
@@ -117,7 +117,7 @@ def rows() -> list[list[str]]:
         there = architecture_of(config)
         run = footprint(config, there, Resources("cuda", 80 * GIB)).total
         reward = sum(models.get(term.name, 0) for term in config.reward)
-        card = next(card for card in CARDS.values() if 1.1 * (run + reward) < card.memory)
+        device = next(device for device in DEVICES.values() if 1.1 * (run + reward) < device.memory)
         found.append(
             [
                 f"`{name}`",
@@ -126,7 +126,7 @@ def rows() -> list[list[str]]:
                 f"`{config.prompts.source}`",
                 f"`{config.algorithm.name}`, K = {config.algorithm.samples_per_prompt}",
                 f"{run / GIB:.1f} + {reward / GIB:.1f}",
-                card.title,
+                device.title,
             ]
         )
     return found

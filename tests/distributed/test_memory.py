@@ -28,7 +28,7 @@ config = parse_config("{{}}", {overrides!r})
 world = init_world(read_launch_environment(os.environ), torch.device("cpu"), 60.0)
 policy = load_policy(config.model, keep_reference=True, cast=True, sharded=True)
 total = sum(p.numel() for p in policy.denoiser.parameters())
-engine = build_engine(policy, config, world)
+engine = build_engine(policy, config.train, config.distributed, world)
 names = [n for module in (policy.pipeline.vae, policy.pipeline.text_encoder) for n, p in module.named_parameters()
          if hasattr(p, "ds_id")]
 peak, parts = 0, {{}}

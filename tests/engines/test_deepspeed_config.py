@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loopfast import engines
 from loopfast.config import Config, parse_config
-from loopfast.engines import deepspeed_settings
 from loopfast.engines.deepspeed_file import KNOWN
 from loopfast.errors import ConfigError
 
@@ -19,6 +19,12 @@ LARGE = 860_000_000
 
 def config(*overrides: str) -> Config:
     return parse_config("model: {pretrained: embedded, dtype: bfloat16}", overrides)
+
+
+def deepspeed_settings(config: Config, parameters: int, **options: bool) -> dict[str, Any]:
+    return engines.deepspeed_settings(
+        config.train, config.distributed, config.model.dtype, parameters, **options
+    )
 
 
 def with_file(tmp_path: Path, content: Any, *overrides: str) -> dict[str, Any]:

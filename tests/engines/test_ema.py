@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopfast.config import parse_config
-from loopfast.engines.ema import WeightAverage
+from loopfast.engines.ema import EMAWeights
 from loopfast.errors import ConfigError
 from loopfast.run.checkpoints import CheckpointStore
 from loopfast.run.console import Display
@@ -27,7 +27,7 @@ PLAIN = tuple(option for option in EMA if "ema" not in option)
 
 def test_it_follows_its_formula() -> None:
     parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
-    average = WeightAverage({"p": parameter}, 0.3)
+    average = EMAWeights({"p": parameter}, 0.3)
     expected = parameter.detach().double()
     for n in range(1, 5):
         with torch.no_grad():
@@ -58,7 +58,7 @@ def test_an_update_is_one_operator_however_many_parameters_there_are() -> None:
     for parameter in parameters.values():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    average = WeightAverage(parameters, 0.9)
+    average = EMAWeights(parameters, 0.9)
     expected = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -79,7 +79,7 @@ def test_an_update_is_one_operator_however_many_parameters_there_are() -> None:
 
 def test_the_weights_come_back_after_an_error() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
-    average = WeightAverage({"p": parameter}, 0.5)
+    average = EMAWeights({"p": parameter}, 0.5)
     with torch.no_grad():
         parameter.fill_(3.0)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from loopfast.__main__ import main
 from loopfast.config import Config, RewardConfig
 from loopfast.errors import ConfigError, LoopfastError
-from loopfast.evaluation.benchmark.run import Candidate, Category, Scope, image_seed, run_benchmark
+from loopfast.evaluation.benchmark.run import Category, MeasuredModel, SamplingPlan, image_seed, run_benchmark
 from loopfast.evaluation.benchmark.score_file import Scored, ScoreFile
 from loopfast.policies import load_policy
 from loopfast.prompts import Prompt
@@ -344,6 +344,24 @@ def test_errors_are_one_line(
     assert reason in line
 
 
+def test_the_command_and_its_older_spelling_are_one(
+    full: Path, prompt_files: Path, counting: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, *options = counted(counting, prompt_files, tmp_path / "old", "--no-base", "--limit-prompts", 1)
+    assert measure(full, "--benchmark=t2i-compbench", *options) == 0
+    options[options.index(tmp_path / "old")] = tmp_path / "new"
+    assert main(["benchmark", str(full), "t2i-compbench", *map(str, options)]) == 0
+    assert results(tmp_path / "new") == results(tmp_path / "old")
+    assert main(["eval", "--help"]) == 0
+    assert "Deprecated: loopfast eval RUN --benchmark NAME" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [[], ["embedded", "--benchmark", "embedded"]])
+def test_a_benchmark_is_given_once(names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "runs/tiny", *names]) == 2
+    assert capsys.readouterr().err == "error: give one benchmark: t2i-compbench or embedded\n"
+
+
 def test_a_run_without_a_checkpoint_is_refused(
     full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -363,12 +381,12 @@ def sampler(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -
     return sampler_of(config, load_policy(config.model))
 
 
-def candidate(sampler: Sampler, name: str = "base") -> Candidate:
+def measured(sampler: Sampler, name: str = "base") -> MeasuredModel:
     @contextmanager
     def opened() -> Iterator[Sampler]:
         yield sampler
 
-    return Candidate(name, {"pretrained": "tiny"}, opened)
+    return MeasuredModel(name, {"pretrained": "tiny"}, opened)
 
 
 CATEGORIES = [
@@ -383,10 +401,10 @@ CATEGORIES = [
 
 def test_noise_is_a_function_of_seed_prompt_and_image(sampler: Sampler, tmp_path: Path) -> None:
     quiet = Display(quiet=True)
-    found = run_benchmark([candidate(sampler)], CATEGORIES, Scope(2), tmp_path / "a", quiet)["base"]
+    found = run_benchmark([measured(sampler)], CATEGORIES, SamplingPlan(2), tmp_path / "a", quiet)["base"]
     assert {name: values.shape for name, values in found.items()} == {"one": (3, 2), "two": (1, 2)}
     other = Sampler(sampler.policy, sampler.schedule, 1.0, "sum", 8)
-    again = run_benchmark([candidate(other)], CATEGORIES, Scope(2), tmp_path / "b", quiet)["base"]
+    again = run_benchmark([measured(other)], CATEGORIES, SamplingPlan(2), tmp_path / "b", quiet)["base"]
     for name, values in found.items():
         # a file's size jumps where a pixel does, by a few bytes
         assert torch.allclose(values, again[name], atol=0.02)
@@ -406,32 +424,34 @@ def test_more_images_and_prompts_keep_those_there_are(
         "color", [Prompt(text) for text in COLORS], RewardConfig(name=f"{counting.__name__}:score")
     )
 
-    def scores(folder: str, scope: Scope) -> torch.Tensor:
-        found = run_benchmark([candidate(sampler)], [category], scope, tmp_path / folder, Display(quiet=True))
+    def scores(folder: str, plan: SamplingPlan) -> torch.Tensor:
+        found = run_benchmark([measured(sampler)], [category], plan, tmp_path / folder, Display(quiet=True))
         return found["base"]["color"]
 
-    few = scores("a", Scope(1, limit_prompts=2))
+    few = scores("a", SamplingPlan(1, limit_prompts=2))
     counting.asked.clear()
-    more = scores("a", Scope(2))
+    more = scores("a", SamplingPlan(2))
     assert sum(map(len, counting.asked)) == 8 - 2
     assert torch.equal(more[:2, :1], few)
     # drawn in other batches
-    assert torch.allclose(more, scores("b", Scope(2)), atol=1e-5)
-    assert torch.allclose(scores("b", Scope(1, limit_prompts=2)), scores("c", Scope(2))[:2, :1], atol=1e-5)
-    assert not torch.isclose(scores("d", Scope(2, seed=1)), more, atol=1e-5).any()
+    assert torch.allclose(more, scores("b", SamplingPlan(2)), atol=1e-5)
+    assert torch.allclose(
+        scores("b", SamplingPlan(1, limit_prompts=2)), scores("c", SamplingPlan(2))[:2, :1], atol=1e-5
+    )
+    assert not torch.isclose(scores("d", SamplingPlan(2, seed=1)), more, atol=1e-5).any()
 
 
 def test_both_models_have_the_same_noise(sampler: Sampler, tmp_path: Path) -> None:
-    models = [candidate(sampler), candidate(sampler, "trained")]
-    found = run_benchmark(models, CATEGORIES, Scope(1), tmp_path, Display(quiet=True))
+    models = [measured(sampler), measured(sampler, "trained")]
+    found = run_benchmark(models, CATEGORIES, SamplingPlan(1), tmp_path, Display(quiet=True))
     assert torch.equal(found["base"]["one"], found["trained"]["one"])
 
 
 def test_images_of_long_prompts_and_slashes_are_kept(sampler: Sampler, tmp_path: Path) -> None:
     prompts = [Prompt("a red/blue circle_and " + "é" * 300)]
     category = Category("one", prompts, RewardConfig(name="jpeg_compressibility"))
-    scope = Scope(3, keep_images=2)
-    run_benchmark([candidate(sampler)], [category], scope, tmp_path, Display(quiet=True))
+    plan = SamplingPlan(3, keep_images=2)
+    run_benchmark([measured(sampler)], [category], plan, tmp_path, Display(quiet=True))
     names = sorted(path.name for path in (tmp_path / "images/base/one/samples").iterdir())
     assert [name[-11:] for name in names] == ["_000000.png", "_000001.png"]
     assert all(name.startswith("a red blue circle and ") and len(name.encode()) <= 255 for name in names)
@@ -439,8 +459,8 @@ def test_images_of_long_prompts_and_slashes_are_kept(sampler: Sampler, tmp_path:
 
 def test_progress_is_shown(sampler: Sampler, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for limit in (1, None):
-        scope = Scope(2, limit_prompts=limit)
-        run_benchmark([candidate(sampler)], CATEGORIES[:1], scope, tmp_path, Display())
+        plan = SamplingPlan(2, limit_prompts=limit)
+        run_benchmark([measured(sampler)], CATEGORIES[:1], plan, tmp_path, Display())
     assert capsys.readouterr().out.splitlines() == [
         "base, one: 2/2 images",
         "base, one: 2 of 6 images are scored already",

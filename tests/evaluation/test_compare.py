@@ -33,7 +33,7 @@ def a_run(config: Config, lines: Sequence[dict[str, Any]]) -> Path:
 
 
 def benchmark(folder: Path, name: str, categories: dict[str, dict[str, float]]) -> None:
-    """Results as ``loopfast eval --benchmark`` writes them."""
+    """Results as ``loopfast benchmark`` writes them."""
     models = {name: {} for name in next(iter(categories.values()))}
     intervals = {
         category: {

@@ -15,11 +15,10 @@ from benchmarks.planning.check_memory import tensors_held
 from loopfast.config import Config, parse_config
 from loopfast.errors import ConfigError
 from loopfast.planning import as_dict, load_architecture, plan
-from loopfast.planning.architectures import T5_TOKENS
 from loopfast.planning.memory import footprint
-from loopfast.planning.networks import adapted, form_of, sampling_call, training_call, weights_of
+from loopfast.planning.networks import form_of, sampling_call, training_call, weights_of
 from loopfast.policies import Policy, load_policy
-from loopfast.policies.families import FAMILIES
+from loopfast.policies.families import family_of
 from tests.families import FAMILIES as TINY
 from tests.families import save_tiny, settings_of
 
@@ -88,13 +87,10 @@ def test_a_call_holds_the_tensors_that_are_planned(folder: Any, family: str, tun
     assert planned == pytest.approx(called(load_policy(there.model), guidance), rel=0.1)
 
 
-def test_what_the_policies_say_of_themselves_is_what_is_planned() -> None:
-    for family in FAMILIES:
-        kind = family.policy_class()
-        for pipeline in family.pipelines:
-            assert adapted(pipeline) == kind.lora_targets
-            if pipeline != "PixArtAlphaPipeline":  # half the tokens of the other
-                assert T5_TOKENS.get(pipeline) == kind.sequence_length
+@pytest.mark.parametrize("family", TINY)
+def test_a_denoiser_is_called_as_its_pipelines_policy_calls_it(folder: Any, family: str) -> None:
+    architecture = load_architecture(config(folder(family), family).model)
+    assert architecture.family == family_of(architecture.pipeline)
 
 
 def test_a_size_in_pixels_is_planned() -> None:

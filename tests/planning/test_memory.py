@@ -102,7 +102,7 @@ def test_what_is_offloaded_waits_on_the_host() -> None:
         "train.microbatch=2",
     ],
 )
-def test_a_lever_saves(override: str) -> None:
+def test_a_setting_saves(override: str) -> None:
     guided = "rollout.guidance_scale=3.0"
     assert of(None, guided, override).total < of(None, guided).total
 

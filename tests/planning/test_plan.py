@@ -11,10 +11,10 @@ from rich.console import Console
 from loopfast.config import Config, load_config, parse_config
 from loopfast.errors import ConfigError
 from loopfast.planning import Plan, as_dict, as_tables, counting, load_architecture, networks, plan
-from loopfast.planning.cards import CARDS, choose, parse_memory
-from loopfast.planning.levers import Lever, advise, changed, fits
+from loopfast.planning.devices import DEVICES, choose, parse_memory
 from loopfast.planning.memory import Resources, with_sizes
 from loopfast.planning.networks import form_of, training_call
+from loopfast.planning.savings import Saving, advise, changed, fits
 from loopfast.planning.speed import Work
 
 GIB = 2**30
@@ -63,11 +63,11 @@ def test_values_that_are_not_allowed() -> None:
 
 
 def test_the_card_is_named_or_the_smallest_with_the_memory() -> None:
-    assert choose(config(), "h100-80", None, 2)[1] == Resources("cuda", 80 * GIB, 2)
-    assert choose(config(), None, "24GiB", None)[0] is CARDS["rtx3090"]
-    assert choose(config(), None, "30GiB", None)[0] is CARDS["a100-40"]
-    assert choose(config(), "a100-80", "10GiB", None)[1].memory == 10 * GIB
-    assert choose(small(), None, None, None)[0].device == "cpu"
+    assert choose(config().model.device, "h100-80", None, 2)[1] == Resources("cuda", 80 * GIB, 2)
+    assert choose(config().model.device, None, "24GiB", None)[0] is DEVICES["rtx3090"]
+    assert choose(config().model.device, None, "30GiB", None)[0] is DEVICES["a100-40"]
+    assert choose(config().model.device, "a100-80", "10GiB", None)[1].memory == 10 * GIB
+    assert choose(small().model.device, None, None, None)[0].kind == "cpu"
 
 
 def test_processes_on_a_cpu_share_its_memory() -> None:
@@ -108,11 +108,11 @@ def test_the_largest_sizes_fit_and_the_next_do_not(sharded: Plan) -> None:
         (["model.tune=full", "model.dtype=float32"], 2, "rtx3060"),
     ],
 )
-def test_the_levers_that_are_advised_suffice_and_are_needed(
+def test_the_savings_that_are_advised_suffice_and_are_needed(
     overrides: list[str], gpus: int, card: str
 ) -> None:
     there = config(*overrides)
-    resources = choose(there, card, None, gpus)[1]
+    resources = choose(there.model.device, card, None, gpus)[1]
     architecture = load_architecture(there.model)
     assert not fits(there, architecture, resources)
     advice = advise(there, architecture, resources)
@@ -121,11 +121,13 @@ def test_the_levers_that_are_advised_suffice_and_are_needed(
     better = changed(there, settings)
     assert better is not None
     assert fits(better, architecture, resources)
-    assert advice.levers[-1].total <= resources.memory
-    totals = [applied.total for applied in advice.levers]
+    assert advice.savings[-1].total <= resources.memory
+    totals = [applied.total for applied in advice.savings]
     assert totals == sorted(totals, reverse=True)
-    for index in range(len(advice.levers)):
-        rest = {k: v for i, a in enumerate(advice.levers) if i != index for k, v in a.lever.settings.items()}
+    for index in range(len(advice.savings)):
+        rest = {
+            k: v for i, a in enumerate(advice.savings) if i != index for k, v in a.saving.settings.items()
+        }
         fewer = changed(there, rest)
         assert fewer is None or not fits(fewer, architecture, resources)
 
@@ -133,27 +135,27 @@ def test_the_levers_that_are_advised_suffice_and_are_needed(
 def test_an_adapter_is_the_last_resort() -> None:
     there = config("model.tune=full")
     advice = advise(there, load_architecture(there.model), Resources("cuda", 12 * GIB))
-    names = [applied.lever.name for applied in advice.levers]
+    names = [applied.saving.name for applied in advice.savings]
     assert names
     assert names.index("a low-rank adapter") == len(names) - 1 if "a low-rank adapter" in names else True
 
 
-def test_what_fits_needs_no_levers() -> None:
+def test_what_fits_needs_no_savings() -> None:
     found = plan(small())
     assert found.chosen.fits
-    assert found.advice.levers == ()
+    assert found.advice.savings == ()
     assert "It fits as configured." in text(found)
 
 
 def test_what_cannot_fit_is_said_to() -> None:
     found = plan(load_config("tiny"), memory="500MB")
     assert not found.advice.fits
-    assert "it does not fit with all levers" in text(found)
+    assert "it does not fit with all savings" in text(found)
 
 
-def test_settings_that_contradict_the_rest_are_no_lever() -> None:
-    lever = Lever("offload", {"distributed.offload": "all"}, "")
-    assert changed(config(), lever.settings) is None
+def test_settings_that_contradict_the_rest_are_no_saving() -> None:
+    saving = Saving("offload", {"distributed.offload": "all"}, "")
+    assert changed(config(), saving.settings) is None
 
 
 def test_scaling(sharded: Plan) -> None:
@@ -167,7 +169,7 @@ def test_scaling(sharded: Plan) -> None:
     computes = [scale.compute for scale in sharded.strong]
     assert computes == sorted(computes, reverse=True)
     count, updates = 859_520_964, 2
-    assert sharded.weak[1].traffic.volumes["reduce gradients"] == round(2 * 7 / 8 * 4 * count * updates)
+    assert sharded.weak[1].sent["reduce gradients"] == round(2 * 7 / 8 * 4 * count * updates)
 
 
 def test_gathering_all_weights_is_counted_by_call() -> None:
@@ -178,10 +180,10 @@ def test_gathering_all_weights_is_counted_by_call() -> None:
     )
     name = "gather weights, replay"
     calls = 2 * plain.chosen.footprint.batch.calls
-    assert plain.weak[1].traffic.volumes[name] == round(2 * 7 / 8 * 2 * 859_520_964 * calls)
-    assert checked.weak[1].traffic.volumes[name] == round(1.5 * plain.weak[1].traffic.volumes[name])
+    assert plain.weak[1].sent[name] == round(2 * 7 / 8 * 2 * 859_520_964 * calls)
+    assert checked.weak[1].sent[name] == round(1.5 * plain.weak[1].sent[name])
     # the copy to sample from is made once
-    assert plain.weak[1].traffic.volumes["gather weights, rollout"] == round(7 / 8 * 2 * 859_520_964)
+    assert plain.weak[1].sent["gather weights, rollout"] == round(7 / 8 * 2 * 859_520_964)
 
 
 def test_json_has_these_keys(sharded: Plan) -> None:
@@ -267,10 +269,10 @@ def test_a_pipeline_that_cannot_be_trained_is_planned(pipeline_folder: Path, tmp
 
 
 def test_decoding_takes_the_time_of_its_precision() -> None:
-    card, work = CARDS["a100-80"], Work(rollout=0.0, decoding=1e15, replay=0.0, optimizer=0.0)
+    device, work = DEVICES["a100-80"], Work(rollout=0.0, decoding=1e15, replay=0.0, optimizer=0.0)
 
     def seconds(*overrides: str) -> float:
-        return work.seconds(card, config(*overrides))["decoding"]
+        return work.seconds(device, config(*overrides))["decoding"]
 
     ieee, half = "model.decoder_precision=float32", "model.decoder_precision=model"
     assert seconds() == seconds("model.tf32=true") < seconds(ieee) == seconds(half, "model.dtype=float32")

@@ -289,7 +289,7 @@ def test_calls_without_gradients_take_the_compiled_graph_of_those_with(
     torch._dynamo.reset()
     plain = make(pipeline_folder, tune, dtype="bfloat16")
     policy = make(pipeline_folder, tune, dtype="bfloat16", compile=compiled)
-    assert policy.levers["compile"] == compiled
+    assert policy.performance_options["compile"] == compiled
     assert set(policy.trainable()) == set(plain.trainable())
     disturb(plain)
     disturb(policy)
@@ -336,11 +336,11 @@ def test_a_call_without_gradients_keeps_nothing_for_a_backward_pass() -> None:
 
 
 @pytest.mark.parametrize("options", [{"attention": "flash"}, {"channels_last": "on"}])
-def test_levers_of_speed_leave_the_output(options: dict[str, Any], pipeline_folder: Path) -> None:
+def test_performance_options_leave_the_output(options: dict[str, Any], pipeline_folder: Path) -> None:
     off: dict[str, Any] = {"attention": "sdpa", "channels_last": "off"}
-    plain, lever = make(pipeline_folder, "full", **off), make(pipeline_folder, "full", **{**off, **options})
-    assert plain.levers != lever.levers
-    torch.testing.assert_close(outputs(lever), outputs(plain), atol=1e-5, rtol=0)
+    plain, faster = make(pipeline_folder, "full", **off), make(pipeline_folder, "full", **{**off, **options})
+    assert plain.performance_options != faster.performance_options
+    torch.testing.assert_close(outputs(faster), outputs(plain), atol=1e-5, rtol=0)
 
 
 def test_recomputed_activations_have_the_same_gradient(pipeline_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The levers whose effect is on a GPU: what they set, what they refuse, and with a GPU what they compute."""
+"""Performance options for a GPU: what they set, what they refuse, and on a GPU what they compute."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_decoder_in_tf32_leaves_the_process_and_the_denoiser_alone(
     plain = load_policy(settings(pipeline_folder, fast_layers=fast))
     monkeypatch.setattr(switches, "_without_tf32", lambda device: None)
     policy: Any = load_policy(settings(pipeline_folder, fast_layers=fast))
-    assert policy.levers["decoder"] == "tf32"
+    assert policy.performance_options["decoder"] == "tf32"
     assert not any(isinstance(module, Tf32Conv2d) for module in policy.denoiser.modules())
     allowed: list[bool] = []
 
@@ -194,7 +194,10 @@ def test_a_gpu_decodes_in_tf32(pipeline_folder: Path) -> None:
         assert not torch.backends.cudnn.allow_tf32
     torch.testing.assert_close(images["tf32"], images["float32"], atol=3e-2, rtol=0)
     torch.testing.assert_close(images["model"], images["float32"], atol=0.1, rtol=0)
-    assert load_policy(settings(pipeline_folder, device="cuda")).levers["decoder"] in ("tf32", "float32")
+    assert load_policy(settings(pipeline_folder, device="cuda")).performance_options["decoder"] in (
+        "tf32",
+        "float32",
+    )
 
 
 # ---- determinism
@@ -208,7 +211,7 @@ def test_deterministic_algorithms_are_set(pipeline_folder: Path, monkeypatch: py
     assert switches.CUBLAS_WORKSPACE not in os.environ
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     policy = load_policy(settings(pipeline_folder, deterministic=True))
-    assert policy.levers["deterministic"] is True
+    assert policy.performance_options["deterministic"] is True
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.backends.cudnn.deterministic
@@ -239,7 +242,7 @@ def test_a_run_sets_the_workspace_before_processes_join(monkeypatch: pytest.Monk
     def joined(*_: Any) -> Any:
         raise LoopfastError(f"the workspace is {os.environ.get(switches.CUBLAS_WORKSPACE)}")
 
-    monkeypatch.setattr("loopfast.training.setup.joined", joined)
+    monkeypatch.setattr("loopfast.training.setup.connected", joined)
     monkeypatch.delenv(switches.CUBLAS_WORKSPACE, raising=False)
     sharded = ["distributed.zero_stage=1"]
     with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import loopfast.training.train as training
 from loopfast.algorithms import EPSILON
 from loopfast.config import Config, RewardConfig
 from loopfast.errors import ConfigError, RewardError
-from loopfast.rewards import RewardSet, RewardTerm, Scores, build_rewards, training_total
+from loopfast.rewards import RewardSet, RewardTerm, Scores, build_rewards, training_rewards
 from loopfast.run.console import Display
 from loopfast.run.tracking import read_metrics
 
@@ -46,7 +47,21 @@ def test_a_range_is_a_straight_line_in_every_sum() -> None:
         RewardConfig(name="a", weight=2.0, normalize="range", range=(1.0, 5.0)),
         RewardConfig(name="b", weight=-1.0),
     ]
-    assert torch.equal(training_total(terms, found, 2).flatten(), found.total)
+    assert torch.equal(training_rewards(terms, found, 2)[0].flatten(), found.total)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_prompt_is_kept_where_all_its_rewards_are_numbers(bad: float) -> None:
+    total = torch.tensor([1.0, 2.0, 3.0, bad, bad, bad, 4.0, 4.0])
+    rewards, kept = training_rewards([], Scores(total, {}), 2)
+    assert kept.tolist() == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert torch.equal(rewards[kept].flatten(), total[[0, 1, 6, 7]])
+    assert rewards[~kept].isnan().all()
 
 
 def test_a_configurations_range_reaches_the_sum() -> None:
@@ -61,12 +76,12 @@ def test_std_is_of_all_images_that_count() -> None:
         RewardConfig(name="a", weight=2.0, normalize="std"),
         RewardConfig(name="b", weight=0.5, normalize="range", range=(0.0, 10.0)),
     ]
-    found = training_total(terms, scores(a=VALUES, b=other), 2)
+    found, _ = training_rewards(terms, scores(a=VALUES, b=other), 2)
     expected = 2 * standardized(VALUES) + 0.5 * other.double() / 10
     torch.testing.assert_close(found.flatten(), expected.float())
     # of a prompt of which one image has no score none counts
     other[3] = torch.nan
-    found = training_total(terms, scores(a=VALUES, b=other), 2)
+    found, _ = training_rewards(terms, scores(a=VALUES, b=other), 2)
     kept = torch.tensor([0, 1, 4, 5])
     assert found[1].isnan().all()
     expected = 2 * standardized(VALUES[kept]) + 0.5 * other[kept].double() / 10
@@ -76,13 +91,14 @@ def test_std_is_of_all_images_that_count() -> None:
 @pytest.mark.parametrize("value", [3.0, 0.1, 612.3, -100000.3])
 def test_equal_values_are_0(value: float) -> None:
     term = RewardConfig(name="a", normalize="std")
-    assert training_total([term], scores(a=torch.full((42,), value)), 2).count_nonzero() == 0
+    found, _ = training_rewards([term], scores(a=torch.full((42,), value)), 2)
+    assert found.count_nonzero() == 0
 
 
 def test_a_sum_that_overflows_is_reported() -> None:
     term = RewardConfig(name="a", normalize="std", weight=1e39)
     with pytest.raises(RewardError, match="sum of the normalized rewards is not finite"):
-        training_total([term], scores(a=VALUES), 2)
+        training_rewards([term], scores(a=VALUES), 2)
 
 
 @pytest.mark.parametrize(

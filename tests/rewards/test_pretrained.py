@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.models.pretrained import (
-    Placement,
-    PretrainedReward,
-    is_file,
+from loopfast.rewards.models.pretrained import Placement, PretrainedReward, number, placement
+from loopfast.rewards.models.sources import is_file, require_file, require_folder
+from loopfast.rewards.models.weights import (
     load_config,
     load_pretrained,
     load_state,
     load_tokenizer,
-    number,
-    placement,
     read_state,
-    require_file,
-    require_folder,
 )
 
 CPU = torch.device("cpu")

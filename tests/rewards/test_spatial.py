@@ -17,9 +17,9 @@ from loopfast.rewards.models.spatial import (
     Relation,
     depth_agreement,
     find_relation,
-    given_relation,
     pair_score,
     position_agreement,
+    relation_of,
 )
 from tests.tiny_models import write_depth_model, write_detector
 
@@ -243,14 +243,14 @@ def test_a_prompt_without_a_relation_is_an_error(
 
 def test_metadata_names_the_relation() -> None:
     prompt = "a cat beside a dog"
-    assert given_relation(prompt, {}) is None
-    assert given_relation(prompt, {"relation": ["cat", "near", "dog"]}) == Relation("cat", "near", "dog")
-    assert given_relation(prompt, {"relation": ("cat", "front", "dog")}, depth=True) is not None
+    assert relation_of(prompt, {}) is None
+    assert relation_of(prompt, {"relation": ["cat", "near", "dog"]}) == Relation("cat", "near", "dog")
+    assert relation_of(prompt, {"relation": ("cat", "front", "dog")}, depth=True) is not None
     for wrong in (["cat", "front", "dog"], ["cat", "dog"], "cat", ["cat", "near", 3], ["", "near", "dog"]):
         with pytest.raises(
             RewardError, match=r"metadata relation: found .*, allowed: a name, one of bottom,"
         ):
-            given_relation(prompt, {"relation": wrong})
+            relation_of(prompt, {"relation": wrong})
 
 
 @pytest.mark.parametrize(

@@ -225,11 +225,11 @@ def test_whole_weights_are_asked_for_a_layer_at_a_time(pipeline_folder: Path) ->
     asked: list[set[int]] = []
 
     @contextmanager
-    def whole(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    def gathered(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
         asked.append({id(parameter) for parameter in parameters})
         yield
 
-    rollout_copy.whole = whole
+    rollout_copy.gathered = gathered
     with rollout_copy.ready():
         pass
     everything = {id(parameter) for parameter in policy.denoiser.parameters()}

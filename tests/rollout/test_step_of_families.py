@@ -16,12 +16,12 @@ from loopfast.rollout import DenoisingStep, Sampler, StepCache
 from tests.families import FAMILIES, settings_of
 from tests.rollout import toy
 
-LEVERS = {"text encoder": {"lora": {"text_encoder": True}}, "DoRA": {"lora": {"dora": True}}}
-CASES = [*((family, None) for family in FAMILIES), *(("sd-v", lever) for lever in LEVERS)]
+OPTIONS = {"text encoder": {"lora": {"text_encoder": True}}, "DoRA": {"lora": {"dora": True}}}
+CASES = [*((family, None) for family in FAMILIES), *(("sd-v", option) for option in OPTIONS)]
 
 
-def configure(family: str, lever: str | None, place: Path, device: str) -> ModelConfig:
-    options = {**settings_of(family), **LEVERS.get(lever or "", {})}
+def configure(family: str, option: str | None, place: Path, device: str) -> ModelConfig:
+    options = {**settings_of(family), **OPTIONS.get(option or "", {})}
     return ModelConfig.model_validate({"pretrained": str(place), "device": device, "tune": "lora", **options})
 
 
@@ -41,12 +41,12 @@ class Uploads(TorchDispatchMode):
 
 
 # The blocks of sd35 are diffusers' own, and its step is that of sd3.
-@pytest.mark.parametrize(("family", "lever"), [case for case in CASES if case != ("sd35", None)])
+@pytest.mark.parametrize(("family", "option"), [case for case in CASES if case != ("sd35", None)])
 @torch.no_grad()
-def test_the_loop_runs_where_no_number_exists(family: str, lever: str | None, family_folder: Any) -> None:
+def test_the_loop_runs_where_no_number_exists(family: str, option: str | None, family_folder: Any) -> None:
     """Tensors of the device "meta" have no values: whatever asks for one, or brings one to the host, raises."""
     meta = torch.device("meta")
-    config = configure(family, lever, family_folder(family), "cpu")
+    config = configure(family, option, family_folder(family), "cpu")
     policy = load_policy(config)
     denoiser = copy.deepcopy(policy.denoiser).to(meta)
     elsewhere = policy.with_denoiser(denoiser, meta, policy.dtype, autocast=False)
@@ -60,9 +60,9 @@ def test_the_loop_runs_where_no_number_exists(family: str, lever: str | None, fa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("family", "lever"), CASES)
-def test_replays_give_the_bits_of_the_eager_loop(family: str, lever: str | None, family_folder: Any) -> None:
-    config = configure(family, lever, family_folder(family), "cuda")
+@pytest.mark.parametrize(("family", "option"), CASES)
+def test_replays_give_the_bits_of_the_eager_loop(family: str, option: str | None, family_folder: Any) -> None:
+    config = configure(family, option, family_folder(family), "cuda")
     policy = load_policy(config)
     toy.move(policy)
     schedule = load_schedule(config, RolloutConfig(steps=3)).to(policy.device)

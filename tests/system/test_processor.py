@@ -105,7 +105,7 @@ def test_float16_that_deepspeed_refuses_is_one_line_before_anything_is_loaded(
 
     monkeypatch.setattr(processor, "has_kernels", lambda dtype: False)
     for place, name in (
-        (loopfast.training.setup, "joined"),
+        (loopfast.training.setup, "connected"),
         (loopfast.training.setup, "load_policy"),
         (loopfast.distributed.launch, "launch"),
     ):
@@ -131,4 +131,5 @@ def test_float16_elsewhere_is_allowed(
     overrides: tuple[str, ...], device: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processor, "has_kernels", lambda dtype: kernels)
-    require_type(load_config("tiny", ["model.dtype=float16", *overrides]), device)
+    config = load_config("tiny", ["model.dtype=float16", *overrides])
+    require_type(config.model.dtype, config.distributed.zero_stage, device)

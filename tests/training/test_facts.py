@@ -39,7 +39,9 @@ def test_the_header_says_what_is_trained(
 ) -> None:
     config = small_config("train.inner_epochs=3", "rollout.steps=4", *overrides)
     policy = SimpleNamespace(
-        describe=lambda: "the model", device=torch.device("cpu"), levers={"attention": "sdpa", "tf32": False}
+        describe=lambda: "the model",
+        device=torch.device("cpu"),
+        performance_options={"attention": "sdpa", "tf32": False},
     )
     trainer: Any = SimpleNamespace(
         config=config,

@@ -11,7 +11,7 @@ from loopfast.config import AlgorithmConfig
 from loopfast.training.loss import Advantages, PolicyLoss, compare
 from loopfast.training.update_pass import reference_output
 from loopfast_kernels import LoopLoss
-from tests.training.toys import GROUPS, REWARDS, SAMPLES, Case
+from tests.training.toys import GROUPS, KEPT, REWARDS, SAMPLES, Case
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def formula(name: str, normalize: str = "auto", history: tuple[list[float], ...]
 
 
 def compared(algorithm: AlgorithmConfig) -> Advantages:
-    return compare(algorithm, REWARDS, ["a", "b"], PromptStatistics(), CPU)
+    return compare(algorithm, REWARDS, KEPT, ["a", "b"], PromptStatistics(), CPU)
 
 
 @pytest.mark.parametrize("clip", [None, 1.1])
@@ -74,7 +74,7 @@ def test_advantages_are_those_of_the_formula(name: str, normalize: str, clip: fl
 def test_a_prompts_history_is_what_its_rewards_are_compared_with() -> None:
     statistics = PromptStatistics(min_count=4)
     statistics.load_state_dict({"a": [4.0, 5.0], "b": [-1.0]})
-    found = compare(config("ppo"), REWARDS, ["a", "b"], statistics, CPU)
+    found = compare(config("ppo"), REWARDS, KEPT, ["a", "b"], statistics, CPU)
     expected = formula("ppo", history=([4.0, 5.0, 1.0, 2.0, 6.0], [-1.0, 0.0, 0.0, 3.0])).flatten()
     torch.testing.assert_close(found.values.double(), expected, rtol=1e-5, atol=1e-6)
     assert statistics.state_dict() == {"a": [4.0, 5.0, 1.0, 2.0, 6.0], "b": [-1.0, 0.0, 0.0, 3.0]}
@@ -89,7 +89,7 @@ def test_the_op_compares_by_itself_where_it_can(name: str, normalize: str) -> No
 def pairs_loss(case: Case, algorithm: AlgorithmConfig, rewards: Tensor = REWARDS) -> LoopLoss:
     """The loss of a case's pairs, as an update works it out in one model call."""
     sampler, rows, steps = case.sampler, case.rows, case.steps
-    loss = PolicyLoss(algorithm, compare(algorithm, rewards, ["a", "b"], PromptStatistics(), CPU))
+    loss = PolicyLoss(algorithm, compare(algorithm, rewards, KEPT, ["a", "b"], PromptStatistics(), CPU))
     transitions = case.trajectories.pairs(rows, steps)
     given = transitions[0], sampler.schedule.timesteps[steps], {"text": case.text[case.prompts[rows]]}
     reference = reference_output(sampler, *given) if loss.needs_reference else None

@@ -50,11 +50,11 @@ def test_a_copy_is_measured_where_the_weights_are_spread_and_it_computes_the_sam
     toy, asked = make_toy("rollout.replica=resident"), list[bool]()
     rollout_copy: Any = toy.run.sampler.rollout_copy
 
-    def whole(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
+    def gathered(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
         asked.append(True)
         return nullcontext()
 
-    rollout_copy.whole, rollout_copy.exact, toy.run.engine.sharded = whole, exact, sharded
+    rollout_copy.gathered, rollout_copy.exact, toy.run.engine.sharded = gathered, exact, sharded
     assert evaluated(toy).items == evaluated(make_toy()).items
     assert bool(asked) == sampled
     assert toy.run.sampler.rollout_copy is rollout_copy
@@ -64,7 +64,7 @@ def test_the_average_of_the_weights_is_measured_where_one_is_kept(make_toy: Make
     toy, plain = make_toy("train.ema_decay=0.9"), make_toy()
     iterate(toy.run, toy.state)
     now = evaluated(toy)
-    with toy.run.engine.averaged(), torch.no_grad():
+    with toy.run.engine.ema_weights(), torch.no_grad():
         average = toy.weights
     for name, weight in plain.policy.trainable().items():
         assert not torch.equal(toy.weights[name], average[name])

@@ -3,11 +3,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from loopfast.config import Config
 from loopfast.rewards import Scores
 from loopfast.rollout.trajectories import Trajectories
 from loopfast.run.tracking import describe
@@ -18,15 +20,17 @@ from tests.training.toys import toy_config
 
 
 @pytest.mark.parametrize("bad", ["error", "drop_group"])
-def test_the_metrics_of_a_rollout_are_those_of_the_prompts_that_are_kept(bad: str, tmp_path: Path) -> None:
+def test_the_metrics_of_a_rollout_are_those_of_the_prompts_that_are_kept(bad: str) -> None:
     nan, count = math.nan, {} if bad == "error" else {"dropped_groups": 1}
     # what is trained on may be normalized otherwise: metrics are of the scores
     rewards = torch.tensor([[10.0, 11.0], [nan, nan], [12.0, 13.0]])
     scores = Scores(
         torch.tensor([1.0, 3.0, 9.0, nan, 2.0, 8.0]), {"a": torch.tensor([0.0, 1.0, 5.0, nan, 2.0, 3.0])}
     )
-    rollout = Rollout(Trajectories(torch.zeros(2, 6, 1), torch.zeros(1, 6)), rewards)
-    found = rollout_metrics(toy_config(tmp_path, f"rollout.on_bad_reward={bad}"), scores, rollout)
+    rollout = Rollout(
+        Trajectories(torch.zeros(2, 6, 1), torch.zeros(1, 6)), rewards, torch.tensor([True, False, True])
+    )
+    found = rollout_metrics(scores, rollout, count_dropped=bad == "drop_group")
     assert found == {
         "reward_mean": 3.5,
         "reward_std": pytest.approx(math.sqrt((2.5**2 + 0.5**2 + 1.5**2 + 4.5**2) / 4)),
@@ -35,6 +39,10 @@ def test_the_metrics_of_a_rollout_are_those_of_the_prompts_that_are_kept(bad: st
         **count,
     }
     assert all(describe(name) for name in found)
+
+
+def make_run(config: Config) -> Any:
+    return SimpleNamespace(config=config)
 
 
 def stated() -> TrainState:
@@ -62,7 +70,7 @@ def stated() -> TrainState:
 
 def test_the_metrics_of_an_iteration_are_means_over_its_updates(tmp_path: Path) -> None:
     state = stated()
-    found = iteration_metrics(toy_config(tmp_path), state)
+    found = iteration_metrics(make_run(toy_config(tmp_path)), state)
     assert found == {
         **state.metrics,
         "images_per_second": 3.0,
@@ -90,7 +98,7 @@ def test_the_metrics_of_an_iteration_are_means_over_its_updates(tmp_path: Path) 
 )
 def test_what_only_some_runs_have(override: str, more: dict[str, Any], tmp_path: Path) -> None:
     plain, found = (
-        iteration_metrics(config, stated())
+        iteration_metrics(make_run(config), stated())
         for config in (toy_config(tmp_path), toy_config(tmp_path, override))
     )
     assert found == {**plain, **more}
@@ -101,6 +109,6 @@ def test_updates_of_an_earlier_versions_checkpoint_count_no_overflows(
     dtype: str, more: dict[str, int], tmp_path: Path
 ) -> None:
     config, state = toy_config(tmp_path, f"model.dtype={dtype}"), stated()
-    expected = iteration_metrics(config, state) | more
+    expected = iteration_metrics(make_run(config), state) | more
     del state.updates[0]["overflows"]
-    assert iteration_metrics(config, state) == expected
+    assert iteration_metrics(make_run(config), state) == expected

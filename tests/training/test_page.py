@@ -281,7 +281,9 @@ def update_pass(toy: Toy, batch: Batch) -> UpdatePass:
     """Of what was sampled, with the advantages that an update is given."""
     algorithm, rollout = toy.run.config.algorithm, toy.state.rollout
     assert rollout is not None
-    compared = compare(algorithm, rollout.rewards, batch.texts, toy.state.statistics, toy.policy.device)
+    compared = compare(
+        algorithm, rollout.rewards, rollout.kept, batch.texts, toy.state.statistics, toy.policy.device
+    )
     return UpdatePass(
         toy.run.sampler,
         PolicyLoss(algorithm, compared),
@@ -498,7 +500,7 @@ def test_what_was_trained_is_exported_with_a_report(
         iterate(toy.run, toy.state)
     export(toy.run, toy.state)
     exported = load_file(toy.run.folder.path / name / "toy.safetensors")
-    with toy.run.engine.averaged():
+    with toy.run.engine.ema_weights():
         assert same(exported, toy.weights)
     assert same(exported, toy.weights) == ("train.ema_decay=0.9" not in overrides)
     assert "<html" in (toy.run.folder.path / "report.html").read_text("utf-8")

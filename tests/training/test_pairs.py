@@ -84,7 +84,9 @@ def dealt(toy: Toy, rewards: Tensor | None = None) -> list[list[tuple[int, int]]
     """The pairs of each update that is left, of three prompts with two images each if nothing else is said."""
     rewards = torch.zeros(3, 2) if rewards is None else rewards
     trajectories = Trajectories(torch.zeros(4, rewards.numel(), 1), torch.zeros(3, rewards.numel()))
-    parts: list[Pairs] = update_pairs(toy.run, toy.state, Rollout(trajectories, rewards))
+    parts: list[Pairs] = update_pairs(
+        toy.run, toy.state, Rollout(trajectories, rewards, rewards.isfinite().all(1))
+    )
     return [[*zip(rows.tolist(), steps.tolist(), strict=True)] for rows, steps in parts]
 
 

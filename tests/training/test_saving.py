@@ -38,6 +38,7 @@ def contents(run: Run, state: TrainState) -> dict[str, Any]:
             "latents": sampled.latents,
             "logprob": sampled.logprob,
             "rewards": rollout.rewards.nan_to_num(-1.0),
+            "kept": rollout.kept,
         }
     values = {
         f"{group}.{name}": value.tolist() for group, named in tensors.items() for name, value in named.items()

@@ -145,9 +145,10 @@ def test_the_others_are_trained_on_as_if_it_had_not_been_there(config: MakeConfi
 def test_advantages_and_history_are_those_of_the_others(name: str) -> None:
     rewards = torch.tensor([[1.0, 3.0], [math.nan, math.nan], [2.0, 7.0]])
     kept, device = torch.tensor([0, 2]), torch.device("cpu")
+    mask = torch.tensor([True, False, True])
     histories = PromptStatistics(min_count=1), PromptStatistics(min_count=1)
-    whole = compare(AlgorithmConfig(name=name), rewards, ["a", "b", "c"], histories[0], device)
-    rest = compare(AlgorithmConfig(name=name), rewards[kept], ["a", "c"], histories[1], device)
+    whole = compare(AlgorithmConfig(name=name), rewards, mask, ["a", "b", "c"], histories[0], device)
+    rest = compare(AlgorithmConfig(name=name), rewards[kept], mask[kept], ["a", "c"], histories[1], device)
     assert torch.equal(whole.values.view(3, 2)[kept], rest.values.view(2, 2))
     assert torch.equal(whole.scale, rest.scale)
     # a process without pairs of its own makes a call of any row, which counts for nothing: it must not be NaN

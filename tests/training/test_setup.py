@@ -236,7 +236,7 @@ def test_weights_that_are_spread_are_gathered_for_a_copy_or_for_every_call(
         sampler = toy.run.sampler
         # the addresses of what is gathered are others in every call, and a graph holds them
         assert sampler.steps._capture == (replica == "resident")
-        assert sampler.rollout_copy is None or sampler.rollout_copy.whole == toy.run.engine.whole
+        assert sampler.rollout_copy is None or sampler.rollout_copy.gathered == toy.run.engine.gathered
         assert (sampler.rollout_copy is None) == (replica == "none")
 
 

@@ -243,7 +243,7 @@ def test_the_same_configuration_trains_the_same_run(finished: Path, small_config
                 "trajectories.device=host",
                 *GUIDED_AND_PADDED,
             ),
-            id="levers",
+            id="performance-options",
         ),
     ],
 )
@@ -552,8 +552,8 @@ def test_screening_leaves_out_the_backward_pass_of_pairs_without_a_gradient_and_
 def test_trajectories_on_the_host_and_a_released_text_encoder_change_no_bit(small_config: MakeConfig) -> None:
     options = ("train.iterations=1", "rollout.guidance_scale=2.0", "model.tune=lora", "evaluation.every=0")
     plain = run(small_config(*options))
-    levers = ("trajectories.device=host", "model.free_text_encoder=true", "run.name=levers")
-    folder = run(small_config(*options, *levers))
+    faster = ("trajectories.device=host", "model.free_text_encoder=true", "run.name=faster")
+    folder = run(small_config(*options, *faster))
     assert same(weights(folder, 1), weights(plain, 1))
 
 

@@ -37,6 +37,7 @@ from loopfast.training.update_pass import UpdatePass
 GROUPS, SAMPLES, STEPS, SHAPE = 2, 3, 3, (2, 2)
 ROWS = GROUPS * SAMPLES
 REWARDS = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+KEPT = torch.tensor([True, True])
 LEAVE_ONE_OUT = torch.tensor([-3.0, -1.5, 4.5, -1.5, -1.5, 3.0], dtype=torch.float64)
 
 
@@ -57,7 +58,7 @@ class ToyPolicy:
         self.prompt = torch.nn.Parameter(0.3 * torch.randn(4, dtype=kept))
         self._initial = [self.weight.detach().clone(), self.prompt.detach().clone()]
         self._inside_reference = False
-        self.levers: dict[str, bool | str] = {"attention": "none"}
+        self.performance_options: dict[str, bool | str] = {"attention": "none"}
         self.text_limits: tuple[TextLimit, ...] = ()
         self.batches: list[int] = []
         self.outputs: list[Tensor] = []
@@ -165,7 +166,7 @@ class Case:
         self.rows, self.steps = order % ROWS, order // ROWS
 
     def update_pass(self, algorithm: AlgorithmConfig, rewards: Tensor = REWARDS) -> UpdatePass:
-        advantages = compare(algorithm, rewards, ["a", "b"], PromptStatistics(), torch.device("cpu"))
+        advantages = compare(algorithm, rewards, KEPT, ["a", "b"], PromptStatistics(), torch.device("cpu"))
         return UpdatePass(
             self.sampler,
             PolicyLoss(algorithm, advantages),

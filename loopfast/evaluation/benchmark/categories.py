@@ -11,9 +11,6 @@ from loopfast.evaluation.benchmark.run import Category
 from loopfast.prompts import load_prompts
 from loopfast.prompts.t2i_compbench import CATEGORIES
 
-IMAGES_PER_PROMPT = 10
-"""As the benchmark prescribes."""
-
 TITLES: dict[str, str] = {
     "color": "Color",
     "shape": "Shape",

@@ -1,9 +1,10 @@
-"""What ``loopfast eval --benchmark`` does: a run's model beside the one it was trained from."""
+"""The command ``loopfast benchmark``: a run's model beside the one it was trained from."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,14 @@ from loopfast.config import Config
 from loopfast.embedded.world import CATEGORIES as EMBEDDED_CATEGORIES
 from loopfast.errors import ConfigError
 from loopfast.evaluation.benchmark.categories import (
-    IMAGES_PER_PROMPT,
     TITLES,
     embedded_benchmark,
     t2i_compbench,
 )
 from loopfast.evaluation.benchmark.metrics import with_metrics, with_options
 from loopfast.evaluation.benchmark.results import summarize, write_results
-from loopfast.evaluation.benchmark.run import Candidate, Category, Scope, run_benchmark
-from loopfast.evaluation.models import RunModels, find_trained
+from loopfast.evaluation.benchmark.run import Category, MeasuredModel, SamplingPlan, run_benchmark
+from loopfast.evaluation.models import RunModels, find_trained, with_rollout
 from loopfast.policies import lora_weights
 from loopfast.prompts.t2i_compbench import CATEGORIES as T2I_CATEGORIES
 from loopfast.run.checkpoints import Checkpoint
@@ -29,9 +29,9 @@ BENCHMARKS: dict[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
     "t2i-compbench": (T2I_CATEGORIES, TITLES),
     "embedded": (EMBEDDED_CATEGORIES, {}),
 }
-"""Of each benchmark the categories, and the titles of its table's columns where they differ from these."""
+"""Each benchmark's categories, and the titles of its table's columns where they differ from the categories' names."""
 
-# Keys of a configuration that change an image by rounding at most, or that a checkpoint's weights include.
+# Keys of a configuration that change an image by rounding at most, or whose effect is in a checkpoint's weights.
 _WITHOUT_EFFECT = {
     "model": {
         "device",
@@ -64,96 +64,104 @@ _WITHOUT_EFFECT = {
 }
 
 
+@dataclass(frozen=True)
+class BenchmarkChoice:
+    """A benchmark, the categories of it to measure, and the metrics to measure them by.
+
+    Attributes:
+        name: one of `BENCHMARKS`.
+        prompts_dir: the folder of T2I-CompBench's prompt files.
+        categories: their names; none stands for all.
+        metrics, metric_options: see `loopfast.evaluation.benchmark.metrics`.
+    """
+
+    name: str
+    prompts_dir: Path | None = None
+    categories: Sequence[str] = ()
+    metrics: Sequence[str] = ()
+    metric_options: Sequence[str] = ()
+
+    def load(self) -> list[Category]:
+        """Reads the prompts of the categories.
+
+        Raises:
+            ConfigError: a name, a file or a metric cannot be used.
+        """
+        if self.name not in BENCHMARKS:
+            raise ConfigError(f"--benchmark: found {self.name!r}, allowed: {', '.join(BENCHMARKS)}")
+        known, _ = BENCHMARKS[self.name]
+        for name in self.categories:
+            if name not in known:
+                raise ConfigError(
+                    f"--category: {self.name} has no category {name!r}; allowed: {', '.join(known)}"
+                )
+        names = [name for name in known if name in self.categories or not self.categories]
+        return with_options(with_metrics(self._categories(names), self.metrics), self.metric_options)
+
+    def _categories(self, names: Sequence[str]) -> list[Category]:
+        if self.name == "embedded":
+            if self.prompts_dir is not None:
+                raise ConfigError(
+                    "--prompts-dir belongs to t2i-compbench; the embedded benchmark has its own"
+                )
+            return embedded_benchmark(names)
+        if self.prompts_dir is None:
+            raise ConfigError("t2i-compbench needs --prompts-dir, the folder of its prompt files")
+        return t2i_compbench(self.prompts_dir, names)
+
+
 def evaluate_benchmark(
     target: Path,
-    benchmark: str,
+    choice: BenchmarkChoice,
+    plan: SamplingPlan,
     *,
+    steps: int | None = None,
+    eta: float | None = None,
+    noise_level: float | None = None,
+    guidance_scale: float | None = None,
     pretrained: str | None = None,
-    prompts_dir: Path | None,
-    categories: Sequence[str],
-    metrics: Sequence[str],
-    metric_options: Sequence[str],
-    images_per_prompt: int | None,
-    limit_prompts: int | None,
-    steps: int | None,
-    eta: float | None,
-    noise_level: float | None,
-    guidance_scale: float | None,
-    base: bool,
-    keep_images: int,
-    seed: int,
-    output: Path | None,
+    base: bool = True,
+    output: Path | None = None,
     display: Display,
 ) -> tuple[dict[str, Any], Mapping[str, str]]:
     """Measures a run's newest good checkpoint, or an exported LoRA, and the model before training, on a benchmark.
 
     Args:
         target: the run's folder, or a LoRA's.
-        benchmark: one of `BENCHMARKS`.
-        pretrained: the base model of a LoRA; None: what its card says.
-        prompts_dir: the folder of T2I-CompBench's prompt files.
-        categories: of the benchmark; none: all.
-        metrics, metric_options: see `loopfast.evaluation.benchmark.metrics`.
-        images_per_prompt: None: 10.
-        limit_prompts: only so many first prompts of each category; None: all.
-        steps, eta, noise_level, guidance_scale: of the sampler; None: the run's.
+        choice: the benchmark and what to measure of it.
+        plan: how many images are drawn, and from which noise.
+        steps, eta, noise_level, guidance_scale: settings of the sampler; None stands for the run's.
+        pretrained: the base model of a LoRA; None stands for the one that its card names.
         base: measure the model before training, too.
-        keep_images: images of each prompt to keep as PNG files.
-        seed: of the noise and of the bootstrap.
-        output: the folder for scores and results; None: ``benchmarks/<benchmark>`` in the run's.
+        output: the folder for scores and results; None stands for ``benchmarks/<name>`` in the run's folder.
         display: where progress is shown.
 
     Returns:
-        What `loopfast.evaluation.benchmark.results.summarize` gives, and the titles of the table's columns.
+        The result of `loopfast.evaluation.benchmark.results.summarize`, and the titles of the table's columns.
 
     Raises:
         ConfigError: an option, a file or a metric cannot be used, or the folder holds scores of other settings.
         CheckpointError: the run has no checkpoint that can be used.
         RewardError: a metric failed; what was scored before is kept.
     """
-    if benchmark not in BENCHMARKS:
-        raise ConfigError(f"--benchmark: found {benchmark!r}, allowed: {', '.join(BENCHMARKS)}")
-    known, titles = BENCHMARKS[benchmark]
-    for name in categories:
-        if name not in known:
-            raise ConfigError(
-                f"--category: {benchmark} has no category {name!r}; allowed: {', '.join(known)}"
-            )
-    chosen = [name for name in known if name in categories or not categories]
-    parts = with_options(with_metrics(_categories(benchmark, prompts_dir, chosen), metrics), metric_options)
-    sampler = {"steps": steps, "eta": eta, "noise_level": noise_level, "guidance_scale": guidance_scale}
+    categories = choice.load()
     config, checkpoint = find_trained(target, display, pretrained=pretrained)
-    config = _with_sampler(config, **sampler)
-    scope = Scope(images_per_prompt or IMAGES_PER_PROMPT, seed, limit_prompts, keep_images)
-    folder = output or target / "benchmarks" / benchmark
-    candidates = _candidates(config, target, checkpoint, base=base)
-    scores = run_benchmark(candidates, parts, scope, folder, display)
-    result = summarize(benchmark, candidates, parts, scope, scores)
+    config = with_rollout(
+        config, steps=steps, eta=eta, noise_level=noise_level, guidance_scale=guidance_scale
+    )
+    folder = output or target / "benchmarks" / choice.name
+    models = _models(config, target, checkpoint, base=base)
+    scores = run_benchmark(models, categories, plan, folder, display)
+    result = summarize(choice.name, models, categories, plan, scores)
+    _, titles = BENCHMARKS[choice.name]
     for file in write_results(result, titles, folder):
         display.message(f"written: {file}")
     return result, titles
 
 
-def _categories(benchmark: str, prompts_dir: Path | None, names: Sequence[str]) -> list[Category]:
-    if benchmark == "embedded":
-        if prompts_dir is not None:
-            raise ConfigError(
-                "--prompts-dir belongs to --benchmark t2i-compbench; the embedded one has its own"
-            )
-        return embedded_benchmark(names)
-    if prompts_dir is None:
-        raise ConfigError("--benchmark t2i-compbench needs --prompts-dir, the folder of its prompt files")
-    return t2i_compbench(prompts_dir, names)
-
-
-def _with_sampler(config: Config, **changes: Any) -> Config:
-    settings = {key: value for key, value in changes.items() if value is not None}
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update=settings)})
-
-
-def _candidates(
+def _models(
     config: Config, target: Path, checkpoint: Checkpoint | None, *, base: bool
-) -> list[Candidate]:
+) -> list[MeasuredModel]:
     common = {
         section: {
             key: value
@@ -167,6 +175,6 @@ def _candidates(
     else:
         name, file = checkpoint.path.name, checkpoint.path / "manifest.json"
     weights = {"checkpoint": name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
-    models = RunModels(config, checkpoint)
-    trained = Candidate("trained", {**common, "weights": weights}, models.trained)
-    return [Candidate("base", common, models.base), trained] if base else [trained]
+    samplers = RunModels(config, checkpoint)
+    trained = MeasuredModel("trained", {**common, "weights": weights}, samplers.trained)
+    return [MeasuredModel("base", common, samplers.base), trained] if base else [trained]

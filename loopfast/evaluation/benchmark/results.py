@@ -14,7 +14,8 @@ from torch import Tensor
 
 from loopfast.errors import LoopfastError, one_line
 from loopfast.evaluation.benchmark.bootstrap import LEVEL, RESAMPLES, mean_interval
-from loopfast.evaluation.benchmark.run import Candidate, Category, Scope
+from loopfast.evaluation.benchmark.run import Category, MeasuredModel, SamplingPlan
+from loopfast.reporting.tables import plain_table
 from loopfast.system.files import write_file, writing
 from loopfast.version import __version__
 
@@ -26,18 +27,18 @@ _PACKAGES = ("torch", "diffusers", "transformers")
 
 def summarize(
     benchmark: str,
-    candidates: Sequence[Candidate],
+    models: Sequence[MeasuredModel],
     categories: Sequence[Category],
-    scope: Scope,
+    plan: SamplingPlan,
     scores: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Any]:
     """All that a benchmark found, as JSON can hold it.
 
     Args:
         benchmark: its name.
-        candidates: the models; where there are two, the second's difference from the first is worked out, too.
+        models: the models; where there are two, the second's difference from the first is worked out, too.
         categories: those that were measured.
-        scope: how much was drawn.
+        plan: how much was drawn.
         scores: float64 ``[P, K]`` of each model, of each category.
 
     Returns:
@@ -47,9 +48,9 @@ def summarize(
     """
     found = {}
     for category in categories:
-        by_model = {candidate.name: scores[candidate.name][category.name] for candidate in candidates}
+        by_model = {model.name: scores[model.name][category.name] for model in models}
         means = {name: values.mean(1).tolist() for name, values in by_model.items()}
-        if len(candidates) == 2:
+        if len(models) == 2:
             first, second = means.values()
             differences = [after - before for before, after in zip(first, second, strict=True)]
             intervals = {**means, DIFFERENCE: differences}
@@ -58,9 +59,9 @@ def summarize(
         found[category.name] = {
             "metric": {"name": category.metric.name, "options": category.metric.options},
             "prompts": len(next(iter(means.values()))),
-            "images_per_prompt": scope.images_per_prompt,
+            "images_per_prompt": plan.images_per_prompt,
             "intervals": {
-                name: mean_interval(values, seed=scope.seed).as_dict() for name, values in intervals.items()
+                name: mean_interval(values, seed=plan.seed).as_dict() for name, values in intervals.items()
             },
             "items": [
                 {
@@ -79,8 +80,8 @@ def summarize(
             "loopfast": __version__,
             **{name: metadata.version(name) for name in _PACKAGES},
         },
-        "seed": scope.seed,
-        "models": {candidate.name: dict(candidate.settings) for candidate in candidates},
+        "seed": plan.seed,
+        "models": {model.name: dict(model.settings) for model in models},
         "confidence": {"level": LEVEL, "resamples": RESAMPLES, "over": "prompts"},
         "categories": found,
     }
@@ -127,37 +128,33 @@ def as_rich(result: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
 def as_markdown(result: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     """The table and what it was measured by, as Markdown."""
     head, rows = _table(result, titles)
-    lines = [f"# {result['benchmark']}", "", _row(head), _row(["---"] * len(head))]
     # the difference by its whole name, for which a terminal has no room
     named = {DIFFERENCE: " − ".join(reversed([title for title, _ in rows[:2]]))}
-    lines += [
-        _row([named.get(title, title), *(f"{mean} [{low}, {high}]" for mean, low, high in numbers)])
+    means = [
+        [named.get(title, title), *(f"{mean} [{low}, {high}]" for mean, low, high in numbers)]
         for title, numbers in rows
     ]
-    lines.append("")
     confidence = result["confidence"]
     sentence = (
         f"Means over prompts with {confidence['level']:.0%} confidence intervals from {confidence['resamples']} "
         f"bootstrap resamples of the prompts. Seed {result['seed']}."
     )
-    lines += [
-        sentence,
-        "",
-        _row(["category", "metric", "prompts", "images each"]),
-        _row(["---"] * 4),
-    ]
-    lines += [
-        _row(
-            [
-                titles.get(name, name),
-                category["metric"]["name"],
-                str(category["prompts"]),
-                str(category["images_per_prompt"]),
-            ]
+    measured = [
+        (
+            titles.get(name, name),
+            category["metric"]["name"],
+            str(category["prompts"]),
+            str(category["images_per_prompt"]),
         )
         for name, category in result["categories"].items()
     ]
-    return "\n".join(lines) + "\n"
+    parts = [
+        f"# {result['benchmark']}",
+        plain_table(head, means),
+        sentence,
+        plain_table(["category", "metric", "prompts", "images each"], measured),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def write_results(result: Mapping[str, Any], titles: Mapping[str, str], folder: Path) -> tuple[Path, Path]:
@@ -186,7 +183,3 @@ def read_results(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoopfastError(f"{file} is damaged: {type(error).__name__}: {one_line(error)}") from None
     return dict(found)
-
-
-def _row(values: Sequence[str]) -> str:
-    return f"| {' | '.join(values)} |"

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from loopfast.config import RewardConfig
 from loopfast.evaluation.benchmark.score_file import Scored, ScoreFile
+from loopfast.evaluation.draw import draw
 from loopfast.prompts import Prompt
 from loopfast.rewards import RewardSet, build_rewards
-from loopfast.rollout import Sampler, slices
+from loopfast.rollout import Sampler
 from loopfast.run.console import Display
 from loopfast.run.images import save_image
 from loopfast.seeds import derive
@@ -39,7 +40,7 @@ class Category:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MeasuredModel:
     """A model that is measured.
 
     Attributes:
@@ -54,7 +55,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Scope:
+class SamplingPlan:
     """How much is drawn, and from which noise.
 
     Attributes:
@@ -85,18 +86,18 @@ def image_seed(seed: int, prompt: str, occurrence: int, image: int) -> int:
 
 
 def run_benchmark(
-    candidates: Sequence[Candidate],
+    models: Sequence[MeasuredModel],
     categories: Sequence[Category],
-    scope: Scope,
+    plan: SamplingPlan,
     folder: Path,
     display: Display,
 ) -> dict[str, dict[str, Tensor]]:
     """Draws and scores what the folder does not hold yet.
 
     Args:
-        candidates: the models, with names that differ.
+        models: the models, with names that differ.
         categories: with names that differ.
-        scope: how much is drawn.
+        plan: how much is drawn.
         folder: where scores are kept, ``scores/<model>-<category>.jsonl``, and images,
             ``images/<model>/<category>/samples/<prompt>_<number>.png``, which T2I-CompBench's own programs can read.
         display: where progress is shown.
@@ -113,21 +114,20 @@ def run_benchmark(
         build_rewards([category.metric], load=False)
     metrics: dict[str, RewardSet] = {}
     tasks = {
-        candidate.name: [_Task(candidate, category, scope, folder) for category in categories]
-        for candidate in candidates
+        model.name: [_Task(model, category, plan, folder) for category in categories] for model in models
     }
-    for candidate in candidates:
-        pending = [task for task in tasks[candidate.name] if task.pending()]
+    for model in models:
+        pending = [task for task in tasks[model.name] if task.pending()]
         if pending:
-            _run_tasks(candidate, pending, metrics, display)
+            _run_tasks(model, pending, metrics, display)
     return {name: {task.category.name: task.scores() for task in found} for name, found in tasks.items()}
 
 
 def _run_tasks(
-    candidate: Candidate, tasks: Sequence[_Task], metrics: dict[str, RewardSet], display: Display
+    model: MeasuredModel, tasks: Sequence[_Task], metrics: dict[str, RewardSet], display: Display
 ) -> None:
     """Draws and scores with one model, which is freed when this returns; adds the metrics that it needs."""
-    with candidate.open() as sampler:
+    with model.open() as sampler:
         for task in tasks:
             key = _metric_key(task.category.metric)
             if key not in metrics:
@@ -139,9 +139,9 @@ def _run_tasks(
 class _Task:
     """One model on one category."""
 
-    candidate: Candidate
+    model: MeasuredModel
     category: Category
-    scope: Scope
+    plan: SamplingPlan
     folder: Path
     file: ScoreFile = field(init=False)
 
@@ -152,19 +152,19 @@ class _Task:
             "category": self.category.name,
             "prompts": _digest(self.category.prompts),
             "metric": {"name": metric.name, "options": options},
-            "seed": self.scope.seed,
-            "model": self.candidate.settings,
+            "seed": self.plan.seed,
+            "model": self.model.settings,
         }
-        name = f"{self.candidate.name}-{self.category.name}.jsonl"
+        name = f"{self.model.name}-{self.category.name}.jsonl"
         self.file = ScoreFile(self.folder / "scores" / name, settings)
 
     @property
     def prompts(self) -> Sequence[Prompt]:
-        return self.category.prompts[: self.scope.limit_prompts]
+        return self.category.prompts[: self.plan.limit_prompts]
 
     def wanted(self) -> list[tuple[int, int]]:
         """Every image, by the position of its prompt and its number."""
-        return [(p, k) for p in range(len(self.prompts)) for k in range(self.scope.images_per_prompt)]
+        return [(p, k) for p in range(len(self.prompts)) for k in range(self.plan.images_per_prompt)]
 
     def pending(self) -> list[tuple[int, int]]:
         """The images that have no score yet."""
@@ -172,57 +172,52 @@ class _Task:
 
     def scores(self) -> Tensor:
         values = [self.file.scores[image] for image in self.wanted()]
-        return torch.tensor(values, dtype=torch.float64).view(-1, self.scope.images_per_prompt)
+        return torch.tensor(values, dtype=torch.float64).view(-1, self.plan.images_per_prompt)
 
     def run(self, sampler: Sampler, metric: RewardSet, display: Display) -> None:
         pending = self.pending()
         total = len(self.wanted())
-        title = f"{self.candidate.name}, {self.category.name}"
+        title = f"{self.model.name}, {self.category.name}"
         if len(pending) < total:
             display.message(f"{title}: {total - len(pending)} of {total} images are scored already")
+        prompts = [self.prompts[p] for p, _ in pending]
         occurrences = _occurrences(self.prompts)
-        said = time.monotonic()
-        for rows in slices(len(pending), sampler.microbatch):
-            images = pending[rows]
-            self._chunk(sampler, metric, images, occurrences)
-            left = len(pending) - rows.stop
-            if left == 0 or time.monotonic() - said >= _SECONDS_BETWEEN_MESSAGES:
-                said = time.monotonic()
-                display.message(f"{title}: {total - left}/{total} images")
-
-    def _chunk(
-        self,
-        sampler: Sampler,
-        metric: RewardSet,
-        wanted: Sequence[tuple[int, int]],
-        occurrences: Sequence[int],
-    ) -> None:
-        batch = [self.prompts[p] for p, _ in wanted]
-        seeds = [
-            image_seed(self.scope.seed, prompt.text, occurrences[p], k)
-            for prompt, (p, k) in zip(batch, wanted, strict=True)
-        ]
-        texts = list(dict.fromkeys(prompt.text for prompt in batch))
-        position = {text: index for index, text in enumerate(texts)}
-        conditioning = sampler.policy.encode(texts)
-        owners = torch.tensor([position[prompt.text] for prompt in batch])
-        latents = sampler.sample(conditioning, owners, torch.tensor(seeds, dtype=torch.int64)).final
-        images = sampler.decode(latents)
-        scores = metric.score(
-            images, [prompt.text for prompt in batch], [prompt.metadata for prompt in batch]
+        seeds = torch.tensor(
+            [image_seed(self.plan.seed, self.prompts[p].text, occurrences[p], k) for p, k in pending],
+            dtype=torch.int64,
         )
-        for image, prompt, (p, k) in zip(images, batch, wanted, strict=True):
-            if k < self.scope.keep_images:
-                self._keep(image, prompt.text, p * self.scope.keep_images + k)
+        announced = time.monotonic()
+        for rows, images in draw(sampler, prompts, seeds):
+            self._score(metric, prompts[rows], images, pending[rows], seeds[rows].tolist())
+            missing = len(pending) - rows.stop
+            if missing == 0 or time.monotonic() - announced >= _SECONDS_BETWEEN_MESSAGES:
+                announced = time.monotonic()
+                display.message(f"{title}: {total - missing}/{total} images")
+
+    def _score(
+        self,
+        metric: RewardSet,
+        prompts: Sequence[Prompt],
+        images: Tensor,
+        positions: Sequence[tuple[int, int]],
+        seeds: Sequence[int],
+    ) -> None:
+        """Scores images and writes their scores, and those images that are to be kept."""
+        scores = metric.score(
+            images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+        )
+        for image, prompt, (p, k) in zip(images, prompts, positions, strict=True):
+            if k < self.plan.keep_images:
+                self._keep(image, prompt.text, p * self.plan.keep_images + k)
         self.file.add(
             [
                 Scored(p, k, seed, score)
-                for (p, k), seed, score in zip(wanted, seeds, scores.total.tolist(), strict=True)
+                for (p, k), seed, score in zip(positions, seeds, scores.total.tolist(), strict=True)
             ]
         )
 
     def _keep(self, image: Tensor, text: str, number: int) -> None:
-        samples = self.folder / "images" / self.candidate.name / self.category.name / "samples"
+        samples = self.folder / "images" / self.model.name / self.category.name / "samples"
         # the prompt is what the benchmark's programs read before the first "_"; a file's name has 255 bytes at most
         name = text.replace("/", " ").replace("_", " ").encode()[:240].decode(errors="ignore")
         with writing(samples):

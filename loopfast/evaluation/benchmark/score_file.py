@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loopfast.config.messages import differences
 from loopfast.errors import ConfigError, LoopfastError
 from loopfast.system.files import write_file, writing
 
@@ -75,20 +76,14 @@ class ScoreFile:
             try:
                 entry = json.loads(line)
                 if number == 1:
-                    before = _flat(entry["settings"])
+                    before = entry["settings"]
                 else:
                     self.scores[int(entry["prompt"]), int(entry["image"])] = float(entry["score"])
             except (ValueError, KeyError, TypeError):
                 raise LoopfastError(
                     f"{self.path} is damaged: line {number} is not as it was written; remove the file to begin anew"
                 ) from None
-        now = _flat(json.loads(_line(settings)))
-        changed = [
-            f"{key} (was {before.get(key)}, is {now.get(key)})"
-            for key in sorted({*before, *now})
-            if before.get(key) != now.get(key)
-        ]
-        if changed:
+        if changed := differences(before, json.loads(_line(settings))):
             raise ConfigError(
                 f"{self.path} holds scores of other settings: {', '.join(changed)}; choose another folder with "
                 f"--output, or remove the file"
@@ -97,14 +92,3 @@ class ScoreFile:
 
 def _line(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(entry).encode() + b"\n"
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries by their dotted keys."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, part in value.items()
-        for key, leaf in _flat(part, f"{prefix}.{name}" if prefix else name).items()
-    }

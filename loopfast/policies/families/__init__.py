@@ -1,4 +1,4 @@
-"""The families of pipelines that can be trained, recognized by the class that ``model_index.json`` names."""
+"""The families of pipelines that can be trained, recognized by the class in ``model_index.json``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Family:
     """A family of pipelines.
 
     Attributes:
-        pipelines: names of their diffusers classes.
-        title: what people call it.
+        pipelines: the names of their diffusers classes.
+        title: the family's usual name.
         policy: ``module:class`` of its policy.
-        denoiser: name of the component that is trained.
-        process: what its scheduler samples: the ``diffusion`` process of DDPM, or a ``flow``.
-        patch: latent pixels on a side of what the denoiser takes as one token; 1 for a UNet.
-        size: height and width of the latents, where the denoiser's configuration has none.
+        denoiser: the name of the component that is trained.
+        process: the process of its scheduler: DDPM's ``diffusion``, or a ``flow``.
+        patch: the side of a token in latent pixels; 1 for a UNet.
+        size: height and width of the latents, if the denoiser's configuration has none.
         scheduler_options: options that the pipeline sets in its scheduler, whatever the scheduler's file says.
-        lora_of_text: the text encoder can be trained, too, by an adapter.
+        lora_of_text: the text encoder can be trained by an adapter, too.
     """
 
     pipelines: tuple[str, ...]
@@ -35,12 +35,12 @@ class Family:
     lora_of_text: bool = False
 
     def policy_class(self) -> Any:
-        """The class of its policy, a `loopfast.policies.pipeline.PipelinePolicy`."""
+        """Imports and returns its policy's class, a `loopfast.policies.pipeline.PipelinePolicy`."""
         module, name = self.policy.split(":")
         return getattr(import_module(module), name)
 
     def latent_size(self, denoiser: Mapping[str, Any]) -> tuple[int, int]:
-        """Height and width of the latents that a denoiser of this configuration was made for."""
+        """Returns the height and width of the latents that a denoiser of this configuration was made for."""
         size = self.size or denoiser["sample_size"]
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -88,10 +88,10 @@ FAMILIES = (
 
 
 def family_of(pipeline: str) -> Family | None:
-    """The family that a pipeline's class belongs to, if any."""
+    """Returns the family of a pipeline's class, if any."""
     return next((family for family in FAMILIES if pipeline in family.pipelines), None)
 
 
 def supported() -> str:
-    """The classes of pipelines that can be trained, in words."""
+    """Returns a list of the classes of pipelines that can be trained, for messages."""
     return ", ".join(f"{' and '.join(family.pipelines)} ({family.title})" for family in FAMILIES)

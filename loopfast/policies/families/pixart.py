@@ -32,7 +32,7 @@ class PixArtPolicy(PipelinePolicy):
 
     @classmethod
     @override
-    def _t5_tokens(cls, config: ModelConfig, pipeline: str) -> int | None:
+    def t5_tokens(cls, config: ModelConfig, pipeline: str) -> int | None:
         own = 120 if pipeline == "PixArtAlphaPipeline" else cls.sequence_length
         return config.max_sequence_length or own
 

@@ -12,10 +12,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from typing_extensions import override
 
-from loopfast.policies.adapter import ADAPTER, add_adapter, exported_adapter, merge_adapter
+from loopfast.policies.adapter import exported_adapter, merge_adapter
 from loopfast.policies.base import Conditioning, call_denoiser
 from loopfast.policies.fast.guided_unet import guided_forward, shares_trunk
-from loopfast.policies.lora_file import load_lora
 from loopfast.policies.pipeline import PipelinePolicy
 from loopfast.policies.portable import text_model_names
 from loopfast.seeds import derive
@@ -63,13 +62,8 @@ class StableDiffusionPolicy(PipelinePolicy):
     def _add_adapter(self, seed: int, dtype: torch.dtype) -> None:
         super()._add_adapter(seed, dtype)
         if self._config.lora.text_encoder:
-            encoder = self.pipeline.text_encoder
-            add_adapter(
-                encoder, self._config.lora, TEXT_TARGETS, seed=derive(seed, "text encoder"), dtype=dtype
-            )
-            if self._start is not None and "text_encoder" in self._start.layers:
-                load_lora(encoder, self._start.layers["text_encoder"], self._config.lora, ADAPTER)
-            self._denoiser = TextConditionedUNet(self._denoiser, encoder)
+            self._adapt("text_encoder", TEXT_TARGETS, derive(seed, "text encoder"), dtype)
+            self._denoiser = TextConditionedUNet(self._denoiser, self.pipeline.text_encoder)
 
     @property
     def _trains_text(self) -> bool:
@@ -103,10 +97,9 @@ class StableDiffusionPolicy(PipelinePolicy):
     ) -> tuple[Tensor, Tensor | None]:
         if guidance_scale == 1.0 or not (self._config.shared_trunk and shares_trunk(_unet(self._active))):
             return super().predict(sample, timestep, conditioning, guidance_scale)
-        nothing = self._unconditional_half()
-        rows = {name: nothing[name].expand_as(value) for name, value in conditioning.items()}
+        empty = {name: self._unconditional[name].expand_as(value) for name, value in conditioning.items()}
         with self._precision():
-            conditional, unconditional = self._call(self._guided, sample, timestep, conditioning, rows)
+            conditional, unconditional = self._call(self._guided, sample, timestep, conditioning, empty)
         return conditional.to(self.dtype).contiguous(), unconditional.to(self.dtype).contiguous()
 
     @override
@@ -159,10 +152,10 @@ def _guided(
     sample: Tensor,
     timestep: Tensor,
     conditioning: Conditioning,
-    nothing: Conditioning,
+    empty: Conditioning,
 ) -> tuple[Tensor, Tensor]:
-    text, empty = _text(denoiser, conditioning), _text(denoiser, nothing)
-    return guided_forward(_unet(denoiser), sample, timestep, text, empty)
+    text = _text(denoiser, conditioning)
+    return guided_forward(_unet(denoiser), sample, timestep, text, _text(denoiser, empty))
 
 
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

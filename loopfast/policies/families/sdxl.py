@@ -38,7 +38,7 @@ class StableDiffusionXLPolicy(PipelinePolicy):
         }
 
     @override
-    def _nothing(self) -> Conditioning:
+    def _encode_empty(self) -> Conditioning:
         encoded = self.encode([""])
         if not self.pipeline.config.force_zeros_for_empty_prompt:
             return encoded

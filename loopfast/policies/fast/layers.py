@@ -1,4 +1,4 @@
-"""Layers of diffusers' UNets and autoencoders computed with less work: the same functions, up to rounding."""
+"""Faster layers for diffusers' UNets and autoencoders: the same functions, up to rounding."""
 
 from __future__ import annotations
 
@@ -18,20 +18,17 @@ from typing_extensions import override
 
 from loopfast_kernels import group_norm_silu
 
-# Matrix products of fewer rows are rounded otherwise than those of more; rows are padded to a multiple of this.
+# Matrix products of few rows are rounded differently from those of many; rows are padded to a multiple of this.
 ROWS = 16
 
-# Queries x keys of a head up to which two batched products beat scaled_dot_product_attention on a CPU.
+# Up to this number of queries × keys, two batched products beat scaled_dot_product_attention on a CPU.
 SHORT_ATTENTION = 1024
 
 
 def use_fast_layers(model: nn.Module) -> int:
-    """Replaces the classes of a model's layers by faster equivalents; their parameters and names stay.
+    """Replaces the classes of a model's layers by faster equivalents, and returns the number of replaced layers.
 
-    Measured on CPUs, for which it is meant; ``docs/speed.md`` has the figures.
-
-    Returns:
-        How many layers were replaced.
+    The layers' parameters and names stay. It is meant for CPUs; ``docs/speed.md`` has the figures.
     """
     replaced = 0
     for module in model.modules():
@@ -47,7 +44,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
     @staticmethod
     def replaces(block: Any) -> bool:
-        """Whether the block is of the kind that Stable Diffusion is made of."""
+        """Returns whether this is a block as in Stable Diffusion."""
         return (
             block.upsample is None
             and block.downsample is None
@@ -60,7 +57,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
     @override
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         hidden = self.conv1(_norm_silu(input_tensor, self.norm1))
-        # an autoencoder's blocks have no time
+        # an autoencoder's blocks have no time embedding
         shift = None if temb is None else _by_rows(self.time_emb_proj, F.silu(temb))
         hidden = _norm_silu(hidden, self.norm2, shift)
         hidden = self.conv2(hidden)
@@ -78,17 +75,17 @@ def _norm_silu(hidden: Tensor, norm: nn.GroupNorm, shift: Tensor | None = None) 
 
 
 def _by_rows(project: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """The projection of rows ``[M, C]``, to the same bits whatever M is."""
+    """Returns the projection of rows ``[M, C]``, with the same bits for every M."""
     count = len(inputs)
     return project(F.pad(inputs, (0, 0, 0, -count % ROWS)))[:count]
 
 
 class PaddedTimestepEmbedding(TimestepEmbedding):
-    """The time's embedding, rounded alike in large and small batches."""
+    """A time embedding that is rounded in the same way in large and small batches."""
 
     @staticmethod
     def replaces(embedding: Any) -> bool:
-        """Always: it is the same computation."""
+        """Returns True: it is the same computation."""
         return True
 
     @override
@@ -107,7 +104,7 @@ class TransposedUpsample2D(Upsample2D):
 
     @staticmethod
     def replaces(layer: Any) -> bool:
-        """Whether the layer is a convolution of an enlarged image, without an adapter (which may be added later)."""
+        """Returns whether this is a convolution of an enlarged image without an adapter, which may be added later."""
         return (
             layer.norm is None
             and layer.use_conv
@@ -128,7 +125,7 @@ class TransposedUpsample2D(Upsample2D):
         weight = self.conv.weight
         device = weight.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
-            # rounded before they are added, as weights are that are stored in this type
+            # rounded before the sum, as weights stored in this type would be
             weight = weight.to(torch.get_autocast_dtype(device))
         weight = weight.flip(2, 3).transpose(0, 1)
         shifts = [F.pad(weight, (x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1)]
@@ -137,11 +134,11 @@ class TransposedUpsample2D(Upsample2D):
 
 
 class SplitGEGLU(GEGLU):
-    """The gated activation with a product for each half, which autograd need not cut apart and put together."""
+    """A gated activation with a product for each half, so that autograd does not split and join tensors."""
 
     @staticmethod
     def replaces(layer: Any) -> bool:
-        """Whether the projection has no adapter (which may be added later)."""
+        """Returns whether the projection has no adapter, which may be added later."""
         return type(layer.proj) is nn.Linear
 
     @override
@@ -155,11 +152,11 @@ class SplitGEGLU(GEGLU):
 
 
 class ViewingTransformer2DModel(Transformer2DModel):
-    """Transformer blocks on images with the channels innermost, whose tokens are a view of the image and back."""
+    """Transformer blocks on channels-last images, whose tokens are a view of the image and back."""
 
     @staticmethod
     def replaces(model: Any) -> bool:
-        """Whether it is of the kind that Stable Diffusion is made of."""
+        """Returns whether this is a model as in Stable Diffusion."""
         return bool(model.is_input_continuous)
 
     def _get_output_for_continuous_inputs(
@@ -185,7 +182,7 @@ class ViewingTransformer2DModel(Transformer2DModel):
 
 
 class ShortAttnProcessor(AttnProcessor2_0):
-    """Attention among few tokens by two batched matrix products; among many as its base does."""
+    """Attention by two batched matrix products if there are few tokens; otherwise that of the base class."""
 
     @override
     def __call__(
@@ -214,13 +211,12 @@ class ShortAttnProcessor(AttnProcessor2_0):
 
 
 def _is_plain(attn: Any) -> bool:
-    """Whether the layer is projections and attention alone."""
     extras = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
     return not any(extras)
 
 
 def _split_heads(tensor: Tensor, heads: int) -> Tensor:
-    """``[B, S, heads · D]`` as ``[B · heads, S, D]``."""
+    """Reshapes ``[B, S, heads · D]`` to ``[B · heads, S, D]``."""
     return tensor.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Ways to make a denoiser faster or smaller that leave its mathematics alone."""
+"""Options that make a denoiser faster or smaller and leave its mathematics alone."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from loopfast.policies.fast.layers import ShortAttnProcessor, use_fast_layers
 from loopfast.system.device import CUBLAS_WORKSPACE, CUBLAS_WORKSPACES
 from loopfast.system.xformers_build import why_unusable
 
-# Blocks of one class, and calls of one function, share a compile cache; so many shapes and gradient modes may be in it.
+# Size of a compile cache, which blocks of one class, or calls of one function, share: shapes and gradient modes.
 _COMPILED_VARIANTS = 64
-# How much faster xformers must be in a trial to be chosen: noise should not decide how a run rounds.
+# xformers is chosen below this fraction of PyTorch's time: noise should not decide how a run rounds.
 _CLEARLY_FASTER = 0.9
 
 
 class FlashAttention(AttnProcessor2_0):
-    """Diffusers' attention by PyTorch's FlashAttention kernels, and by no other."""
+    """Diffusers' attention by PyTorch's FlashAttention kernels only."""
 
     @override
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -44,13 +44,13 @@ def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: t
     Args:
         unet: a diffusers ``UNet2DConditionModel``, or a transformer.
         config: the section ``model``.
-        device, dtype: where it will compute, and in which type.
+        device, dtype: the device and the type that it will compute with.
 
     Returns:
         The implementation in use: ``sdpa``, ``matmul``, ``xformers`` or ``flash``.
 
     Raises:
-        ConfigError: the one asked for by name cannot work here.
+        ConfigError: the implementation that the configuration names cannot work here.
     """
     name: str = config.attention
     if not isinstance(unet, UNet2DConditionModel):
@@ -85,7 +85,7 @@ _PROCESSORS = {"sdpa": AttnProcessor2_0, "matmul": ShortAttnProcessor, "flash": 
 
 
 def _fastest(unet: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """``matmul`` on a CPU; on a GPU ``sdpa``, unless xformers is clearly faster at the UNet's largest attention."""
+    """Returns ``matmul`` on a CPU; on a GPU ``sdpa``, or xformers if it is clearly faster at the largest attention."""
     if device.type == "cpu":
         return "matmul"
     if _without_xformers(device):
@@ -102,17 +102,16 @@ def _fastest(unet: Any, device: torch.device, dtype: torch.dtype) -> str:
     tokens = size * size if isinstance(size, int) else size[0] * size[1]
     shape = (2, tokens, layer.heads, layer.inner_dim // layer.heads)
     inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    # events belong to the current device
     with torch.cuda.device(device):
         try:
-            theirs = _milliseconds(xformers.ops.memory_efficient_attention, inputs)
+            trial = _milliseconds(xformers.ops.memory_efficient_attention, inputs)
         except (RuntimeError, ValueError):
             return "sdpa"
-        return "xformers" if theirs < _CLEARLY_FASTER * _milliseconds(sdpa, inputs) else "sdpa"
+        return "xformers" if trial < _CLEARLY_FASTER * _milliseconds(sdpa, inputs) else "sdpa"
 
 
 def _milliseconds(attention: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> float:
-    """The least time of ten forward and backward passes on the current GPU."""
+    """Returns the least time of ten forward and backward passes on the current GPU."""
     times = []
     for _ in range(13):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -125,14 +124,14 @@ def _milliseconds(attention: Callable[..., torch.Tensor], inputs: list[torch.Ten
 
 
 def _without_xformers(device: torch.device) -> str | None:
-    """Why xformers cannot be used, if so."""
+    """Returns the reason why xformers cannot be used, if any."""
     if device.type != "cuda":
         return f"its kernels need a CUDA device, and model.device is {device}"
     return why_unusable()
 
 
 def _without_flash(unet: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why PyTorch's FlashAttention cannot be used, if so: found out by trying every head size of the UNet."""
+    """Returns the reason why FlashAttention cannot be used, if any, by a trial of every head size of the UNet."""
     for width in sorted({layer.inner_dim // layer.heads for layer in _attentions(unet)}):
         x = torch.randn(1, 1, 16, width, device=device, dtype=dtype, requires_grad=True)
         try:
@@ -148,15 +147,15 @@ def _attentions(unet: Any) -> list[Any]:
 
 
 def set_layers(models: Sequence[Any], config: ModelConfig, device: torch.device) -> dict[str, bool]:
-    """Gives models the layers and the memory format that ``model.fast_layers`` and ``model.channels_last`` name.
+    """Gives models the layers and the memory format of ``model.fast_layers`` and ``model.channels_last``.
 
     Args:
         models: the denoiser and the autoencoder.
         config: the section ``model``.
-        device: where they will compute.
+        device: the device that they will compute on.
 
     Returns:
-        Which of the two are in use.
+        Whether each of the two is in use, by its name.
     """
     by_device = device.type == "cpu"
     fast = by_device if config.fast_layers == "auto" else config.fast_layers == "on"
@@ -170,18 +169,18 @@ def set_layers(models: Sequence[Any], config: ModelConfig, device: torch.device)
 
 
 def set_arithmetic(config: ModelConfig, device: torch.device) -> None:
-    """Sets how CUDA computes in this process: float32 products in TF32 or not, and deterministically if asked for.
+    """Sets CUDA's arithmetic in this process: float32 products in TF32 or not, and deterministic ones if asked for.
 
-    PyTorch has one such setting for all devices and threads of a process. It is therefore set whatever device the
-    policy is on: a replica or a reward on a GPU beside it computes as ``model.tf32`` says. Must be called before the
-    process has used CUDA.
+    PyTorch has one such setting for all devices and threads of a process. It is therefore set even with a policy
+    on the CPU: a rollout copy or a reward on a GPU computes as ``model.tf32`` says, too. It must be called before the
+    process uses CUDA.
 
     Args:
         config: the section ``model``.
-        device: the policy's.
+        device: the policy's device.
 
     Raises:
-        ConfigError: TF32 is asked for where there is none, or determinism after CUDA has started without
+        ConfigError: the device has no TF32, or determinism is asked for after CUDA has started without
             ``CUBLAS_WORKSPACE_CONFIG``.
     """
     if config.tf32 and (reason := _without_tf32(device)):
@@ -196,10 +195,10 @@ def set_arithmetic(config: ModelConfig, device: torch.device) -> None:
             f"{'none' if found is None else repr(found)}, allowed: {' or '.join(CUBLAS_WORKSPACES)}"
         )
     os.environ.setdefault(CUBLAS_WORKSPACE, CUBLAS_WORKSPACES[0])
-    # an error where there is no such algorithm: with mere warnings attention's backward passes stay as they are
+    # raises if there is no such algorithm: with warnings only, attention's backward passes stay nondeterministic
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    # nothing here reads memory that was not written
+    # no code here reads uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -217,8 +216,8 @@ def _without_tf32(device: torch.device) -> str | None:
 class Tf32Conv2d(nn.Conv2d):
     """A float32 convolution in TF32, for calls without gradients.
 
-    ``torch.backends.cudnn.allow_tf32`` would do the same for a whole process: for the denoiser's convolutions, and for
-    those of a reward in another thread as long as it is set. cuDNN's own operator takes it as an argument.
+    ``torch.backends.cudnn.allow_tf32`` would set it for the whole process: for the denoiser's convolutions, and for a
+    reward's in another thread. cuDNN's own operator takes it as an argument.
     """
 
     @override
@@ -239,18 +238,15 @@ class Tf32Conv2d(nn.Conv2d):
 
 
 def decoder_precision(config: ModelConfig, device: torch.device, vae: Any) -> str:
-    """What ``model.decoder_precision`` means here.
+    """Returns the decoder's precision by ``model.decoder_precision``: ``float32``, ``tf32`` or ``model``.
 
     Args:
         config: the section ``model``.
-        device: where the autoencoder computes.
+        device: the autoencoder's device.
         vae: the autoencoder's configuration.
 
-    Returns:
-        ``float32``, ``tf32`` or ``model``.
-
     Raises:
-        ConfigError: the one asked for cannot work here.
+        ConfigError: the precision that the configuration names cannot work here.
     """
     name: str = config.decoder_precision
     if name == "auto":
@@ -266,25 +262,25 @@ def decoder_precision(config: ModelConfig, device: torch.device, vae: Any) -> st
 
 
 def use_tf32_convolutions(vae: nn.Module) -> None:
-    """Has the convolutions of an autoencoder computed in TF32; its parameters and their names stay."""
+    """Makes an autoencoder's convolutions compute in TF32; its parameters and their names stay."""
     for module in vae.modules():
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and isinstance(module.padding, tuple):
             module.__class__ = Tf32Conv2d
 
 
 def compile_blocks(unet: Any, device: torch.device) -> None:
-    """Compiles the blocks that a UNet consists of several times, in place; no name in its state dict changes.
+    """Compiles a UNet's repeated blocks, in place; no name in its state dict changes.
 
     Raises:
         ConfigError: there is no compiler for the device.
     """
     _prepare_compiling(device)
-    # every call of a run has one batch size
+    # all calls of a run have one batch size
     unet.compile_repeated_blocks(dynamic=False)
 
 
 def compile_calls(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """The function of a UNet and its inputs, compiled at its first calls: once for each shape.
+    """Returns a function of a UNet and its inputs that is compiled at its first calls, once for each shape.
 
     Raises:
         ConfigError: there is no compiler for the device.
@@ -294,10 +290,10 @@ def compile_calls(function: Callable[..., Any], device: torch.device) -> Callabl
 
 
 def with_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is compiled, or whose parts are, so that calls with and without gradients give the same bits.
+    """Returns a compiled function whose calls with and without gradients give the same bits.
 
-    A graph without gradients would be fused, and so rounded, otherwise than one with. Calls without gradients
-    therefore take the latter too, and drop what it keeps for a backward pass as soon as it would keep it.
+    A graph without gradients would be fused, and so rounded, differently from one with gradients. Calls without
+    gradients therefore use the latter, too, and drop the tensors that it saves for a backward pass at once.
     """
 
     def call(*inputs: Any) -> Any:
@@ -313,7 +309,7 @@ def with_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forget(saved: Any) -> Any:
-    """Keeps nothing of a tensor that autograd saves."""
+    """Replaces a tensor that autograd saves by None."""
 
 
 def _prepare_compiling(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor, version 2: how well people would rate an image, whatever it shows.
+"""LAION's aesthetic predictor, version 2: the rating that people would give an image, whatever it shows.
 
 github.com/christophschuhmann/improved-aesthetic-predictor; the reward of DDPO (arXiv 2305.13301, section 5).
 """
@@ -13,16 +13,9 @@ from torch.nn.functional import normalize
 
 from loopfast.rewards.base import Reward
 from loopfast.rewards.models.preprocessing import load_preprocessing
-from loopfast.rewards.models.pretrained import (
-    PretrainedReward,
-    ScoreBatch,
-    load_pretrained,
-    load_state,
-    placement,
-    read_state,
-    require_file,
-    require_folder,
-)
+from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
+from loopfast.rewards.models.sources import require_file, require_folder
+from loopfast.rewards.models.weights import load_pretrained, load_state, read_state
 
 __all__ = ["ScoreHead", "aesthetic"]
 
@@ -30,8 +23,7 @@ __all__ = ["ScoreHead", "aesthetic"]
 class ScoreHead(nn.Module):
     """The published multilayer perceptron: linear layers 768, 1024, 128, 64, 16, 1 without activations.
 
-    Its layers have the numbers they have in the published file, where dropout stands between them, which does nothing
-    outside of training.
+    The layers have their numbers of the published file. Its dropout layers are left out: they act in training only.
 
     Args:
         width: numbers in an embedding.
@@ -45,7 +37,7 @@ class ScoreHead(nn.Module):
         self.layers = nn.ModuleDict(dict(zip(numbers, layers, strict=True)))
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Scores ``[B]`` of embeddings ``[B, width]``."""
+        """Returns the scores ``[B]`` of embeddings ``[B, width]``."""
         for layer in self.layers.values():
             embeddings = layer(embeddings)
         return embeddings.squeeze(-1)
@@ -65,9 +57,9 @@ def aesthetic(
         weights: CLIP ViT-L/14, a folder or a hub name.
         head: the published predictor, such as sac+logos+ava1-l14-linearMSE.pth: a .pth or .safetensors file, or
             owner/name/file on the hub.
-        revision: of the weights on the hub.
+        revision: branch, tag or commit of the weights on the hub.
         device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
-        dtype: of CLIP: float32, float16 or bfloat16; the head computes in float32.
+        dtype: float32, float16 or bfloat16 for CLIP; the head computes in float32.
         batch_size: images per model call.
     """
     place = placement("aesthetic", device, dtype, batch_size)

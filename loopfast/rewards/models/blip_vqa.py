@@ -1,11 +1,11 @@
-"""T2I-CompBench's score for attribute binding: a question for each noun phrase, answered by BLIP.
+"""T2I-CompBench's score of attribute binding: BLIP answers a question for each noun phrase.
 
 Huang et al., *T2I-CompBench* (arXiv 2307.06350, section 4.1), as its code computes it (`BLIPvqa_eval`): the image is
 shown to BLIP's VQA model (arXiv 2201.12086) with the question "<noun phrase>?"; the decoder's first token gives
 
     P(yes) = p("yes") / (p("yes") + p("no")),
 
-and the score is the product over the phrases. The benchmark rounds each probability to 4 digits; this does not.
+and the score is the product over the phrases. The benchmark rounds each probability to 4 digits; this code does not.
 """
 
 from __future__ import annotations
@@ -22,15 +22,9 @@ from loopfast.policies import pad_rows
 from loopfast.rewards.base import Reward, shown
 from loopfast.rewards.models.noun_phrases import SPLITTERS, load_spacy
 from loopfast.rewards.models.preprocessing import load_preprocessing
-from loopfast.rewards.models.pretrained import (
-    Placement,
-    PretrainedReward,
-    ScoreBatch,
-    load_pretrained,
-    load_tokenizer,
-    placement,
-    require_folder,
-)
+from loopfast.rewards.models.pretrained import Placement, PretrainedReward, ScoreBatch, placement
+from loopfast.rewards.models.sources import require_folder
+from loopfast.rewards.models.weights import load_pretrained, load_tokenizer
 
 __all__ = ["blip_vqa"]
 
@@ -38,7 +32,7 @@ _WEIGHTS = "Salesforce/blip-vqa-capfilt-large"
 # its main branch holds pickles only; this one adds the same weights as safetensors
 _REVISION = "refs/pr/7"
 _QUESTION_TOKENS = 35
-_LEFT_OUT = re.compile(r"[.!\"()*#:;~]")
+_REMOVED = re.compile(r"[.!\"()*#:;~]")
 
 
 def blip_vqa(
@@ -49,16 +43,16 @@ def blip_vqa(
     dtype: str = "float32",
     batch_size: int = 8,
 ) -> Reward:
-    """How well the attributes of a prompt's objects are bound, in [0, 1]: the product of the yes-probabilities.
+    """Score of the attributes of a prompt's objects, in [0, 1]: the product of the yes-probabilities.
 
-    The phrases are those of the prompt's metadata, a list under ``phrases``, where there is one; else the prompt is
-    split. A prompt without noun phrases is itself the one question.
+    The phrases are the list ``phrases`` of the prompt's metadata, if it is there, else the prompt is split. A prompt
+    without noun phrases is itself the one question.
 
     Args:
         weights: a BLIP VQA model of transformers, a folder or a hub name.
-        phrases: how prompts are split: ``rules`` (the package's own) or ``spacy`` (the benchmark's; needs the extra
+        phrases: the splitter of prompts: ``rules`` (the package's own) or ``spacy`` (the benchmark's; needs the extra
             ``spacy`` and its model ``en_core_web_sm``).
-        revision: of the weights on the hub.
+        revision: branch, tag or commit of the weights on the hub.
         device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16.
         batch_size: images per call of the vision model, and questions per call of the text model.
@@ -78,11 +72,11 @@ def blip_vqa(
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             asked = [
-                _given(prompt, entry) or split(prompt) or [prompt]
+                _metadata_phrases(prompt, entry) or split(prompt) or [prompt]
                 for prompt, entry in zip(prompts, metadata, strict=True)
             ]
-            owners = [row for row, found in enumerate(asked) for _ in found]
-            yes = answer(images, owners, [f"{phrase}?" for found in asked for phrase in found])
+            rows = [row for row, found in enumerate(asked) for _ in found]
+            yes = answer(images, rows, [f"{phrase}?" for found in asked for phrase in found])
             return torch.stack([part.prod() for part in yes.split([len(found) for found in asked])])
 
         return score
@@ -90,8 +84,8 @@ def blip_vqa(
     return PretrainedReward(place, load)
 
 
-def _given(prompt: str, entry: Mapping[str, Any]) -> list[str]:
-    """The phrases that a prompt's metadata names; empty where it names none."""
+def _metadata_phrases(prompt: str, entry: Mapping[str, Any]) -> list[str]:
+    """Returns the phrases that a prompt's metadata names; empty if it names none."""
     found = entry.get("phrases", [])
     if not isinstance(found, list | tuple) or not all(
         isinstance(item, str) and item.strip() for item in found
@@ -103,12 +97,12 @@ def _given(prompt: str, entry: Mapping[str, Any]) -> list[str]:
 
 
 class _Questioner:
-    """Asks BLIP yes-or-no questions about images.
+    """BLIP, which answers yes-or-no questions about images.
 
     Args:
-        place: where and how it computes.
+        place: device and type of the model.
         weights: a folder or a hub name.
-        revision: of the weights on the hub.
+        revision: branch, tag or commit of the weights on the hub.
     """
 
     def __init__(self, place: Placement, weights: str, revision: str | None) -> None:
@@ -121,8 +115,8 @@ class _Questioner:
         self._preprocess = load_preprocessing("blip_vqa", weights, kind="BLIP", revision=revision)
         self._tokenizer = load_tokenizer("blip_vqa", weights, revision=revision)
         self._start: int = self._model.decoder_start_token_id
-        # BLIP adds two tokens to BERT's: [DEC], with which answers start, then [ENC], with which questions do.
-        # Its published tokenizer has neither and starts questions with [CLS].
+        # BLIP adds two tokens to BERT's: [DEC], which starts answers, then [ENC], which starts questions. Its published
+        # tokenizer has neither and starts questions with [CLS].
         self._question_start = self._start + 1
         vocabulary = self._tokenizer.get_vocab()
         missing = [word for word in ("yes", "no") if word not in vocabulary]
@@ -131,34 +125,34 @@ class _Questioner:
             raise ConfigError(f"reward 'blip_vqa': weights {weights!r}: {what} in the vocabulary")
         self._yes, self._no = vocabulary["yes"], vocabulary["no"]
 
-    def __call__(self, images: Tensor, owners: list[int], questions: list[str]) -> Tensor:
-        """P(yes), float32 ``[Q]``, of question ``q`` about image ``owners[q]``; B questions in a call.
+    def __call__(self, images: Tensor, image_rows: list[int], questions: list[str]) -> Tensor:
+        """Returns P(yes), float32 ``[Q]``, of each question about its image, by model calls of B questions.
 
         Args:
             images: float32 ``[B, 3, H, W]`` in [0, 1].
-            owners: ``[Q]`` rows of ``images``.
+            image_rows: ``[Q]``, the row of ``images`` that each question is about.
             questions: ``[Q]``.
         """
         size = len(images)
         pixels = self._preprocess(images).to(self._place.dtype)
         seen = self._model.vision_model(pixel_values=pixels).last_hidden_state
         yes = torch.empty(len(questions), device=self._place.device)
-        # Questions of one length share a call, so that none is filled up: where the decoder looks at the question,
-        # transformers (5.23) does not mask what it is filled up with.
+        # Questions of one length share a call, so that none is padded: transformers (5.23) does not mask the padding
+        # where the decoder attends to the question.
         for rows, ids in self._by_length(questions):
             for start in range(0, len(rows), size):
                 chunk = rows[start : start + size]
-                looked_at = seen[[owners[row] for row in chunk]]
-                found = self._ask(pad_rows(looked_at, size), pad_rows(ids[start : start + size], size))
+                about = seen[[image_rows[row] for row in chunk]]
+                found = self._ask(pad_rows(about, size), pad_rows(ids[start : start + size], size))
                 yes[chunk] = found[: len(chunk)]
         return yes
 
     def _by_length(self, questions: list[str]) -> list[tuple[list[int], Tensor]]:
-        """The rows of the questions of each length, and their tokens ``[R, L]``."""
+        """Groups questions by length; returns the rows of each group, and their tokens ``[R, L]``."""
         rows: dict[int, list[int]] = {}
         tokens = []
         for row, question in enumerate(questions):
-            text = _LEFT_OUT.sub("", question.lower())
+            text = _REMOVED.sub("", question.lower())
             ids = self._tokenizer(text, truncation=True, max_length=_QUESTION_TOKENS).input_ids
             tokens.append([self._question_start, *ids[1:]])
             rows.setdefault(len(ids), []).append(row)
@@ -168,7 +162,7 @@ class _Questioner:
         ]
 
     def _ask(self, seen: Tensor, ids: Tensor) -> Tensor:
-        """P(yes), float32 ``[R]``, for the questions ``ids`` ``[R, L]`` about images seen as ``[R, S, D]``."""
+        """Returns P(yes), float32 ``[R]``, of questions ``ids`` ``[R, L]`` about encoded images ``[R, S, D]``."""
         question = self._model.text_encoder(input_ids=ids, encoder_hidden_states=seen).last_hidden_state
         answer = self._model.text_decoder(
             input_ids=torch.full((len(ids), 1), self._start, device=ids.device),

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
 from loopfast.rewards.base import Reward
 from loopfast.rewards.models.clip import clip_similarity
-from loopfast.rewards.models.pretrained import (
-    PretrainedReward,
-    ScoreBatch,
-    load_pretrained,
-    number,
-    placement,
-    require_folder,
-)
+from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, number, placement
+from loopfast.rewards.models.sources import require_folder
+from loopfast.rewards.models.weights import load_pretrained
 
 __all__ = ["clip_score"]
 
@@ -32,8 +23,8 @@ def clip_score(
 
     Args:
         weights: any CLIP model of transformers, a folder or a hub name.
-        scale: factor of the similarity; 100: as torchmetrics counts, 2.5: as the paper does, which also cuts at 0.
-        revision: of the weights on the hub.
+        scale: factor of the similarity; torchmetrics takes 100, the paper 2.5 and 0 for what is below.
+        revision: branch, tag or commit of the weights on the hub.
         device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16.
         batch_size: images per model call.
@@ -46,11 +37,6 @@ def clip_score(
         from transformers import CLIPModel
 
         model = load_pretrained("clip_score", CLIPModel, weights, revision=revision)
-        similarity = clip_similarity(place, model, weights, revision=revision)
-
-        def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            return factor * similarity(images, prompts)
-
-        return score
+        return clip_similarity(place, model, weights, factor, revision=revision)
 
     return PretrainedReward(place, load)

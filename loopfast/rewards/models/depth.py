@@ -1,12 +1,12 @@
-"""How near everything in an image is: a monocular depth model of transformers.
+"""The depth of an image, by a monocular depth model of transformers.
 
-T2I-CompBench uses MiDaS (DPT-Hybrid). Any model of ``AutoModelForDepthEstimation`` that predicts relative inverse depth
-does here, such as Depth Anything (Yang et al., arXiv 2406.09414) and DPT (Ranftl et al., arXiv 2103.13413).
+T2I-CompBench uses MiDaS (DPT-Hybrid). Here any model of ``AutoModelForDepthEstimation`` that predicts relative inverse
+depth serves, such as Depth Anything (Yang et al., arXiv 2406.09414) and DPT (Ranftl et al., arXiv 2103.13413).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from torch.nn.functional import interpolate
 
 from loopfast.errors import ConfigError
 from loopfast.rewards.models.preprocessing import normalized
-from loopfast.rewards.models.pretrained import Placement, load_config, load_pretrained
+from loopfast.rewards.models.pretrained import Placement
+from loopfast.rewards.models.weights import load_config, load_pretrained
 
-__all__ = ["DEPTH_ANYTHING", "DepthModel", "load_depth"]
+__all__ = ["DEPTH_ANYTHING", "load_depth"]
 
 DEPTH_ANYTHING = "depth-anything/Depth-Anything-V2-Small-hf"
 """The default depth model: Apache-2.0, 25 million parameters."""
@@ -24,42 +25,15 @@ DEPTH_ANYTHING = "depth-anything/Depth-Anything-V2-Small-hf"
 _KINDS = ("depth_anything", "dpt")
 
 
-class DepthModel:
-    """Says how near each pixel is.
+def load_depth(place: Placement, weights: str, revision: str | None) -> Callable[[Tensor], Tensor]:
+    """Loads a model of relative inverse depth from a folder or the hub.
 
-    Args:
-        place: where and how it computes.
-        model: predicts relative inverse depth, on that device, in that type.
-        size: height and width of the images it reads.
-        mean, std: of each channel, subtracted and divided by.
-    """
-
-    def __init__(
-        self,
-        place: Placement,
-        model: Any,
-        size: tuple[int, int],
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-    ) -> None:
-        self._place, self._model, self._size = place, model, size
-        self._mean, self._std = mean, std
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Nearness float32 ``[B, H, W]`` of images ``[B, 3, H, W]`` in [0, 1]: larger is nearer, of no unit."""
-        read = interpolate(images, self._size, mode="bicubic", antialias=True).clamp(0, 1)
-        pixels = normalized(read, self._mean, self._std)
-        output = self._model(pixel_values=pixels.to(self._place.dtype))
-        nearness = output.predicted_depth.float()[:, None]
-        return interpolate(nearness, tuple(images.shape[-2:]), mode="bilinear", align_corners=False)[:, 0]
-
-
-def load_depth(place: Placement, weights: str, revision: str | None) -> DepthModel:
-    """A depth model of relative inverse depth from a folder or the hub.
+    Returns:
+        A function that returns the nearness, float32 ``[B, H, W]``, of images ``[B, 3, H, W]`` in [0, 1]: larger is
+        nearer; it has no unit.
 
     Raises:
-        ConfigError: it cannot be found or read, is another model, or predicts distances and not inverse depth.
+        ConfigError: the model cannot be found or read, is another one, or predicts distances and not inverse depth.
     """
     import transformers
     from transformers.image_processing_utils import BaseImageProcessor
@@ -77,7 +51,7 @@ def load_depth(place: Placement, weights: str, revision: str | None) -> DepthMod
     try:
         processor, _ = BaseImageProcessor.get_image_processor_dict(weights, revision=revision)
         size = processor["size"]
-        # DPT's first files have one number
+        # DPT's first files have one number for both
         height, width = (size, size) if isinstance(size, int) else (size["height"], size["width"])
         mean, std = tuple(processor["image_mean"]), tuple(processor["image_std"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -85,4 +59,12 @@ def load_depth(place: Placement, weights: str, revision: str | None) -> DepthMod
             f"reward {place.reward!r}: depth_weights {weights!r}: preprocessor_config.json cannot be used; expected: "
             f"size with height and width, image_mean, image_std ({type(error).__name__}: {error})"
         ) from error
-    return DepthModel(place, model, (height, width), mean, std)
+
+    @torch.no_grad()
+    def nearness(images: Tensor) -> Tensor:
+        resized = interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = normalized(resized, mean, std)
+        depth = model(pixel_values=pixels.to(place.dtype)).predicted_depth.float()[:, None]
+        return interpolate(depth, tuple(images.shape[-2:]), mode="bilinear", align_corners=False)[:, 0]
+
+    return nearness

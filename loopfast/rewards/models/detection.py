@@ -1,8 +1,8 @@
-"""Finding the objects that a prompt names, whatever they are: an open-vocabulary detector.
+"""An open-vocabulary detector of the objects that a prompt names.
 
 T2I-CompBench finds objects with UniDet, which transformers does not have. OWL-ViT and OWLv2 (Minderer et al., arXiv
-2205.06230 and 2306.09683) take the place of it here: they are asked for the prompt's own nouns instead of naming what
-is there in the vocabulary of UniDet. Scores are for comparing models with each other, not with published numbers.
+2205.06230 and 2306.09683) take its place here: they look for the prompt's own nouns, where UniDet has a vocabulary of
+its own. Scores are for comparing models with each other, not with published numbers.
 """
 
 from __future__ import annotations
@@ -17,12 +17,8 @@ from torch.nn.functional import interpolate, pad
 
 from loopfast.errors import ConfigError
 from loopfast.rewards.models.preprocessing import OPENAI_MEAN, OPENAI_STD, normalized
-from loopfast.rewards.models.pretrained import (
-    Placement,
-    load_config,
-    load_pretrained,
-    load_tokenizer,
-)
+from loopfast.rewards.models.pretrained import Placement
+from loopfast.rewards.models.weights import load_config, load_pretrained, load_tokenizer
 from loopfast.system.memory import to_device
 
 __all__ = ["OWLV2", "Box", "Detection", "Detector", "check_threshold", "load_detector", "without_overlaps"]
@@ -46,22 +42,22 @@ class Box:
 
     @property
     def center(self) -> tuple[float, float]:
-        """Its middle, (x, y)."""
+        """The middle of the box, (x, y)."""
         return (self.x0 + self.x1) / 2, (self.y0 + self.y1) / 2
 
     @property
     def area(self) -> float:
-        """Its area in square pixels."""
+        """The area of the box in square pixels."""
         return (self.x1 - self.x0) * (self.y1 - self.y0)
 
     def overlap(self, other: Box) -> float:
-        """Area of the intersection with another box."""
+        """Returns the area of the intersection with another box."""
         width = min(self.x1, other.x1) - max(self.x0, other.x0)
         height = min(self.y1, other.y1) - max(self.y0, other.y0)
         return max(0.0, width) * max(0.0, height)
 
     def iou(self, other: Box) -> float:
-        """Area of the intersection by that of the union; 0 where both are empty."""
+        """Returns the area of the intersection over that of the union; 0 if both boxes are empty."""
         common = self.overlap(other)
         union = self.area + other.area - common
         return common / union if union > 0 else 0.0
@@ -69,7 +65,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Detection:
-    """An object that was found: by which name, how surely, in [0, 1], and where."""
+    """An object that was found: the name it was looked for by, the confidence in [0, 1], and its box."""
 
     name: str
     score: float
@@ -77,7 +73,7 @@ class Detection:
 
 
 def without_overlaps(found: Sequence[Detection], same: float = _SAME_OBJECT) -> list[Detection]:
-    """The detections, surest first, without those of a name that overlap a surer one of it by an IoU above ``same``."""
+    """Sorts detections by falling confidence; drops those that overlap one of their name by an IoU above ``same``."""
     kept: list[Detection] = []
     for one in sorted(found, key=lambda detection: -detection.score):
         if not any(one.name == other.name and one.box.iou(other.box) > same for other in kept):
@@ -89,10 +85,10 @@ class Detector:
     """Finds objects by their names.
 
     Args:
-        place: where and how it computes.
+        place: device and type of the model.
         model: an ``OwlViTForObjectDetection`` or ``Owlv2ForObjectDetection`` on that device, in that type.
-        tokenizer: the model's.
-        threshold: detections that are less sure than this are left out.
+        tokenizer: tokenizer of the model.
+        threshold: detections of a lower confidence do not count.
     """
 
     def __init__(self, place: Placement, model: Any, tokenizer: Any, threshold: float) -> None:
@@ -106,15 +102,16 @@ class Detector:
 
         Args:
             images: float32 ``[B, 3, H, W]`` in [0, 1] on the model's device.
-            names: what to look for in each of the B images: one name or more.
+            names: the names to look for in each of the B images, at least one.
 
         Returns:
-            What was found in each, surest first, no object twice under one name, boxes in pixels of the images.
+            The detections in each image, highest confidence first, no object twice under one name, with boxes in pixels
+            of the images.
         """
         ids, mask, count = self._queries(names)
         output = self._model(input_ids=ids, attention_mask=mask, pixel_values=self._prepared(images))
-        surest = output.logits.float().view(len(names), -1, count).max(-1)
-        scores, labels = surest.values.sigmoid().cpu(), surest.indices.cpu()
+        best = output.logits.float().view(len(names), -1, count).max(-1)
+        scores, labels = best.values.sigmoid().cpu(), best.indices.cpu()
         height, width = images.shape[-2:]
         side = max(height, width)
         across, down = (side, side) if self._squared else (width, height)
@@ -131,19 +128,19 @@ class Detector:
                     strict=True,
                 )
             ]
-            # OWLv2 may see something in what the image was filled up with
+            # OWLv2 may find something in the padding
             found.append(without_overlaps([one for one in detections if one.box.area > 0]))
         return found
 
     def _queries(self, names: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor, int]:
-        """Tokens ``[B · Q, L]``, their mask, and Q, the most names of an image."""
+        """Returns the tokens ``[B · Q, L]``, their mask, and Q, the largest number of names of an image."""
         count = max(map(len, names))
         length = self._model.config.text_config.max_position_embeddings
         texts = [_QUERY.format(name) for wanted in names for name in wanted]
         tokens = self._tokenizer(
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        # a query whose first token is 0 is no query to the model; its mask has one token, as softmax needs
+        # the model skips a query whose first token is 0; its mask has one token, as softmax needs
         ids = torch.zeros(len(names) * count, length, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         mask[:, 0] = 1
@@ -162,16 +159,16 @@ class Detector:
 
 
 def load_detector(place: Placement, weights: str, revision: str | None, threshold: float) -> Detector:
-    """An OWL-ViT or OWLv2 detector.
+    """Loads an OWL-ViT or OWLv2 detector.
 
     Args:
-        place: where and how it is to compute.
+        place: device and type of the model.
         weights: a folder or a hub name.
         revision: branch, tag or commit on the hub.
-        threshold: detections that are less sure are left out.
+        threshold: detections of a lower confidence do not count.
 
     Raises:
-        ConfigError: it cannot be found or read, or it is another model.
+        ConfigError: the detector cannot be found or read, or the weights are another model's.
     """
     import transformers
 
@@ -191,14 +188,14 @@ def check_threshold(reward: str, threshold: float) -> None:
     """Checks the option ``threshold`` of a reward.
 
     Raises:
-        ConfigError: it is no number in [0, 1).
+        ConfigError: the value is no number in [0, 1).
     """
     if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold < 1:
         raise ConfigError(f"reward {reward!r}: threshold: found {threshold!r}, allowed: from 0 to below 1")
 
 
 def _corners(box: Sequence[float], width: int, height: int) -> Box:
-    """A box of center, width and height, as far as it is inside the image."""
+    """Returns the part of a box, given by center, width and height, that is inside the image."""
     x, y, across, down = box
     x0, x1 = (min(max(value, 0.0), width) for value in (x - across / 2, x + across / 2))
     y0, y1 = (min(max(value, 0.0), height) for value in (y - down / 2, y + down / 2))

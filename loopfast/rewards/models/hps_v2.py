@@ -8,30 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from loopfast.errors import ConfigError
 from loopfast.rewards.base import Reward
 from loopfast.rewards.models.clip import clip_similarity
-from loopfast.rewards.models.pretrained import (
-    PretrainedReward,
-    ScoreBatch,
-    is_file,
-    load_config,
-    load_converted,
-    load_pretrained,
-    number,
-    placement,
-    read_state,
-    require_file,
-    require_folder,
-)
+from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, number, placement
+from loopfast.rewards.models.sources import is_file, require_file, require_folder
+from loopfast.rewards.models.weights import load_config, load_converted, load_pretrained, read_state
 
 __all__ = ["from_open_clip", "hps_v2"]
 
-# open_clip's names outside of the layers, and transformers'
+# open_clip's names outside of the layers, and those of transformers
 _NAMES = {
     "logit_scale": "logit_scale",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -73,10 +62,10 @@ def hps_v2(
     Args:
         weights: a file with open_clip's names, local or owner/name/file on the hub (HPS_v2_compressed.pt is version 2),
             or a CLIP model of transformers, a folder or a hub name.
-        processor: configuration, tokenizer and image processor of CLIP ViT-H/14, a folder or a hub name; of a model
-            of transformers the last two.
-        scale: factor of the similarity; 100: as the benchmark's tables count.
-        revision: of the weights on the hub.
+        processor: configuration, tokenizer and image processor of CLIP ViT-H/14, a folder or a hub name; with a model
+            of transformers as weights, its tokenizer and image processor.
+        scale: factor of the similarity; the benchmark's tables take 100.
+        revision: branch, tag or commit of the weights on the hub.
         device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16.
         batch_size: images per model call.
@@ -100,21 +89,16 @@ def hps_v2(
             model = load_converted("hps_v2", CLIPModel, config, weights, from_open_clip(state))
         else:
             model = load_pretrained("hps_v2", CLIPModel, weights, revision=revision)
-        similarity = clip_similarity(place, model, processor)
-
-        def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            return factor * similarity(images, prompts)
-
-        return score
+        return clip_similarity(place, model, processor, factor)
 
     return PretrainedReward(place, load)
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a CLIP model of open_clip under the names of transformers' ``CLIPModel``.
+    """Renames the weights of a CLIP model of open_clip as transformers' ``CLIPModel`` names them.
 
     The projections are transposed, and the joint projection to queries, keys and values is split in three. Names that
-    are not open_clip's stay as they are.
+    open_clip does not have stay as they are.
     """
     converted = {}
     for name, value in state.items():

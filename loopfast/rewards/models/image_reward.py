@@ -1,8 +1,8 @@
-"""ImageReward: what people prefer (Xu et al., arXiv 2304.05977; github.com/THUDM/ImageReward).
+"""ImageReward: human preference (Xu et al., arXiv 2304.05977; github.com/THUDM/ImageReward).
 
-A BLIP text encoder reads the prompt and attends to BLIP's image tokens; a multilayer perceptron makes a number of its
-first token, which is normalized to mean 0 and standard deviation 1 over the authors' data. The published weights have
-the names of BLIP's own code; they are read into BLIP of transformers.
+A BLIP text encoder reads the prompt and attends to BLIP's image tokens. A multilayer perceptron maps its first token to
+a number, which is normalized to mean 0 and standard deviation 1 over the authors' data. The published weights have the
+names of BLIP's own code; they are read into BLIP of transformers.
 """
 
 from __future__ import annotations
@@ -18,24 +18,16 @@ from loopfast.errors import ConfigError
 from loopfast.rewards.base import Reward
 from loopfast.rewards.models.aesthetic import ScoreHead
 from loopfast.rewards.models.preprocessing import OPENAI_MEAN, OPENAI_STD, ImagePreprocessing
-from loopfast.rewards.models.pretrained import (
-    PretrainedReward,
-    ScoreBatch,
-    load_converted,
-    load_state,
-    load_tokenizer,
-    placement,
-    read_state,
-    require_file,
-    require_folder,
-)
+from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
+from loopfast.rewards.models.sources import require_file, require_folder
+from loopfast.rewards.models.weights import load_converted, load_state, load_tokenizer, read_state
 from loopfast.system.memory import to_device
 
 __all__ = ["from_blip", "image_reward"]
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
-# of BLIP's vision transformers and of BERT, large or small; the file does not say it
+# width of an attention head in all of BLIP's vision transformers and BERT models; the file does not hold it
 HEAD_WIDTH = 64
 
 _VISION_NAMES = (
@@ -59,14 +51,14 @@ def image_reward(
     dtype: str = "float32",
     batch_size: int = 8,
 ) -> Reward:
-    """ImageReward: unbounded, with mean 0 and standard deviation 1 over the data it was made for.
+    """ImageReward: unbounded, with mean 0 and standard deviation 1 over its authors' data.
 
     Args:
         weights: the published file, local or owner/name/file on the hub.
         tokenizer: BERT's, uncased, a folder or a hub name.
-        revision: of the weights on the hub.
+        revision: branch, tag or commit of the weights on the hub.
         device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
-        dtype: of BLIP: float32, float16 or bfloat16; the head computes in float32.
+        dtype: float32, float16 or bfloat16 for BLIP; the head computes in float32.
         batch_size: images per model call.
     """
     place = placement("image_reward", device, dtype, batch_size)
@@ -120,12 +112,12 @@ def image_reward(
 def from_blip(
     source: str, state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """The weights of ImageReward under the names of transformers' vision and text model, and those of the head.
+    """Renames the weights of ImageReward as transformers names them: for its vision and text model, and for the head.
 
-    BLIP's projections for contrastive learning, which the score does not use, are left out.
+    BLIP's projections for contrastive learning, which the score does not use, are dropped.
 
     Args:
-        source: where they come from, for messages.
+        source: origin of the weights, for messages.
         state: tensors by the names of the published file.
 
     Raises:
@@ -165,7 +157,7 @@ def _vision_name(name: str) -> str:
 
 
 def _vision_config(state: Mapping[str, Tensor]) -> Any:
-    """Of the model whose weights these are; the numbers that shapes do not tell are BLIP's own."""
+    """Makes the vision model's configuration from the shapes of its weights, and else from BLIP's numbers."""
     from transformers import BlipVisionConfig
 
     width, _, patch, _ = state["embeddings.patch_embedding.weight"].shape
@@ -182,7 +174,7 @@ def _vision_config(state: Mapping[str, Tensor]) -> Any:
 
 
 def _text_config(state: Mapping[str, Tensor], vision_width: int) -> Any:
-    """Of the model whose weights these are; the numbers that shapes do not tell are BERT's."""
+    """Makes the text model's configuration from the shapes of its weights, and else from BERT's numbers."""
     from transformers import BlipTextConfig
 
     vocabulary, width = state["embeddings.word_embeddings.weight"].shape
@@ -199,5 +191,5 @@ def _text_config(state: Mapping[str, Tensor], vision_width: int) -> Any:
 
 
 def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many layers there are, from their numbers in the names."""
+    """Returns the number of layers, from the numbers in the names of their weights."""
     return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix))

@@ -1,9 +1,8 @@
 """The noun phrases of a prompt, which the questions of `blip_vqa` are about.
 
-T2I-CompBench (arXiv 2307.06350, `BLIPvqa_eval/BLIP_vqa.py`) takes the noun chunks that spaCy's parser finds, but
-for a few that name a place, and looks at the first eight. `spacy_phrases` is that. `rule_phrases` is a splitter for
-captions of this kind that needs no package: determiners open a phrase; prepositions, pronouns, verbs and
-punctuation close one.
+T2I-CompBench (arXiv 2307.06350, `BLIPvqa_eval/BLIP_vqa.py`) takes the first eight noun chunks that spaCy's parser
+finds, without a few that name a place; so does `spacy_phrases`. `rule_phrases` is a splitter for such captions that
+needs no package: determiners open a phrase; prepositions, pronouns, verbs and punctuation close one.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from loopfast.errors import ConfigError, MissingExtraError
 __all__ = ["MOST_PHRASES", "SPLITTERS", "load_spacy", "rule_phrases", "spacy_phrases"]
 
 MOST_PHRASES = 8
-"""How many phrases of a prompt count, from the left; the benchmark's ``np_num``."""
+"""Number of phrases of a prompt that count, from its beginning; the benchmark's ``np_num``."""
 
 _PLACES = {"top", "the side", "the left", "the right"}
 _SPACY_MODEL = "en_core_web_sm"
@@ -83,7 +82,7 @@ _ADVERB = re.compile(r"\w{3,}ly")
 
 
 def rule_phrases(prompt: str) -> list[str]:
-    """The noun phrases that the rules find, at most `MOST_PHRASES`, as they are written in the prompt."""
+    """Returns the noun phrases that the rules find, at most `MOST_PHRASES`, as they are written in the prompt."""
     words = [match.group() for match in _WORD.finditer(prompt)]
     phrases: list[str] = []
     position = 0
@@ -97,16 +96,16 @@ def rule_phrases(prompt: str) -> list[str]:
 
 
 def _phrase(words: list[str], start: int) -> tuple[list[str], int]:
-    """The phrase that begins at ``start``, empty where none does, and where to go on."""
+    """Returns the phrase that begins at ``start``, empty if none does, and the position to continue from."""
     phrase: list[str] = []
-    named = 0  # nouns so far, or what is taken for them
+    named = 0  # words so far that count as nouns
     position = start
     while position < len(words):
         word = words[position].lower()
         following = words[position + 1].lower() if position + 1 < len(words) else "."
         if word in _DETERMINERS:
             if phrase:
-                # "glass jar hold the screws": between a noun and a determiner stands a verb
+                # "glass jar hold the screws": the word between a noun and a determiner is a verb
                 return (phrase[:-1] if named > 1 else phrase), position
         elif word in _JOINS:
             # "black and white cat", "a long, narrow kitchen": adjectives may be joined, phrases are not
@@ -130,21 +129,21 @@ def _is_adverb(word: str) -> bool:
 
 
 def _is_verb(word: str, following: str, *, after_noun: bool, first: bool) -> bool:
-    """Whether a word is a verb, or a participle that says something of what stands before it."""
+    """True if a word is a verb, or a participle that describes the noun before it."""
     if word in _VERBS_OR_NOUNS:
         return after_noun and (following in _DETERMINERS or following in _ADJECTIVES)
     return (after_noun or first) and (word in _VERBS or _is_participle(word, following))
 
 
 def _is_participle(word: str, following: str) -> bool:
-    """Whether a word such as "parked" or "standing" is no adjective or noun: nothing follows that it could describe."""
+    """True if a word such as "parked" or "standing" is no adjective or noun, as no noun follows it."""
     if not word.endswith(("ed", "ing")) or word in _NOUNS_LIKE_PARTICIPLES or word in _ADJECTIVES:
         return False
     return following in _DETERMINERS or _closes(following)
 
 
 def spacy_phrases(prompt: str) -> list[str]:
-    """The noun chunks that spaCy's ``en_core_web_sm`` finds, at most `MOST_PHRASES`: the benchmark's own.
+    """Returns the noun chunks that spaCy's ``en_core_web_sm`` finds, at most `MOST_PHRASES`, as the benchmark does.
 
     Raises:
         ConfigError: see `load_spacy`.
@@ -155,7 +154,7 @@ def spacy_phrases(prompt: str) -> list[str]:
 
 @functools.cache
 def load_spacy() -> Callable[[str], Any]:
-    """spaCy's pipeline ``en_core_web_sm``, loaded once.
+    """Loads spaCy's pipeline ``en_core_web_sm``, once.
 
     Raises:
         ConfigError: spaCy or the pipeline is not installed.
@@ -175,4 +174,4 @@ def load_spacy() -> Callable[[str], Any]:
 
 
 SPLITTERS: dict[str, Callable[[str], list[str]]] = {"rules": rule_phrases, "spacy": spacy_phrases}
-"""What the option ``phrases`` may be."""
+"""The splitters by the values of the option ``phrases``."""

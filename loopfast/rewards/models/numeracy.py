@@ -1,4 +1,4 @@
-"""Whether as many objects are there as a prompt says: T2I-CompBench's score of numeracy.
+"""T2I-CompBench's score of numeracy: the objects in the image against the numbers in the prompt.
 
 The rules are those of the benchmark's code (arXiv 2307.06350; ``UniDet_eval/numeracy_eval.py``); the detector is
 another one, see `loopfast.rewards.models.detection`.
@@ -7,6 +7,7 @@ another one, see `loopfast.rewards.models.detection`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from loopfast.errors import ConfigError, RewardError
 from loopfast.rewards.base import Reward, shown
 from loopfast.rewards.models.detection import OWLV2, Detection, check_threshold, load_detector
-from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement, require_folder
+from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
+from loopfast.rewards.models.sources import require_folder
 
 __all__ = ["OBJECTS", "count_objects", "count_score", "counted_objects", "numeracy"]
 
@@ -50,14 +52,14 @@ _IRREGULAR = {
     "shrimp": "shrimp",
     "woman": "women",
 }
-_CONTAINED = 0.9  # a box of which so much lies in another of its name is the same object
+_CONTAINED = 0.9  # share of a box's area in another box of its name from which they are one object
 
 
 def counted_objects(prompt: str, objects: Iterable[str] = OBJECTS) -> list[tuple[str, int]]:
-    """The objects that a prompt counts, in the singular, and how many of each, in their order.
+    """Returns the objects that a prompt counts, in the singular, each with its number, in their order.
 
-    An object is counted where its name, of one or two words, follows a number in words or digits, or an article. Other
-    nouns after an article ("created a relaxing atmosphere") are not.
+    An object is counted if its name, of one or two words, follows a number in words or digits, or an article. Other
+    nouns after an article ("created a relaxing atmosphere") are not counted.
 
     Args:
         prompt: the text.
@@ -79,10 +81,10 @@ def counted_objects(prompt: str, objects: Iterable[str] = OBJECTS) -> list[tuple
 
 
 def count_objects(found: Sequence[Detection]) -> dict[str, int]:
-    """How many objects of each name were found, boxes that lie within another of their name left out.
+    """Returns the number of objects of each name, without boxes that lie within another box of their name.
 
     Args:
-        found: detections, surest first.
+        found: detections, highest confidence first.
     """
     kept: list[Detection] = []
     for one in found:
@@ -93,14 +95,11 @@ def count_objects(found: Sequence[Detection]) -> dict[str, int]:
         )
         if not inside:
             kept.append(one)
-    counts: dict[str, int] = {}
-    for one in kept:
-        counts[one.name] = counts.get(one.name, 0) + 1
-    return counts
+    return Counter(one.name for one in kept)
 
 
 def count_score(wanted: Sequence[tuple[str, int]], counts: Mapping[str, int]) -> float:
-    """The benchmark's score of an image, in [0, 1]: for each object ½ if it is there and ½ if as often as wanted."""
+    """Returns the benchmark's score of an image, in [0, 1]: the mean over objects, ½ if found, 1 if in that number."""
     points = sum(0.5 + 0.5 * (counts[name] == number) for name, number in wanted if counts.get(name, 0) > 0)
     return points / len(wanted)
 
@@ -114,16 +113,16 @@ def numeracy(
     dtype: str = "float32",
     batch_size: int = 8,
 ) -> Reward:
-    """Whether the objects that the prompt counts are there, and in that number, in [0, 1].
+    """Score of the objects that the prompt counts, in [0, 1]: whether they are in the image, and in that number.
 
-    The objects are those of the prompt's metadata, where it has any: ``objects``, such as ``{zebra: 2}``. Else they are
-    read from the prompt; one that counts no known object is an error.
+    The objects are read from the metadata's ``objects``, such as ``{zebra: 2}``, if it is there, else from the prompt.
+    A prompt that counts no known object is an error.
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
         revision: branch, tag or commit on the hub.
-        threshold: detections that are less sure are not counted.
-        objects: names, in the singular, to count besides those of the benchmark, `OBJECTS`.
+        threshold: detections of a lower confidence do not count.
+        objects: names, in the singular, to count besides the benchmark's nouns.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per model call.
@@ -156,19 +155,19 @@ def numeracy(
     return PretrainedReward(place, load)
 
 
-def _required(prompt: str, entry: Mapping[str, Any], objects: Iterable[str]) -> list[tuple[str, int]]:
+def _required(prompt: str, entry: Mapping[str, Any], known: Iterable[str]) -> list[tuple[str, int]]:
     if "objects" in entry:
-        given = entry["objects"]
-        if not isinstance(given, Mapping) or not all(
+        objects = entry["objects"]
+        if not isinstance(objects, Mapping) or not all(
             isinstance(name, str) and name.strip() and type(number) is int and number > 0
-            for name, number in given.items()
+            for name, number in objects.items()
         ):
             raise RewardError(
-                f"prompt {shown(prompt)}: metadata objects: found {given!r}, allowed: whole numbers above 0 by name"
+                f"prompt {shown(prompt)}: metadata objects: found {objects!r}, allowed: whole numbers above 0 by name"
             )
-        found = list(given.items())
+        found = list(objects.items())
     else:
-        found = counted_objects(prompt, objects)
+        found = counted_objects(prompt, known)
     if not found:
         raise RewardError(
             f"no known object is counted in the prompt {shown(prompt)}; known: the benchmark's {len(OBJECTS)} nouns "

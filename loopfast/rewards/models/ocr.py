@@ -1,11 +1,11 @@
-"""Text rendering: how much of the text that a prompt asks for can be read in the image.
+"""Text rendering: the share of the text that a prompt asks for that can be read in the image.
 
 The reward of Flow-GRPO (Liu et al., arXiv 2505.05470; `flow_grpo/ocr.py`):
 
     r = max(0, 1 − N_e / N),
 
-N_e the least number of edits (insertions, deletions, substitutions of a letter) between the text read and the text
-wanted, N the length of the latter; 1 where the text read contains the wanted one. Letter case and spaces do not count.
+where N_e is the least number of edits (insertions, deletions, substitutions of a letter) between the text read and the
+text wanted, and N the length of the text wanted; 1 if the text read contains it. Letter case and spaces do not count.
 The text is read by RapidOCR, which runs PaddleOCR's models in ONNX; Flow-GRPO reads it by PaddleOCR itself.
 """
 
@@ -29,14 +29,14 @@ _QUOTED = re.compile(r"[\"“]([^\"“”]*)[\"”]")
 
 
 def ocr(weights: str | None = None) -> Reward:
-    """How well an image shows the text its prompt asks for, in [0, 1].
+    """Score of an image that shows the text its prompt asks for, in [0, 1].
 
-    That text is the metadata's ``text``, where there is one, else what the prompt has first between double quotes.
-    Images are read one by one on the CPU.
+    The text is the metadata's ``text``, if it is there, else the first text between double quotes in the prompt. Images
+    are read one by one on the CPU.
 
     Args:
         weights: a folder with one ONNX model of PaddleOCR for detection (``*det*.onnx``) and one for recognition
-            (``*rec*.onnx``); None: those that RapidOCR's package holds.
+            (``*rec*.onnx``); None takes those of RapidOCR's package.
     """
     paths = {} if weights is None else _models(weights)
     place = placement("ocr", "cpu", "float32", batch_size=1)
@@ -56,7 +56,7 @@ def ocr(weights: str | None = None) -> Reward:
 
 
 def wanted_text(prompt: str, metadata: Mapping[str, Any]) -> str:
-    """The text that an image of this prompt should show.
+    """Returns the text that an image of this prompt should show.
 
     Raises:
         RewardError: neither the metadata nor the prompt has one.
@@ -74,7 +74,7 @@ def wanted_text(prompt: str, metadata: Mapping[str, Any]) -> str:
 
 
 def similarity(found: str, wanted: str) -> float:
-    """1 − edits / length, at least 0; 1 where ``found`` contains ``wanted``. Case and spaces do not count."""
+    """Returns 1 − edits / length, at least 0; 1 if ``found`` contains ``wanted``. Case and spaces do not count."""
     found, wanted = _normalized(found), _normalized(wanted)
     if wanted in found:
         return 1.0
@@ -86,7 +86,7 @@ def _normalized(text: str) -> str:
 
 
 def _edits(first: str, second: str) -> int:
-    """Levenshtein's distance."""
+    """Returns Levenshtein's distance."""
     above = list(range(len(second) + 1))
     for row, letter in enumerate(first, start=1):
         current = [row]
@@ -98,7 +98,7 @@ def _edits(first: str, second: str) -> int:
 
 
 def _models(weights: str) -> dict[str, str]:
-    """RapidOCR's options for the models of a folder."""
+    """Returns RapidOCR's options for the models of a folder."""
     folder = Path(weights).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"reward 'ocr': weights: {weights!r} is no folder")
@@ -115,10 +115,10 @@ def _models(weights: str) -> dict[str, str]:
 
 
 def _reader(paths: Mapping[str, str]) -> Callable[[Tensor], str]:
-    """Reads the text of an image, float32 ``[3, H, W]`` in [0, 1] on the CPU, line after line."""
+    """Returns a function that reads the text of an image, float32 ``[3, H, W]`` in [0, 1] on the CPU, line by line."""
     from rapidocr import RapidOCR
 
-    # as Flow-GRPO: text that stands on its head is not turned
+    # as in Flow-GRPO, text that is upside down is not turned
     engine = RapidOCR(params={"Global.log_level": "critical", "Global.use_cls": False, **paths})
 
     def read(image: Tensor) -> str:

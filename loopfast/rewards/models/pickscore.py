@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
 from loopfast.rewards.base import Reward
 from loopfast.rewards.models.clip import clip_similarity
-from loopfast.rewards.models.pretrained import (
-    PretrainedReward,
-    ScoreBatch,
-    load_pretrained,
-    number,
-    placement,
-    require_folder,
-)
+from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, number, placement
+from loopfast.rewards.models.sources import require_folder
+from loopfast.rewards.models.weights import load_pretrained
 
 __all__ = ["pickscore"]
 
@@ -33,10 +24,10 @@ def pickscore(
 
     Args:
         weights: CLIP ViT-H/14 trained on Pick-a-Pic, a folder or a hub name.
-        processor: its tokenizer and image processor, a folder or a hub name; null: those that come with the weights;
-            the model's card takes laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+        processor: tokenizer and image processor of the model, a folder or a hub name; the model's card takes
+            laion/CLIP-ViT-H-14-laion2B-s32B-b79K; null takes those that come with the weights.
         scale: a further factor; Flow-GRPO divides by 26, which is 0.03846.
-        revision: of the weights on the hub.
+        revision: branch, tag or commit of the weights on the hub.
         device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16.
         batch_size: images per model call.
@@ -51,15 +42,14 @@ def pickscore(
         from transformers import CLIPModel
 
         model = load_pretrained("pickscore", CLIPModel, weights, revision=revision)
-        # before the model is given another type, which would round it
-        factors = factor * model.logit_scale.float().exp().item()
-        similarity = clip_similarity(
-            place, model, processor or weights, revision=None if processor else revision
+        # read before the model gets another type, which would round it
+        logit_scale = model.logit_scale.float().exp().item()
+        return clip_similarity(
+            place,
+            model,
+            processor or weights,
+            factor * logit_scale,
+            revision=None if processor else revision,
         )
-
-        def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            return factors * similarity(images, prompts)
-
-        return score
 
     return PretrainedReward(place, load)

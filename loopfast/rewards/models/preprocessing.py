@@ -1,4 +1,4 @@
-"""What an image processor of transformers does, on tensors."""
+"""Image preprocessing on tensors, as image processors of transformers do it."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from loopfast.errors import ConfigError, first_line
 
 __all__ = ["OPENAI_MEAN", "OPENAI_STD", "ImagePreprocessing", "load_preprocessing", "normalized"]
 
-# of CLIP's training images, red, green and blue; BLIP takes them over
+# mean and standard deviation of CLIP's training images, red, green and blue; BLIP uses them too
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# PIL's numbers of the filters that torch has, too
+# the filters that torch has too, by PIL's numbers
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 _CLASSES = {"CLIP": "CLIPImageProcessor", "BLIP": "BlipImageProcessor"}
 
 
 @dataclass(frozen=True)
 class ImagePreprocessing:
-    """Resizes, crops and normalizes images, in this order.
+    """A function that resizes, crops and normalizes images, in this order.
 
-    The same as CLIP's and BLIP's image processors of transformers but for their rounding to 8 bits, before and in
-    resizing: values differ by up to 1.5/255 before they are normalized.
+    It does the same as CLIP's and BLIP's image processors of transformers, without their rounding to 8 bits before and
+    in resizing: values differ by up to 1.5/255 before they are normalized.
 
     Attributes:
-        resize: the shorter edge, or height and width; None: images stay as they are.
-        crop: height and width of what is cut out in the center; None: all.
-        mean: of each channel, subtracted.
-        std: of each channel, divided by.
+        resize: the shorter edge, or height and width; None leaves the size.
+        crop: height and width of the part that is cut out in the center; None leaves all.
+        mean, std: mean and standard deviation of each channel.
         interpolation: ``bicubic`` or ``bilinear``.
     """
 
@@ -45,10 +44,10 @@ class ImagePreprocessing:
     interpolation: str = "bicubic"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images float32 ``[N, 3, H, W]`` in [0, 1] as a model takes them, float32 ``[N, 3, h, w]``."""
+        """Converts images float32 ``[N, 3, H, W]`` in [0, 1] to a model's input, float32 ``[N, 3, h, w]``."""
         if self.resize is not None:
             size = self._size(images.shape[-2], images.shape[-1])
-            # width, then height, as PIL does, which cuts off at each what bicubic interpolation overshoots
+            # width, then height, and after each the clamp of what bicubic interpolation overshoots, as PIL does
             for shape in ((images.shape[-2], size[1]), size):
                 if shape != tuple(images.shape[-2:]):
                     images = interpolate(images, shape, mode=self.interpolation, antialias=True).clamp(0, 1)
@@ -72,33 +71,33 @@ class ImagePreprocessing:
 
 
 def normalized(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    """Images ``[N, 3, H, W]`` less the mean of each channel, divided by its standard deviation."""
+    """Subtracts from images ``[N, 3, H, W]`` the mean of each channel, and divides by its standard deviation."""
     return (images - _channels(mean, images.device)) / _channels(std, images.device)
 
 
 @cache
 def _channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    """The values as ``[3, 1, 1]``. They are kept, as a copy to a GPU waits for all that was started there."""
+    """Returns the values as ``[3, 1, 1]``. They are cached: a copy to a GPU waits for all that was started there."""
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def load_preprocessing(
     reward: str, source: str, *, kind: str = "CLIP", revision: str | None = None
 ) -> ImagePreprocessing:
-    """What the ``preprocessor_config.json`` of a model asks for.
+    """Makes the preprocessing that a model's ``preprocessor_config.json`` describes.
 
     Args:
         reward: name of the reward, for messages.
         source: a folder or a hub name.
-        kind: ``CLIP`` or ``BLIP``; its defaults hold for what the file leaves out.
+        kind: ``CLIP`` or ``BLIP``, whose defaults hold for keys that the file does not have.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        ConfigError: the file cannot be found or read, or asks for something else.
+        ConfigError: the file cannot be found or read, or describes another kind of preprocessing.
     """
     import transformers
 
-    # the processors themselves need torchvision or PIL; what they would do needs neither
+    # the processors are only read for their settings: they need torchvision or PIL to be called
     where = f"reward {reward!r}: the image processor of {source!r}"
     cls: Any = getattr(transformers, _CLASSES[kind])
     try:

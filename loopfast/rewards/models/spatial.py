@@ -1,8 +1,8 @@
-"""Whether two objects stand as a prompt says: T2I-CompBench's scores of 2D and 3D spatial relations.
+"""T2I-CompBench's scores of spatial relations of two objects, in 2D and 3D.
 
 The geometry is that of the benchmark's code (arXiv 2307.06350; ``UniDet_eval/2D_spatial_eval.py`` and
-``3D_spatial_eval.py``): half of the score is for being sure of both objects, half for where their boxes are. The
-detector is another one, see `loopfast.rewards.models.detection`; other differences are named where they are made.
+``3D_spatial_eval.py``): half of the score is for the detector's confidence in both objects, half for the places of
+their boxes. The detector is another one, see `loopfast.rewards.models.detection`; the functions name other differences.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +19,25 @@ from torch import Tensor
 from loopfast.errors import RewardError
 from loopfast.rewards.base import Reward, shown
 from loopfast.rewards.models.depth import DEPTH_ANYTHING, load_depth
-from loopfast.rewards.models.detection import OWLV2, Box, Detection, check_threshold, load_detector
+from loopfast.rewards.models.detection import (
+    OWLV2,
+    Box,
+    Detection,
+    Detector,
+    check_threshold,
+    load_detector,
+)
 from loopfast.rewards.models.noun_phrases import rule_phrases
-from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement, require_folder
+from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
+from loopfast.rewards.models.sources import require_folder
 
 __all__ = [
     "Relation",
     "depth_agreement",
     "find_relation",
-    "given_relation",
     "pair_score",
     "position_agreement",
+    "relation_of",
     "spatial",
     "spatial_3d",
 ]
@@ -52,15 +61,17 @@ _IN_THE_PLANE = {
 _IN_DEPTH = {"in front of": "front", "behind": "behind", "hidden by": "behind", "hidden behind": "behind"}
 
 _OVERLAP = 0.1  # IoU up to which boxes count as beside each other
-_DEPTH_OVERLAP = 0.5  # IoU from which on boxes count as before each other
-_DISTANCE = 150 / 512  # of "near", by the image's larger side: the benchmark's 150 pixels of its 512
-_LEAST = 0.5  # 2D scores below are 0
+_DEPTH_OVERLAP = 0.5  # IoU from which on boxes count as in front of each other
+_DISTANCE = (
+    150 / 512
+)  # distance of "near" over the image's larger side: the benchmark's 150 of its 512 pixels
+_LEAST = 0.5  # 2D scores below this are 0
 _ARTICLE = re.compile(r"(?:a|an|the)\s+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Relation:
-    """What a prompt says of two objects: ``first`` is ``kind`` of ``second``.
+    """A relation of two objects that a prompt names: ``first`` is ``kind`` of ``second``.
 
     ``kind`` is left, right, top, bottom or near; in depth, front or behind.
     """
@@ -71,11 +82,11 @@ class Relation:
 
 
 def find_relation(prompt: str, *, depth: bool = False) -> Relation | None:
-    """The first relation of a prompt, between the noun phrases right before and after it; None where there is none.
+    """Returns the first relation of a prompt, between the noun phrases right before and after it; None without one.
 
     Args:
         prompt: the text.
-        depth: look for in front of, behind and hidden by; else for those in the image's plane.
+        depth: looks for relations in depth (in front of, behind, hidden by), not for those in the image's plane.
     """
     words = _IN_DEPTH if depth else _IN_THE_PLANE
     match = re.search(rf"\b({'|'.join(sorted(words, key=len, reverse=True))})\b", prompt, re.IGNORECASE)
@@ -89,11 +100,11 @@ def find_relation(prompt: str, *, depth: bool = False) -> Relation | None:
 
 
 def position_agreement(kind: str, first: Box, second: Box, side: float) -> float:
-    """How well two boxes agree with a relation in the plane, in [0, 1].
+    """Returns how well two boxes agree with a relation in the plane, in [0, 1].
 
-    Left, right, top and bottom: the centers differ in that direction, and more than in the other; boxes that overlap by
-    an IoU above 0.1 count less, by 0.1 / IoU. Near: the centers are less than 150 pixels of 512 apart in x or in y;
-    beyond, by that distance over the larger of the two.
+    Left, right, top and bottom: 1 if the centers differ in that direction, and more than in the other, else 0; boxes
+    that overlap by an IoU above 0.1 count 0.1 / IoU. Near: 1 if the centers are less than 150 of 512 pixels apart in x
+    or in y, else that distance over the larger of the two.
 
     Args:
         kind: left, right, top, bottom or near.
@@ -119,11 +130,10 @@ def position_agreement(kind: str, first: Box, second: Box, side: float) -> float
 
 
 def depth_agreement(kind: str, first: Box, second: Box, nearness: Tensor) -> float:
-    """How well two boxes agree with a relation in depth, in [0, 1].
+    """Returns how well two boxes agree with a relation in depth, in [0, 1].
 
-    The mean nearness inside the first box is larger (front) or smaller (behind) than inside the second, and the boxes
-    overlap: by an IoU of 0.5 for the whole score, by less for IoU / 0.5. The benchmark's code takes rows of the depth
-    map for columns; this does not.
+    IoU / 0.5, at most 1, if the mean nearness inside the first box is larger (front) or smaller (behind) than inside
+    the second, else 0. The benchmark's code takes rows of the depth map for columns; this code does not.
 
     Args:
         kind: front or behind.
@@ -139,15 +149,16 @@ def depth_agreement(kind: str, first: Box, second: Box, nearness: Tensor) -> flo
 def pair_score(
     relation: Relation, found: Sequence[Detection], agreement: Callable[[Box, Box], float], least: float = 0.0
 ) -> float:
-    """The benchmark's score of an image, in [0, 1]: ¼ (s₁ + s₂) + ½ agreement, or ¼ s of the one object that is there.
+    """Returns the benchmark's score of an image, in [0, 1]: ¼ (s₁ + s₂) + ½ agreement, or ¼ s if one object is found.
 
-    Each object is the surest detection of its name, s being how sure; of "a candle behind a candle", the two surest.
+    Each object is the detection of its name with the highest confidence s; for "a candle behind a candle", the two
+    highest.
 
     Args:
-        relation: between which objects.
-        found: detections, surest first.
-        agreement: of the two boxes with the relation, in [0, 1].
-        least: scores below are 0.
+        relation: the relation of the two objects.
+        found: detections, highest confidence first.
+        agreement: returns how well two boxes agree with the relation, in [0, 1].
+        least: lower scores become 0.
     """
     firsts = [one for one in found if one.name == relation.first]
     seconds = [one for one in found if one.name == relation.second]
@@ -168,15 +179,15 @@ def spatial(
     dtype: str = "float32",
     batch_size: int = 8,
 ) -> Reward:
-    """Whether two objects are left, right, on top, below or near each other as the prompt says, in [0, 1].
+    """Score of two objects that are left, right, on top, below or near each other as the prompt says, in [0, 1].
 
-    The relation is that of the prompt's metadata, where there is one: ``relation``, such as ``[cat, left, dog]``, with
-    left, right, top, bottom or near. Else it is read from the prompt; a prompt without one is an error.
+    The relation is read from the metadata's ``relation``, such as ``[cat, left, dog]``, with left, right, top, bottom
+    or near, if it is there, else from the prompt. A prompt without a relation is an error.
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
         revision: branch, tag or commit on the hub.
-        threshold: detections that are less sure are left out.
+        threshold: detections of a lower confidence do not count.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per model call.
@@ -192,18 +203,11 @@ def spatial(
         detector = load_detector(place, source, revision, threshold)
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            side = max(images.shape[-2:])
-            relations = [_required(p, entry, depth=False) for p, entry in zip(prompts, metadata, strict=True)]
-            found = detector(images, [_names(relation) for relation in relations])
+            agreement = partial(position_agreement, side=max(images.shape[-2:]))
             return torch.tensor(
                 [
-                    pair_score(
-                        relation,
-                        detections,
-                        lambda a, b, kind=relation.kind: position_agreement(kind, a, b, side),  # type: ignore[misc]
-                        _LEAST,
-                    )
-                    for relation, detections in zip(relations, found, strict=True)
+                    pair_score(relation, found, partial(agreement, relation.kind), _LEAST)
+                    for relation, found in _detected(detector, images, prompts, metadata, depth=False)
                 ]
             )
 
@@ -222,16 +226,16 @@ def spatial_3d(
     dtype: str = "float32",
     batch_size: int = 8,
 ) -> Reward:
-    """Whether one object is in front of, behind or hidden by the other as the prompt says, in [0, 1].
+    """Score of one object that is in front of, behind or hidden by the other as the prompt says, in [0, 1].
 
-    The relation is that of the prompt's metadata, where there is one: ``relation``, such as ``[cat, front, dog]``, with
-    front or behind. Else it is read from the prompt; a prompt without one is an error.
+    The relation is read from the metadata's ``relation``, such as ``[cat, front, dog]``, with front or behind, if it is
+    there, else from the prompt. A prompt without a relation is an error.
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
         depth_weights: a DPT or Depth Anything model of relative depth, a folder or a hub name.
         revision, depth_revision: branch, tag or commit of each on the hub.
-        threshold: detections that are less sure are left out.
+        threshold: detections of a lower confidence do not count.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per model call.
@@ -251,16 +255,11 @@ def spatial_3d(
         depth = load_depth(place, depth_source, depth_revision)
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            relations = [_required(p, entry, depth=True) for p, entry in zip(prompts, metadata, strict=True)]
-            found = detector(images, [_names(relation) for relation in relations])
+            pairs = _detected(detector, images, prompts, metadata, depth=True)
             return torch.tensor(
                 [
-                    pair_score(
-                        relation,
-                        detections,
-                        lambda a, b, kind=relation.kind, near=near: depth_agreement(kind, a, b, near),  # type: ignore[misc]
-                    )
-                    for relation, detections, near in zip(relations, found, depth(images).cpu(), strict=True)
+                    pair_score(relation, found, partial(depth_agreement, relation.kind, nearness=nearness))
+                    for (relation, found), nearness in zip(pairs, depth(images).cpu(), strict=True)
                 ]
             )
 
@@ -269,11 +268,11 @@ def spatial_3d(
     return PretrainedReward(place, load)
 
 
-def given_relation(prompt: str, entry: Mapping[str, Any], *, depth: bool = False) -> Relation | None:
-    """The relation that a prompt's metadata names, or the first of its text; None where there is none.
+def relation_of(prompt: str, entry: Mapping[str, Any], *, depth: bool = False) -> Relation | None:
+    """Returns the relation that a prompt's metadata names, or else the first of its text; None without one.
 
     Raises:
-        RewardError: the metadata's is no relation.
+        RewardError: the metadata's ``relation`` is none.
     """
     if "relation" not in entry:
         return find_relation(prompt, depth=depth)
@@ -288,20 +287,23 @@ def given_relation(prompt: str, entry: Mapping[str, Any], *, depth: bool = False
     return Relation(*found)
 
 
-def _required(prompt: str, entry: Mapping[str, Any], *, depth: bool) -> Relation:
-    relation = given_relation(prompt, entry, depth=depth)
-    if relation is None:
-        words = ", ".join(_IN_DEPTH if depth else _IN_THE_PLANE)
-        raise RewardError(f"no relation of two objects in the prompt {shown(prompt)}; known: {words}")
-    return relation
-
-
-def _names(relation: Relation) -> list[str]:
-    return list(dict.fromkeys((relation.first, relation.second)))
+def _detected(
+    detector: Detector, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]], *, depth: bool
+) -> list[tuple[Relation, list[Detection]]]:
+    """Returns each prompt's relation, and the detections of its objects."""
+    relations = []
+    for prompt, entry in zip(prompts, metadata, strict=True):
+        relation = relation_of(prompt, entry, depth=depth)
+        if relation is None:
+            words = ", ".join(_IN_DEPTH if depth else _IN_THE_PLANE)
+            raise RewardError(f"no relation of two objects in the prompt {shown(prompt)}; known: {words}")
+        relations.append(relation)
+    names = [list(dict.fromkeys((relation.first, relation.second))) for relation in relations]
+    return [*zip(relations, detector(images, names), strict=True)]
 
 
 def _mean_inside(values: Tensor, box: Box) -> float:
-    """Mean of ``[H, W]`` over the pixels of a box, at least one."""
+    """Returns the mean of ``[H, W]`` over the pixels of a box, at least one."""
     height, width = values.shape
     left, top = min(int(box.x0), width - 1), min(int(box.y0), height - 1)
     right, bottom = max(int(box.x1), left + 1), max(int(box.y1), top + 1)

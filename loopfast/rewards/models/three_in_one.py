@@ -1,15 +1,15 @@
 """T2I-CompBench's score of complex compositions: the mean of up to three others.
 
-As in the benchmark's code (arXiv 2307.06350; ``3_in_1_eval/3_in_1.py``): every prompt of the category ``complex``
-speaks of attributes, judged by `blip_vqa`, and of a spatial relation, judged by `spatial`, of an action, judged by
-`clip_score`, or of both; the score is the mean of those it speaks of. The benchmark leaves the adjectives out of what
-CLIP reads; this does not.
+As in the benchmark's code (arXiv 2307.06350; ``3_in_1_eval/3_in_1.py``), every prompt of the category ``complex``
+names attributes, scored by `blip_vqa`, and a spatial relation, scored by `spatial`, an action, scored by `clip_score`,
+or both. The score is the mean of the scores that apply. The benchmark removes the adjectives from the text that CLIP
+reads; this code does not.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from loopfast.errors import ConfigError
 from loopfast.rewards.base import Reward
-from loopfast.rewards.models.blip_vqa import blip_vqa
-from loopfast.rewards.models.clip_score import clip_score
-from loopfast.rewards.models.spatial import given_relation, spatial
+from loopfast.rewards.models.blip_vqa import blip_vqa as _blip_vqa
+from loopfast.rewards.models.clip_score import clip_score as _clip_score
+from loopfast.rewards.models.spatial import relation_of
+from loopfast.rewards.models.spatial import spatial as _spatial
 
 __all__ = ["ThreeInOne", "prompt_aspects", "three_in_one"]
 
@@ -29,11 +30,10 @@ _ONLY_SPATIAL = re.compile(rf"\b(?:is|are|was|were) {_RELATION}", re.IGNORECASE)
 
 
 def prompt_aspects(prompt: str) -> tuple[str, ...]:
-    """Which of attribute, spatial and action a prompt speaks of.
+    """Returns which of attribute, spatial and action apply to a prompt.
 
-    A relation after a form of "to be" is spatial only, a relation after another verb is an action, too, and without a
-    relation there is an action only. Of the 300 prompts of ``complex_val.txt`` that is what the benchmark's own lists
-    say but for one.
+    A relation after a form of "to be" is spatial only, a relation after another verb is an action, too, and a prompt
+    without a relation has an action. For 299 of the 300 prompts of ``complex_val.txt`` the benchmark's lists agree.
     """
     if _ONLY_SPATIAL.search(prompt):
         return "attribute", "spatial"
@@ -43,27 +43,27 @@ def prompt_aspects(prompt: str) -> tuple[str, ...]:
 
 
 class ThreeInOne:
-    """The mean of the rewards that judge what each prompt speaks of.
+    """The mean of the rewards whose aspects apply to a prompt.
 
     Args:
-        rewards: by aspect: attribute, spatial, action.
+        rewards: the rewards by aspect: attribute, spatial, action.
     """
 
     def __init__(self, rewards: Mapping[str, Reward]) -> None:
         self.rewards = dict(rewards)
 
     def load(self) -> None:
-        """Reads the weights of all; nothing the second time."""
+        """Reads the weights of all, unless they are read already."""
         for reward in self.rewards.values():
             if hasattr(reward, "load"):
                 reward.load()
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Scores float32 ``[N]`` on the CPU; see `loopfast.rewards.base.Reward`.
+        """Returns the scores, float32 ``[N]`` on the CPU; see `loopfast.rewards.base.Reward`.
 
-        ``metadata["aspects"]``, which T2I-CompBench's prompts have where its lists are there, says what a prompt speaks
-        of; else `prompt_aspects` does. A prompt that is said to have a relation, but in which none of two objects is
-        found, has 0 for it, as in the benchmark.
+        The aspects are those of ``metadata["aspects"]``, which T2I-CompBench's prompts have if its lists are there,
+        else those of `prompt_aspects`. A prompt with the aspect spatial in which no relation of two objects is found
+        gets 0 for it, as in the benchmark.
         """
         aspects = [
             entry.get("aspects") or prompt_aspects(prompt)
@@ -71,11 +71,11 @@ class ThreeInOne:
         ]
         total = torch.zeros(len(prompts))
         for aspect, reward in self.rewards.items():
-            speaks = [index for index, found in enumerate(aspects) if aspect in found]
             rows = [
                 index
-                for index in speaks
-                if aspect != "spatial" or given_relation(prompts[index], metadata[index]) is not None
+                for index, found in enumerate(aspects)
+                if aspect in found
+                and (aspect != "spatial" or relation_of(prompts[index], metadata[index]) is not None)
             ]
             if rows:
                 scores = reward(images[rows], [prompts[i] for i in rows], [metadata[i] for i in rows])
@@ -88,7 +88,7 @@ def three_in_one(
     spatial: Mapping[str, Any] | None = None,
     clip_score: Mapping[str, Any] | None = None,
 ) -> Reward:
-    """The mean of `blip_vqa`, `spatial` and `clip_score`, of those that judge what the prompt speaks of.
+    """The mean of those of `blip_vqa`, `spatial` and `clip_score` whose aspects apply to the prompt.
 
     Args:
         blip_vqa, spatial, clip_score: options of each, such as ``{weights: /models/blip}``.
@@ -96,21 +96,18 @@ def three_in_one(
     Raises:
         ConfigError: options are not allowed, or the weights cannot be used.
     """
-    given = {"blip_vqa": blip_vqa, "spatial": spatial, "clip_score": clip_score}
     built = {}
-    for aspect, name in (("attribute", "blip_vqa"), ("spatial", "spatial"), ("action", "clip_score")):
-        options = given[name] or {}
+    for aspect, make, options in (
+        ("attribute", _blip_vqa, blip_vqa),
+        ("spatial", _spatial, spatial),
+        ("action", _clip_score, clip_score),
+    ):
+        key = f"reward 'three_in_one': {make.__name__}: "
+        options = options or {}
         if not isinstance(options, Mapping):
-            raise ConfigError(f"reward 'three_in_one': {name}: found {options!r}, allowed: options by name")
+            raise ConfigError(f"{key}found {options!r}, allowed: options by name")
         try:
-            built[aspect] = _MAKERS[name](**options)
+            built[aspect] = make(**options)
         except TypeError as error:
-            raise ConfigError(f"reward 'three_in_one': {name}: {error}") from None
+            raise ConfigError(f"{key}{error}") from None
     return ThreeInOne(built)
-
-
-_MAKERS: dict[str, Callable[..., Reward]] = {
-    "blip_vqa": blip_vqa,
-    "spatial": spatial,
-    "clip_score": clip_score,
-}

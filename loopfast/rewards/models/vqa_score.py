@@ -3,9 +3,9 @@
 Lin et al., *Evaluating Text-to-Visual Generation with Image-to-Text Generation* (arXiv 2404.01291, equation 1), as the
 reference code (`t2v_metrics`) computes it:
 
-* encoder-decoders (InstructBLIP and BLIP-2 with Flan-T5): the geometric mean of the probabilities of the answer's
-  tokens, the end of the sequence among them;
-* chat models: the probability of the answer's token as the first of the reply.
+* for encoder-decoders (InstructBLIP and BLIP-2 with Flan-T5), the geometric mean of the probabilities of the answer's
+  tokens, with the end of the sequence;
+* for chat models, the probability of the answer's token as the first of the reply.
 
 The paper's own CLIP-FlanT5 is not in transformers.
 """
@@ -19,15 +19,9 @@ from torch import Tensor
 
 from loopfast.errors import ConfigError
 from loopfast.rewards.base import Reward
-from loopfast.rewards.models.pretrained import (
-    Placement,
-    PretrainedReward,
-    ScoreBatch,
-    load_config,
-    load_pretrained,
-    placement,
-    require_folder,
-)
+from loopfast.rewards.models.pretrained import Placement, PretrainedReward, ScoreBatch, placement
+from loopfast.rewards.models.sources import require_folder
+from loopfast.rewards.models.weights import load_config, load_pretrained
 
 __all__ = ["vqa_score"]
 
@@ -36,7 +30,7 @@ _ENCODER_DECODERS = {
     "instructblip": "InstructBlipForConditionalGeneration",
     "blip-2": "Blip2ForConditionalGeneration",
 }
-# question and answer as the reference code has them for InstructBLIP and for most other models
+# question and answer of the reference code for InstructBLIP, and for most other models
 _BLIP_WORDS = ('Question: Does this figure show "{text}"? Please answer yes or no.', "yes")
 _CHAT_WORDS = ('Does this figure show "{text}"? Please answer yes or no.', "Yes")
 
@@ -55,9 +49,10 @@ def vqa_score(
     Args:
         weights: a folder or a hub name: InstructBLIP or BLIP-2 with Flan-T5, or a chat model of transformers that sees
             images and has a chat template.
-        question: with ``{text}`` where the prompt goes; None: the reference code's for this kind of model.
-        answer: whose probability counts; None: the reference code's for this kind of model.
-        revision: of the weights on the hub.
+        question: the question, with ``{text}`` in place of the prompt; None takes the reference code's for this kind
+            of model.
+        answer: the answer whose probability is the score; None takes the reference code's for this kind of model.
+        revision: branch, tag or commit of the weights on the hub.
         device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16.
         batch_size: images per model call.
@@ -74,9 +69,9 @@ def vqa_score(
         processor = load_config("vqa_score", transformers.AutoProcessor, folder, revision=revision)
         encoder_decoder = config.model_type in _ENCODER_DECODERS
         words = _BLIP_WORDS if encoder_decoder else _CHAT_WORDS
-        asked, said = question or words[0], answer or words[1]
+        template, reply = question or words[0], answer or words[1]
         check = _check_encoder_decoder if encoder_decoder else _check_chat_model
-        problem = check(config, processor, said)
+        problem = check(config, processor, reply)
         if problem:
             raise ConfigError(f"reward 'vqa_score': weights {weights!r}: {problem}")
         cls = getattr(transformers, _ENCODER_DECODERS.get(config.model_type, "AutoModelForImageTextToText"))
@@ -84,8 +79,8 @@ def vqa_score(
         probability = _by_encoder_decoder if encoder_decoder else _by_chat_model
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            questions = [asked.replace(_TEXT, prompt) for prompt in prompts]
-            return probability(place, model, processor, _pictures(images), questions, said)
+            questions = [template.replace(_TEXT, prompt) for prompt in prompts]
+            return probability(place, model, processor, _pictures(images), questions, reply)
 
         return score
 
@@ -93,19 +88,19 @@ def vqa_score(
 
 
 def _check_encoder_decoder(config: Any, processor: Any, answer: str) -> str | None:
-    """What is wrong with a model or answer, if anything."""
+    """Returns the problem of a model or answer; None if both can be used."""
     if config.use_decoder_only_language_model:
         found = config.text_config.model_type
         return f"found a {config.model_type} with {found!r}, expected: one with an encoder-decoder such as Flan-T5"
     for_images = getattr(processor, "qformer_tokenizer", None)
     if for_images is not None and for_images.get_vocab() == processor.tokenizer.get_vocab():
-        # transformers takes the language model's where this one is missing
+        # transformers takes the language model's tokenizer if this one is missing
         return "no tokenizer in its folder qformer_tokenizer"
     return None if _tokens(processor, answer) else _unknown(answer)
 
 
 def _check_chat_model(config: Any, processor: Any, answer: str) -> str | None:
-    """What is wrong with a model or answer, if anything."""
+    """Returns the problem of a model or answer; None if both can be used."""
     if not getattr(processor, "chat_template", None):
         return f"a {config.model_type} without a chat template; allowed: {', '.join(_ENCODER_DECODERS)} or chat models"
     tokens = _tokens(processor, answer)
@@ -115,20 +110,20 @@ def _check_chat_model(config: Any, processor: Any, answer: str) -> str | None:
 
 
 def _tokens(processor: Any, answer: str) -> list[int]:
-    """The answer's tokens, without those that begin or end a text; empty where one is unknown."""
+    """Returns the answer's tokens, without those that begin or end a text; empty if one is unknown."""
     tokens: list[int] = processor.tokenizer.encode(answer, add_special_tokens=False)
     return [] if processor.tokenizer.unk_token_id in tokens else tokens
 
 
 def _unknown(answer: str) -> str:
-    # transformers makes an empty tokenizer where its files are missing
+    # transformers makes an empty tokenizer if its files are missing
     return f"its tokenizer does not know the answer {answer!r}; are the tokenizer's files there?"
 
 
 def _by_encoder_decoder(
     place: Placement, model: Any, processor: Any, pictures: list[Any], questions: list[str], answer: str
 ) -> Tensor:
-    """The answer's probability, float32 ``[B]``, for B PIL images and B questions."""
+    """Returns the answer's probability, float32 ``[B]``, for B PIL images and B questions."""
     inputs = processor(images=pictures, text=questions, padding=True, return_tensors="pt")
     labels = processor.tokenizer([answer] * len(questions), return_tensors="pt").input_ids.to(place.device)
     logits = model(**inputs.to(place.device, place.dtype), labels=labels).logits
@@ -139,7 +134,7 @@ def _by_encoder_decoder(
 def _by_chat_model(
     place: Placement, model: Any, processor: Any, pictures: list[Any], questions: list[str], answer: str
 ) -> Tensor:
-    """As `_by_encoder_decoder`."""
+    """Returns the same as `_by_encoder_decoder`, by a chat model."""
     turns = [
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         for question in questions
@@ -148,18 +143,18 @@ def _by_chat_model(
         images=[[picture] for picture in pictures],
         text=processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False),
         padding=True,
-        padding_side="right",  # a token's position is then the same in every batch
+        padding_side="right",  # so that a token has the same position in every batch
         return_tensors="pt",
     ).to(place.device, place.dtype)
     last = inputs["attention_mask"].sum(-1) - 1
     logits = model(**inputs, use_cache=False).logits
-    reply = logits[torch.arange(len(questions), device=last.device), last]
+    first = logits[torch.arange(len(questions), device=last.device), last]
     (token,) = _tokens(processor, answer)
-    return reply.float().softmax(-1)[:, token]
+    return first.float().softmax(-1)[:, token]
 
 
 def _pictures(images: Tensor) -> list[Any]:
-    """Images float32 ``[B, 3, H, W]`` in [0, 1] as PIL images, which every model's own processor takes."""
+    """Converts images float32 ``[B, 3, H, W]`` in [0, 1] to PIL images, which every model's own processor takes."""
     from PIL import Image
 
     pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()

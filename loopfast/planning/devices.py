@@ -1,4 +1,4 @@
-"""What GPUs can do by their datasheets, and what this machine is."""
+"""The rates of GPUs by their datasheets, and the devices of this machine."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ from pathlib import Path
 
 import torch
 
-from loopfast.config import Config
 from loopfast.errors import ConfigError
 from loopfast.planning.memory import Resources
-from loopfast.planning.networks import Device
+from loopfast.planning.networks import DeviceKind
 
-# Share of the datasheet's rate that a diffusion model's training is assumed to reach on a GPU.
+# The share of the datasheet's rate that a diffusion model's training is assumed to reach on a GPU.
 UTILISATION = 0.4
 
-# Bytes per second and GPU of the network between nodes: an InfiniBand port of 200 Gb/s for each GPU.
+# Bytes per second of the network between nodes, for each GPU: an InfiniBand port of 200 Gb/s.
 NETWORK = 25e9
 
-# GPUs of a node; more are reached through the network.
+# The number of GPUs in a node.
 NODE = 8
 
 
 @dataclass(frozen=True)
-class Card:
-    """A device's rates.
+class Device:
+    """A device and its rates.
 
     Attributes:
-        title: what it is called.
-        device: kind.
+        title: its name for people.
+        kind: ``cpu`` or ``cuda``.
         memory: bytes.
-        rates: floating-point operations per second of dense products, by type; ``tf32`` is for float32 with
-            ``model.tf32``. With float32 sums.
+        rates: floating-point operations per second of dense products with float32 sums, by type. ``tf32`` is for
+            float32 with ``model.tf32``.
         bandwidth: bytes per second of its memory.
         link: bytes per second in one direction to the other GPUs of its node.
-        link_name: what that link is.
-        utilisation: share of the rates that is assumed to be reached.
-        source: where the rates come from.
+        link_name: the name of that link.
+        utilisation: the share of the rates that is assumed to be reached.
+        source: the source of the rates.
     """
 
     title: str
-    device: Device
+    kind: DeviceKind
     memory: int
     rates: dict[str, float]
     bandwidth: float
@@ -54,22 +53,22 @@ class Card:
     source: str = "datasheet"
 
     def rate(self, dtype: str, tf32: bool) -> float:
-        """Operations per second that are assumed for a type."""
+        """Returns the operations per second that are assumed for a type."""
         key = "tf32" if dtype == "float32" and tf32 else dtype
         return self.utilisation * self.rates[key]
 
 
 def _gpu(
     title: str, gib: int, tera: tuple[float, float, float], bandwidth: float, link: float, link_name: str
-) -> Card:
+) -> Device:
     float32, tf32, half = (1e12 * rate for rate in tera)
     rates = {"float32": float32, "tf32": tf32, "bfloat16": half, "float16": half}
-    return Card(title, "cuda", gib * 2**30, rates, bandwidth * 1e9, link * 1e9, link_name)
+    return Device(title, "cuda", gib * 2**30, rates, bandwidth * 1e9, link * 1e9, link_name)
 
 
-# From the manufacturer's datasheets and architecture papers: teraFLOP/s of float32, of TF32 and of 16-bit products
-# without sparsity and with float32 sums; GB/s of the memory; GB/s of the link in one direction.
-CARDS = {
+# From the manufacturer's datasheets and architecture papers: GiB of memory; teraFLOP/s of float32, TF32 and 16-bit
+# products, without sparsity and with float32 sums; GB/s of the memory; GB/s of the link in one direction.
+DEVICES = {
     "rtx3060": _gpu("GeForce RTX 3060 12 GB", 12, (12.7, 12.7, 25.5), 360, 32, "PCIe 4.0 x16"),
     "rtx3090": _gpu("GeForce RTX 3090 24 GB", 24, (35.6, 35.6, 71.2), 936, 32, "PCIe 4.0 x16"),
     "rtx4090": _gpu("GeForce RTX 4090 24 GB", 24, (82.6, 82.6, 165.2), 1008, 32, "PCIe 4.0 x16"),
@@ -78,34 +77,38 @@ CARDS = {
     "h100-80": _gpu("H100 SXM 80 GB", 80, (67, 494.7, 989.4), 3350, 450, "NVLink 4"),
 }
 
-# Of a CPU's rate in one large product, what convolutions and small products are assumed to reach.
+# The share of a CPU's rate in one large product that convolutions and small products are assumed to reach.
 _CPU_UTILISATION = 0.5
 _CPU_BANDWIDTH, _CPU_LINK = 10e9, 5e9
 
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-
 
 def parse_memory(text: str) -> int:
-    """Bytes of ``24GiB``, ``24GB`` (of 1000³ bytes), ``24g`` (as GiB) or a plain number.
+    """Returns the bytes of ``24GiB``, ``24GB`` (of 1000³ bytes), ``24g`` (the same as GiB) or a plain number.
 
     Raises:
-        ConfigError: it is none of these, or less than a megabyte.
+        ConfigError: the text is none of these, or means less than a megabyte.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?", text.strip().lower())
     if match:
         number, unit, suffix = match.groups()
         exponent = "kmgt".index(unit) + 1 if unit else 0
-        size = round(float(number) * (1000**exponent if suffix == "b" else _UNITS[unit]))
+        size = round(float(number) * (1000 if suffix == "b" else 1024) ** exponent)
         if size >= 10**6:
             return size
     raise ConfigError(f"--memory: found {text!r}, allowed: a size such as 24GiB, 24GB or 80g")
 
 
-def choose(config: Config, card: str | None, memory: str | None, gpus: int | None) -> tuple[Card, Resources]:
-    """What a run is planned for.
+def choose(wanted: str, name: str | None, memory: str | None, gpus: int | None) -> tuple[Device, Resources]:
+    """Returns the device that a run is planned for, and what the run has of it.
 
-    Without ``card`` it is this machine's GPU; where there is none, the CPU for a configuration that would run on it,
-    or else the smallest card of the table that has the memory asked for.
+    Without a name, the device is this machine's GPU. A machine without a known GPU is planned for as a CPU if the run
+    would use it, or as the smallest device of the table that has the memory.
+
+    Args:
+        wanted: ``model.device``.
+        name: one of `DEVICES`, or ``cpu``; the option ``--card``.
+        memory: the memory of each device, as text.
+        gpus: the number of processes, each with a device.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -114,38 +117,31 @@ def choose(config: Config, card: str | None, memory: str | None, gpus: int | Non
     if count < 1:
         raise ConfigError(f"--gpus: found {count}, allowed: a whole number >= 1")
     size = None if memory is None else parse_memory(memory)
-    if card is not None and card not in (*CARDS, "cpu"):
-        raise ConfigError(f"--card: found {card!r}, allowed: {', '.join((*CARDS, 'cpu'))}")
-    wanted = config.model.device
-    if card is None and wanted != "cpu":
-        card = _present()
-        if card is None and wanted == "auto" and size is None and gpus is None:
-            card = "cpu"
-    elif card is None:
-        card = "cpu"
-    if card == "cpu":
-        chosen = _cpu()
-    elif card is not None:
-        chosen = CARDS[card]
-    else:
-        enough = [known for known in CARDS.values() if size is None or known.memory >= size]
-        chosen = enough[0] if enough and size is not None else CARDS["h100-80" if size else "a100-80"]
-    return chosen, Resources(chosen.device, size or chosen.memory, count, NODE)
+    if name is not None and name not in (*DEVICES, "cpu"):
+        raise ConfigError(f"--card: found {name!r}, allowed: {', '.join((*DEVICES, 'cpu'))}")
+    if name is None and wanted != "cpu":
+        name = _present()
+    if name is None and (wanted == "cpu" or (wanted == "auto" and size is None and gpus is None)):
+        name = "cpu"
+    if name is None and size is not None:
+        name = next((key for key, device in DEVICES.items() if device.memory >= size), "h100-80")
+    device = _cpu() if name == "cpu" else DEVICES[name or "a100-80"]
+    return device, Resources(device.kind, size or device.memory, count, NODE)
 
 
 def _present() -> str | None:
-    """This machine's GPU, if the table has it."""
+    """Returns the name of this machine's GPU, if the table has it."""
     if not torch.cuda.is_available():
         return None
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     words = {"rtx3060": "3060", "rtx3090": "3090", "rtx4090": "4090", "a100": "A100", "h100": "H100"}
-    found = [key for key in CARDS if words[key.partition("-")[0]] in name]
-    return min(found, key=lambda key: abs(CARDS[key].memory - memory), default=None)
+    found = [key for key in DEVICES if words[key.partition("-")[0]] in name]
+    return min(found, key=lambda key: abs(DEVICES[key].memory - memory), default=None)
 
 
 @cache
 def _cpu_rate(threads: int) -> float:
-    """Operations per second of this machine with this many threads: of the fastest of five products, timed once."""
+    """Returns this machine's operations per second with a number of threads, from the fastest of five products."""
     size = 1024
     left, right = torch.rand(size, size), torch.rand(size, size)
     seconds = []
@@ -156,12 +152,12 @@ def _cpu_rate(threads: int) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def _cpu() -> Card:
-    """This machine, by a product of float32 matrices that is timed when it is asked for first."""
+def _cpu() -> Device:
+    """Returns this machine's CPU. The first call times a product of float32 matrices."""
     threads = torch.get_num_threads()
     rate = _cpu_rate(threads)
     rates = {"float32": rate, "tf32": rate, "bfloat16": rate, "float16": rate}
-    return Card(
+    return Device(
         f"this machine's CPU, {threads} thread(s)",
         "cpu",
         _machine_memory(),
@@ -175,7 +171,7 @@ def _cpu() -> Card:
 
 
 def _machine_memory() -> int:
-    """Bytes of this machine, or what its control group may use."""
+    """Returns the bytes of memory that this machine has, or that its control group may use."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         path = Path(file)
