@@ -1,6 +1,6 @@
 """Reinforcement learning for diffusion models: LOOP, PPO, RLOO, REINFORCE and GRPO in one small trainer.
 
-``loopfast.train`` trains, as the command line does; see docs/python.md. It needs the extra ``train``
+``loopfast.train`` trains a model, like the command line; see docs/python.md. It needs the extra ``train``
 (``pip install 'loopfast[train]'``). Importing the package imports nothing else.
 """
 

@@ -1,6 +1,6 @@
 """The console script ``loopfast``, also ``python -m loopfast``.
 
-Needs the standard library only, so that a base install can say what it lacks.
+It needs only the standard library, so that a base install can report what is missing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-# before torch is imported: of a process that has died it would show a backtrace for each connection
+# before torch is imported: it would print a backtrace for each connection to a process that has died
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from loopfast.errors import Interrupted, LoopfastError, MissingExtraError, one_line
@@ -18,41 +18,22 @@ from loopfast.system.streams import lost_output, open_streams, printed_by_anothe
 
 __all__ = ["main"]
 
-# Commands whose result is not what they print: they do not fail when stdout does.
+# Commands whose result is not their output: they do not fail if stdout does.
 _KEEP_GOING = ("train", "launch", "serve-reward")
 
-# Modules that come with an extra and not with the base install.
-_EXTRA_OF_MODULE = {
-    **dict.fromkeys(
-        (
-            "PIL",
-            "accelerate",
-            "diffusers",
-            "jinja2",
-            "matplotlib",
-            "numpy",
-            "nvtx",
-            "peft",
-            "pydantic",
-            "rich",
-            "safetensors",
-            "tensorboard",
-            "transformers",
-            "typer",
-            "yaml",
-        ),
-        "train",
-    ),
-    "deepspeed": "zero3",
-    "wandb": "wandb",
-}
+# Modules that come with an extra of the distribution, not with the base install.
+_MODULES = """
+    PIL accelerate diffusers jinja2 matplotlib numpy nvtx peft pydantic rich safetensors tensorboard transformers typer
+    yaml
+"""
+_EXTRA_OF_MODULE = {**dict.fromkeys(_MODULES.split(), "train"), "deepspeed": "zero3", "wandb": "wandb"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Runs the command line.
 
     Args:
-        arguments: without the program's name; None for those the process was started with.
+        arguments: the arguments without the program's name; None uses those of the process.
 
     Returns:
         The exit code: 0 success, 1 failure, 2 wrong usage or configuration, 129, 130 or 143 stopped by a signal.
@@ -90,7 +71,7 @@ def _run(arguments: list[str]) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        # a name that is too long, or a folder that may not be read
+        # such as a name that is too long, or a folder without permission to read
         return _fail(LoopfastError(f"{error.strerror}: {one_line(repr(error.filename))}"))
     except ModuleNotFoundError as error:
         module = _top_level(error)

@@ -80,8 +80,7 @@ class PromptStatistics:
     def update(self, prompts: list[str], rewards: Tensor) -> tuple[Tensor, Tensor]:
         """Adds rewards ``[G, K]`` of G prompts; returns each prompt's mean and standard deviation.
 
-        Returns:
-            Float64 ``[G, 1]`` each. Where all rewards are equal the mean is exactly that reward, and the deviation 0.
+        Both are float64 ``[G, 1]``. If all rewards are equal, the mean is exactly that reward, and the deviation 0.
         """
         batch = rewards.double()
         for prompt, row in zip(prompts, batch.tolist(), strict=True):
@@ -107,16 +106,10 @@ class PromptStatistics:
 
 
 def deviations(values: Tensor) -> Tensor:
-    """Computes the differences from the mean over the last dimension.
+    """Computes the differences from the mean over the last dimension: float64 ``[..., N]``; exactly 0 for equal values.
 
     The first value is subtracted before the mean is taken: the sum of equal numbers is rounded, and a tiny standard
     deviation would enlarge the rounding error. The sum of zeros is exact.
-
-    Args:
-        values: ``[..., N]``.
-
-    Returns:
-        Float64 ``[..., N]``; exactly 0 where all N values are equal.
     """
     values = values.double()
     relative = values - values[..., :1]

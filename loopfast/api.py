@@ -1,4 +1,4 @@
-"""The Python interface: ``loopfast.train`` and the run that it returns. See docs/python.md."""
+"""The Python interface: ``loopfast.train``, and the run that it returns. See docs/python.md."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from loopfast.training.objects import configured
 __all__ = ["Iteration", "Prompt", "TrainedRun", "train"]
 
 Reward = Callable[..., Any] | str | Mapping[str, Any]
-"""A function, the name of a reward, or a term of the reward: a mapping with the keys of `RewardConfig`, of which
-``name`` may be a function."""
+"""A function, the name of a reward, or a term of the reward: a mapping with the keys of `RewardConfig`, whose ``name``
+may be a function."""
 
 
 class TrainedRun:
-    """What a run has left in its folder.
+    """The results of a run, in its folder.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
 
     Attributes:
-        folder: the run's.
+        folder: the run's folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -48,36 +48,36 @@ class TrainedRun:
         """The run's configuration.
 
         Raises:
-            ConfigError: the folder is not a run's.
+            ConfigError: the folder is not that of a run.
         """
         return run_config(self.folder)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The numbers of each iteration, the first of them before training; `loopfast.run.tracking.METRICS` says more.
+        """The metrics of each iteration, first those before training. `loopfast.run.tracking.METRICS` describes them.
 
-        They are read anew at each use.
+        Every use reads the file again.
         """
         return read_metrics(self.folder / "metrics.jsonl")
 
     @property
     def report(self) -> Path:
-        """The page with curves and images, written when the run ends."""
+        """The page with curves and images, which is written at the end of the run."""
         return self.folder / "report.html"
 
     @property
     def model(self) -> Path:
-        """What was exported: the folder of a pipeline, or of a LoRA."""
+        """The exported model: the folder of a pipeline or of a LoRA."""
         return self.folder / ("model" if self.config.model.tune == "full" else "lora")
 
     def pipeline(self) -> Any:
-        """A diffusers pipeline with what was learned, on the CPU in ``model.dtype``.
+        """Returns a diffusers pipeline with the trained weights, on the CPU in ``model.dtype``.
 
         Raises:
-            ConfigError: the run has exported nothing yet, or its base model cannot be loaded.
+            ConfigError: the run has not exported a model yet, or its base model cannot be loaded.
         """
         with undisturbed():
-            return trained_pipeline(self.config, self.model)
+            return trained_pipeline(self.config.model, self.model)
 
 
 def train(
@@ -93,32 +93,33 @@ def train(
     overrides: Sequence[str] = (),
     **sections: Mapping[str, Any],
 ) -> TrainedRun:
-    """Trains a model, as ``loopfast train`` does.
+    """Trains a model, like ``loopfast train``.
 
-    Every process of a launch (``torchrun``, ``mpirun``, ...) calls it with the same arguments. The process is as it was
-    before afterwards: signals, warnings, verbosity of libraries, PyTorch's arithmetic.
+    Every process of a launch (``torchrun``, ``mpirun``, ...) calls it with the same arguments. At the end the process
+    has its earlier signal handlers, warnings, verbosity of libraries, and PyTorch arithmetic again.
 
     Args:
-        config: name of a recipe, path of a YAML file, or what such a file holds.
-        reward: what to train on, in place of the configuration's. A function is called as
+        config: the name of a recipe, the path of a YAML file, or the content of such a file.
+        reward: the reward in place of the configuration's. A function is called as
             ``function(images [N, 3, H, W], prompts, metadata)`` and returns N numbers, see `loopfast.rewards.Reward`.
-        prompts: texts (or `Prompt` objects) to train on, a source of prompts by name, or keys of the section
-            ``prompts``. Texts are kept in the run's folder.
-        model: a diffusers pipeline, a model's name or path, or keys of the section ``model``, of which ``pretrained``
-            may be a pipeline. A pipeline is copied into the run's folder, and stays as it is.
-        callbacks: called with an `Iteration` after every iteration; its `stop` ends the run.
-        resume: None for a new run, ``auto`` for the newest good checkpoint of its folder, or a checkpoint's path.
+        prompts: texts (or `Prompt` objects) to train on, the name of a source of prompts, or keys of the section
+            ``prompts``. Texts are stored in the run's folder.
+        model: a diffusers pipeline, a model's name or path, or keys of the section ``model``, whose ``pretrained`` may
+            be a pipeline. A pipeline is copied into the run's folder, and is not changed.
+        callbacks: functions called with an `Iteration` after every iteration. Its `stop` ends the run.
+        resume: ``auto`` for the newest undamaged checkpoint of the run's folder, or a checkpoint's path. None begins a
+            new run.
         quiet: show warnings only.
-        display: where progress is shown; None: the terminal or the notebook.
-        overrides: ``"section.key=value"`` each, as ``--set`` on the command line.
+        display: the display of the run's progress; None shows it in the terminal or the notebook.
+        overrides: ``"section.key=value"`` each, like ``--set`` on the command line.
         sections: keys of the other sections, such as ``train={"iterations": 5}``.
 
     Returns:
         The run.
 
     Raises:
-        LoopfastError: the run cannot start or go on; the message says why. What was saved stays.
-        Interrupted: a signal stopped the run, which is saved.
+        LoopfastError: the run cannot start or continue; the message says why. Saved files remain.
+        Interrupted: a signal stopped the run, whose state is saved.
     """
     changes: dict[str, Any] = dict(sections)
     if reward is not None:
@@ -127,7 +128,7 @@ def train(
         changes["prompts"] = prompts if isinstance(prompts, Mapping) else {"source": prompts}
     if model is not None:
         changes["model"] = model if isinstance(model, Mapping) else {"pretrained": model}
-    found, given = configured(config, changes, overrides)
+    found, objects = configured(config, changes, overrides)
     shown = display or (NotebookDisplay(quiet) if in_notebook() else Display(quiet))
     with undisturbed(), shown:
         try:
@@ -135,7 +136,7 @@ def train(
                 found,
                 resume=None if resume is None else str(resume),
                 display=shown,
-                given=given,
+                objects=objects,
                 callbacks=tuple(callbacks),
             )
         except RunExistsError as error:

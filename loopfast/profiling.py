@@ -1,12 +1,12 @@
-"""Where the time goes: ranges for profilers, and the accounts of an iteration.
+"""Ranges for profilers, and the measurement of an iteration's time.
 
-`range_` marks a stretch of code in Nsight (NVTX domain ``loopfast``) and in torch's profiler; `model_call` marks a
-call of the denoiser, the autoencoder or a reward the same way, and enters it in the accounts; `phase` marks and enters
-a part of an iteration. With no profiler attached a range costs well under a microsecond: NVTX has no domain then, which
-is found out once. Inside the capture of a CUDA graph ranges show the capture, not the replay: mark that too.
+`range_` marks code in Nsight (NVTX domain ``loopfast``) and in torch's profiler. `model_call` marks a call of the
+denoiser, the VAE or a reward in the same way, and a `Meter` measures it. `phase` marks and measures a phase of an
+iteration. Without a profiler a range costs well under a microsecond: NVTX then has no domain, which is checked once.
+Ranges inside the capture of a CUDA graph show the capture and not the replay, which needs a range of its own.
 
-The accounts of a `Meter` are kept on the timeline of the device: clock readings on a CPU, events on a GPU, which the
-host reads when the iteration has ended. Nothing waits in between.
+A `Meter` measures on the timeline of the device: by clock readings on a CPU, and by events on a GPU, which the host
+reads at the end of the iteration. Nothing waits in between.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ DOMAIN = "loopfast"
 Category = Literal["rollout", "reward", "replay", "optimizer", "evaluation", "checkpoint", "profile"]
 
 Mark = float | torch.cuda.Event
-"""A moment: seconds of the host's clock, or an event in a GPU's stream."""
+"""A point in time: seconds of the host's clock, or an event in a GPU's stream."""
 
 _NOTHING = nullcontext()
 _profiled = torch._C._autograd._profiler_enabled
@@ -41,7 +41,7 @@ _current: Meter | None = None
 
 
 class _Nsight:
-    """NVTX's domain. A tool is attached when the process starts, so there is one from the beginning or never."""
+    """The domain of NVTX. A tool is attached when the process starts or never."""
 
     def __init__(self) -> None:
         self._domain = nvtx.get_domain(DOMAIN)
@@ -49,7 +49,7 @@ class _Nsight:
         self._attributes: dict[tuple[str, str], Any] = {}
 
     def push(self, name: str, category: str, payload: int | None) -> None:
-        """Open a range; names are registered once."""
+        """Opens a range. Each name is registered once."""
         attributes = self._attributes.get((name, category))
         if attributes is None:
             attributes = self._domain.get_event_attributes(name, None, category, 0)
@@ -58,7 +58,7 @@ class _Nsight:
         self._domain.push_range(attributes)
 
     def pop(self) -> None:
-        """Close the range opened last in this thread."""
+        """Closes the innermost range of this thread."""
         self._domain.pop_range()
 
 
@@ -66,12 +66,12 @@ _nsight = _Nsight()
 
 
 def range_(name: str, category: Category, payload: int | None = None) -> AbstractContextManager[object]:
-    """Marks a stretch of code for profilers, as a context manager.
+    """Context that marks code for profilers.
 
     Args:
-        name: what is done; a constant, since profilers keep every name.
-        category: the part of an iteration it belongs to.
-        payload: a number to tell it from the others of its name, such as the denoising step.
+        name: the name of the range; a constant, since profilers keep every name.
+        category: the phase of the iteration.
+        payload: a number that distinguishes ranges of one name, such as the denoising step.
     """
     meter = _current
     if meter is not None and (not meter.detailed or _capturing(meter.device)):
@@ -84,14 +84,12 @@ def range_(name: str, category: Category, payload: int | None = None) -> Abstrac
 def model_call(
     name: str, category: Category, payload: int | None = None, device: torch.device | None = None
 ) -> AbstractContextManager[object]:
-    """As `range_`, for a call of a model: the current accounts' time inside model calls grows by what it takes.
+    """Context that marks a model call like `range_`, and adds its time to the model time of the current meter.
 
     Args:
-        name: ``denoiser`` for its forward calls, which are counted; else as in `range_`.
-        category: the part of an iteration it belongs to.
-        payload: a number to tell it from the others of its name.
-        device: whose time counts; None for the host's, which is right for calls that wait for their result. The
-            capture of a CUDA graph does not count, its replays do.
+        name, category, payload: as for `range_`. ``denoiser`` is the name of its forward calls, which are counted.
+        device: the device whose time is measured. The capture of a CUDA graph does not count, but its replays do. None
+            measures the host's time, which is right for calls that wait for their result.
     """
     meter = _current
     if meter is not None and _capturing(device):
@@ -103,7 +101,7 @@ def model_call(
 
 @contextmanager
 def phase(name: Category) -> Iterator[None]:
-    """A part of the iteration, marked and entered in the current accounts; a part inside another is not its time."""
+    """Context that marks a phase, and measures it in the current meter. The time of an inner phase is its own only."""
     meter = _current
     with range_(name, name):
         if meter is None or not meter.running:
@@ -116,68 +114,51 @@ def phase(name: Category) -> Iterator[None]:
             meter.enter(around)
 
 
+@dataclass
 class _Range:
     """One use of `range_` or `model_call`."""
 
-    __slots__ = (
-        "_begin",
-        "_called",
-        "_category",
-        "_device",
-        "_meter",
-        "_name",
-        "_payload",
-        "_pushed",
-        "_record",
-    )
-
-    def __init__(
-        self,
-        name: str,
-        category: str,
-        payload: int | None,
-        meter: Meter | None,
-        device: torch.device | None,
-        called: bool,
-    ) -> None:
-        self._name, self._category, self._payload = name, category, payload
-        self._meter, self._device, self._called = meter, device, called
-        self._pushed = _nsight.attached
-        self._record: Any = None
-        self._begin: Mark | None = None
+    name: str
+    category: str
+    payload: int | None
+    meter: Meter | None
+    device: torch.device | None
+    called: bool
+    record: Any = None
+    begin: Mark | None = None
 
     def __enter__(self) -> None:
-        if self._pushed:
-            _nsight.push(self._name, self._category, self._payload)
+        if _nsight.attached:
+            _nsight.push(self.name, self.category, self.payload)
         if _profiled():
-            name = f"{DOMAIN}/{self._category}/{self._name}"
-            self._record = torch.profiler.record_function(name, str(self._payload))
-            self._record.__enter__()
-        if self._meter is not None:
-            self._begin = self._meter.mark(self._device)
+            name = f"{DOMAIN}/{self.category}/{self.name}"
+            self.record = torch.profiler.record_function(name, str(self.payload))
+            self.record.__enter__()
+        if self.meter is not None:
+            self.begin = self.meter.mark(self.device)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._begin is not None and self._meter is not None:
-            self._meter.add(self._name, self._called, self._begin, self._meter.mark(self._device))
-        if self._record is not None:
-            self._record.__exit__(kind, error, traceback)
-        if self._pushed:
+        if self.begin is not None and self.meter is not None:
+            self.meter.add(self.name, self.called, self.begin, self.meter.mark(self.device))
+        if self.record is not None:
+            self.record.__exit__(kind, error, traceback)
+        if _nsight.attached:
             _nsight.pop()
 
 
 @dataclass(frozen=True)
 class Times:
-    """The accounts of a stretch of a run, in seconds.
+    """The measured times of a part of a run, in seconds.
 
     Attributes:
-        total: of the whole.
-        phases: of each part; together no more than ``total``. What is left belongs to none.
-        inside: the time in which at least one model call was under way, by part; ``""`` for what is in none.
-        calls: number of model calls by name.
-        called: time of model calls by name; calls that overlap count twice.
-        ranges: of a detailed meter, the time outside model calls by name of the innermost range.
+        total: the whole time.
+        phases: the time of each phase; together at most ``total``. The remaining time is in no phase.
+        inside: the time during at least one model call, by phase; ``""`` is the time in no phase.
+        calls: the number of model calls by name.
+        called: the time of model calls by name; overlapping calls count twice.
+        ranges: the time outside model calls by the name of the innermost range; only of a detailed meter.
     """
 
     total: float
@@ -189,22 +170,22 @@ class Times:
 
     @property
     def model(self) -> float:
-        """The time in which at least one model call was under way."""
+        """The time during at least one model call."""
         return sum(self.inside.values())
 
     @property
     def outside_share(self) -> float:
-        """Share of the whole in which no model call was under way."""
+        """The share of the whole time without a model call."""
         return 1.0 - self.model / self.total if self.total > 0 else 0.0
 
 
 class Meter:
-    """Keeps the accounts of one stretch after another.
+    """Measures one part of a run after another, each from `start` to `stop`.
 
     Args:
-        devices: where models are called, the first being that of the training loop. A GPU's time is measured by events
-            in its current stream.
-        detailed: account for every `range_`, not only for model calls; costs about a microsecond each.
+        devices: the devices of the models, first that of the training loop. A GPU's time is measured by events in its
+            current stream.
+        detailed: also measure every `range_`, which costs about a microsecond each.
     """
 
     def __init__(self, devices: Sequence[torch.device] = (), *, detailed: bool = False) -> None:
@@ -219,7 +200,7 @@ class Meter:
         self._entries: list[tuple[str, bool, int, Mark, Mark]] = []
 
     def start(self) -> None:
-        """Begins a stretch, unless one is under way. Waits for the GPUs, once, to tie their clocks to the host's."""
+        """Begins to measure, if it does not already. Waits once for the GPUs, to relate their clocks to the host's."""
         if self.running:
             return
         for gpu in self._gpus:
@@ -234,7 +215,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: Category) -> Iterator[None]:
-        """As the function of that name, in these accounts; model calls in any thread are entered in them meanwhile."""
+        """Context like the function `phase`, in which this meter measures the model calls of all threads."""
         global _current
         before, _current = _current, self
         try:
@@ -244,7 +225,7 @@ class Meter:
             _current = before
 
     def stop(self) -> Times:
-        """Ends the stretch, waits for the GPUs, and gives its accounts."""
+        """Ends the measurement, waits for the GPUs, and returns the times."""
         end = self.mark(self.device)
         for gpu in self._gpus:
             torch.cuda.synchronize(gpu)
@@ -264,40 +245,38 @@ class Meter:
             phases[name] += following - moment
             inside[name] += busy.within(moment, following)
         phases.pop("", None)
-        count: dict[str, int] = defaultdict(int)
-        called_for: dict[str, float] = defaultdict(float)
+        called: dict[str, float] = defaultdict(float)
         for entry in calls:
-            count[entry.name] += 1
-            called_for[entry.name] += entry.end - entry.begin
+            called[entry.name] += entry.end - entry.begin
         ranges = _outside((entry for entry in entries if entry.thread == self._thread), busy)
         return Times(
             last - begin,
             dict(phases),
             dict(inside),
-            dict(count),
-            dict(called_for),
+            dict(Counter(entry.name for entry in calls)),
+            dict(called),
             ranges if self.detailed else {},
         )
 
     def enter(self, name: str) -> str:
-        """Switches to a part of the stretch; returns the one before, ``""`` for none."""
+        """Switches to another phase and returns the previous one; ``""`` is no phase."""
         before = self._switches[-1][1]
         self._switches.append((self.mark(self.device), name))
         return before
 
     def mark(self, device: torch.device | None) -> Mark:
-        """The present moment on a device's timeline, None being the host's."""
+        """Returns the present time on a device's timeline, or the host's for None."""
         if device is None or device.type != "cuda":
             return time.perf_counter()
         return _event(device)
 
     def add(self, name: str, called: bool, begin: Mark, end: Mark) -> None:
-        """Enters a range; ``called`` where it was a model call. From any thread."""
+        """Adds a range from any thread; ``called`` marks a model call."""
         if self.running:
             self._entries.append((name, called, threading.get_ident(), begin, end))
 
     def _seconds(self, mark: Mark) -> float:
-        """A moment in seconds since the stretch began."""
+        """Returns the seconds from the start of the measurement to a point in time."""
         if isinstance(mark, float):
             return mark - self._host_origin
         return self._origins[mark.device].elapsed_time(mark) / 1e3
@@ -310,39 +289,30 @@ def _event(gpu: torch.device) -> torch.cuda.Event:
 
 
 def _capturing(device: torch.device | None) -> bool:
-    """Whether what is called now is only recorded, to be replayed later."""
+    """Returns whether a CUDA graph is being captured, so that calls are recorded and not executed."""
     return device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+_NSYS = (
+    "nsys profile --trace=cuda,nvtx,cudnn,cublas --sample=none --cpuctxsw=none --cuda-graph-trace=node "
+    f"--capture-range=nvtx --nvtx-capture=profile@{DOMAIN} --capture-range-end=stop --force-overwrite=true"
+)
+
+
 def nsys_command(source: str, overrides: Sequence[str], *, iterations: int, output: Path) -> list[str]:
-    """The command that records the same iterations with Nsight Systems.
+    """Returns the command that records iterations with Nsight Systems.
 
     Args:
         source: a recipe's name or a file.
         overrides: ``KEY=VALUE`` each.
-        iterations: how many are recorded, after one that warms up.
-        output: folder of the report, ``nsys.nsys-rep``.
+        iterations: the number of recorded iterations, after one to warm up.
+        output: the folder of the report, ``nsys.nsys-rep``.
     """
     return [
-        "nsys",
-        "profile",
-        "--trace=cuda,nvtx,cudnn,cublas",
-        "--sample=none",
-        "--cpuctxsw=none",
-        "--cuda-graph-trace=node",
-        "--capture-range=nvtx",
-        f"--nvtx-capture=profile@{DOMAIN}",
-        "--capture-range-end=stop",
-        "--force-overwrite=true",
+        *_NSYS.split(),
         f"--output={output / 'nsys'}",
-        sys.executable,
-        "-m",
-        "loopfast",
-        "profile",
-        f"--iterations={iterations}",
-        "--no-trace",
-        "--config",
-        source,
+        *(sys.executable, "-m", "loopfast", "profile", f"--iterations={iterations}", "--no-trace"),
+        *("--config", source),
         *(part for override in overrides for part in ("--set", override)),
     ]
 
@@ -356,7 +326,7 @@ class _Entry(NamedTuple):
 
 
 class _Busy:
-    """A set of moments: the union of intervals."""
+    """The union of time intervals."""
 
     def __init__(self, intervals: Iterable[tuple[float, float]]) -> None:
         self._begins: list[float] = []
@@ -369,7 +339,7 @@ class _Busy:
                 self._ends.append(end)
 
     def within(self, begin: float, end: float) -> float:
-        """How much of an interval is in the set."""
+        """Returns the length of an interval's intersection with the union."""
         first = bisect_right(self._ends, begin)
         last = bisect_left(self._begins, end)
         return sum(
@@ -378,7 +348,7 @@ class _Busy:
 
 
 def _outside(entries: Iterable[_Entry], busy: _Busy) -> dict[str, float]:
-    """Time outside model calls by the name of the innermost range, from the nested ranges of one thread."""
+    """Returns the time outside model calls by the name of the innermost range, from one thread's nested ranges."""
     times: dict[str, float] = defaultdict(float)
     open_: list[_Entry] = []
     since = 0.0

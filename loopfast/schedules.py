@@ -243,9 +243,8 @@ def refuse_unmapped(config: Mapping[str, Any], name: str) -> None:
     options that DDIM does not have. `replaced_by_ddim` reports dropped options that do not change the process.
 
     Args:
-        config: a scheduler's configuration, such as the content of ``scheduler_config.json``.
-        name: the scheduler's class: ``FlowMatchEulerDiscreteScheduler``, or a sampler of the diffusion process that is
-            to be replaced by DDIM.
+        config: the content of ``scheduler_config.json``.
+        name: the scheduler's class: ``FlowMatchEulerDiscreteScheduler``, or a sampler that DDIM replaces.
 
     Raises:
         ValueError: names the option, its value and what is wrong with it. An option that is not known here is

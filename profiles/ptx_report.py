@@ -42,7 +42,9 @@ from loopfast_kernels.denoise_step import triton_kernels as denoise
 from loopfast_kernels.group_norm_silu import triton_kernels as norm
 from loopfast_kernels.leave_one_out import triton_kernels as group
 from loopfast_kernels.loop_loss import triton_kernels as loss
+from loopfast_kernels.loop_loss.reference import Options, Rewards
 from loopfast_kernels.philox import triton_kernels as philox
+from loopfast_kernels.transition import Transition
 from loopfast_kernels.transition_logprob import triton_kernels as transition
 from loopfast_kernels.triton_common import shorten
 
@@ -195,35 +197,24 @@ def calls(
     latents = empty(rows, elements, of=dtype)
     uncond, scale = (latents, 2.0) if guided else (None, 1.0)
     table, by_row, indices = empty(4, 3), empty(rows), empty(rows, of=torch.int64)
-    at = (table, indices, uncond, scale, "mean")
-    yield "", lambda: denoise.denoise_step(latents, latents, table, indices, indices, uncond, scale, "mean")
-    yield "", lambda: transition.transition_logprob(latents, latents, latents, *at)
-    yield "", lambda: transition.transition_logprob_backward(by_row, latents, latents, latents, *at)
+    step = Transition(latents, latents, table, indices, uncond, scale)
+    yield "", lambda: denoise.denoise_step(step, indices, "mean")
+    yield "", lambda: transition.transition_logprob(step, latents, "mean")
+    yield "", lambda: transition.transition_logprob_backward(by_row, step, latents, "mean")
     copies = 2 if guided else 1
+    store, counter = empty(5, rows, elements, of=dtype), empty(1, of=torch.int64)
+    in_place = step._replace(sample=store, step=counter)
+    model_input = empty(copies * rows, elements, of=dtype)
     yield (
         f"{copies} copies",
-        lambda: denoise.denoise_step_(
-            latents,
-            empty(5, rows, elements, of=dtype),
-            empty(4, rows),
-            empty(copies * rows, elements, of=dtype),
-            empty(1, of=torch.int64),
-            table,
-            indices,
-            uncond,
-            scale,
-            "mean",
-        ),
+        lambda: denoise.denoise_step_(in_place, empty(4, rows), model_input, indices, "mean"),
     )
-    scored = (latents, latents, latents, table, indices, by_row)
-    rewards = (empty(4, 5), indices, empty(), 5.0)
-    for reference in (None, latents):
-        options = (1e-4, uncond, scale, reference, 0.1, "mean", True, guided)
-        yield (
-            "reference" if reference is not None else "",
-            lambda o=options: loss.loop_loss(*scored, *rewards, *o),
-        )
-    yield "given advantages", lambda: loss.clipped_loss(*scored, by_row, *options)
+    rewards = Rewards(empty(4, 5), indices, empty(), 5.0)
+    options = Options(1e-4, None, 0.1, "mean", True, guided)
+    with_reference = options._replace(reference_output=latents)
+    yield "", lambda: loss.loop_loss(step, latents, by_row, rewards, options)
+    yield "reference", lambda: loss.loop_loss(step, latents, by_row, rewards, with_reference)
+    yield "given advantages", lambda: loss.clipped_loss(step, latents, by_row, by_row, with_reference)
     scales = by_row if dtype == torch.float16 else empty(0)
     grads = (latents, latents if guided else empty(0))
     yield "", lambda: loss.scale_gradients_(*grads, scales, empty())

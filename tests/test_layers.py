@@ -126,6 +126,47 @@ def test_durations_are_measured_by_a_clock_that_does_not_jump(name):
     assert not {"time.time()", "time()", "datetime.now()"} & set(calls)
 
 
+# The whole configuration goes to the command line, the planner, what starts a run, the run's folder, and what loads a
+# run from its folder. Everything else takes the section or the number that it needs.
+WHOLE_CONFIGURATION = {
+    "loopfast.api",
+    "loopfast.cli",
+    "loopfast.config",
+    "loopfast.evaluation.benchmark.command",
+    "loopfast.evaluation.exported",
+    "loopfast.evaluation.models",
+    "loopfast.exporting.card",
+    "loopfast.planning",
+    "loopfast.run.folder",
+    "loopfast.training.objects",
+    "loopfast.training.setup",
+    "loopfast.training.train",
+}
+
+
+def takes_configuration(source: str) -> list[str]:
+    """Returns the functions that have a parameter whose type is the whole configuration."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            parameters = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            types = [part for each in parameters if each.annotation for part in ast.walk(each.annotation)]
+            if any(isinstance(part, ast.Name) and part.id == "Config" for part in types):
+                found.append(node.name)
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(ENGINE))
+def test_the_whole_configuration_goes_to_few(name):
+    allowed = any(name == place or name.startswith(f"{place}.") for place in WHOLE_CONFIGURATION)
+    assert allowed or takes_configuration(ENGINE[name].read_text()) == []
+
+
+def test_a_configuration_is_found_among_parameters():
+    source = "def a(config: Config): ...\ndef b(*, c: str | Config = 1): ...\ndef d(c: ModelConfig) -> Config: ...\n"
+    assert takes_configuration(source) == ["a", "b"]
+
+
 def test_importing_the_engine_imports_nothing_else():
     program = """
 import sys

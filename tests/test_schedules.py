@@ -474,7 +474,7 @@ def test_what_has_no_transition_is_named(scheduler, arguments, message):
 
 
 def refusal(config: dict[str, Any], name: str) -> str:
-    """Why a configuration is refused; empty where it is not."""
+    """Returns the reason why a configuration is refused; empty if it is not."""
     try:
         refuse_unmapped(config, name)
     except ValueError as error:

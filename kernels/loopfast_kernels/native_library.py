@@ -1,7 +1,7 @@
 """The native library (C++), reached through its C interface by ctypes.
 
-Nothing of Python's or torch's is compiled in, so one build serves every version of both. Its work runs on torch's
-own threads.
+It is compiled without Python and torch, so one build serves every version of both. Its work runs on torch's own
+threads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .transition import Transition
+
 FILE_NAME = "libloopfast.so"
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -27,7 +29,7 @@ class Latents(Structure):
     _fields_ = (("data", c_void_p), ("dtype", c_int32))
 
 
-class Transition(Structure):
+class TransitionStruct(Structure):
     """``loopfast_transition``."""
 
     _fields_ = (
@@ -44,6 +46,7 @@ class Transition(Structure):
         ("reduction", c_int32),
         ("threads", c_int32),
     )
+    float32_table: Tensor  # lives as long as its address is in use
 
 
 class LossArguments(Structure):
@@ -100,22 +103,14 @@ class Norm(Structure):
 
 
 _SIGNATURES = {
-    "loopfast_denoise_step": (POINTER(Transition), c_void_p, Latents, Latents, c_int64, c_void_p),
-    "loopfast_transition_logprob": (POINTER(Transition), Latents, c_void_p),
-    "loopfast_transition_logprob_backward": (POINTER(Transition), Latents, c_void_p, Latents, Latents),
-    "loopfast_loss": (POINTER(Transition), POINTER(LossArguments), POINTER(LossResults)),
+    "loopfast_denoise_step": (POINTER(TransitionStruct), c_void_p, Latents, Latents, c_int64, c_void_p),
+    "loopfast_transition_logprob": (POINTER(TransitionStruct), Latents, c_void_p),
+    "loopfast_transition_logprob_backward": (POINTER(TransitionStruct), Latents, c_void_p, Latents, Latents),
+    "loopfast_loss": (POINTER(TransitionStruct), POINTER(LossArguments), POINTER(LossResults)),
     "loopfast_scale_gradients": (c_int64, c_int64, Latents, Latents, c_void_p, c_float, c_int32),
     "loopfast_leave_one_out": (c_void_p, c_int64, c_int64, c_void_p),
     "loopfast_group_norm_silu": (POINTER(Norm), Latents, c_void_p),
-    "loopfast_group_norm_silu_backward": (
-        POINTER(Norm),
-        c_void_p,
-        Latents,
-        Latents,
-        Latents,
-        Latents,
-        Latents,
-    ),
+    "loopfast_group_norm_silu_backward": (POINTER(Norm), c_void_p, *[Latents] * 5),
     "loopfast_philox_normal": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int32),
     "loopfast_philox_4x32": (c_void_p, c_void_p, c_void_p),
 }
@@ -123,7 +118,7 @@ _SIGNATURES = {
 
 @cache
 def load() -> ctypes.CDLL:
-    """Load the library installed beside this package.
+    """Loads the library installed beside this package.
 
     Raises:
         FileNotFoundError: the package was installed without it, or runs from a source tree.
@@ -144,14 +139,14 @@ def load() -> ctypes.CDLL:
 
 
 def _lend_threads(library: ctypes.CDLL) -> None:
-    """Let the library work on torch's threads, whose ``torch_parallel_for`` has the type it asks for."""
-    # The function of torch's stable C interface, in the library that torch has loaded already.
+    """Lets the library work on torch's threads: ``torch_parallel_for`` has the type it asks for."""
+    # The function belongs to torch's stable C interface, in the library that torch has loaded already.
     torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     library.loopfast_set_parallel_for(ctypes.cast(torch_library.torch_parallel_for, c_void_p))
 
 
 def missing() -> str | None:
-    """Why there is no library; None where there is."""
+    """Returns why there is no library, or None where there is one."""
     try:
         load()
     except FileNotFoundError:
@@ -162,16 +157,16 @@ def missing() -> str | None:
 
 
 def describe() -> str:
-    """The library's version and the instruction set it runs in."""
+    """Returns the library's version and the instruction set it runs in."""
     library = load()
     return f"{library.loopfast_version().decode()} ({library.loopfast_isa().decode()})"
 
 
 def call(function: str, *arguments: object) -> None:
-    """Call a function of the C interface.
+    """Calls a function of the C interface.
 
     Raises:
-        ValueError: it found an argument wrong, and says which.
+        ValueError: an argument is wrong; the message names it.
         MemoryError: it ran out of memory.
     """
     library = load()
@@ -182,7 +177,7 @@ def call(function: str, *arguments: object) -> None:
 
 
 def pointer(name: str, tensor: Tensor | None) -> int | None:
-    """The address of a tensor's elements; None for None.
+    """Returns the address of a tensor's elements, or None for None.
 
     Raises:
         ValueError: the elements are not contiguous.
@@ -195,14 +190,14 @@ def pointer(name: str, tensor: Tensor | None) -> int | None:
 
 
 def latents(name: str, tensor: Tensor | None) -> Latents:
-    """Latents by address and dtype; the ones not given for None and for an empty tensor."""
+    """Returns latents by address and dtype; None and an empty tensor are latents that are not given."""
     if tensor is None or tensor.numel() == 0:
         return Latents(None, 0)
     return Latents(pointer(name, tensor), _DTYPES[tensor.dtype])
 
 
 def image(name: str, tensor: Tensor) -> Latents:
-    """An image ``[N, C, H, W]`` in the memory format it has; as `latents`.
+    """Returns an image ``[N, C, H, W]`` by address and dtype, in the memory format it has.
 
     Raises:
         ValueError: it is neither contiguous nor channels last.
@@ -213,32 +208,28 @@ def image(name: str, tensor: Tensor) -> Latents:
 
 
 def as_float32(tensor: Tensor) -> Tensor:
-    """A tensor of coefficients or results by row in the dtype of the arithmetic."""
+    """Returns a tensor of coefficients or of one value per row in the dtype of the arithmetic."""
     return tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32)
 
 
-def transition(
-    model_output: Tensor,
-    sample: Tensor,
-    table: Tensor,
-    step: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    reduction: str,
-) -> Transition:
-    """The arguments every op on transitions takes; the tensors must outlive the call, `table` being float32."""
-    rows = model_output.shape[0]
-    return Transition(
+def transition_struct(transition: Transition, reduction: str) -> TransitionStruct:
+    """Returns a transition as the C interface takes it; the transition's tensors must outlive the call."""
+    output = transition.model_output
+    rows = output.shape[0]
+    table = as_float32(transition.table)
+    struct = TransitionStruct(
         rows=rows,
-        elements=model_output.numel() // rows,
+        elements=output.numel() // rows,
         steps=table.shape[0],
         table=pointer("table", table),
-        step=pointer("step", step),
+        step=pointer("step", transition.step),
         step_stride=1,
-        model_output=latents("model_output", model_output),
-        uncond_output=latents("uncond_output", uncond_output),
-        sample=latents("sample", sample),
-        guidance_scale=guidance_scale,
+        model_output=latents("model_output", output),
+        uncond_output=latents("uncond_output", transition.uncond_output),
+        sample=latents("sample", transition.sample),
+        guidance_scale=transition.guidance_scale,
         reduction=_REDUCTIONS[reduction],
         threads=torch.get_num_threads(),
     )
+    struct.float32_table = table
+    return struct

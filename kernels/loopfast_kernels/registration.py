@@ -1,14 +1,15 @@
 """Registration of opaque operators in torch's namespace ``loopfast``, and the way to them.
 
 To `torch.compile`, fake tensors, `torch.library.opcheck` and the like they are what `torch.library.custom_op` makes.
-But through that an operator with a gradient costs 160 us of Python a call (torch 2.13), more than many kernels. So in
-plain eager code, where nothing else would see the call, it goes straight to the kernel.
+But an operator with a gradient that is called through it costs 160 us of Python a call (torch 2.13), more than many
+kernels. So in plain eager code, where nothing else would see the call, a call goes straight to the kernel.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from torch.nn import Parameter
 
 _LIBRARY = torch.library.Library("loopfast", "FRAGMENT")
 
+Fields = TypeVar("Fields", bound=NamedTuple)
+
 
 def dispatched(tensor: Tensor) -> bool:
-    """Whether something but a kernel handles operators on a tensor now.
+    """Returns whether something but a kernel handles operators on a tensor now.
 
-    A compiler, a subclass such as a fake tensor, a dispatch mode, a function transform, the profiler.
+    That is a compiler, a subclass such as a fake tensor, a dispatch mode, a function transform or the profiler.
     """
     return (
         torch.compiler.is_compiling()
@@ -31,37 +34,49 @@ def dispatched(tensor: Tensor) -> bool:
     )
 
 
+def select(kind: type[Fields], arguments: Any) -> Fields:
+    """Returns the named arguments that a NamedTuple has fields for."""
+    return kind(*[getattr(arguments, name) for name in kind._fields])
+
+
 class Operator:
     """An operator of torch; calling it calls the kernel as directly as possible.
 
     Args:
         schema: its name and signature, such as ``"leave_one_out(Tensor rewards) -> Tensor"``; the first argument
             is a tensor.
-        kernel: computes it, on any device; it receives every argument by position.
-        fake: makes outputs of the right shape, dtype and device without computing them.
-        gradient: records it for autograd. Its ``forward`` receives the arguments and computes by
+        kernel: computes it, on any device. It receives one tuple of all arguments, with the names of the schema.
+        fake: makes outputs of the right shape, dtype and device without computing them, from the same tuple.
+        gradient: records it for autograd. Its ``forward`` receives the arguments by position and computes by
             `below_autograd`.
+
+    Attributes:
+        named: makes the tuple with the schema's names from all arguments by position.
     """
 
     def __init__(
         self,
         schema: str,
-        kernel: Callable[..., Any],
-        fake: Callable[..., Any],
+        kernel: Callable[[Any], Any],
+        fake: Callable[[Any], Any],
         gradient: type[torch.autograd.Function] | None = None,
     ) -> None:
         name = schema.partition("(")[0]
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"loopfast::{name}", fake, lib=_LIBRARY)
-        self._operator: Callable[..., Any] = getattr(torch.ops.loopfast, name).default
+        self._operator: Any = getattr(torch.ops.loopfast, name).default
+        parameters = [argument.name for argument in self._operator._schema.arguments]
+        self.named: Callable[..., Any] = namedtuple(name, parameters)  # type: ignore[misc]
         self._kernel = kernel
         self._apply = None if gradient is None else gradient.apply
+        _LIBRARY.impl(name, lambda *arguments: kernel(self.named(*arguments)), "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"loopfast::{name}", lambda *arguments: fake(self.named(*arguments)), lib=_LIBRARY
+        )
         if gradient is not None:
             _LIBRARY.impl(name, self._with_gradient, "Autograd")
 
     def __call__(self, *arguments: Any) -> Any:
-        """Compute it, recording its gradient."""
+        """Computes it and records its gradient."""
         if dispatched(arguments[0]):
             return self._operator(*arguments)
         return self._with_gradient(*arguments)
@@ -72,13 +87,13 @@ class Operator:
         return self.below_autograd(*arguments)
 
     def below_autograd(self, *arguments: Any) -> Any:
-        """Compute it past its gradient."""
+        """Computes it past its gradient."""
         if not dispatched(arguments[0]):
             return self.directly(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return self._operator(*arguments)
 
     def directly(self, *arguments: Any) -> Any:
-        """Compute it past its gradient, of tensors that are not `dispatched`."""
+        """Computes it past its gradient, for tensors that are not `dispatched`."""
         with torch._C._AutoDispatchBelowAutograd():
-            return self._kernel(*arguments)
+            return self._kernel(self.named(*arguments))

@@ -1,8 +1,8 @@
 """Checks of arguments, shared by the ops.
 
-Types, dtypes, shapes and devices are checked where an op is called; they cost no synchronization and hold
-under `torch.compile`. The values inside a tensor are checked where an op runs, and only on the CPU: on a GPU
-looking would stall the stream.
+Types, dtypes, shapes and devices are checked where an op is called. These checks do not synchronize with the
+device, and they work under `torch.compile`. The values inside a tensor are checked where an op runs, and only on
+the CPU: to look at them on a GPU would stall the stream.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def check_tensor(
     device: torch.device | None = None,
     channels_last: bool = False,
 ) -> None:
-    """Check one tensor argument.
+    """Checks one tensor argument.
 
     Raises:
-        TypeError: `value` is not a tensor, or of none of `dtypes`.
-        ValueError: its shape or device is not the one given, or it is not contiguous (with `channels_last`: nor
-            that).
+        TypeError: `value` is not a tensor, or has none of `dtypes`.
+        ValueError: its shape or device is not the one given, or its layout is not contiguous (with
+            `channels_last`: neither contiguous nor channels last).
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -53,21 +53,21 @@ def check_tensor(
 
 def check_transition(
     model_output: Tensor,
-    latents: dict[str, Tensor | None],
     table: Tensor,
     step: Tensor | None,
     guidance_scale: float,
     reduction: str,
+    **latents: Tensor | None,
 ) -> None:
-    """Check what every op on transitions takes.
+    """Checks the arguments that every op on transitions takes.
 
     Args:
-        model_output: ``[N, *L]``, whose shape and device the others must share.
-        latents: the other arguments of that shape, by name; None where an optional one was not given.
+        model_output: ``[N, *L]``; the others must have its shape and device.
         table: ``[T, 3]``.
-        step: int64 ``[N]``; None where it is checked elsewhere.
-        guidance_scale: other than 1 it needs ``uncond_output`` among `latents`.
+        step: int64 ``[N]``, or None if it is checked elsewhere.
+        guidance_scale: a value other than 1 needs ``uncond_output`` among `latents`.
         reduction: one of `REDUCTIONS`.
+        latents: the other arguments of that shape; None where an optional one was not given.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -94,7 +94,7 @@ def check_transition(
 
 
 def check_index(name: str, index: Tensor, size: int) -> None:
-    """Check that a CPU tensor of indices lies in ``[0, size)``; on other devices, nothing.
+    """Checks that a CPU tensor of indices lies in ``[0, size)``; does nothing on other devices.
 
     Raises:
         ValueError: an index lies outside.
@@ -107,10 +107,10 @@ def check_index(name: str, index: Tensor, size: int) -> None:
 
 
 def check_table(table: Tensor) -> None:
-    """Check that no sigma of a transition table on the CPU is negative or NaN; on other devices, nothing.
+    """Checks that no sigma of a transition table on the CPU is negative or NaN; does nothing on other devices.
 
     Raises:
-        ValueError: one is.
+        ValueError: a sigma is negative or NaN.
     """
     if table.device.type != "cpu":
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from loopfast.cli.app import app
 
 # isort: off
-# Each adds its commands, in the order of the help.
+# Each module adds its commands, in the order of the help.
 from loopfast.cli import training, results, inspection, rewards, configuration
 # isort: on
 

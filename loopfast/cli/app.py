@@ -1,4 +1,4 @@
-"""The program and what stands before its commands."""
+"""The program, and the options before its commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["app", "config_app"]
 
 
 class _Commands(TyperGroup):
-    """Ctrl-C outside of training, which saves first, ends with the code that shells expect."""
+    """The group of commands. Ctrl-C ends them with the exit code that shells expect; training saves first."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -64,7 +64,7 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    # what the launcher `deepspeed` puts before a program's own arguments; it is in the environment, too
+    # the launcher `deepspeed` adds this option before a program's arguments; the environment has the same number
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
-    """Read what stands before the command."""
+    """Reads the options before the command."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def config_show(
     config: ConfigArgument = None, named: ConfigOption = None, overrides: Overrides = None
 ) -> None:
-    """Print a configuration with every default filled in."""
+    """Print a configuration with all defaults."""
     from loopfast.config import config_to_yaml
 
     print(config_to_yaml(load(one_config(config, named), overrides)), end="")
@@ -31,12 +31,12 @@ def config_show(
 def config_check(
     config: ConfigArgument = None, named: ConfigOption = None, overrides: Overrides = None
 ) -> None:
-    """Check a configuration, its prompts, rewards, scheduler and DeepSpeed file without loading any model.
+    """Check a configuration, its prompts, rewards, scheduler and DeepSpeed file without loading a model.
 
-    Prompts that are longer than the model's text encoders read are listed, with where they are cut.
+    Prompts that are too long for the model's text encoders are listed, with the place where they are cut.
 
-    Names of models on the hub are not looked up; that their weights can be read shows when training starts, before
-    anything is sampled.
+    Models on the hub are not looked up. Training checks that their weights can be read when it starts, before it
+    samples.
     """
     name = one_config(config, named)
     settings = load(name, overrides)
@@ -46,7 +46,7 @@ def config_check(
     from loopfast.prompts import load_prompts
     from loopfast.rewards import build_rewards
 
-    # not for auto: another machine than this one may have GPUs
+    # without resolving auto: the run may be on another machine, with GPUs
     model, distributed = settings.model, settings.distributed
     require_type(model.dtype, distributed.zero_stage, model.device)
     require_settings(settings.train, distributed, model.dtype, model.device)
@@ -70,7 +70,7 @@ def config_check(
 
 
 def _describe_prompts(source: str, prompts: PromptList, limits: Sequence[TextLimit] | None) -> Iterator[str]:
-    """What is in a source of prompts, and every prompt that the model reads in part or like another."""
+    """Describes a source of prompts, and every prompt that is cut or that the model reads like another one."""
     from loopfast.policies import read_prompts
 
     yield f"prompts {source}: {prompts.summary()}, the first {prompts[0].text!r}"
@@ -94,7 +94,7 @@ def _describe_prompts(source: str, prompts: PromptList, limits: Sequence[TextLim
 def config_deepspeed(
     config: ConfigArgument = None, named: ConfigOption = None, overrides: Overrides = None
 ) -> None:
-    """Print the JSON that DeepSpeed is started with."""
+    """Print the JSON settings of DeepSpeed for a run."""
     settings = load(one_config(config, named), overrides)
     quiet_libraries()
     from loopfast.engines import deepspeed_settings, require_settings
@@ -110,7 +110,7 @@ def config_deepspeed(
 
 @config_app.command("schema", epilog="**Example:** `loopfast config schema > loopfast.schema.json`")
 def config_schema() -> None:
-    """Print the JSON Schema of configurations, for editors: every key, its default and its meaning."""
+    """Print the JSON Schema of configurations for editors: every key with its default and meaning."""
     from loopfast.config import json_schema
 
     print(json.dumps(json_schema(), indent=2))

@@ -1,4 +1,4 @@
-"""Commands that say what a run would be, where its time goes, and what is here."""
+"""Commands that describe a run before it starts, its time, and the installation."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def schedule(
     overrides: Overrides = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also draw it, as PNG, SVG or PDF by the file's ending."),
+        typer.Option(metavar="FILE", help="Also write a plot, as PNG, SVG or PDF by the file's ending."),
     ] = None,
 ) -> None:
-    """Show a sampler's transitions and which of them are trained on.
+    """Show a sampler's transitions, and which of them are trained on.
 
-    Each step draws the next latent from a normal distribution with mean `a·latent + b·model output` and
-    standard deviation `σ`. The sensitivity `(b/σ)²` is how strongly the log-probability reacts to the model
-    output; steps far above the others dominate the gradient, and `train.steps: auto` leaves them out.
+    Each step draws the next latent from a normal distribution with mean `a·latent + b·model output` and standard
+    deviation `σ`. The sensitivity `(b/σ)²` says how strongly the log-probability depends on the model output. Steps far
+    above the others dominate the gradient, so `train.steps: auto` excludes them.
     """
     settings = load(one_config(config, named), overrides)
     quiet_libraries()
@@ -85,33 +85,34 @@ def plan(
     named: ConfigOption = None,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option(metavar="N", help="Processes, each with a device; default: 1.")
+        int | None, typer.Option(metavar="N", help="Number of processes, one per device; default: 1.")
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory of each device, such as 24GiB; default: the card's."),
+        typer.Option(metavar="SIZE", help="Memory per device, such as 24GiB; default: that of the card."),
     ] = None,
     card: Annotated[
         str | None,
         typer.Option(
             metavar="CARD",
-            help="rtx3060, rtx3090, rtx4090, a100-40, a100-80, h100-80 or cpu; default: what is here, or the smallest "
-            "with that memory.",
+            help="rtx3060, rtx3090, rtx4090, a100-40, a100-80, h100-80 or cpu; default: this machine's, or the "
+            "smallest with --memory.",
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="In place of model.pretrained: sd15, sd21, sdxl, sd35-medium, flux-dev, ..."
+            metavar="NAME",
+            help="Model in place of model.pretrained: sd15, sd21, sdxl, sd35-medium, flux-dev, ...",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what a run will hold and how long it takes, before anything is loaded.
+    """Estimate the memory and time of a run before anything is loaded.
 
-    From the configurations of the run and of its model, without weights: memory by purpose and ZeRO stage, whether
-    it fits, the largest sizes that do, the cheapest changes that make it fit, seconds an iteration estimated from
-    counted operations and the card's datasheet, and how they scale to 512 GPUs.
+    It reads the configurations of the run and of its model, no weights. It shows memory by purpose and ZeRO stage,
+    whether it fits, the largest sizes that fit, the cheapest changes that make it fit, and the seconds per iteration up
+    to 512 GPUs, from counted operations and the card's datasheet.
     """
     settings = load(one_config(config, named), overrides)
     quiet_libraries()
@@ -133,20 +134,23 @@ def profile(
     named: ConfigOption = None,
     overrides: Overrides = None,
     iterations: Annotated[
-        int, typer.Option("--iterations", "-n", metavar="N", min=1, help="Iterations to time, and to trace.")
+        int,
+        typer.Option(
+            "--iterations", "-n", metavar="N", min=1, help="Number of iterations to time, and again to trace."
+        ),
     ] = 1,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Folder for what is found; default: profile-<run.name>."
+            "--output", "-o", metavar="FOLDER", help="Folder for the results; default: profile-<run.name>."
         ),
     ] = None,
     trace: Annotated[
         bool,
         typer.Option(
             "--trace/--no-trace",
-            help="Time and trace the iterations, or only run them, in the NVTX range `profile`, for a profiler from "
-            "outside.",
+            help="Time and trace the iterations, or only run them in the NVTX range `profile`, for an external "
+            "profiler.",
         ),
     ] = True,
     nsys: Annotated[
@@ -154,11 +158,11 @@ def profile(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show where the time of an iteration goes.
+    """Show where an iteration spends its time.
 
-    Runs iterations, sampling and updates, of a configuration, without leaving a run behind: one to warm up, some that
-    are timed, and as many under torch's profiler. Prints the seconds of each part, the share outside model calls, and
-    the time of every operator and kernel; writes them to `profile.md` and `profile.json`, and a Chrome trace.
+    Samples and updates for some iterations without writing a run: one iteration to warm up, then N that are timed, then
+    N under torch's profiler. Prints the seconds of each phase, the share outside model calls, and the time of every
+    operator and kernel. Writes them to `profile.md` and `profile.json`, and a Chrome trace.
     """
     name = one_config(config, named)
     settings = load(name, overrides)
@@ -180,14 +184,14 @@ def profile(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, devices and backends, and what is missing and how to get it."""
+    """Show versions, devices and backends, and how to install what is missing."""
     from loopfast.system.doctor import examine
 
     print(examine())
 
 
 def replace_process(command: list[str], needed: str, folder: Path) -> NoReturn:
-    """Goes on as another program, which writes to a folder."""
+    """Replaces this process by another program, which writes to a folder."""
     program = shutil.which(command[0])
     if program is None:
         raise LoopfastError(f"{needed}, and no {command[0]} is on the PATH")

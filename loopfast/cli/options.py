@@ -1,4 +1,4 @@
-"""What several commands share: options, and steps before the work."""
+"""Options and first steps that several commands share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ConfigArgument = Annotated[str | None, typer.Argument(metavar="NAME|FILE", help=
 
 
 def _require_config(context: typer.Context, option: str | None) -> str | None:
-    """Called for the option, after an argument that is given."""
+    """Requires a configuration. typer calls it for the option, after it has read the argument."""
     if option is None and context.params.get("config") is None:
         raise typer.BadParameter(
             "give a recipe's name, such as tiny, or a YAML file, with or without --config"
@@ -27,7 +27,11 @@ def _require_config(context: typer.Context, option: str | None) -> str | None:
 ConfigOption = Annotated[
     str | None,
     typer.Option(
-        "--config", "-c", metavar="NAME|FILE", help="The same, as an option.", callback=_require_config
+        "--config",
+        "-c",
+        metavar="NAME|FILE",
+        help="The configuration, as an option.",
+        callback=_require_config,
     ),
 ]
 Overrides = Annotated[
@@ -40,23 +44,26 @@ Overrides = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", min=0, help="Seed of the noise; the same seed, the same images.")
+    int,
+    typer.Option(
+        "--seed", metavar="N", min=0, help="Seed of the noise; the same seed draws the same images."
+    ),
 ]
 Resume = Annotated[
     str | None,
     typer.Option(
         metavar="auto|PATH",
-        help="Go on from a checkpoint: the newest good one (auto; none yet: start), or that at PATH.",
+        help="Resume from the checkpoint at PATH, or from the newest undamaged one (auto; a new run if there is none).",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
 
 
 def one_config(argument: str | None, option: str | None) -> str:
-    """The configuration's name, which a command takes as an argument or as an option.
+    """Returns the configuration's name, which is an argument or an option of a command.
 
     Raises:
-        ConfigError: it is given twice.
+        ConfigError: both are given.
     """
     if argument is not None and option is not None:
         raise ConfigError(
@@ -66,7 +73,7 @@ def one_config(argument: str | None, option: str | None) -> str:
 
 
 def load(source: str, overrides: list[str] | None) -> Config:
-    """The configuration that a command was given."""
+    """Loads the configuration of a command."""
     from loopfast.config import load_config
 
     return load_config(source, overrides or [])

@@ -1,4 +1,4 @@
-"""Commands on what has been trained."""
+"""Commands for trained models and finished runs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _BENCHMARK_EXAMPLES = """
 blip_vqa.weights=models/blip-vqa`
 """
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an exported LoRA's.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of an exported LoRA.")]
 Pretrained = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="The base model of a LoRA whose card does not name it: a folder, a file or a hub name.",
+        help="Base model of a LoRA whose card does not name it: a folder, a file or a hub name.",
     ),
 ]
 Steps = Annotated[
@@ -55,13 +55,13 @@ def sample(
         str,
         typer.Argument(
             metavar="RUN|MODEL",
-            help="A run's folder, an exported LoRA's, a pipeline's, embedded, or a hub name.",
+            help="Folder of a run, an exported LoRA or a pipeline; embedded; or a hub name.",
         ),
     ],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts to draw.")] = None,
     more: Annotated[
         list[str] | None,
-        typer.Option("--prompt", metavar="PROMPT", help="What to draw, too. May be given several times."),
+        typer.Option("--prompt", metavar="PROMPT", help="A further prompt. May be given several times."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -71,7 +71,7 @@ def sample(
             "embedded:CATEGORY.",
         ),
     ] = None,
-    count: Annotated[int, typer.Option(metavar="N", min=1, help="Images for each prompt.")] = 4,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Images per prompt.")] = 4,
     seed: Seed = 0,
     steps: Steps = None,
     eta: Eta = None,
@@ -81,7 +81,7 @@ def sample(
         bool,
         typer.Option(
             "--base/--no-base",
-            help="With a run or a LoRA, also draw with the base model, on the same noise, and show both in grid.png.",
+            help="For a run or a LoRA, also draw with the base model from the same noise, and show both in grid.png.",
         ),
     ] = True,
     output: Annotated[
@@ -97,7 +97,7 @@ def sample(
 
         wanted += [prompt.text for prompt in load_prompts(prompts)]
     for text in wanted:
-        # bytes of a command line that are not UTF-8 come as these
+        # Python turns bytes of a command line that are not UTF-8 into these characters
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ConfigError(f"prompt {one_line(text)!r}: allowed: text in UTF-8")
     if not wanted:
@@ -125,7 +125,7 @@ def sample(
 
 
 class _Evaluate(TyperCommand):
-    """The command `eval`; its older spelling with `--benchmark` is handed to the command `benchmark`."""
+    """The command `eval`. Its older spelling with `--benchmark` calls the command `benchmark`."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         benchmark: TyperCommand = parent.command.commands["benchmark"]
@@ -151,21 +151,21 @@ def evaluate(
     target: Run,
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Prompts to draw; default: those the run was evaluated on."),
+        typer.Option(metavar="SOURCE", help="Source of prompts; default: the run's evaluation prompts."),
     ] = None,
     images_per_prompt: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Images for each prompt; default: as in the run."),
+        typer.Option(metavar="N", min=1, help="Images per prompt; default: the run's number."),
     ] = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The file for the scores as JSON."),
+        typer.Option("--output", "-o", metavar="FILE", help="JSON file for the scores."),
     ] = None,
     pretrained: Pretrained = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the reward of a run's model on the prompts of its evaluations, or on others.
+    """Evaluate the reward of a run's model on its evaluation prompts, or on others.
 
     Deprecated: `loopfast eval RUN --benchmark NAME`, with the options of `loopfast benchmark`, is the older spelling of
     `loopfast benchmark RUN NAME`.
@@ -200,18 +200,18 @@ def benchmark(
         str | None, typer.Argument(metavar="NAME", help="The benchmark: t2i-compbench or embedded.")
     ] = None,
     option: Annotated[
-        str | None, typer.Option("--benchmark", metavar="NAME", help="The same, as an option.")
+        str | None, typer.Option("--benchmark", metavar="NAME", help="The benchmark, as an option.")
     ] = None,
     prompts_dir: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder of T2I-CompBench's files, such as color_val.txt."),
+        typer.Option(metavar="FOLDER", help="Folder with T2I-CompBench's files, such as color_val.txt."),
     ] = None,
     categories: Annotated[
         list[str] | None,
         typer.Option(
             "--category",
             metavar="NAME",
-            help="Measure this category only. May be given several times; default: all.",
+            help="Category of the benchmark. May be given several times; default: all.",
         ),
     ] = None,
     metrics: Annotated[
@@ -219,7 +219,7 @@ def benchmark(
         typer.Option(
             "--metric",
             metavar="CATEGORY=REWARD",
-            help="Measure a category by another reward: its name, or YAML such as {name: ..., options: {...}}.",
+            help="Score a category with another reward: its name, or YAML such as {name: ..., options: {...}}.",
         ),
     ] = None,
     metric_options: Annotated[
@@ -230,7 +230,7 @@ def benchmark(
             help="An option of a metric, such as blip_vqa.weights=FOLDER. May be given several times.",
         ),
     ] = None,
-    images_per_prompt: Annotated[int, typer.Option(metavar="N", min=1, help="Images for each prompt.")] = 10,
+    images_per_prompt: Annotated[int, typer.Option(metavar="N", min=1, help="Images per prompt.")] = 10,
     limit_prompts: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Only the first N prompts of each category.")
     ] = None,
@@ -239,9 +239,7 @@ def benchmark(
     eta: Eta = None,
     noise_level: NoiseLevel = None,
     guidance_scale: GuidanceScale = None,
-    base: Annotated[
-        bool, typer.Option("--base/--no-base", help="Measure the model before training, too.")
-    ] = True,
+    base: Annotated[bool, typer.Option("--base/--no-base", help="Also evaluate the base model.")] = True,
     keep_images: Annotated[
         int, typer.Option(metavar="N", min=0, help="Keep the first N images of each prompt.")
     ] = 0,
@@ -251,16 +249,16 @@ def benchmark(
             "--output",
             "-o",
             metavar="FOLDER",
-            help="The folder for scores and results; default: benchmarks/NAME in the run's.",
+            help="Folder for scores and results; default: benchmarks/NAME in the run's folder.",
         ),
     ] = None,
     pretrained: Pretrained = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what a run's model and the base model reach on a benchmark.
+    """Evaluate a run's model and the base model on a benchmark.
 
-    A benchmark that was stopped continues where it was. Every model's images are drawn from the same noise. The folder
-    has the scores of each image, `results.json`, and `results.md`: the paper's table with 95 % confidence intervals.
+    A stopped benchmark continues where it stopped, and all models draw from the same noise. The folder contains the
+    scores of each image, `results.json`, and `results.md`: the paper's table with 95 % confidence intervals.
     """
     chosen = option if name is None else name
     if chosen is None or (name is not None and option is not None):
@@ -294,15 +292,15 @@ def compare(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Also write the table and plots of the rewards there."
+            "--output", "-o", metavar="FOLDER", help="A folder for the tables and plots of the rewards."
         ),
     ] = None,
 ) -> None:
-    """Show several runs side by side.
+    """Compare several runs.
 
-    A row for each: algorithm, K, iterations, images, time, and of its evaluations each reward at the first, the last
-    and the best. Then what they reached on benchmarks (`loopfast benchmark`). With `--output` also as Markdown,
-    JSON and plots against iterations, images and seconds.
+    Each run has a row with its algorithm, K, iterations, images and time, and each reward at the first, the last and
+    the best evaluation. Tables of benchmarks follow (`loopfast benchmark`). `--output` also writes Markdown, JSON and
+    plots against iterations, images and seconds.
     """
     from loopfast.evaluation import compare_runs, comparison_tables
 
@@ -320,21 +318,21 @@ def compare(
 )
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Folder to write, empty or new.")],
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="New or empty folder to write.")],
     form: Annotated[
         Literal["lora", "full"] | None,
-        typer.Option("--format", help="An adapter, or a whole pipeline; default: what was trained."),
+        typer.Option("--format", help="An adapter, or a whole pipeline; default: the form that was trained."),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Add the adapter to the weights and write a whole pipeline.")
+        bool, typer.Option("--merge", help="Add the adapter to the weights, and write a whole pipeline.")
     ] = False,
     best: Annotated[
         bool,
-        typer.Option("--best", help="From the checkpoint with the best evaluation, not from the newest."),
+        typer.Option("--best", help="Export the checkpoint with the best evaluation, not the newest."),
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write what a run has trained in the form that diffusers opens, with a model card."""
+    """Write a run's trained model in diffusers' form, with a model card."""
     quiet_libraries()
     from loopfast.exporting import export_run
     from loopfast.run.console import Display
@@ -348,10 +346,12 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     picture: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also draw the run in one picture: before, after, and the reward."),
+        typer.Option(
+            metavar="FILE", help="Also draw the run in one picture: images before and after, and the reward."
+        ),
     ] = None,
 ) -> None:
-    """Write a run's `report.html`, also while it is going on."""
+    """Write a run's `report.html`, also before the run has finished."""
     from loopfast.reporting import run_picture, write_report
 
     if not (run / "config.yaml").is_file():

@@ -1,4 +1,4 @@
-"""Commands about rewards."""
+"""The commands about rewards."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from loopfast.system.libraries import quiet_libraries
 @app.command(epilog="**Example:** `loopfast rewards aesthetic`")
 def rewards(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="A reward, to see its options; default: all.")
+        str | None,
+        typer.Argument(metavar="NAME", help="A reward, to show its options; default: all rewards."),
     ] = None,
 ) -> None:
-    """List the rewards of the package, or show one and its options."""
+    """List the rewards of the package, or show one with its options."""
     from loopfast.rewards.listing import all_rewards, one_reward
 
     Console().print(all_rewards() if name is None else one_reward(name))
@@ -38,7 +39,7 @@ def serve_reward(
     options: Annotated[
         list[str] | None,
         typer.Option(
-            "--option", metavar="KEY=VALUE", help="An option of that reward. May be given several times."
+            "--option", metavar="KEY=VALUE", help="An option of the reward. May be given several times."
         ),
     ] = None,
     config: Annotated[
@@ -47,27 +48,31 @@ def serve_reward(
             "--config",
             "-c",
             metavar="NAME|FILE",
-            help="In place of NAME: the weighted sum of a configuration.",
+            help="The total reward of a configuration, in place of NAME.",
         ),
     ] = None,
     overrides: Overrides = None,
     host: Annotated[
-        str, typer.Option(metavar="HOST", help="Address to listen at; 0.0.0.0: all.")
+        str, typer.Option(metavar="HOST", help="Address to listen on; 0.0.0.0: all.")
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen at; 0: any that is free.")
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0: any free port.")
     ] = 8000,
     token_env: Annotated[
         str | None,
-        typer.Option(metavar="VARIABLE", help="Environment variable with the token that requests must bear."),
+        typer.Option(
+            metavar="VARIABLE", help="Environment variable with the token that requests must carry."
+        ),
     ] = None,
-    max_batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a request.")] = 64,
-    max_body: Annotated[int, typer.Option(metavar="MIB", min=1, help="Size of a request.")] = 64,
+    max_batch: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Largest number of images per request.")
+    ] = 64,
+    max_body: Annotated[int, typer.Option(metavar="MIB", min=1, help="Largest size of a request.")] = 64,
 ) -> None:
-    """Serve a reward to runs on other machines, which name it `http`.
+    """Serve a reward over HTTP to runs on other machines, whose configuration names the reward `http`.
 
-    The protocol, for servers of your own, is in docs/reward-server.md. Ctrl-C or SIGTERM ends it once what is being
-    scored has been answered.
+    docs/reward-server.md describes the protocol, for other servers. Ctrl-C or SIGTERM ends the server after it has
+    answered the current requests.
     """
     if (name is None) == (config is None):
         raise ConfigError("give the NAME of one reward, or --config")

@@ -1,4 +1,4 @@
-"""Commands that train."""
+"""The commands that train."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def train(
 ) -> None:
     """Train a model.
 
-    Everything the run makes goes to a folder of its own, `runs/<name>` unless the configuration says
-    otherwise: checkpoints, metrics, images and `report.html`. Ctrl-C finishes the update at hand, saves and
-    stops; `--resume auto` goes on from there as if nothing had happened.
+    The run's folder, by default `runs/<name>`, contains its checkpoints, metrics, images and `report.html`. Ctrl-C
+    finishes the current update, saves the run and stops it. `--resume auto` continues from there, with the same result
+    as without a stop.
     """
     name = one_config(config, named)
     settings = load(name, overrides)
@@ -43,7 +43,8 @@ def train(
 )
 def launch(
     processes: Annotated[
-        int, typer.Option("--nproc", "-n", metavar="N", min=1, help="Processes, normally one for each GPU.")
+        int,
+        typer.Option("--nproc", "-n", metavar="N", min=1, help="Number of processes, usually one per GPU."),
     ],
     config: ConfigArgument = None,
     named: ConfigOption = None,
@@ -54,7 +55,7 @@ def launch(
             "--max-restarts",
             metavar="N",
             min=0,
-            help="Start again from the last checkpoint, at most so often.",
+            help="Restart from the last checkpoint after a failure, at most N times.",
         ),
     ] = 0,
     resume: Resume = None,
@@ -62,9 +63,8 @@ def launch(
 ) -> None:
     """Train a model with several processes on this host.
 
-    A configuration means the same whatever their number. On many hosts, or where a launcher is given, `loopfast train`
-    joins what `torchrun -m loopfast train ...`, `deepspeed --module loopfast train ...`, `mpirun` or `srun` has
-    started.
+    A configuration means the same for every number of processes. On several hosts, or with another launcher, start
+    `loopfast train` by `torchrun -m loopfast train ...`, `deepspeed --module loopfast train ...`, `mpirun` or `srun`.
     """
     name = one_config(config, named)
     settings = load(name, overrides)
@@ -83,7 +83,7 @@ def launch(
 
 
 def _arguments(name: str, overrides: list[str] | None, resume: str | None, quiet: bool) -> list[str]:
-    """The part of a command line that says what is trained."""
+    """Returns the part of a command line that selects the run."""
     sets = [part for override in overrides or [] for part in ("--set", override)]
     return [
         "--config",
@@ -96,7 +96,7 @@ def _arguments(name: str, overrides: list[str] | None, resume: str | None, quiet
 
 @contextmanager
 def _command_in_error(*command: str) -> Iterator[None]:
-    """Context that completes the error about a run that is there by the command that starts another beside it."""
+    """Context that adds to the error about an existing run the command that starts another one."""
     try:
         yield
     except RunExistsError as error:

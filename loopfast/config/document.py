@@ -1,4 +1,4 @@
-"""YAML 1.2 with the place of each value, and how an override changes it."""
+"""A YAML 1.2 document that knows the place of each value, and can be overridden."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 from loopfast.errors import ConfigError, first_line, one_line, short
 
 KeyPath = tuple[str | int, ...]
-"""A key with the keys and numbers of what it is in."""
+"""A key, after the keys and list indices that contain it."""
 
-# Deeper than any key, so that no document can exhaust the stack.
+# Deeper than every key, and not so deep that a document can exhaust the stack.
 _MAX_DEPTH = 16
 
-# The core schema of YAML 1.2: what each type of scalar looks like, and how it is read. YAML 1.1, which PyYAML reads by
-# default, takes ``off`` for false, ``1:30`` for ninety and ``1e-4`` for text.
+# The core schema of YAML 1.2: the form of each type of scalar, and its conversion. PyYAML implements YAML 1.1, where
+# ``off`` is false, ``1:30`` is ninety and ``1e-4`` is text.
 _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "null": (r"~|null|Null|NULL|", lambda text: None),
     "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
@@ -35,8 +35,6 @@ _TAG = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """Resolves plain scalars by the core schema of YAML 1.2."""
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # without those of YAML 1.1
-
 
 class Dumper(yaml.SafeDumper):
     """Quotes text that either version of YAML would read as another type."""
@@ -45,6 +43,7 @@ class Dumper(yaml.SafeDumper):
         return True
 
 
+_Loader.yaml_implicit_resolvers = {}  # without those of YAML 1.1
 for _kind, (_pattern, _) in _SCALARS.items():
     for _class in (_Loader, Dumper):
         _class.add_implicit_resolver(_TAG + _kind, re.compile(rf"(?:{_pattern})\Z"), None)
@@ -52,7 +51,7 @@ for _kind, (_pattern, _) in _SCALARS.items():
 
 @dataclass
 class Document:
-    """Plain data read from YAML, and where each part of it was written."""
+    """Plain data read from YAML, with the place of each part in its file or override."""
 
     name: str
     data: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +59,7 @@ class Document:
 
     @classmethod
     def from_yaml(cls, text: str, name: str, keys: Sequence[str]) -> Document:
-        """Reads a file's text; ``keys`` are those that its mapping may have, for the error about one that is none."""
+        """Reads a file's text. ``keys`` are the allowed ones, for the error about a file that is not a mapping."""
         document = cls(name)
         data = document._parse(text, lambda line: f"{name}, line {line}", ())
         if data is not None and not isinstance(data, dict):
@@ -71,7 +70,7 @@ class Document:
         return document
 
     def override(self, assignment: str) -> None:
-        """Apply one ``section.key=value``."""
+        """Applies one ``section.key=value``."""
         place = f"--set {one_line(assignment)}"
         key, equals, value = assignment.partition("=")
         parts = key.strip().split(".")
@@ -94,7 +93,7 @@ class Document:
             if last:
                 self._forget(path)
                 parsed = self._parse(value, lambda line: place, path)
-                # "5:" and "a: b" are text here; a mapping is written in braces.
+                # "5:" and "a: b" are text in an override; a mapping is written in braces.
                 is_text = isinstance(parsed, dict) and not value.lstrip().startswith("{")
                 target[index] = value.strip() if is_text else parsed
                 self.places[path] = place
@@ -107,7 +106,7 @@ class Document:
     def change(
         self, changes: Mapping[str, Any], is_section: Callable[[KeyPath], bool], path: KeyPath = ()
     ) -> None:
-        """Sets values of a Python program in the section at ``path``; keys that are not named stay as they are."""
+        """Sets values of a Python program in the section at ``path``. Other keys keep their values."""
         target = self.value(path)
         for key, value in changes.items():
             here = (*path, key)
@@ -121,19 +120,19 @@ class Document:
             self.places[here] = f"argument {here[0]}"
 
     def _forget(self, path: KeyPath) -> None:
-        """Forgets where what is at ``path`` and below was written."""
+        """Removes the places of the value at ``path`` and of everything in it."""
         for known in [known for known in self.places if known[: len(path)] == path]:
             del self.places[known]
 
     def value(self, path: KeyPath) -> Any:
-        """The value at ``path``."""
+        """Returns the value at ``path``."""
         value: Any = self.data
         for part in path:
             value = value[part]
         return value
 
     def place(self, path: KeyPath) -> str:
-        """Where the value at ``path``, or the nearest thing around it, was written."""
+        """Returns the place of the value at ``path``, or of the nearest section or list that contains it."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, self.name)
@@ -188,12 +187,12 @@ class Document:
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """A key as it is written in messages and overrides."""
+    """Returns a key in the form of messages and overrides."""
     return ".".join(str(part) for part in path)
 
 
 def found(value: object) -> str:
-    """A value as its author would recognize it."""
+    """Returns a value in the form that its author would recognize."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list | tuple):
@@ -207,7 +206,7 @@ def found(value: object) -> str:
 
 
 def _plain(value: object) -> object:
-    """A value of a Python program as YAML would give it."""
+    """Returns a value of a Python program in the types of a YAML document."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Reads configurations, writes them, and names those that come with the package."""
+"""Reads and writes configurations, and lists the recipes of the package."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _RECIPES = resources.files("loopfast") / "recipes"
 def load_config(
     source: str | Path, overrides: Sequence[str] = (), changes: Sequence[Mapping[str, Any]] = ()
 ) -> Config:
-    """Read, override and validate a configuration.
+    """Reads, overrides and validates a configuration.
 
     Args:
-        source: name of a recipe of the package, or path of a YAML file.
-        overrides: ``"section.key=value"`` each, the value in YAML; applied in order. Items of a list are
-            reached by their number: ``reward.0.weight=2``.
-        changes: values of a Python program, by section; applied in order, before the overrides. A section's keys that
-            are not named stay as they are.
+        source: the name of a recipe of the package, or the path of a YAML file.
+        overrides: ``"section.key=value"`` each, with the value in YAML, applied in order. A number selects an item of a
+            list: ``reward.0.weight=2``.
+        changes: values of a Python program by section, applied in order before the overrides. Other keys of a section
+            keep their values.
 
     Raises:
-        ConfigError: the source cannot be found or read, or something in it is not allowed. The message lists
-            every problem with its key, its line or override, and what is allowed.
+        ConfigError: the source cannot be read, or something in it is not allowed. The message lists every problem with
+            its key, its line or override, and the allowed values.
     """
     name, text = _read(source)
     return parse_config(text, overrides, changes, name=name)
@@ -47,7 +47,7 @@ def parse_config(
     *,
     name: str = "configuration",
 ) -> Config:
-    """As `load_config`, from text; ``name`` is what errors call it."""
+    """Does the same as `load_config` for a text, which errors call ``name``."""
     document = Document.from_yaml(text, name, list(Config.model_fields))
     for change in changes:
         document.change(change, is_section)
@@ -56,7 +56,7 @@ def parse_config(
     try:
         config = Config.model_validate(document.data)
     except ValidationError as error:
-        # A value that fits no branch of a union has one error for each branch, all explained alike.
+        # A value that fits no branch of a union causes an error for each branch; they have the same explanation.
         details = error.errors(include_url=False)
         problems = list(dict.fromkeys(explain(detail, document) for detail in details))
     else:
@@ -68,23 +68,23 @@ def parse_config(
 
 
 def config_to_yaml(config: Config, *, defaults: bool = True) -> str:
-    """A configuration as YAML that `load_config` reads back to an equal one.
+    """Returns a configuration as YAML, from which `load_config` reads an equal one.
 
     Args:
         config: the configuration.
-        defaults: write keys that have their default value, too.
+        defaults: also write the keys with their default values.
     """
     values = config.model_dump(exclude_defaults=not defaults)
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of the YAML file, with a description for every key."""
+    """Returns the JSON Schema (2020-12) of a configuration file, with a description of every key."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
 
 
 def recipes() -> list[str]:
-    """Names of the configurations that come with the package."""
+    """Returns the names of the configurations in the package."""
     names = (entry.name for entry in _RECIPES.iterdir())
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 

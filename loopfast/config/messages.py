@@ -1,4 +1,4 @@
-"""A wrong value in words: what was found, and what is allowed."""
+"""Messages about wrong values: the value that was found, and the allowed ones."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from loopfast.config.sections import Config
 
 
 def problem(path: KeyPath, value: object, allowed: str) -> tuple[KeyPath, str]:
-    """The key that a message is about, and the message."""
+    """Returns the key of a message, and the message."""
     return path, f"{dotted(path)}: found {found(value)}, allowed: {allowed}"
 
 
 def explain(error: ErrorDetails, document: Document) -> tuple[KeyPath, str]:
-    """The key that a pydantic error is about, and the error in words."""
+    """Returns the key of a pydantic error, and a message about it."""
     if error["type"] == "extra_forbidden":
         path = error["loc"]
         return path, f"unknown key {dotted(path)!r}; nearest known key: {_nearest(path)!r}"
@@ -60,7 +60,7 @@ def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def schema_at(location: Sequence[str | int]) -> tuple[KeyPath, dict[str, Any]]:
-    """Follow ``location`` into the schema, up to a part that names a branch of a union and not a key."""
+    """Follows ``location`` into the schema, up to a part that is not a key but a branch of a union."""
     schema = _root_schema()
     path: KeyPath = ()
     for part in location:
@@ -73,7 +73,7 @@ def schema_at(location: Sequence[str | int]) -> tuple[KeyPath, dict[str, Any]]:
 
 
 def is_section(path: KeyPath) -> bool:
-    """Whether a key has keys of its own."""
+    """Returns whether a key contains other keys."""
     known, schema = schema_at(path)
     return known == path and "properties" in schema
 
@@ -87,21 +87,21 @@ def _known_paths(schema: dict[str, Any], path: KeyPath = ()) -> Iterator[KeyPath
 
 
 def _nearest(path: Sequence[str | int]) -> str:
-    """The known key most like the unknown one at ``path``; one of the same section is preferred."""
+    """Returns the known key most similar to the unknown one at ``path``, preferably in the same section."""
     section = tuple(0 if isinstance(part, int) else part for part in path[:-1])
     written = str(path[-1])[:64].lower().replace("-", "_")
 
-    def likeness(known: Sequence[str | int]) -> float:
+    def similarity(known: Sequence[str | int]) -> float:
         name = str(known[-1])
         initials = "".join(word[0] for word in name.split("_"))
-        likeness = 0.9 if written == initials else difflib.SequenceMatcher(None, written, name).ratio()
-        return likeness + (0.2 if tuple(known[:-1]) == section else 0.0)
+        similarity = 0.9 if written == initials else difflib.SequenceMatcher(None, written, name).ratio()
+        return similarity + (0.2 if tuple(known[:-1]) == section else 0.0)
 
-    return dotted(max(_known_paths(_root_schema()), key=likeness))
+    return dotted(max(_known_paths(_root_schema()), key=similarity))
 
 
 def allowed_values(schema: dict[str, Any]) -> str:
-    """A value's JSON schema in words."""
+    """Describes the values that a JSON schema allows."""
     schema = _resolved(schema)
     if "anyOf" in schema:
         return " or ".join(sorted((allowed_values(branch) for branch in schema["anyOf"]), key="null".__ne__))

@@ -30,7 +30,7 @@ def conflicts(config: Config) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _broken_rules(config: Config) -> Iterator[tuple[str, str]]:
-    """Yields a key and what it may be beside the other keys."""
+    """Yields a key, and the values that the other keys allow for it."""
     algorithm = ALGORITHMS[config.algorithm.name]
     model, rollout, train = config.model, config.rollout, config.train
     samples = config.algorithm.samples_per_prompt
@@ -133,7 +133,10 @@ def _distributed(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _stochastic(rollout: RolloutConfig, train_steps: str) -> tuple[str | None, int]:
-    """What is wrong with ``rollout.stochastic_steps``, and at most how many steps it leaves to train on."""
+    """Returns the values that are allowed for a wrong ``rollout.stochastic_steps``, or None if it is right.
+
+    The second result is the largest number of steps that it leaves for training.
+    """
     steps, spec = rollout.steps, rollout.stochastic_steps
     start, stop = _range(train_steps, steps)
     if spec == "all":
@@ -154,6 +157,6 @@ def _stochastic(rollout: RolloutConfig, train_steps: str) -> tuple[str | None, i
 
 
 def _range(spec: str, steps: int) -> tuple[int, int]:
-    """``START:STOP`` as numbers; all steps where it names none."""
+    """Returns the numbers of ``START:STOP``; the range of all steps if ``spec`` is a word."""
     start, _, stop = spec.partition(":") if ":" in spec else ("", "", "")
     return int(start or 0), int(stop or steps)

@@ -1,13 +1,13 @@
 """Scores a picture against a caption of the embedded world.
 
-The picture is segmented into connected components; each is compared with every color of the palette, with every
-shape (overlap with a template of the component's own size) and with every texture. A caption's objects are then
-matched with components, one to one. The score is
+The picture is segmented into connected components. Each is compared with every color of the palette, every shape
+(overlap with a template of the component's own size) and every texture. A caption's objects are then matched with
+components, one to one. The score is
 
     ( Σ matches / asked )²  ·  ( asked / max(asked, found) )⁴  ·  relation
 
-with the numbers of objects asked for and found. A missing object and a wrong attribute cost as much as each other;
-a superfluous object costs more than both, so that nothing is gained by drawing every answer.
+with the numbers of objects asked for and found. A missing object costs as much as a wrong attribute; a superfluous
+object costs more than both, so that a picture gains nothing by showing every answer.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from .render import SIZE, coverage, signed_distance
 from .world import BACKGROUND, COLORS, SHAPES, TEXTURES, Caption, Item, parse
 
 MAX_COMPONENTS = 6
-FOREGROUND = 0.28  # distance from the background's color at which a pixel belongs to an object
+FOREGROUND = 0.28  # distance from the background's color from which a pixel belongs to an object
 COLOR_WIDTH = 0.13  # standard deviation of a color match, in RGB distance
 SHAPE_WIDTH = 0.025  # temperature of the contest between shapes, in overlap
 FITS = (0.92, 1.0, 1.08, 1.16)  # sizes a template is tried at, relative to the component's measured extent
-EXTENT = (18.0, 24.0)  # width in pixels from which a shape passes for a painted canvas, not for an object
-CORE_DEPTH = 3.0  # pixels from the outline at which a texture shows
+EXTENT = (18.0, 24.0)  # width in pixels from which a shape counts as a painted canvas, not as an object
+CORE_DEPTH = 3.0  # distance in pixels from the outline at which a texture shows
 OBJECT_AREA = 20.0  # pixels from which a component counts as a whole object
 GAP = (2.0, 6.0)  # pixels between centers at which a relation begins to hold, and holds fully
 
 
 @dataclass(frozen=True)
 class Components:
-    """What was found in ``N`` pictures, up to ``M`` components each, largest first.
+    """The components of ``N`` pictures, up to ``M`` in each, largest first.
 
     ``area`` [N, M] in pixels; ``color`` [N, M, 8], ``shape`` [N, M, 5], ``texture`` [N, M, 3]: soft matches in
-    [0, 1]; ``x``, ``y`` [N, M]: centers in pixels; ``found`` [N]: how many objects there are, specks in part.
+    [0, 1]; ``x``, ``y`` [N, M]: centers in pixels; ``found`` [N]: numbers of objects, in which specks count in part.
     """
 
     area: Tensor
@@ -64,9 +64,9 @@ def detect(images: Tensor) -> Components:
     found = (sizes / OBJECT_AREA).clamp(max=1.0).sum(1)
     area, label = sizes.topk(MAX_COMPONENTS, dim=1)
 
-    # most pictures have fewer components than there is room for: from here on, a row for each one there is
-    picture, place = torch.nonzero(area > 0, as_tuple=True)
-    masks = labels[picture] == label[picture, place].view(-1, 1, 1)
+    # most pictures have fewer than MAX_COMPONENTS: from here on, each component has a row
+    picture, slot = torch.nonzero(area > 0, as_tuple=True)
+    masks = labels[picture] == label[picture, slot].view(-1, 1, 1)
     contrast = contrast[picture]
 
     # the pixels farthest from the background carry the color, its blurred rim does not
@@ -75,7 +75,7 @@ def detect(images: Tensor) -> Components:
     color = torch.einsum("phw,pchw->pc", weight, images[picture])
     strength = (color - background.view(1, 3)).norm(dim=-1).clamp(min=FOREGROUND)
 
-    # coverage, the rim just outside the mask included
+    # coverage, with the rim just outside the mask
     alpha = (contrast / strength.view(-1, 1, 1)).clamp(max=1.0) * _dilate(masks.float())
     silhouette = torch.maximum(alpha, _filled(masks).float())
 
@@ -110,7 +110,7 @@ def detect(images: Tensor) -> Components:
     contest = torch.softmax(-(distance**2) / (2 * COLOR_WIDTH**2), -1)
     color_match = contest * torch.exp(-((distance - COLOR_WIDTH).clamp(min=0) ** 2) / (2 * COLOR_WIDTH**2))
 
-    # inside the likeliest shape: how much is painted, and how unevenly from row to row
+    # inside the likeliest shape: the painted share, and its variation from row to row
     core = torch.stack(cores, 1)[torch.arange(len(overlap)), overlap.argmax(-1)]
     room = core.sum((1, 2)).clamp(min=1e-6)
     painted = (alpha * core).sum((1, 2)) / room
@@ -125,7 +125,7 @@ def detect(images: Tensor) -> Components:
 
     def by_picture(values: Tensor) -> Tensor:
         spread = values.new_zeros(count, MAX_COMPONENTS, *values.shape[1:])
-        spread[picture, place] = values
+        spread[picture, slot] = values
         return spread
 
     return Components(
@@ -140,19 +140,19 @@ def detect(images: Tensor) -> Components:
 
 
 def _dilate(values: Tensor) -> Tensor:
-    """The maximum over each pixel of ``[..., H, W]`` and its eight neighbors."""
+    """Returns the maximum over each pixel of ``[..., H, W]`` and its eight neighbors."""
     for dim in (-1, -2):
         last = values.shape[dim] - 1
         grown = values.clone()
-        for here, there in ((0, 1), (1, 0)):
-            part = grown.narrow(dim, here, last)
-            torch.maximum(part, values.narrow(dim, there, last), out=part)
+        for start, neighbor in ((0, 1), (1, 0)):
+            part = grown.narrow(dim, start, last)
+            torch.maximum(part, values.narrow(dim, neighbor, last), out=part)
         values = grown
     return values
 
 
 def _label(mask: Tensor) -> Tensor:
-    """Connected components of ``[N, H, W]`` masks: int64 labels, 0 outside."""
+    """Labels the connected components of ``[N, H, W]`` masks: int64, 0 outside."""
     height, width = mask.shape[1:]
     labels = torch.arange(1, height * width + 1, dtype=torch.int16).view(1, height, width) * mask
     while True:
@@ -163,8 +163,8 @@ def _label(mask: Tensor) -> Tensor:
 
 
 def _filled(masks: Tensor) -> Tensor:
-    """True where a pixel is enclosed by its ``[P, H, W]`` mask, or part of it."""
-    # a row of pixels is the bits of one integer
+    """Fills ``[P, H, W]`` masks: True where a pixel is part of its mask, or enclosed by it."""
+    # the bits of one integer are a row of pixels
     bits = 1 << torch.arange(SIZE)
     free = (~masks * bits).sum(-1)
     border = torch.full((SIZE,), int(bits[0] | bits[-1]))
@@ -190,7 +190,7 @@ def _captions(captions: Sequence[str | Caption]) -> list[Caption]:
 
 
 def score(images: Tensor, captions: Sequence[str | Caption]) -> Tensor:
-    """How well each picture shows its caption: float32 ``[N]`` in [0, 1].
+    """Scores how well each picture shows its caption: float32 ``[N]`` in [0, 1].
 
     Args:
         images: float ``[N, 3, 32, 32]`` in [0, 1].
@@ -215,7 +215,7 @@ def _score(seen: Components, row: int, caption: Caption) -> float:
     for i, j in itertools.permutations(range(MAX_COMPONENTS), 2):
         value = ((matches[0][i] + matches[1][j]) * scale) ** 2
         if caption.relation and value > best:
-            # a relation holds between two objects that are both there
+            # a relation needs both objects
             value *= _relation(caption.relation, x[j] - x[i], y[j] - y[i]) * min(
                 1.0, 2 * matches[0][i], 2 * matches[1][j]
             )
@@ -224,7 +224,7 @@ def _score(seen: Components, row: int, caption: Caption) -> float:
 
 
 def _matches(seen: Components, row: int, item: Item) -> list[float]:
-    """How well each component of a picture passes for the item."""
+    """Returns how well each component of a picture matches the item."""
     match = (seen.area[row] / OBJECT_AREA).clamp(max=1.0)
     for likeness in _likenesses(seen, row, item):
         match = match * likeness
@@ -239,13 +239,13 @@ def _likenesses(seen: Components, row: int, item: Item) -> list[Tensor]:
 
 
 def _relation(relation: str, dx: float, dy: float) -> float:
-    """How far "a RELATION b" holds, from the offset of b's center from a's in pixels."""
+    """Returns how far "a RELATION b" holds, in [0, 1], from the offset of b's center from a's in pixels."""
     offset = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation]
     return min(1.0, max(0.0, (offset - GAP[0]) / (GAP[1] - GAP[0])))
 
 
 def exact(images: Tensor, captions: Sequence[str | Caption]) -> Tensor:
-    """1 where a picture shows just what its caption says, else 0: float32 ``[N]``. Arguments as in :func:`score`."""
+    """Scores 1 if a picture shows just what its caption says, else 0: float32 ``[N]``. Arguments as in `score`."""
     seen = detect(images)
     return torch.tensor([float(_exact(seen, i, caption)) for i, caption in enumerate(_captions(captions))])
 

@@ -1,8 +1,8 @@
 """Makes the embedded model from nothing: ``python -m loopfast.embedded.pretrain --output DIR``.
 
 Three stages: an autoencoder on faithful pictures; a text encoder and a UNet, trained together on pictures that do not
-always show what their caption says (:func:`defective`), so that the model binds attributes imperfectly; and the
-measurement of its base scores for the model card. Deterministic by seed for a given number of threads.
+always show what their caption says (`defective`), so that the model binds attributes imperfectly; and the measurement
+of its base scores for the model card. The seed determines the result, for a given number of threads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .world import CATEGORIES, COLORS, SHAPES, TEXTURED_SHAPES, TEXTURES, Captio
 
 @dataclass(frozen=True)
 class Recipe:
-    """What pretraining does; the model card records it. Rates are shares of the captions they can apply to."""
+    """The settings of pretraining, which the model card lists. Rates are shares of the captions they can apply to."""
 
     seed: int = 0
     autoencoder_steps: int = 2000
@@ -64,7 +64,7 @@ Report = Callable[[str], None]
 
 
 def defective(caption: Caption, recipe: Recipe, rng: random.Random) -> Caption | tuple[Item, ...]:
-    """What is drawn for a caption: the caption itself, or the objects of a picture that gets it wrong.
+    """Returns what to draw for a caption: the caption itself, or the objects of a picture that gets it wrong.
 
     Leakage (both objects take one's attribute), neglect (an object is missing) and swaps are the failures that
     T2I-CompBench documents for Stable Diffusion 2.
@@ -105,7 +105,7 @@ def defective(caption: Caption, recipe: Recipe, rng: random.Random) -> Caption |
 
 
 def pictures(captions: list[Caption], recipe: Recipe | None, rng: random.Random) -> Tensor:
-    """Pictures of the captions, defective ones where a recipe is given: ``[N, 3, 32, 32]`` in [0, 1]."""
+    """Draws the captions, defectively if a recipe is given: ``[N, 3, 32, 32]`` in [0, 1]."""
     scenes = []
     for caption in captions:
         shown = defective(caption, recipe, rng) if recipe else caption
@@ -117,7 +117,7 @@ def pictures(captions: list[Caption], recipe: Recipe | None, rng: random.Random)
 
 
 def training_captions(count: int, rng: random.Random) -> list[Caption]:
-    """Captions for pretraining: every category alike, single objects among them, held-out compositions never."""
+    """Draws captions for pretraining: each category and single objects equally often, held-out compositions never."""
     singles = [Item(color, shape) for color in COLORS for shape in SHAPES]
     singles += [Item(c, s, t) for c in COLORS for s in TEXTURED_SHAPES for t in TEXTURES]
     alone = [Caption("color", (item,)) for item in singles]
@@ -126,10 +126,8 @@ def training_captions(count: int, rng: random.Random) -> list[Caption]:
     return [c.reversed() if len(c.items) > 1 and rng.random() < 0.5 else c for c in captions]
 
 
-def build(
-    recipe: Recipe,
-) -> tuple[AutoencoderKL, CLIPTextModel, UNet2DConditionModel, DDIMScheduler, CLIPTokenizer]:
-    """The parts of the pipeline, with random weights drawn from the recipe's seed."""
+def build(recipe: Recipe) -> StableDiffusionPipeline:
+    """Makes the pipeline, with random weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -166,7 +164,7 @@ def build(
         block_out_channels=(40, 80),
         layers_per_block=1,
         cross_attention_dim=64,
-        attention_head_dim=4,  # the number of heads, whatever its name says
+        attention_head_dim=4,  # despite its name, the number of heads
         norm_num_groups=8,
     )
     scheduler = DDIMScheduler(
@@ -174,14 +172,23 @@ def build(
         beta_end=0.012,
         beta_schedule="scaled_linear",
         clip_sample=False,
-        set_alpha_to_one=False,  # else the last transition is deterministic
+        set_alpha_to_one=False,  # True would make the last transition deterministic
         steps_offset=1,
     )
-    return vae, text_encoder, unet, scheduler, tokenizer
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
-    """Learning rate factor: linear warm-up, then a half cosine to zero."""
+    """Returns the factor of the learning rate: a linear warm-up, then a half cosine to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -220,21 +227,15 @@ def train_autoencoder(vae: AutoencoderKL, recipe: Recipe, report: Report) -> Non
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Scaled latents of images in [0, 1], in batches."""
+    """Encodes images in [0, 1] to scaled latents, in batches."""
     parts = [vae.encode(batch * 2 - 1).latent_dist.mean for batch in images.split(500)]
     return torch.cat(parts) * vae.config.scaling_factor
 
 
-def train_denoiser(
-    vae: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    unet: UNet2DConditionModel,
-    scheduler: DDIMScheduler,
-    tokenizer: CLIPTokenizer,
-    recipe: Recipe,
-    report: Report,
-) -> None:
+def train_denoiser(pipeline: StableDiffusionPipeline, recipe: Recipe, report: Report) -> None:
     """Trains text encoder and UNet on noise prediction, and leaves the moving average of their weights in them."""
+    vae, text_encoder, unet = pipeline.vae, pipeline.text_encoder, pipeline.unet
+    scheduler, tokenizer = pipeline.scheduler, pipeline.tokenizer
     rng = random.Random(recipe.seed + 2)
     torch.manual_seed(recipe.seed + 2)
     captions = training_captions(recipe.images, rng)
@@ -282,9 +283,9 @@ def train_denoiser(
 
 @torch.no_grad()
 def base_scores(pipeline: StableDiffusionPipeline, count: int, seed: int) -> dict[str, dict[str, float]]:
-    """Mean soft and exact score of the pipeline, per category and split, on ``count`` pictures each.
+    """Measures the pipeline's mean soft and exact score, per category and split, on ``count`` pictures each.
 
-    Sampled as training samples: DDIM with 10 steps and eta 1, no guidance.
+    Pictures are sampled as in training: DDIM with 10 steps and eta 1, no guidance.
     """
     found: dict[str, dict[str, float]] = {}
     for category in CATEGORIES:
@@ -308,19 +309,10 @@ def base_scores(pipeline: StableDiffusionPipeline, count: int, seed: int) -> dic
 
 
 def save(pipeline: StableDiffusionPipeline, directory: Path) -> None:
-    """Writes the pipeline in half precision, such that transformers 4 and 5 both read it."""
-    half = copy.deepcopy({name: getattr(pipeline, name) for name in ("vae", "text_encoder", "unet")})
-    for module in half.values():
+    """Converts the pipeline to half precision, and writes it so that transformers 4 and 5 both read it."""
+    for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         module.half()
-    shipped = StableDiffusionPipeline(
-        **half,
-        tokenizer=pipeline.tokenizer,
-        scheduler=pipeline.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    save_portable(shipped, directory)
+    save_portable(pipeline, directory)
     for file in (directory / "tokenizer").iterdir():
         file.unlink()
     write_tokenizer(directory / "tokenizer")
@@ -329,22 +321,12 @@ def save(pipeline: StableDiffusionPipeline, directory: Path) -> None:
 def pretrain(recipe: Recipe, output: Path, report: Report) -> None:
     """Trains the embedded model by a recipe and writes the pipeline and its model card to a folder."""
     started = time.perf_counter()
-    vae, text_encoder, unet, scheduler, tokenizer = build(recipe)
-    train_autoencoder(vae, recipe, report)
-    train_denoiser(vae, text_encoder, unet, scheduler, tokenizer, recipe, report)
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = build(recipe)
+    train_autoencoder(pipeline.vae, recipe, report)
+    train_denoiser(pipeline, recipe, report)
     save(pipeline, output)
     minutes = (time.perf_counter() - started) / 60
-    # what is measured is what is shipped: the weights as read back from half precision
+    # the scores are those of the weights that are shipped, read back from half precision
     shipped = StableDiffusionPipeline.from_pretrained(output, torch_dtype=torch.float32)
     shipped.set_progress_bar_config(disable=True)
     scores = base_scores(shipped, 200, recipe.seed)
@@ -356,7 +338,7 @@ def pretrain(recipe: Recipe, output: Path, report: Report) -> None:
 def model_card(
     recipe: Recipe, scores: dict[str, dict[str, float]], pipeline: StableDiffusionPipeline, minutes: float
 ) -> str:
-    """The model card: what the model is, its data, its recipe and its measured scores."""
+    """Returns the model card: the model's description, data, recipe and measured scores."""
     sizes = {
         name: sum(p.numel() for p in getattr(pipeline, name).parameters()) / 1e6
         for name in ("unet", "vae", "text_encoder")
@@ -380,7 +362,7 @@ def model_card(
 
 
 def main() -> None:
-    """The command line of this module."""
+    """Runs the command line of this module."""
     open_streams(keep_going=True)
     parser = argparse.ArgumentParser(
         prog="python -m loopfast.embedded.pretrain", description=__doc__.split("\n")[0]

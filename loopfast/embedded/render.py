@@ -28,7 +28,7 @@ class Placed:
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, rx: Tensor, ry: Tensor | None = None) -> Tensor:
-    """Distance in pixels to the outline of a shape centered on the origin, negative inside.
+    """Returns the distance in pixels to the outline of a shape centered on the origin, negative inside.
 
     ``x``, ``y``: pixel offsets from the center; ``rx``, ``ry``: half-width and half-height (all broadcast).
     """
@@ -52,12 +52,12 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, rx: Tensor, ry: Tensor | N
 
 
 def coverage(distance: Tensor) -> Tensor:
-    """Share of a pixel that lies inside, from the distance of its center."""
+    """Returns the share of a pixel that lies inside, from the distance of its center."""
     return (0.5 - distance).clamp(0.0, 1.0)
 
 
 def render(scenes: Sequence[Sequence[Placed]]) -> Tensor:
-    """Pictures of the scenes: float32 ``[N, 3, 32, 32]`` in [0, 1], later objects over earlier ones."""
+    """Draws the scenes: float32 ``[N, 3, 32, 32]`` in [0, 1], later objects over earlier ones."""
     count = len(scenes)
     images = torch.tensor(BACKGROUND).view(1, 3, 1, 1).repeat(count, 1, SIZE, SIZE)
     axis = torch.arange(SIZE) + 0.5
@@ -91,7 +91,7 @@ def _radius(item: Item, rng: random.Random) -> float:
 
 
 def place(items: Sequence[Item], relation: str | None, rng: random.Random) -> list[Placed]:
-    """Puts objects on the canvas: apart from each other, inside the frame, in the relation asked for."""
+    """Places objects on the canvas: apart from each other, inside the frame, in the given relation."""
     if len(items) > 2:
         corners = [(8.0, 8.0), (24.0, 8.0), (8.0, 24.0), (24.0, 24.0)]
         chosen = rng.sample(corners, len(items))
@@ -114,7 +114,7 @@ def place(items: Sequence[Item], relation: str | None, rng: random.Random) -> li
 
 
 def apart(scene: Sequence[Placed], gap: float = 2.0) -> list[Placed]:
-    """The scene of two objects with both shrunk as far as a gap of that many pixels between them needs."""
+    """Shrinks the objects of a scene of two until the gap between them is ``gap`` pixels."""
     if len(scene) != 2:
         return list(scene)
     first, second = scene
@@ -124,6 +124,6 @@ def apart(scene: Sequence[Placed], gap: float = 2.0) -> list[Placed]:
 
 
 def draw(captions: Sequence[Caption], seed: int) -> Tensor:
-    """A faithful picture of each caption, its objects apart: float32 ``[N, 3, 32, 32]`` in [0, 1]."""
+    """Draws a faithful picture of each caption, its objects apart: float32 ``[N, 3, 32, 32]`` in [0, 1]."""
     rng = random.Random(seed)
     return render([apart(place(caption.objects(), caption.relation, rng)) for caption in captions])

@@ -15,14 +15,14 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def words() -> list[str]:
-    """Every word a caption can contain."""
+    """Returns every word that a caption can contain."""
     plurals = [plural(shape) for shape in SHAPES]
     joints = ["a", "an", "and", "left", "right", "of", "above", "below"]
     return [*COLORS, *SHAPES, *plurals, *TEXTURES, *NUMBERS, *joints]
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token ids and merge rules: each word of the world is one token, and other ASCII text still encodes."""
+    """Returns token ids and merge rules: each word of the world is one token, and other ASCII text still encodes."""
     letters = [chr(code) for code in range(33, 127)]
     tokens = letters + [letter + "</w>" for letter in letters]
     merges: list[tuple[str, str]] = []

@@ -2,9 +2,9 @@
 
 A caption names one kind of object in a number, or two objects. The six categories follow those of T2I-CompBench
 (arXiv 2307.06350): attribute binding (``color``, ``shape``, ``texture``), ``spatial``, ``numeracy`` and ``complex``.
-A *composition* is what a caption means, whatever the order it says it in. About a quarter of each category's
+A *composition* is the meaning of a caption, without the order of its objects. About a quarter of each category's
 compositions are kept out of all training, here and in pretraining: the smaller part of them for choosing settings
-(``validation``), the rest for measuring what came out (``heldout``).
+(``validation``), the rest for measuring results (``heldout``).
 """
 
 from __future__ import annotations
@@ -27,12 +27,8 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 BACKGROUND: tuple[float, float, float] = (0.96, 0.96, 0.96)
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "diamond")
-TEXTURED_SHAPES: tuple[str, ...] = (
-    "circle",
-    "square",
-    "triangle",
-    "diamond",
-)  # a cross has no room for a texture
+# a cross has no room for a texture
+TEXTURED_SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond")
 TEXTURES: tuple[str, ...] = ("filled", "outlined", "striped")
 RELATIONS: dict[str, str] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS: dict[str, int] = {"two": 2, "three": 3, "four": 4}
@@ -46,26 +42,26 @@ COMPLEX_COMPOSITIONS = 600
 
 @dataclass(frozen=True, order=True)
 class Item:
-    """One object as a caption names it; ``texture`` is None where the caption does not speak of it."""
+    """One object as a caption names it; ``texture`` is None if the caption names none."""
 
     color: str
     shape: str
     texture: str | None = None
 
     def phrase(self) -> str:
-        """The item with its article, such as "an outlined red circle"."""
+        """Returns the item with its article, such as "an outlined red circle"."""
         words = f"{self.texture} {self.color} {self.shape}" if self.texture else f"{self.color} {self.shape}"
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def plural(shape: str) -> str:
-    """The name of several shapes of a kind."""
+    """Returns the plural of a shape's name."""
     return shape + ("es" if shape == "cross" else "s")
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What a prompt asks for: ``items`` in the order named, ``count`` copies of a single item, a ``relation``."""
+    """The meaning of a prompt: ``items`` in the order named, ``count`` copies of a single item, a ``relation``."""
 
     category: str
     items: tuple[Item, ...]
@@ -84,16 +80,16 @@ class Caption:
         return f"{self.items[0].phrase()} {self.relation or 'and'} {self.items[1].phrase()}"
 
     def objects(self) -> tuple[Item, ...]:
-        """The objects a faithful picture shows."""
+        """Returns the objects that a faithful picture shows."""
         return self.items * self.count
 
     def reversed(self) -> Caption:
-        """The same composition, said from its other object."""
+        """Returns the same composition, with its other object first."""
         relation = RELATIONS[self.relation] if self.relation else None
         return Caption(self.category, self.items[::-1], self.count, relation)
 
     def composition(self) -> Caption:
-        """One representative for every way of saying the same thing."""
+        """Returns the one caption that stands for all captions of this composition."""
         if len(self.items) < 2:
             return self
         if self.relation:
@@ -106,7 +102,7 @@ def _hash(caption: Caption) -> int:
 
 
 def split_of(caption: Caption) -> str:
-    """The split that the caption's composition belongs to. Single objects are always for training."""
+    """Returns the split of the caption's composition. Single objects are always for training."""
     position = _hash(caption) / 2**64
     if len(caption.objects()) < 2 or position >= VALIDATION_SHARE + HELDOUT_SHARE:
         return "train"
@@ -115,7 +111,7 @@ def split_of(caption: Caption) -> str:
 
 @cache
 def compositions(category: str) -> tuple[Caption, ...]:
-    """Every composition of a category, in a fixed shuffled order.
+    """Returns every composition of a category, in a fixed shuffled order.
 
     Raises:
         ValueError: the category does not exist.
@@ -150,7 +146,7 @@ def compositions(category: str) -> tuple[Caption, ...]:
         raise ValueError(f"unknown category {category!r}; the categories are {', '.join(CATEGORIES)} and all")
     unique = sorted({caption.composition() for caption in found}, key=_hash)
     if category == "complex":
-        # a sample spread over the whole range of hashes, so that its held-out share is that of the others
+        # a sample over the whole range of hashes, so that its held-out share is that of the other categories
         unique = unique[:: len(unique) // COMPLEX_COMPOSITIONS][:COMPLEX_COMPOSITIONS]
     random.Random(0).shuffle(unique)
     return tuple(unique)
@@ -158,7 +154,7 @@ def compositions(category: str) -> tuple[Caption, ...]:
 
 @cache
 def prompts(category: str, split: str = "train") -> tuple[Caption, ...]:
-    """The captions of a category (or of ``all``) in one split, each composition once.
+    """Returns the captions of a category (or of ``all``) in one split, each composition once.
 
     Raises:
         ValueError: the category or the split does not exist.
@@ -170,12 +166,12 @@ def prompts(category: str, split: str = "train") -> tuple[Caption, ...]:
         mixed = itertools.chain.from_iterable(itertools.zip_longest(*columns))
         return tuple(caption for caption in mixed if caption is not None)
     chosen = (caption for caption in compositions(category) if split_of(caption) == split)
-    # half of them are said from the other object, by a bit of the hash the split does not use
+    # half of them begin with the other object, by a bit of the hash that the split does not use
     return tuple(c.reversed() if len(c.items) > 1 and _hash(c) & 1 else c for c in chosen)
 
 
 def parse(text: str) -> Caption:
-    """The meaning of a caption of this world; the inverse of :attr:`Caption.text`.
+    """Parses a caption of this world; the inverse of `Caption.text`.
 
     Raises:
         ValueError: the text is not such a caption.

@@ -15,89 +15,31 @@ from loopfast.system.files import read_settings
 
 # The keys of the first level that DeepSpeed 0.19 reads or names as removed, by the kind of their values.
 _SECTION, _NUMBER, _SWITCH, _TEXT = "a section {...}", "a number above 0", "true or false", "text"
-KNOWN: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "activation_checkpointing",
-            "aio",
-            "amp",
-            "autotuning",
-            "bf16",
-            "bfloat16",
-            "checkpoint",
-            "comet",
-            "comms_logger",
-            "compile",
-            "compression_training",
-            "csv_monitor",
-            "curriculum_learning",
-            "data_efficiency",
-            "data_types",
-            "datastates_ckpt",
-            "eigenvalue",
-            "elasticity",
-            "expert_parallel",
-            "flops_profiler",
-            "fp16",
-            "hybrid_engine",
-            "nebula",
-            "optimizer",
-            "pipeline",
-            "progressive_layer_drop",
-            "quantize_training",
-            "scheduler",
-            "sparse_attention",
-            "tensor_parallel",
-            "tensorboard",
-            "timers",
-            "torch_autocast",
-            "wandb",
-            "weight_quantization",
-            "zero_optimization",
-        ),
-        _SECTION,
-    ),
-    **dict.fromkeys(
-        (
-            "gradient_accumulation_steps",
-            "gradient_clipping",
-            "gradient_predivide_factor",
-            "sequence_parallel_size",
-            "steps_per_print",
-            "train_batch_size",
-            "train_micro_batch_size_per_gpu",
-            "vocabulary_size",
-        ),
-        _NUMBER,
-    ),
-    **dict.fromkeys(
-        (
-            "dataloader_drop_last",
-            "disable_allgather",
-            "disable_python_gc",
-            "dump_state",
-            "graph_harvesting",
-            "managed_gradient_accumulation",
-            "memory_breakdown",
-            "prescale_gradients",
-            "sparse_gradients",
-            "use_data_before_expert_parallelism",
-            "wall_clock_breakdown",
-            "zero_allow_untested_optimizer",
-            "zero_force_ds_cpu_optimizer",
-        ),
-        _SWITCH,
-    ),
-    **dict.fromkeys(
-        (
-            "communication_data_type",
-            "gradient_allreduce_op",
-            "log_level",
-            "seq_parallel_communication_data_type",
-        ),
-        _TEXT,
-    ),
+_KEYS = {
+    _SECTION: """
+        activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger
+        compile compression_training csv_monitor curriculum_learning data_efficiency data_types
+        datastates_ckpt eigenvalue elasticity expert_parallel flops_profiler fp16 hybrid_engine
+        nebula optimizer pipeline progressive_layer_drop quantize_training scheduler
+        sparse_attention tensor_parallel tensorboard timers torch_autocast wandb weight_quantization
+        zero_optimization
+    """,
+    _NUMBER: """
+        gradient_accumulation_steps gradient_clipping gradient_predivide_factor
+        sequence_parallel_size steps_per_print train_batch_size train_micro_batch_size_per_gpu
+        vocabulary_size
+    """,
+    _SWITCH: """
+        dataloader_drop_last disable_allgather disable_python_gc dump_state graph_harvesting
+        managed_gradient_accumulation memory_breakdown prescale_gradients sparse_gradients
+        use_data_before_expert_parallelism wall_clock_breakdown zero_allow_untested_optimizer
+        zero_force_ds_cpu_optimizer
+    """,
+    _TEXT: """
+        communication_data_type gradient_allreduce_op log_level seq_parallel_communication_data_type
+    """,
 }
+KNOWN = {key: kind for kind, keys in _KEYS.items() for key in keys.split()}
 # Sections whose values are names, which may look like numbers.
 _NAMES = ("comet", "csv_monitor", "tensorboard", "wandb")
 _DEEPEST = 16
@@ -154,19 +96,20 @@ def with_file(
     file = str(distributed.deepspeed)
     decisions = _decisions(train, distributed, dtype)
     sections = {path[:end] for path in decisions for end in range(1, len(path))}
+    held = dict(_leaves(ours))
     result = json.loads(json.dumps(ours))
     for path, value in _leaves(_read(file)):
         if value is None or value == "auto":
             continue
         if path in sections:
             raise _refusal(file, path, value, _SECTION)
-        present, found = _lookup(ours, path)
+        found = held.get(path, _NO_VALUE)
         decided = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in decisions), None)
         if decided is not None:
             keys, same = decisions[decided] if decided == path else (decisions[decided][0], _NO_VALUE)
-            if same is _NO_VALUE and present:
+            if same is _NO_VALUE:
                 same = found
-            if not (_equal(value, same) or (present and _equal(value, found))):
+            if not (_equal(value, same) or _equal(value, found)):
                 allowed = '"auto"' if same is _NO_VALUE else f'{_shown(same)} or "auto"'
                 raise _refusal(file, path, value, f"{allowed} with {keys}")
             continue
@@ -183,26 +126,28 @@ def _decisions(
     train: TrainConfig, distributed: DistributedConfig, dtype: str
 ) -> dict[_Path, tuple[str, Any]]:
     """Returns the entries that a configuration decides: the keys that do, for an error, and the value that agrees."""
-    offload = distributed.offload
     updates = train.iterations * train.updates_per_iteration * train.inner_epochs
     course = {"constant": "WarmupLR", "linear": "WarmupDecayLR", "cosine": "WarmupCosineLR"}
-    # an entry without keys is decided by the engine, which supports one value only
+    offload = distributed.offload
+    # entries without keys are decided by the engine, which supports one value only
+    without_value = {
+        "train.updates_per_iteration": ("train_batch_size",),
+        "train.microbatch": ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+        "train.optimizer": ("optimizer", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+        "train.lr_schedule": ("scheduler",),
+        "model.dtype": ("bf16", "bfloat16", "amp", "torch_autocast", "data_types"),
+        "": ("tensor_parallel", "expert_parallel"),
+    }
     entries: dict[str, tuple[str, Any]] = {
-        "train_batch_size": ("train.updates_per_iteration", _NO_VALUE),
-        "train_micro_batch_size_per_gpu": ("train.microbatch", _NO_VALUE),
-        "gradient_accumulation_steps": ("train.microbatch", _NO_VALUE),
+        **{path: (key, _NO_VALUE) for key, paths in without_value.items() for path in paths},
         "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm),
         "gradient_allreduce_op": ("", "mean"),
         "sequence_parallel_size": ("", 1),
-        "tensor_parallel": ("", _NO_VALUE),
-        "expert_parallel": ("", _NO_VALUE),
-        "optimizer": ("train.optimizer", _NO_VALUE),
         "optimizer.type": ("train.optimizer", "AdamW" if train.optimizer == "adamw" else _NO_VALUE),
         "optimizer.params.lr": ("train.learning_rate", train.learning_rate),
         "optimizer.params.betas": ("train.beta1 train.beta2", [train.beta1, train.beta2]),
         "optimizer.params.eps": ("train.optimizer", 1e-8),
         "optimizer.params.weight_decay": ("train.weight_decay", train.weight_decay),
-        "scheduler": ("train.lr_schedule", _NO_VALUE),
         "scheduler.type": ("train.lr_schedule", course[train.lr_schedule]),
         "scheduler.params.warmup_min_lr": ("train.warmup_updates", 0),
         "scheduler.params.warmup_max_lr": ("train.learning_rate", train.learning_rate),
@@ -212,32 +157,22 @@ def _decisions(
             "train.iterations train.updates_per_iteration train.inner_epochs",
             updates,
         ),
-        "bf16": ("model.dtype", _NO_VALUE),
         "bf16.enabled": ("model.dtype", dtype == "bfloat16"),
-        "bfloat16": ("model.dtype", _NO_VALUE),
         "bfloat16.enabled": ("model.dtype", dtype == "bfloat16"),
         "fp16.enabled": ("model.dtype", dtype == "float16"),
         "fp16.auto_cast": ("model.dtype", False),
         "fp16.fp16_master_weights_and_grads": ("model.dtype", False),
-        "amp": ("model.dtype", _NO_VALUE),
         "amp.enabled": ("model.dtype", False),
-        "torch_autocast": ("model.dtype", _NO_VALUE),
         "torch_autocast.enabled": ("model.dtype", False),
-        "data_types": ("model.dtype", _NO_VALUE),
-        "zero_optimization.stage": ("distributed.zero_stage", distributed.zero_stage),
-        "zero_optimization.offload_param.device": (
-            "distributed.offload",
-            "cpu" if offload == "all" else "none",
-        ),
-        "zero_optimization.offload_optimizer.device": (
-            "distributed.offload",
-            "none" if offload == "none" else "cpu",
-        ),
-        "zero_optimization.cpu_offload": ("distributed.offload", offload != "none"),
-        "zero_optimization.cpu_offload_param": ("distributed.offload", offload == "all"),
-        "zero_allow_untested_optimizer": ("train.optimizer", _NO_VALUE),
-        "zero_force_ds_cpu_optimizer": ("train.optimizer", _NO_VALUE),
     }
+    zero: dict[str, tuple[str, Any]] = {
+        "stage": ("distributed.zero_stage", distributed.zero_stage),
+        "offload_param.device": ("distributed.offload", "cpu" if offload == "all" else "none"),
+        "offload_optimizer.device": ("distributed.offload", "none" if offload == "none" else "cpu"),
+        "cpu_offload": ("distributed.offload", offload != "none"),
+        "cpu_offload_param": ("distributed.offload", offload == "all"),
+    }
+    entries |= {f"zero_optimization.{path}": decision for path, decision in zero.items()}
     sections = {"train": dict(train), "distributed": dict(distributed), "model": {"dtype": dtype}}
 
     def in_words(keys: str) -> str:
@@ -261,10 +196,9 @@ def _problem_of_first_level(key: str, value: Any) -> str | None:
     if kind is None:
         nearest = max(KNOWN, key=lambda known: difflib.SequenceMatcher(None, key[:64].lower(), known).ratio())
         return f": unknown key {_shown(key)}; nearest known key: {nearest}"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
     fits = {
         _SECTION: isinstance(value, dict),
-        _NUMBER: number,
+        _NUMBER: isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0,
         _SWITCH: isinstance(value, bool),
         _TEXT: isinstance(value, str),
     }
@@ -313,14 +247,6 @@ def _leaves(settings: Mapping[str, Any], path: _Path = ()) -> Iterator[tuple[_Pa
             yield from _leaves(value, (*path, key))
         else:
             yield (*path, key), value
-
-
-def _lookup(settings: Any, path: _Path) -> tuple[bool, Any]:
-    for part in path:
-        if not isinstance(settings, dict) or part not in settings:
-            return False, None
-        settings = settings[part]
-    return True, settings
 
 
 def _equal(value: Any, other: Any) -> bool:

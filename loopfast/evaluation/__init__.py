@@ -1,4 +1,4 @@
-"""Measuring what a policy has learned."""
+"""Measures a policy, and draws its images."""
 
 from loopfast.evaluation.benchmark.command import BENCHMARKS, BenchmarkChoice, evaluate_benchmark
 from loopfast.evaluation.benchmark.results import as_rich as benchmark_table

@@ -1,4 +1,4 @@
-"""Several runs side by side: a table of what they did and what came of it, and their curves."""
+"""Several runs side by side: tables of their work and their results, and their curves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from loopfast.evaluation.benchmark.results import RESULTS, read_results
 from loopfast.evaluation.models import run_config
 from loopfast.reporting import Curve, reward_curves
 from loopfast.reporting.tables import plain_table
+from loopfast.run.console import clock
 from loopfast.run.tracking import read_metrics
 from loopfast.system.files import write_file, writing
 
@@ -24,12 +25,12 @@ AXES: dict[str, str] = {
     "images": "images sampled for training",
     "seconds": "wall-clock seconds",
 }
-"""What a reward is drawn against: names of ``metrics.jsonl`` and what they are called."""
+"""The axes that rewards are plotted against: names in ``metrics.jsonl``, with their labels."""
 
 
 @dataclass(frozen=True)
-class Course:
-    """A reward over a run's evaluations: at the first, the last and the best, and at which iteration that was."""
+class RewardSummary:
+    """A reward at the first, the last and the best of a run's evaluations, and the iteration of the best."""
 
     first: float
     last: float
@@ -39,18 +40,18 @@ class Course:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What one run did and what came of it.
+    """One run's work and its results.
 
     Attributes:
-        label: tells the run from the others.
-        folder: where it is.
-        algorithm: its name.
+        label: a name that differs from the other runs' names.
+        folder: the run's folder.
+        algorithm: the algorithm's name.
         samples_per_prompt: K.
-        iterations, planned: done, and to do in all.
-        images: sampled for training.
-        seconds: on the wall clock, evaluations included.
-        rewards: its evaluations by reward: ``reward`` is the sum, then each part; empty without evaluations.
-        benchmarks: mean by benchmark, category and model, of those measured in its folder.
+        iterations, planned: the complete iterations, and all that the run has.
+        images: the number of images sampled for training.
+        seconds: the wall-clock time, evaluations included.
+        rewards: the evaluations by reward: ``reward``, which is the sum, then each part. Empty without evaluations.
+        benchmarks: the means by benchmark, category and model, for the benchmarks in the run's folder.
     """
 
     label: str
@@ -61,7 +62,7 @@ class RunSummary:
     planned: int
     images: int
     seconds: float
-    rewards: Mapping[str, Course]
+    rewards: Mapping[str, RewardSummary]
     benchmarks: Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
@@ -73,11 +74,11 @@ class _Run:
     lines: Sequence[Mapping[str, Any]]
 
     def evaluations(self, name: str) -> list[Mapping[str, Any]]:
-        """The lines in which a metric is a number."""
+        """The lines that have a metric."""
         return [line for line in self.lines if line.get(name) is not None]
 
     def metrics(self) -> dict[str, str]:
-        """The evaluations' metrics by what they measure: ``reward`` for the sum, then each part."""
+        """The evaluations' metrics by reward: ``reward``, which is the sum, then each part."""
         parts = {term.title: f"eval_{term.title}" for term in self.config.reward}
         return {
             name: metric
@@ -90,15 +91,15 @@ def compare_runs(folders: Sequence[Path], output: Path | None) -> tuple[list[Run
     """Compares runs, finished or not.
 
     Args:
-        folders: of the runs.
-        output: the folder for ``comparison.json``, ``comparison.md`` and a plot of each reward, of those that only one
-            of several runs has none; None: nothing is written.
+        folders: the runs' folders.
+        output: the folder for ``comparison.json``, ``comparison.md`` and one plot per reward. A reward that only one of
+            several runs has is not plotted. None writes nothing.
 
     Returns:
-        A summary of each run, and the files written.
+        A summary of each run, and the written files.
 
     Raises:
-        ConfigError: a folder is not a run's, or is given twice.
+        ConfigError: a folder is not a run's folder, or is given twice.
         LoopfastError: a file of a run is damaged, or the output cannot be written.
     """
     resolved = [folder.resolve() for folder in folders]
@@ -122,33 +123,34 @@ def compare_runs(folders: Sequence[Path], output: Path | None) -> tuple[list[Run
 
 
 _Cells = tuple[list[str], list[list[str]]]
-"""A table: its head, and rows of text."""
+"""A table: its header, and rows of text."""
 
 
 def _run_cells(summaries: Sequence[RunSummary]) -> _Cells:
-    """What the runs did, a row each."""
+    """The table of the runs' work, with a row for each run."""
     rows = []
     for summary in summaries:
         done = str(summary.iterations)
         if summary.iterations != summary.planned:
             done += f" of {summary.planned}"
-        k = str(summary.samples_per_prompt)
-        images, seconds = str(summary.images), _clock(summary.seconds)
+        k, images = str(summary.samples_per_prompt), str(summary.images)
+        seconds = clock(summary.seconds, hours=True)
         rows.append([summary.label, summary.algorithm, k, done, images, seconds])
     return ["run", "algorithm", "K", "iterations", "images", "wall time"], rows
 
 
 def _reward_cells(summaries: Sequence[RunSummary]) -> _Cells:
-    """The courses of the runs' rewards, a row each."""
+    """The table of the runs' rewards, with a row for each run."""
     rewards = list(dict.fromkeys(name for summary in summaries for name in summary.rewards))
     rows = [
-        [summary.label, *(_course(summary.rewards.get(name)) for name in rewards)] for summary in summaries
+        [summary.label, *(_summary_text(summary.rewards.get(name)) for name in rewards)]
+        for summary in summaries
     ]
     return ["first → last (best at)", *rewards], rows
 
 
 def _benchmark_cells(summaries: Sequence[RunSummary], benchmark: str) -> _Cells:
-    """The means of one benchmark, a row for each model of each run that was measured on it."""
+    """The table of one benchmark's means, with a row for each model of each run that was measured."""
     measured = [summary for summary in summaries if benchmark in summary.benchmarks]
     categories = list(dict.fromkeys(name for summary in measured for name in summary.benchmarks[benchmark]))
     rows = []
@@ -161,7 +163,7 @@ def _benchmark_cells(summaries: Sequence[RunSummary], benchmark: str) -> _Cells:
 
 
 def as_rich(summaries: Sequence[RunSummary]) -> list[Table]:
-    """The tables for a terminal: of the runs, of their rewards, and of each benchmark."""
+    """The tables of the runs, their rewards and each benchmark, for a terminal."""
     found = []
     for head, rows in _tables(summaries):
         table = Table(*head)
@@ -194,23 +196,24 @@ def _summary(run: _Run) -> RunSummary:
     for name, metric in run.metrics().items():
         lines = run.evaluations(metric)
         best = max(lines, key=lambda line: float(line[metric]))
-        rewards[name] = Course(lines[0][metric], lines[-1][metric], best[metric], best["iteration"])
+        rewards[name] = RewardSummary(lines[0][metric], lines[-1][metric], best[metric], best["iteration"])
+    files = sorted(run.folder.glob(f"benchmarks/*/{RESULTS}"))
     return RunSummary(
-        run.label,
-        str(run.folder),
-        run.config.algorithm.name,
-        run.config.algorithm.samples_per_prompt,
-        last.get("iteration", 0),
-        run.config.train.iterations,
-        int(last.get("images") or 0),
-        float(last.get("seconds") or 0.0),
-        rewards,
-        {file.parent.name: _benchmark(file) for file in sorted(run.folder.glob(f"benchmarks/*/{RESULTS}"))},
+        label=run.label,
+        folder=str(run.folder),
+        algorithm=run.config.algorithm.name,
+        samples_per_prompt=run.config.algorithm.samples_per_prompt,
+        iterations=last.get("iteration", 0),
+        planned=run.config.train.iterations,
+        images=int(last.get("images") or 0),
+        seconds=float(last.get("seconds") or 0.0),
+        rewards=rewards,
+        benchmarks={file.parent.name: _benchmark(file) for file in files},
     )
 
 
 def _benchmark(file: Path) -> dict[str, dict[str, float]]:
-    """Mean by category and model, the difference left out."""
+    """The means by category and model, without the difference."""
     found = read_results(file)
     return {
         category: {model: entry["intervals"][model]["mean"] for model in found["models"]}
@@ -219,21 +222,19 @@ def _benchmark(file: Path) -> dict[str, dict[str, float]]:
 
 
 def _plots(runs: Sequence[_Run], output: Path) -> list[Path]:
-    """A plot of each reward: of the sum, and of the parts that all runs, or more than one, have."""
+    """Plots each reward, except those that only one of several runs has."""
     names = list(dict.fromkeys(name for run in runs for name in run.metrics()))
     files = []
     for name in names:
         having = [run for run in runs if name in run.metrics()]
         if len(having) == 1 < len(runs):
             continue
-        curves = [
-            Curve(
-                run.label,
-                {axis: [float(line[axis]) for line in run.evaluations(run.metrics()[name])] for axis in AXES},
-                [float(line[run.metrics()[name]]) for line in run.evaluations(run.metrics()[name])],
-            )
-            for run in having
-        ]
+        curves = []
+        for run in having:
+            metric = run.metrics()[name]
+            lines = run.evaluations(metric)
+            x = {axis: [float(line[axis]) for line in lines] for axis in AXES}
+            curves.append(Curve(run.label, x, [float(line[metric]) for line in lines]))
         title = "total reward of evaluations" if name == "reward" else f"{name} of evaluations"
         file = output / ("reward.png" if name == "reward" else f"reward-{_file_name(name)}.png")
         files.append(reward_curves(curves, AXES, title, file))
@@ -241,7 +242,7 @@ def _plots(runs: Sequence[_Run], output: Path) -> list[Path]:
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ."""
+    """The shortest ends of the paths that tell them apart."""
     depth = 1
     deepest = max(len(folder.parts) for folder in folders)
     while True:
@@ -255,13 +256,7 @@ def _file_name(text: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in text)
 
 
-def _course(course: Course | None) -> str:
-    if course is None:
+def _summary_text(reward: RewardSummary | None) -> str:
+    if reward is None:
         return "-"
-    return f"{course.first:.3f} → {course.last:.3f} ({course.best:.3f} at {course.best_iteration})"
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"
+    return f"{reward.first:.3f} → {reward.last:.3f} ({reward.best:.3f} at {reward.best_iteration})"

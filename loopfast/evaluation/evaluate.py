@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,13 @@ PREVIEW_COLUMNS = 8
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of N images and the few images kept of them.
+    """The scores of N images, and a few of the images.
 
-    ``items``: one dict per image with prompt, category, seed, reward and parts. ``preview``: indices of the items
-    whose images, float32 ``[P, 3, H, W]`` in [0, 1], are kept in ``images``. ``dropped``: how many images more there
-    were, whose scores are not finite.
+    Attributes:
+        items: one dict per image, with prompt, category, seed, reward and parts.
+        preview: the indices of the items whose images are kept.
+        images: the kept images, float32 ``[P, 3, H, W]`` in [0, 1].
+        dropped: the number of further images, which have a score that is not finite.
     """
 
     items: list[dict[str, Any]]
@@ -44,52 +46,40 @@ class Evaluation:
 
     @property
     def reward(self) -> float:
-        """Mean of the total reward."""
-        return _mean(item["reward"] for item in self.items)
+        """The mean of the total reward."""
+        return float(_means(self.items)["reward"])
 
     @property
     def parts(self) -> dict[str, float]:
-        """Mean of each reward by name."""
-        return {name: _mean(item["parts"][name] for item in self.items) for name in self.items[0]["parts"]}
+        """The mean of each reward by name."""
+        return dict(_means(self.items)["parts"])
 
     def metrics(self, *, dropped: bool) -> dict[str, float]:
-        """What an iteration's line says of it; ``dropped``: also how many images were left out."""
+        """The evaluation's metrics for an iteration's line; with ``dropped`` also the number of dropped images."""
         found = {"eval_reward": self.reward, **{f"eval_{name}": value for name, value in self.parts.items()}}
         return {**found, "eval_dropped_images": self.dropped} if dropped else found
 
     def by_category(self) -> dict[str, dict[str, Any]]:
-        """Mean reward, parts and number of images of each category."""
-        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        """The mean reward, the means of the parts and the number of images of each category."""
+        categories: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for item in self.items:
-            groups[item["category"]].append(item)
-        return {
-            category: {
-                "reward": _mean(item["reward"] for item in items),
-                "parts": {name: _mean(item["parts"][name] for item in items) for name in items[0]["parts"]},
-                "count": len(items),
-            }
-            for category, items in groups.items()
-        }
+            categories[item["category"]].append(item)
+        return {name: {**_means(items), "count": len(items)} for name, items in categories.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """All scores, as JSON can hold them."""
-        return {
-            "reward": self.reward,
-            "parts": self.parts,
-            "by_category": self.by_category(),
-            "items": self.items,
-        }
+        """All scores, in a form that JSON can hold."""
+        return {**_means(self.items), "by_category": self.by_category(), "items": self.items}
 
     def save(self, folder: Path, iteration: int, images: int) -> Image.Image | None:
-        """Writes ``evaluation/iteration-N.json`` and, where images were kept, their pictures.
+        """Writes ``evaluation/iteration-N.json`` and pictures of the kept images.
 
         Args:
-            folder: the run's.
-            iteration: complete iterations.
-            images: sampled for training so far.
+            folder: the run's folder.
+            iteration: the number of complete iterations.
+            images: the number of images sampled for training so far.
 
         Returns:
-            The labeled grid that was written to ``images/iteration-N.png``.
+            The labeled grid in ``images/iteration-N.png``, or None if no images were kept.
         """
         stem = f"iteration-{iteration:06d}"
         record = {"iteration": iteration, "images": images, **self.as_dict()}
@@ -118,17 +108,17 @@ def evaluate(
 ) -> Evaluation:
     """Draws ``config.images_per_prompt`` images of each prompt and scores them.
 
-    The noise is a function of the evaluation's seed, the prompt's position and the image's number, so that two models
-    are compared on the same noise.
+    The noise depends on the evaluation's seed, the prompt's index and the image's index alone, so that two models are
+    compared on the same noise.
 
     Args:
         sampler: the policy and how to sample it.
-        prompts: what to draw.
-        score: gives the rewards of images ``[N, 3, H, W]`` of N prompts; an image of which one is not finite is left
-            out.
+        prompts: the prompts to draw.
+        score: returns the rewards of images ``[N, 3, H, W]`` of N prompts. An image with a reward that is not finite is
+            dropped.
         config: the section ``evaluation``.
-        between: called before each batch; it may raise to stop.
-        world: the processes that evaluate together, each its share of the images; all know the result.
+        between: called before each microbatch; it may raise to stop.
+        world: the processes that evaluate together, each a shard of the images. All get the result.
     """
     chosen = list(prompts[: config.limit_prompts])
     samples = config.images_per_prompt
@@ -173,7 +163,7 @@ def evaluate(
 
 
 def _gathered(kept: dict[int, Tensor], preview: list[int], images: Tensor, world: World) -> Tensor:
-    """The preview's images of all processes; ``images`` are any, for their shape."""
+    """Gathers the preview's images from all processes. ``images`` are any images, for their shape."""
     if not preview:
         return torch.empty(0)
     numbers = torch.tensor([preview.index(item) for item in kept], dtype=torch.int64)
@@ -182,11 +172,16 @@ def _gathered(kept: dict[int, Tensor], preview: list[int], images: Tensor, world
 
 
 def _spread(prompts: int, wanted: int, samples: int) -> list[int]:
-    """Items to keep images of: the first image of prompts spread evenly over the list."""
+    """The items of the preview: the first image of prompts that are spread evenly over the list."""
     count = min(prompts, wanted)
     return [prompts * index // count * samples for index in range(count)]
 
 
-def _mean(values: Any) -> float:
-    numbers = list(values)
-    return math.fsum(numbers) / len(numbers)
+def _means(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean reward of items, and the mean of each part."""
+    return {
+        "reward": math.fsum(item["reward"] for item in items) / len(items),
+        "parts": {
+            name: math.fsum(item["parts"][name] for item in items) / len(items) for name in items[0]["parts"]
+        },
+    }

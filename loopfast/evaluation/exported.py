@@ -1,4 +1,4 @@
-"""An exported LoRA by itself: what it was trained on, and how."""
+"""The configuration of an exported LoRA, from its card or from its run."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from loopfast.policies import adopted_lora, load_family
 
 CARD = "README.md"
 BASE, BASE_CONFIG = "loopfast_base", "loopfast_config"
-"""Keys of a card's header: ``model.pretrained`` and ``model.config`` where they are no hub names; a path is relative to
+"""Keys of a card's header for ``model.pretrained`` and ``model.config`` that are not hub names. A path is relative to
 the card's folder."""
 
 
 def plain_config(target: str) -> Config:
-    """The configuration of a model that is not a run's: sampled without noise, as its pipeline does by default."""
+    """The configuration of a model without a run: it samples without noise, as its pipeline does by default."""
     model = ModelConfig(pretrained=target, tune="lora")
     rollout = RolloutConfig(steps=50, guidance_scale=7.5)
-    # deterministic sampling is not for training, so a configuration file cannot ask for it
+    # a configuration file cannot ask for deterministic sampling, which is not for training
     noise = "noise_level" if load_family(model).process == "flow" else "eta"
     return Config(model=model).model_copy(update={"rollout": rollout.model_copy(update={noise: 0.0})})
 
 
 def lora_config(lora: Path, pretrained: str | None, *, recipe: bool = False) -> Config:
-    """The configuration of the run that a LoRA is from, to go on from the LoRA.
+    """The configuration of the run that trained a LoRA, changed to start from the LoRA.
 
     Args:
-        lora: its folder or file.
-        pretrained: its base model; None: what its card, or its run, says.
-        recipe: whether the rewards are needed, too.
+        lora: the LoRA's folder or file.
+        pretrained: the base model; None stands for the one that the LoRA's card or its run names.
+        recipe: the rewards are needed, too.
 
     Raises:
-        ConfigError: nothing says what its base is, or what its rewards are.
+        ConfigError: the base model, or the rewards, are not known.
     """
     trained = _of_run(lora) or _of_card(lora)
     if trained is None and recipe:
@@ -55,13 +55,13 @@ def lora_config(lora: Path, pretrained: str | None, *, recipe: bool = False) -> 
 
 
 def _of_run(lora: Path) -> Config | None:
-    """A run keeps its configuration beside the LoRA that it writes."""
+    """The configuration that a run keeps beside the LoRA that it writes."""
     file = lora.resolve().parent / "config.yaml"
     return load_config(file) if lora.resolve().name == "lora" and file.is_file() else None
 
 
 def _of_card(lora: Path) -> Config | None:
-    """The recipe of a card that loopfast wrote, with the base that its header names."""
+    """The recipe in a card that loopfast wrote, with the base model that its header names."""
     header, body = _card(lora)
     recipe = re.search(r"\n## Recipe\n.*?```yaml\n(.*?)```", body, re.DOTALL)
     if recipe is None or not ({"base_model", BASE} & header.keys()):
@@ -84,7 +84,7 @@ def _base(lora: Path) -> str:
 
 
 def _place(lora: Path, name: object) -> str | None:
-    """A path from the header of a card, as seen from here; ``embedded`` as it is."""
+    """A path from a card's header, resolved from the card's folder; ``embedded`` stays as it is."""
     if not isinstance(name, str) or name == "embedded":
         return name if isinstance(name, str) else None
     place = lora / name
@@ -104,7 +104,7 @@ def _base_of_peft(lora: Path) -> object:
 
 
 def _card(lora: Path) -> tuple[dict[str, Any], str]:
-    """The header and the rest of a card; nothing where there is none."""
+    """The header and the body of a card; both are empty if the card is missing or cannot be read."""
     try:
         text = (lora / CARD).read_text("utf-8")
         _, header, body = text.split("---\n", 2)

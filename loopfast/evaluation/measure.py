@@ -1,4 +1,4 @@
-"""What ``loopfast eval`` does without a benchmark: it measures a run's own reward of its newest checkpoint."""
+"""The command ``loopfast eval``: it measures a run's newest checkpoint by the run's own rewards."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def evaluate_checkpoint(
 
     Args:
         target: the run's folder, or that of a LoRA with the run's recipe on its card.
-        pretrained: the base model of a LoRA; None: what its card says.
-        prompts: their source; None: those of the run's evaluations.
-        images_per_prompt: None: as in the run's evaluations.
-        seed: of the noise.
-        output: where to write the result as JSON, if anywhere.
+        pretrained: the base model of a LoRA; None stands for the one that its card names.
+        prompts: the source of the prompts; None stands for those of the run's evaluations.
+        images_per_prompt: the number of images; None stands for that of the run's evaluations.
+        seed: the seed of the noise.
+        output: the file for the result as JSON. None writes nothing.
         display: where progress is shown.
 
     Returns:
         ``reward``, ``parts``, ``by_category`` and ``items``, as in a run's ``evaluation/*.json``.
 
     Raises:
-        ConfigError: the folder is neither.
+        ConfigError: the folder is neither a run's nor a LoRA's with a recipe.
         CheckpointError: the run has no checkpoint that can be used.
         RewardError: a reward failed.
     """

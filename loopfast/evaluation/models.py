@@ -1,4 +1,4 @@
-"""The model that a run has trained, and how it is sampled."""
+"""Loads the model that a run has trained, and makes its sampler."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_config(folder: Path) -> Config:
     """The configuration of the run in a folder.
 
     Raises:
-        ConfigError: the folder is not a run's.
+        ConfigError: the folder is not a run's folder.
     """
     file = folder / "config.yaml"
     if not file.is_file():
@@ -32,10 +32,10 @@ def run_config(folder: Path) -> Config:
 
 
 def newest_checkpoint(folder: Path, display: Display) -> Checkpoint:
-    """The newest checkpoint of a run that is whole.
+    """The newest checkpoint of a run that is not damaged.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the run has no such checkpoint.
     """
     store = CheckpointStore(folder / "checkpoints", keep=1, keep_best=True)
     checkpoint = store.latest(display.warning)
@@ -45,23 +45,23 @@ def newest_checkpoint(folder: Path, display: Display) -> Checkpoint:
 
 
 def trained_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """What a run has trained, by name: the moving average where one was kept, as in the run's evaluations."""
+    """The trained weights by name: the moving average if the run kept one, as in the run's evaluations."""
     return checkpoint.tensors.get("average") or checkpoint.tensors["policy"]
 
 
 def find_trained(
     target: Path, display: Display, *, pretrained: str | None = None, recipe: bool = False
 ) -> tuple[Config, Checkpoint | None]:
-    """What a run or an exported LoRA has trained: the configuration, and the run's newest good checkpoint.
+    """Finds a run's configuration and its newest good checkpoint, or the configuration of an exported LoRA.
 
     Args:
         target: the run's folder, or a LoRA's.
-        display: where damaged checkpoints are named.
-        pretrained: the base model of a LoRA; None: what its card says.
-        recipe: whether a LoRA has to come with the rewards of its run.
+        display: where damaged checkpoints are reported.
+        pretrained: the base model of a LoRA; None stands for the one that its card names.
+        recipe: a LoRA must come with the rewards of its run.
 
     Raises:
-        ConfigError: the folder is neither, or a LoRA's base is not known.
+        ConfigError: the folder is neither, or a LoRA's base model is not known.
         CheckpointError: the run has no checkpoint that can be used.
     """
     if pretrained is not None or is_lora(target):
@@ -81,13 +81,13 @@ def with_rollout(config: Config, **changes: float | None) -> Config:
 
 
 def policy_of(config: Config, checkpoint: Checkpoint | None) -> Policy:
-    """The policy of a configuration with a checkpoint's weights: their moving average where one was kept.
+    """Loads the policy of a configuration with a checkpoint's weights, or their moving average if the run kept one.
 
-    Without a checkpoint its weights are those that ``model.lora.from`` names.
+    Without a checkpoint the policy has the weights that ``model.lora.from`` names.
 
     Raises:
         ConfigError: the model cannot be loaded.
-        CheckpointError: the checkpoint is of another model.
+        CheckpointError: the checkpoint belongs to another model.
     """
     policy = load_policy(config.model, seed=config.run.seed, start=checkpoint is None)
     if checkpoint is None:
@@ -105,7 +105,7 @@ def policy_of(config: Config, checkpoint: Checkpoint | None) -> Policy:
 
 
 def sampler_of(config: Config, policy: Policy) -> Sampler:
-    """The sampler of a configuration for a policy, in calls of ``rollout.microbatch`` images.
+    """Makes the sampler of a configuration for a policy, with ``rollout.microbatch`` images per model call.
 
     Raises:
         ConfigError: the model's scheduler does not allow the sampler's settings.
@@ -126,7 +126,7 @@ def sampler_of(config: Config, policy: Policy) -> Sampler:
 
 
 class RunModels:
-    """The samplers of a run's model, or of a LoRA, before and after training; with an adapter both are one model."""
+    """The samplers of a run's or a LoRA's model before and after training. With an adapter, both share one model."""
 
     def __init__(self, config: Config, checkpoint: Checkpoint | None) -> None:
         self._config, self._checkpoint = config, checkpoint
@@ -134,7 +134,7 @@ class RunModels:
 
     @contextmanager
     def base(self) -> Iterator[Sampler]:
-        """The model before training."""
+        """Context with the sampler of the model before training."""
         if self._config.model.tune == "lora":
             policy = self._with_adapter()
             with policy.reference():
@@ -145,7 +145,7 @@ class RunModels:
 
     @contextmanager
     def trained(self) -> Iterator[Sampler]:
-        """The model after training."""
+        """Context with the sampler of the model after training."""
         if self._config.model.tune == "lora":
             yield sampler_of(self._config, self._with_adapter())
             return
@@ -159,7 +159,7 @@ class RunModels:
 
     @contextmanager
     def _loaded(self, load: Callable[[], Policy]) -> Iterator[Sampler]:
-        """The sampler of a model that is loaded, and freed afterwards to make room for the next."""
+        """Context with the sampler of a model that is loaded on entry, and freed on exit to make room for the next."""
         sampler = sampler_of(self._config, load())
         try:
             yield sampler

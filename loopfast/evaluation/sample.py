@@ -1,4 +1,4 @@
-"""What ``loopfast sample`` does."""
+"""The command ``loopfast sample``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loopfast.seeds import row_seeds
 from loopfast.system.files import writing
 
 GRID_PROMPTS = 16
-"""So many first prompts are shown in the grid."""
+"""The largest number of prompts in the grid."""
 
 
 def sample_images(
@@ -43,32 +43,34 @@ def sample_images(
     Args:
         target: a run's folder, an exported LoRA's, a pipeline's, ``embedded``, or a hub name.
         prompts: P texts.
-        pretrained: the base model of a LoRA; None: what its card says.
-        count: images of each.
-        seed: of the noise; the same seed gives the same images.
-        steps, eta, noise_level, guidance_scale: None: as in training; for a model that is not a run's, 50 deterministic
-            steps with a scale of 7.5.
-        base: with a run or a LoRA, draw them with the base model, too, on the same noise, and show both in a grid.
-        output: the folder to write to.
+        pretrained: the base model of a LoRA; None stands for the one that its card names.
+        count: the number of images of each prompt.
+        seed: the seed of the noise; the same seed gives the same images.
+        steps, eta, noise_level, guidance_scale: settings of the sampler. None stands for the run's setting, and for a
+            model without a run for 50 deterministic steps with a guidance scale of 7.5.
+        base: for a run or a LoRA, draw with the base model, too, from the same noise, and show both in a grid.
+        output: the folder for the images.
         display: where progress is shown.
 
     Returns:
-        The files, prompt by prompt; ``grid.png`` last, where there is one.
+        The files, prompt by prompt, then ``grid.png`` if it was drawn.
 
     Raises:
-        ConfigError: there is no such run or model, or a setting does not belong to it.
+        ConfigError: there is no such run or model, or it has no such setting.
         CheckpointError: the run has no checkpoint that can be used.
     """
     folder = Path(target)
-    whole = pretrained is None and not is_lora(folder) and not (folder / "config.yaml").is_file()
-    found = (plain_config(target), None) if whole else find_trained(folder, display, pretrained=pretrained)
-    config, checkpoint = found
+    is_pipeline = pretrained is None and not is_lora(folder) and not (folder / "config.yaml").is_file()
+    if is_pipeline:
+        config, checkpoint = plain_config(target), None
+    else:
+        config, checkpoint = find_trained(folder, display, pretrained=pretrained)
     config = with_rollout(
         config, steps=steps, eta=eta, noise_level=noise_level, guidance_scale=guidance_scale
     )
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    if whole:
+    if is_pipeline:
         sampler = sampler_of(config, load_policy(config.model))
         _warn_of_cut(sampler, prompts, display)
         return _write(_draw(sampler, prompts, count, seed, display), prompts, count, output)
@@ -89,23 +91,21 @@ def sample_images(
 
 
 def _warn_of_cut(sampler: Sampler, prompts: Sequence[str], display: Display) -> None:
-    """Says which prompts are longer than the model's text encoders read."""
+    """Warns of prompts that are longer than the model's text encoders read."""
     if warning := read_prompts(sampler.policy.text_limits, prompts).warning:
         display.warning(f"prompts: {warning}")
 
 
 def _draw(sampler: Sampler, prompts: Sequence[str], count: int, seed: int, display: Display) -> Tensor:
-    """Images ``[P · count, 3, H, W]``, prompt by prompt; a function of the seed and the prompt's position."""
+    """Draws images ``[P · count, 3, H, W]``, prompt by prompt. They depend on the seed and the prompt's index."""
     seeds = row_seeds(seed, "sample", 0, list(range(len(prompts))), count)
     prompt_index = torch.arange(len(prompts)).repeat_interleave(count)
     conditioning = sampler.policy.encode(list(prompts))
     images: list[Tensor] = []
-    done = 0
     for rows in slices(len(prompt_index), sampler.microbatch):
         trajectories = sampler.sample(conditioning, prompt_index[rows], seeds[rows])
         images.append(sampler.decode(trajectories.final).cpu())
-        done += len(images[-1])
-        display.message(f"{done}/{len(prompt_index)} images")
+        display.message(f"{rows.stop}/{len(prompt_index)} images")
     return torch.cat(images)
 
 
@@ -121,7 +121,7 @@ def _write(images: Tensor, prompts: Sequence[str], count: int, output: Path) -> 
 
 
 def _grid(before: Tensor, after: Tensor, prompts: Sequence[str], count: int, path: Path) -> None:
-    """Two rows a prompt, the base model's above the trained one's: images below each other are of the same noise."""
+    """Writes two rows per prompt, the base model's above the trained model's, with the same noise in each column."""
     shape = (len(prompts), count, *before.shape[1:])
     both = torch.stack([before.view(shape), after.view(shape)], 1).flatten(0, 2)
     captions = [

@@ -1,4 +1,4 @@
-"""Gets what a run has trained out: in diffusers' form, with a model card."""
+"""Exports a trained model in diffusers' form, with a model card."""
 
 from loopfast.exporting.export import export_run
 from loopfast.exporting.pipeline import trained_pipeline

@@ -1,4 +1,4 @@
-"""The model card of what was exported."""
+"""Writes the model card of an exported model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from loopfast.version import __version__
 PICTURE = "training.png"
 
 
-def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, whole: bool) -> Path:
-    """Writes the card, and where the run kept images of two evaluations a picture of before, after and the reward.
+def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, full: bool) -> Path:
+    """Writes the card. If the run kept images of two evaluations, it also draws the run in a picture.
 
     Args:
         run: the run's folder.
-        to: the folder of what was exported.
-        config: the run's.
-        checkpoint: what was exported.
-        whole: whether it is a whole pipeline.
+        to: the folder of the exported model.
+        config: the run's configuration.
+        checkpoint: the exported checkpoint.
+        full: a whole pipeline was exported, not an adapter.
 
     Returns:
         The card's file.
@@ -48,12 +48,12 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, w
         base=_public_name(config.model.pretrained),
         is_hub=_is_hub_name(config.model.pretrained),
         is_embedded=config.model.pretrained == "embedded",
-        places={} if whole else _places(config.model, to),
-        pipeline_class="DiffusionPipeline" if whole else _pipeline_class(config.model),
+        places={} if full else _places(config.model, to),
+        pipeline_class="DiffusionPipeline" if full else _pipeline_class(config.model),
         load_base=_load_base(config.model),
         sampled_with=_sampled_with(config),
-        whole=whole,
-        pixart=not whole and (to / "adapter_config.json").is_file(),
+        full=full,
+        pixart=not full and (to / "adapter_config.json").is_file(),
         config=config,
         flow=load_family(config.model).process == "flow",
         rewards=config.reward,
@@ -80,7 +80,7 @@ def _has_two_previews(run: Path) -> bool:
 
 
 def _places(model: ModelConfig, to: Path) -> dict[str, str]:
-    """The places of a base model that is not on the hub, seen from the card's folder, for the card's header."""
+    """The header's keys for a base model that is not on the hub, with paths relative to the card's folder."""
     keys = {BASE: model.pretrained, BASE_CONFIG: model.config}
     found = {}
     for key, name in keys.items():
@@ -93,12 +93,12 @@ def _places(model: ModelConfig, to: Path) -> dict[str, str]:
 
 
 def _pipeline_class(model: ModelConfig) -> str:
-    """The class that opens a model; of a single file diffusers has to be given the family's own."""
+    """The class that opens a model. For a single file, diffusers needs the class of the family."""
     return load_family(model).pipelines[0] if find_source(model).file else "DiffusionPipeline"
 
 
 def _load_base(model: ModelConfig) -> str:
-    """Python that opens the base model; of a folder only the last part of its path, which the reader has elsewhere."""
+    """Python code that opens the base model. A folder is named by the last part of its path."""
     name = json.dumps(_public_name(model.pretrained))
     options = f"torch_dtype=torch.{model.dtype}"
     for key in ("revision", "variant"):
@@ -112,7 +112,7 @@ def _load_base(model: ModelConfig) -> str:
 
 
 def _sampled_with(config: Config) -> str:
-    """Arguments of the pipeline's call for images like those of the run."""
+    """The arguments of a pipeline's call for images like those of the run."""
     model = config.model
     given: dict[str, Any] = {
         "num_inference_steps": config.rollout.steps,
@@ -120,7 +120,7 @@ def _sampled_with(config: Config) -> str:
         **{key: getattr(model, key) for key in ("height", "width", "max_sequence_length")},
     }
     if load_family(model).pipelines[0].startswith("PixArt") and (model.height or model.width):
-        given["use_resolution_binning"] = False  # it would draw them in a size of a table, and scale them
+        given["use_resolution_binning"] = False  # binning would draw another size, and scale the images
     return ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
 
 
@@ -129,7 +129,7 @@ def _is_hub_name(pretrained: str) -> bool:
 
 
 def _public_name(pretrained: str) -> str:
-    """A hub name as it is; of a folder its last part: the rest is nobody else's business."""
+    """A hub name, or the last part of a folder's path; the rest of the path is private."""
     place = Path(pretrained).expanduser()
     return place.name if place.is_absolute() or place.exists() else pretrained
 

@@ -1,4 +1,4 @@
-"""What ``loopfast export`` does."""
+"""The command ``loopfast export``."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ def export_run(
     best: bool,
     display: Display,
 ) -> Path:
-    """Writes what a run has trained into a folder, with a model card.
+    """Writes a run's trained model into a folder, with a model card.
 
     Args:
         run: the run's folder.
-        to: the folder to write, empty or not there yet.
-        form: an adapter for ``load_lora_weights`` (``lora``), or a whole pipeline (``full``); None: what was trained.
-        merge: of an adapter: add it to the weights and write a whole pipeline.
-        best: from the checkpoint with the best evaluation instead of the newest.
+        to: the folder to write, which is empty or does not exist yet.
+        form: an adapter for ``load_lora_weights`` (``lora``), or a whole pipeline (``full``). None stands for the form
+            that was trained.
+        merge: add the adapter to the weights, and write a whole pipeline.
+        best: export the checkpoint with the best evaluation, not the newest.
         display: where progress is shown.
 
     Returns:
         ``to``.
 
     Raises:
-        ConfigError: the folder is not a run's, the form cannot be had of it, or ``to`` holds something.
+        ConfigError: the folder is not a run's folder, the run has no such form, or ``to`` is not empty.
         CheckpointError: the run has no checkpoint that can be used.
     """
     config = run_config(run)
@@ -53,14 +54,14 @@ def export_run(
     checkpoint = _best(run) if best else newest_checkpoint(run, display)
     policy = policy_of(config, checkpoint)
     weights = trained_weights(checkpoint)
-    whole = merge or form == "full" or tune == "full"
+    full = merge or form == "full" or tune == "full"
     display.message(f"exporting {checkpoint.path}")
     with writing(to):
-        if whole:
+        if full:
             policy.export_merged(to, weights)
         else:
             policy.export(to, weights)
-        write_card(run, to, config, checkpoint, whole=whole)
+        write_card(run, to, config, checkpoint, full=full)
     return to
 
 

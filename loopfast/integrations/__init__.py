@@ -1,6 +1,6 @@
-"""Drop-ins that put the fused ops under other codebases for reinforcement learning on diffusion models.
+"""Patches that let other codebases for reinforcement learning on diffusion models use the fused ops.
 
-Each is one call, changes no line of the other codebase and can be undone. None of the codebases is imported before its
+Each patch is one call, changes no line of the other codebase and can be undone. A codebase is imported only when its
 function is called.
 """
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from loopfast.schedules import transition_schedule
 
-from .steps import Generators, Source, Transitions, check_known
+from .patching import Function
+from .steps import Generators, Source, Transitions, check_known, differentiates_sampling
 
 PARAMETERS = "self model_output timestep sample eta use_clipped_model_output generator prev_sample"
 
@@ -28,7 +31,7 @@ _tables: WeakKeyDictionary[Any, dict[tuple[Any, ...], _Entry]] = WeakKeyDictiona
 def ddim_steps(
     scheduler: Any, timestep: Tensor, rows: int, eta: float, device: torch.device
 ) -> tuple[Transitions, Tensor]:
-    """The transitions of a scheduler and where in them each row is.
+    """The transitions of a scheduler, and each row's position in them.
 
     The table is made once for each number of steps, eta and device, and again when the scheduler's configuration or its
     alphas are replaced.
@@ -38,25 +41,25 @@ def ddim_steps(
         timestep: int64 ``[]``, ``[1]`` or ``[rows]``, on any device.
         rows: number of rows.
         eta: DDIM's noise, 0 to 1.
-        device: where the samples are.
+        device: the samples' device.
 
     Returns:
         The transitions and int64 ``[rows]``, both on `device`.
 
     Raises:
         ValueError: the scheduler or one of its options has no Gaussian transition, ``set_timesteps`` was not called, or
-            (on the CPU) a timestep is none of the scheduler's.
+            (on the CPU) a timestep is not one of the scheduler's.
     """
     if scheduler.num_inference_steps is None:
         raise ValueError("the scheduler has no steps yet: call its set_timesteps first")
-    # What the table is made of stays referenced by the entry, so no other object can take over an id.
+    # The entry keeps references to the objects that its table is made from, so no other object can take over an id.
     sources = (scheduler.config, scheduler.alphas_cumprod)
     key = (scheduler.num_inference_steps, float(eta), device, *map(id, sources))
     entries = _tables.setdefault(scheduler, {})
     entry = entries.get(key)
     if entry is None:
         entry = entries[key] = _Entry(*_make(scheduler, float(eta), device), sources)
-    # Expanded first: an index of no dimensions is read on the host.
+    # Expand first: an index without dimensions would be read on the host.
     timesteps = timestep.to(device).expand(rows)
     step = entry.step_of[timesteps]
     check_known(timesteps, step, len(entry.transitions.table) - 1)
@@ -64,7 +67,7 @@ def ddim_steps(
 
 
 def _make(scheduler: Any, eta: float, device: torch.device) -> tuple[Transitions, Tensor]:
-    # The last step of these codebases ends at timestep 0 whatever the scheduler's set_alpha_to_one says.
+    # In these codebases the last step ends at timestep 0, whatever the scheduler's set_alpha_to_one is.
     ending = copy.copy(scheduler)
     ending.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     schedule = transition_schedule(ending, scheduler.num_inference_steps, eta=eta)
@@ -77,41 +80,40 @@ def _make(scheduler: Any, eta: float, device: torch.device) -> tuple[Transitions
     return transitions, step_of.to(device)
 
 
-def ddim_step(
-    scheduler: Any,
-    model_output: Tensor,
-    timestep: Tensor,
-    sample: Tensor,
-    eta: float,
-    use_clipped_model_output: bool,
-    generator: Generators,
-    prev_sample: Tensor | None,
-    *,
-    source: Source,
-) -> tuple[Tensor, Tensor]:
-    """Draw ``x_{t-1}``, or take the one that is given, and score it.
+def ddim_replacement(
+    original: Function, source: Source, result: Callable[[Tensor, Tensor], Any] = lambda *pair: pair
+) -> Function:
+    """A function that takes the place of DDPO's step: it draws ``x_{t-1}``, or takes the one given, and scores it.
+
+    It returns ``x_{t-1}`` in the dtype of the sample, and its log-probability, float32 ``[N]``, differentiable in the
+    model output. It raises ValueError where an option has no Gaussian transition, or as the original does. Calls that
+    differentiate the sampling go to the original.
 
     Args:
-        scheduler: diffusers' ``DDIMScheduler`` after ``set_timesteps``.
-        model_output: ``[N, *L]``, guidance included.
-        timestep: int64 ``[]``, ``[1]`` or ``[N]``.
-        sample: ``[N, *L]``, ``x_t``.
-        eta: DDIM's noise, 0 to 1.
-        use_clipped_model_output: must be False.
-        generator: of the noise, or one for each row.
-        prev_sample: ``[N, *L]``, or None to draw it.
-        source: where the noise comes from.
-
-    Returns:
-        ``x_{t-1}`` in the dtype of `sample`, and its log-probability, float32 ``[N]``, differentiable in
-        `model_output`.
-
-    Raises:
-        ValueError: an option has no Gaussian transition, or as the original.
+        original: the step that is replaced.
+        source: the source of the noise.
+        result: makes the returned value of ``x_{t-1}`` and its log-probability.
     """
-    if use_clipped_model_output:
-        raise ValueError(
-            "use_clipped_model_output=True makes the mean nonlinear in the model output; set it to False"
-        )
-    transitions, step = ddim_steps(scheduler, timestep, sample.shape[0], eta, sample.device)
-    return transitions.advance(model_output, sample, step, prev_sample, generator, source)
+
+    @functools.wraps(original)
+    def step(
+        self: Any,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        prev_sample: Tensor | None = None,
+    ) -> Any:
+        if differentiates_sampling(model_output, sample, prev_sample):
+            options = (eta, use_clipped_model_output, generator, prev_sample)
+            return original(self, model_output, timestep, sample, *options)
+        if use_clipped_model_output:
+            raise ValueError(
+                "use_clipped_model_output=True makes the mean nonlinear in the model output; set it to False"
+            )
+        transitions, rows = ddim_steps(self, timestep, sample.shape[0], eta, sample.device)
+        return result(*transitions.advance(model_output, sample, rows, prev_sample, generator, source))
+
+    return step

@@ -22,11 +22,11 @@ _SOLVER_STEP = "model_output latents eta sigmas index prev_sample generator"
 
 
 class _Schedule(NamedTuple):
-    """The steps of a scheduler at one noise level, and after them a row of NaN for timesteps that are none of them.
+    """The steps of a scheduler at one noise level, followed by a row of NaN for unknown timesteps.
 
     Attributes:
-        transitions: what the ops work on.
-        spread: float32 ``[T + 1]``, the noise of a unit of time.
+        transitions: the table for the ops.
+        spread: float32 ``[T + 1]``, the noise per unit of time.
         duration: float32 ``[T + 1]``, the square roots of the steps' lengths.
     """
 
@@ -35,24 +35,24 @@ class _Schedule(NamedTuple):
     duration: Tensor
 
 
-# set_timesteps makes new sigmas: what was made of the old ones goes with them.
+# set_timesteps makes new sigmas; a schedule is dropped together with the sigmas that it was made from.
 _schedules = WeakTensorKeyDictionary()
 
 
 def patch_flow_grpo(
     *, noise: str = "torch", module: str = "flow_grpo.diffusers_patch.sd3_sde_with_logprob"
 ) -> Patch:
-    """Replace ``sde_step_with_logprob``, and ``flow_grpo_step`` of the ``solver`` beside it, wherever they are bound.
+    """Replaces ``sde_step_with_logprob``, and ``flow_grpo_step`` of the ``solver`` beside it, wherever they are bound.
 
-    Same results as the originals to the rounding of float32 and the same random stream.
+    The results are those of the originals up to the rounding of float32, from the same random stream.
 
     Args:
-        noise: ``"torch"``, or ``"philox"`` for noise made inside the kernel from a seed a row: faster, but another
-            random stream.
+        noise: ``"torch"``, or ``"philox"`` for noise that the kernel makes from one seed per row, which is faster but
+            another random stream.
         module: where a fork of Flow-GRPO defines ``sde_step_with_logprob``; it may have no solver.
 
     Returns:
-        The patch, already in place: undo it, or use it as a context manager.
+        The patch, already in place. Undo it, or use it as a context manager.
 
     Raises:
         LoopfastError: Flow-GRPO cannot be imported, or its functions are other versions.
@@ -71,7 +71,7 @@ def patch_flow_grpo(
 
 
 def _solver(module: str) -> ModuleType | None:
-    """The module with ``flow_grpo_step`` beside the one that is given; None where there is none."""
+    """The module with ``flow_grpo_step`` beside the given one, or None."""
     name = f"{module.rpartition('.')[0]}.solver"
     try:
         solver = importlib.import_module(name)
@@ -98,32 +98,16 @@ def _sde_step(original: Function, source: Source) -> Function:
         if sde_type != "sde":
             raise ValueError(f"sde_type={sde_type!r} has no replacement: undo the patch to use it")
         if differentiates_sampling(model_output, sample, prev_sample):
-            arguments = (
-                model_output,
-                timestep,
-                sample,
-                noise_level,
-                prev_sample,
-                generator,
-                sde_type,
-                return_sqrt_dt,
-            )
-            return original(self, *arguments)
+            options = (noise_level, prev_sample, generator, sde_type, return_sqrt_dt)
+            return original(self, model_output, timestep, sample, *options)
         schedule = _schedule(self.sigmas, noise_level, sample.device)
         index = _index(self.timesteps.to(sample.device), timestep.to(sample.device))
         model_output, sample = model_output.float(), sample.float()
-        # The original takes a generator beside a sample that is given, and does not use it.
+        # The original accepts a generator beside a given sample, and does not use it.
         if prev_sample is not None:
             prev_sample, generator = prev_sample.float(), None
-        transitions = schedule.transitions
-        prev_sample, logprob = transitions.advance(
-            model_output,
-            sample,
-            index.expand(len(sample)).contiguous(),
-            prev_sample,
-            generator,
-            source,
-        )
+        transitions, rows = schedule.transitions, index.expand(len(sample)).contiguous()
+        prev_sample, logprob = transitions.advance(model_output, sample, rows, prev_sample, generator, source)
         a, b, _ = transitions.coefficients(index, sample.dim())
         mean = torch.addcmul(a * sample, b, model_output)
         shape = (-1, *[1] * (sample.dim() - 1))
@@ -166,13 +150,14 @@ def _schedule(sigmas: Tensor, noise_level: float, device: torch.device) -> _Sche
 
 
 def make_schedule(sigmas: Tensor, noise_level: float, device: torch.device) -> _Schedule:
-    """The steps between given sigmas, ``[T + 1]`` in float32, without leaving the device.
+    """Makes the steps between given sigmas, ``[T + 1]`` in float32, without leaving the device.
 
-    `loopfast.schedules` makes the same table of a scheduler's own sigmas; pipelines with dynamic shifting bring others.
+    `loopfast.schedules` makes the same table from a scheduler's own sigmas. Pipelines with dynamic shifting use
+    others.
     """
     levels = sigmas.to(device, torch.float64)
     now, stride = levels[:-1], levels.diff()
-    # At pure noise the spread would be infinite; the originals take it at the end of the first step.
+    # At pure noise the spread would be infinite; the originals use its value at the end of the first step.
     remaining = 1 - torch.where(now == 1, levels[1], now)
     spread = noise_level * (now / remaining).sqrt()
     duration = (-stride).sqrt()
@@ -187,7 +172,7 @@ def make_schedule(sigmas: Tensor, noise_level: float, device: torch.device) -> _
 
 
 def _index(timesteps: Tensor, timestep: Tensor) -> Tensor:
-    """Where in `timesteps` ``[T]`` each timestep is, and T where it is none of them."""
+    """The position in `timesteps` ``[T]`` of each timestep, and T for an unknown one."""
     matches = timestep[:, None] == timesteps
     index = torch.where(matches.any(1), matches.int().argmax(1), len(timesteps))
     check_known(timestep, index, len(timesteps))

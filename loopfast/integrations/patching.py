@@ -1,4 +1,4 @@
-"""Puts a function in another's place, wherever it is bound by name, and takes it out again."""
+"""Replaces a function by another wherever it is bound by name, and undoes that."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Function = Callable[..., Any]
 
 NOISES = ("torch", "philox")
 
-# An original and what has taken its place, the latest last. Only the last is bound.
+# Each original, with the functions that have replaced it, the latest last. Only the last is bound.
 _in_place: dict[Function, list[Function]] = {}
 
 
 class Patch:
-    """Replacements that hold from now until `undo`, or to the end of a ``with`` block.
+    """Replacements that hold until `undo`, or until the end of a ``with`` block.
 
-    Patches may be nested, made twice and undone in any order: the latest that is not undone holds, and with the last
-    of them the originals return. A module that binds the name while the patch holds gets the original back as well.
+    Patches may be nested, made twice and undone in any order. The latest one that is not undone holds; when the last
+    one is undone, the originals return, also in modules that have bound the name in the meantime.
 
     Args:
-        replacements: the original functions and what takes their places. One that is bound in a class is given with
-            that class, others are replaced in every module.
+        replacements: each original function, its replacement, and the class that binds it. With None for the class the
+            function is replaced in every module.
     """
 
     def __init__(self, replacements: Sequence[tuple[Function, Function, type | None]]) -> None:
@@ -38,12 +38,12 @@ class Patch:
             chain.append(replacement)
 
     def undo(self) -> None:
-        """Take the replacements out. Does nothing the second time."""
+        """Puts the originals back. A second call does nothing."""
         while self._replacements:
             original, replacement, owner = self._replacements.pop()
             chain = _in_place[original]
             position = chain.index(replacement)
-            # Bound only if it is the last of the chain.
+            # This changes something only if the replacement is the last of its chain.
             _rebind(replacement, chain[position - 1], owner)
             del chain[position]
             if len(chain) == 1:
@@ -59,7 +59,7 @@ class Patch:
 
 
 def _rebind(old: Function, new: Function, owner: type | None) -> None:
-    # The dictionaries are read directly: asking a lazy module for an attribute would import more modules.
+    # Read the dictionaries directly: looking up an attribute of a lazy module would import more modules.
     modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
     for holder in [owner] if owner is not None else modules:
         for name, value in list(vars(holder).items()):
@@ -68,12 +68,12 @@ def _rebind(old: Function, new: Function, owner: type | None) -> None:
 
 
 def import_target(feature: str, name: str, needs: str) -> ModuleType:
-    """Import a module of the codebase to be patched.
+    """Imports a module of the codebase to patch.
 
     Args:
-        feature: the function that asks, for the message.
+        feature: the calling function, for the message.
         name: the module's full name.
-        needs: what has to be installed, for the message.
+        needs: the package that has to be installed, for the message.
 
     Raises:
         LoopfastError: it cannot be imported.
@@ -86,16 +86,16 @@ def import_target(feature: str, name: str, needs: str) -> ModuleType:
 
 
 def find_original(feature: str, holder: Any, name: str, parameters: str) -> Function:
-    """The function another codebase defines under a name, whatever has taken its place.
+    """Finds the original function that another codebase defines under a name, even if it has been replaced.
 
     Args:
-        feature: the function that asks, for the message.
-        holder: the module or class that defines it.
+        feature: the calling function, for the message.
+        holder: the module or class that defines the function.
         name: the function's name.
-        parameters: the names the version that is known takes, in order, separated by blanks.
+        parameters: the parameters of the known version, in order, separated by blanks.
 
     Raises:
-        LoopfastError: it is missing or takes other parameters.
+        LoopfastError: the function is missing or has other parameters.
     """
     function = vars(holder).get(name)
     for original, chain in _in_place.items():
@@ -114,10 +114,10 @@ def find_original(feature: str, holder: Any, name: str, parameters: str) -> Func
 
 
 def check_noise(noise: str) -> None:
-    """Check the option ``noise`` of a patch.
+    """Checks the option ``noise`` of a patch.
 
     Raises:
-        ValueError: it is none of `NOISES`.
+        ValueError: the option is not one of `NOISES`.
     """
     if noise not in NOISES:
         raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")

@@ -1,4 +1,4 @@
-"""The step that DDPO's descendants share: draw ``x_{t-1}`` or take it as given, and say how probable it is."""
+"""The step that DDPO's descendants share: it draws ``x_{t-1}``, or takes the one given, and scores it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 class Source(NamedTuple):
-    """Where noise comes from.
+    """The source of the noise.
 
     Attributes:
         noise: ``"torch"`` for the original's random stream, or ``"philox"`` for the kernels' own noise.
@@ -29,10 +29,10 @@ class Transitions(NamedTuple):
     """The steps of a scheduler, on the device of the samples.
 
     Attributes:
-        table: float32 ``[T + 1, 3]``, columns a, b, sigma. The last row is for timesteps that are none of the
-            scheduler's; it makes NaN of everything, as a GPU could not be asked without waiting for it.
-        undefined: float32 ``[T + 1]``, NaN for deterministic steps, whose log-probability the originals give as NaN,
-            and 0 for others; None where every step is stochastic.
+        table: float32 ``[T + 1, 3]``, columns a, b, sigma. The last row is for timesteps that are not the scheduler's.
+            It makes every result NaN, as a check would have to wait for the GPU.
+        undefined: float32 ``[T + 1]``, NaN for deterministic steps, whose log-probability is NaN in the originals, and
+            0 for others; None where every step is stochastic.
     """
 
     table: Tensor
@@ -40,11 +40,11 @@ class Transitions(NamedTuple):
 
     @classmethod
     def of(cls, table: Tensor, deterministic: Tensor | None) -> Transitions:
-        """Append the last row.
+        """Appends the last row.
 
         Args:
             table: ``[T, 3]``, on the device.
-            deterministic: bool ``[T]``, on the device; None if it is known that no step is.
+            deterministic: bool ``[T]``, on the device; None if no step is known to be.
         """
         unknown = table.new_tensor([[float("nan"), float("nan"), 1.0]])
         undefined = None
@@ -54,11 +54,11 @@ class Transitions(NamedTuple):
         return cls(torch.cat([table, unknown]).to(torch.float32), undefined)
 
     def coefficients(self, step: Tensor, dimensions: int) -> tuple[Tensor, ...]:
-        """a, b and sigma of each row, shaped to be multiplied with its latents."""
+        """The coefficients a, b and sigma of each row, in a shape that broadcasts over its latents."""
         return self.table[step].reshape(-1, 3, *[1] * (dimensions - 1)).unbind(1)
 
     def score(self, model_output: Tensor, sample: Tensor, prev_sample: Tensor, step: Tensor) -> Tensor:
-        """Log-probability of `prev_sample`, the mean over a row's elements; differentiable in `model_output`."""
+        """The log-probability of `prev_sample`, the mean over a row's elements; differentiable in `model_output`."""
         logprob = transition_logprob(
             model_output.contiguous(), sample.contiguous(), prev_sample.contiguous(), self.table, step
         )
@@ -73,15 +73,15 @@ class Transitions(NamedTuple):
         generator: Generators,
         source: Source,
     ) -> tuple[Tensor, Tensor]:
-        """Draw ``x_{t-1}``, or take the one that is given, and score it.
+        """Draws ``x_{t-1}``, or takes the one given, and scores it.
 
         Args:
             model_output: ``[N, *L]``.
             sample: ``[N, *L]``, ``x_t``.
-            step: int64 ``[N]``, each row's place in the table.
+            step: int64 ``[N]``, each row's position in the table.
             prev_sample: ``[N, *L]``, or None to draw it.
-            generator: of the noise, or one for each row.
-            source: where the noise comes from.
+            generator: a generator for the noise, or one for each row.
+            source: the source of the noise.
 
         Returns:
             ``x_{t-1}`` in the dtype of `sample`, and its log-probability, differentiable in `model_output`.
@@ -113,16 +113,16 @@ class Transitions(NamedTuple):
 
 
 def differentiates_sampling(model_output: Tensor, sample: Tensor, prev_sample: Tensor | None) -> bool:
-    """Whether gradients are to flow through the samples, which the ops take to be data."""
+    """Returns whether gradients are to flow through the samples, which are data to the ops."""
     drawn = prev_sample is None and model_output.requires_grad
     return torch.is_grad_enabled() and (drawn or sample.requires_grad)
 
 
 def check_known(timestep: Tensor, step: Tensor, steps: int) -> None:
-    """Check on the CPU that every timestep was found among the scheduler's; on other devices, nothing.
+    """Checks, on the CPU only, that every timestep is one of the scheduler's.
 
     Raises:
-        ValueError: one was not.
+        ValueError: one is not.
     """
     if step.device.type == "cpu" and bool((step == steps).any()):
         unknown = timestep[step == steps][0]
@@ -130,7 +130,7 @@ def check_known(timestep: Tensor, step: Tensor, steps: int) -> None:
 
 
 def draw_seeds(rows: int, generator: Generators, device: torch.device) -> Tensor:
-    """One seed a row for the kernels' noise, from torch's random stream."""
+    """Draws one seed per row for the kernels' noise from torch's random stream."""
 
     def draw(count: int, source: torch.Generator | None) -> Tensor:
         where = device if source is None else source.device

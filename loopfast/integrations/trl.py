@@ -12,29 +12,29 @@ from torch import Tensor
 from loopfast.errors import LoopfastError
 from loopfast_kernels import clipped_loss
 
-from .ddim import PARAMETERS, ddim_step, ddim_steps
+from .ddim import PARAMETERS, ddim_replacement, ddim_steps
 from .patching import Patch, check_noise, find_original, import_target
-from .steps import Generators, Source, differentiates_sampling
+from .steps import Source
 
 _FEATURE = "patch_trl()"
 _VERSION = "0.23"
 
 
 def patch_trl(*, noise: str = "torch") -> Patch:
-    """Replace ``trl.models.modeling_sd_base.scheduler_step`` and ``DDPOTrainer.calculate_loss``.
+    """Replaces ``trl.models.modeling_sd_base.scheduler_step`` and ``DDPOTrainer.calculate_loss``.
 
-    Same results as the originals to the rounding of float32 and the same random stream. In half types the
+    The results are those of the originals up to the rounding of float32, from the same random stream. In half types the
     log-probability is that of the rounded sample that is returned, so that an unchanged model's ratio is exactly 1.
 
-    What a subclass overrides is left to it: with a ``loss`` or a pipeline's ``scheduler_step`` of its own, the trainer
-    keeps TRL's ``calculate_loss``. So is sampling that is differentiated (``AlignPropTrainer``).
+    Overrides of a subclass are respected: a trainer with its own ``loss``, or whose pipeline has its own
+    ``scheduler_step``, keeps TRL's ``calculate_loss``. Differentiated sampling (``AlignPropTrainer``) stays TRL's, too.
 
     Args:
-        noise: ``"torch"``, or ``"philox"`` for noise made inside the kernel from a seed a row: faster, but another
-            random stream.
+        noise: ``"torch"``, or ``"philox"`` for noise that the kernel makes from one seed per row, which is faster but
+            another random stream.
 
     Returns:
-        The patch, already in place: undo it, or use it as a context manager.
+        The patch, already in place. Undo it, or use it as a context manager.
 
     Raises:
         LoopfastError: TRL 0.23 cannot be imported.
@@ -62,30 +62,7 @@ def patch_trl(*, noise: str = "torch") -> Patch:
     pipeline = steps.DefaultDDPOStableDiffusionPipeline
     source = Source(noise, steps.randn_tensor)
 
-    @functools.wraps(original_step)
-    def scheduler_step(
-        self: Any,
-        model_output: Tensor,
-        timestep: Tensor,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: Generators = None,
-        prev_sample: Tensor | None = None,
-    ) -> Any:
-        arguments = (
-            self,
-            model_output,
-            timestep,
-            sample,
-            eta,
-            use_clipped_model_output,
-            generator,
-            prev_sample,
-        )
-        if differentiates_sampling(model_output, sample, prev_sample):
-            return original_step(*arguments)
-        return steps.DDPOSchedulerOutput(*ddim_step(*arguments, source=source))
+    scheduler_step = ddim_replacement(original_step, source, steps.DDPOSchedulerOutput)
 
     @functools.wraps(original_loss)
     def calculate_loss(
@@ -120,12 +97,12 @@ def _loss(
     advantages: Tensor,
     embeds: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """TRL's loss, approximate KL and share of clipped rows."""
+    """TRL's loss, approximate KL and fraction of clipped rows."""
     config, unet = trainer.config, trainer.sd_pipeline.unet
     with trainer.autocast():
         if config.train_cfg:
             output = unet(torch.cat([latents] * 2), torch.cat([timesteps] * 2), embeds).sample
-            # Guidance is left to torch: sampling rounded its result to the dtype of the model, and so must scoring.
+            # Torch computes the guidance: sampling rounded its result to the model's dtype, as scoring must do.
             unconditional, conditional = output.chunk(2)
             output = unconditional + config.sample_guidance_scale * (conditional - unconditional)
         else:

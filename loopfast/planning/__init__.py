@@ -1,4 +1,4 @@
-"""What a run will need, worked out from its configuration and its model's: memory, seconds, and how both scale."""
+"""Plans a run from its configuration and its model's: memory, seconds, and how both scale."""
 
 from loopfast.planning.architectures import Architecture, known, load_architecture
 from loopfast.planning.plan import Plan, plan

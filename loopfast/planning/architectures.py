@@ -163,6 +163,11 @@ class Architecture:
         return config["out_channels"], height * factor, width * factor
 
     @property
+    def text_parameters(self) -> int:
+        """The number of parameters of all text encoders."""
+        return sum(encoder.parameters() for encoder in self.text_encoders)
+
+    @property
     def text_tokens(self) -> int:
         """The number of rows of a prompt's encoding."""
         lengths = [int(encoder.config.get("max_position_embeddings", 0)) for encoder in self.text_encoders]
@@ -184,15 +189,13 @@ class Architecture:
 
 def known() -> dict[str, tuple[str, ...]]:
     """Returns the names of the package's architectures, each with the repositories that hold such models."""
-    files = [entry.name for entry in _MODELS.iterdir() if entry.name.endswith(".json")]
-    names = sorted(name.removesuffix(".json") for name in files)
-    return {name: tuple(_packaged(f"{name}.json")["hub"]) for name in names}
+    return {name: tuple(document["hub"]) for name, document in sorted(_packaged().items())}
 
 
 @cache
-def _packaged(file: str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((_MODELS / file).read_text("utf-8"))
-    return document
+def _packaged() -> dict[str, dict[str, Any]]:
+    files = [entry for entry in _MODELS.iterdir() if entry.name.endswith(".json")]
+    return {file.name.removesuffix(".json"): json.loads(file.read_text("utf-8")) for file in files}
 
 
 def load_architecture(config: ModelConfig, name: str | None = None) -> Architecture:
@@ -212,63 +215,55 @@ def load_architecture(config: ModelConfig, name: str | None = None) -> Architect
         place = locate(config)
         if isinstance(place, str):
             name = next((key for key, hub in packaged.items() if place in hub), None)
-    if name is None:
-        return _of_pipeline(config)
-    document = _packaged(f"{name}.json")
+    document = _described(config) if name is None else _packaged()[name]
 
     def component(part: dict[str, Any]) -> Component:
         return Component(part["class"], part["config"])
 
-    encoders = tuple(component(part) for part in document["text_encoders"])
     denoiser, vae = component(document["denoiser"]), component(document["vae"])
-    return _architecture(config, name, document["title"], document["pipeline"], denoiser, vae, encoders)
-
-
-def _architecture(
-    config: ModelConfig,
-    name: str,
-    title: str,
-    pipeline: str,
-    denoiser: Component,
-    vae: Component,
-    encoders: tuple[Component, ...],
-) -> Architecture:
+    encoders = tuple(component(part) for part in document["text_encoders"])
     sdxl = denoiser.config.get("addition_embed_type") == "text_time"
     # the denoiser decides, so that pipelines of no family can be planned
     family = family_of("StableDiffusionXLPipeline" if sdxl else _PIPELINES[denoiser.class_name])
     assert family is not None
-    size = latent_size(config, family, denoiser.config, vae.config)
-    policy = family.policy_class()
-    tokens = policy.t5_tokens(config, pipeline) if policy.sequence_length else None
-    return Architecture(name, title, pipeline, family, denoiser, vae, encoders, size, tokens)
+    policy, pipeline = family.policy_class(), document["pipeline"]
+    return Architecture(
+        name or config.pretrained,
+        document["title"],
+        pipeline,
+        family,
+        denoiser,
+        vae,
+        encoders,
+        latent_size(config, family, denoiser.config, vae.config),
+        policy.t5_tokens(config, pipeline) if policy.sequence_length else None,
+    )
 
 
-def _of_pipeline(config: ModelConfig) -> Architecture:
-    """Returns the architecture that the configuration files of a folder or a repository describe."""
+def _described(config: ModelConfig) -> dict[str, Any]:
+    """Returns the configuration files of a folder or a repository in the form of the package's documents."""
     index = _read(config)
-    parts = {
+    classes = {
         key: str(entry[1])
         for key, entry in index.items()
         if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
     }
-    denoiser = next((key for key in _DENOISERS if key in parts), None)
-    if denoiser is None or "vae" not in parts:
+    denoiser = next((key for key in _DENOISERS if key in classes), None)
+    if denoiser is None or "vae" not in classes:
         _refuse(config, f"its model_index.json names no {' or '.join(_DENOISERS)} with a vae")
-    if parts[denoiser] not in _PIPELINES:
-        _refuse(config, f"its denoiser is a {parts[denoiser]}; supported: {', '.join(_PIPELINES)}")
+    if classes[denoiser] not in _PIPELINES:
+        _refuse(config, f"its denoiser is a {classes[denoiser]}; supported: {', '.join(_PIPELINES)}")
 
-    def component(key: str) -> Component:
-        return Component(parts[key], _read(config, key, parts[key]))
+    def part(key: str) -> dict[str, Any]:
+        return {"class": classes[key], "config": _read(config, key, classes[key])}
 
-    return _architecture(
-        config,
-        config.pretrained,
-        config.pretrained,
-        str(index.get("_class_name")),
-        component(denoiser),
-        component("vae"),
-        tuple(component(key) for key in _TEXT_ENCODERS if key in parts),
-    )
+    return {
+        "title": config.pretrained,
+        "pipeline": str(index.get("_class_name")),
+        "denoiser": part(denoiser),
+        "vae": part("vae"),
+        "text_encoders": [part(key) for key in _TEXT_ENCODERS if key in classes],
+    }
 
 
 def _read(config: ModelConfig, subfolder: str = "", class_name: str = "") -> dict[str, Any]:

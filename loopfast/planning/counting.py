@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from typing_extensions import override
 
@@ -202,24 +203,20 @@ class Precision(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._autocast is not None:
             if func in _LOWERED:
-                args, kwargs = self._cast(args, self._autocast), self._cast(kwargs, self._autocast)
+                args, kwargs = _cast((args, kwargs), self._autocast)
             elif self._on_gpu and func in _RAISED:
-                args, kwargs = self._cast(args, torch.float32), self._cast(kwargs, torch.float32)
+                args, kwargs = _cast((args, kwargs), torch.float32)
         if func is F.scaled_dot_product_attention:
             query, key, value = args[:3] if len(args) >= 3 else (kwargs[n] for n in ("query", "key", "value"))
             mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
             return _ATTENTION(query, key, value, 0.0, False, attn_mask=mask, scale=kwargs.get("scale"))[0]
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _cast(values: Any, dtype: torch.dtype) -> Any:
-        def cast(value: Any) -> Any:
-            convert = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype
-            return value.to(dtype) if convert else value
 
-        if isinstance(values, dict):
-            return {name: cast(value) for name, value in values.items()}
-        return tuple(cast(value) for value in values)
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(
+        Tensor, lambda value: value.to(dtype) if value.is_floating_point() else value, values
+    )
 
 
 _LOWERED = {

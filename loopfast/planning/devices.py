@@ -21,9 +21,6 @@ UTILISATION = 0.4
 # Bytes per second of the network between nodes, for each GPU: an InfiniBand port of 200 Gb/s.
 NETWORK = 25e9
 
-# The number of GPUs in a node.
-NODE = 8
-
 
 @dataclass(frozen=True)
 class Device:
@@ -126,7 +123,7 @@ def choose(wanted: str, name: str | None, memory: str | None, gpus: int | None) 
     if name is None and size is not None:
         name = next((key for key, device in DEVICES.items() if device.memory >= size), "h100-80")
     device = _cpu() if name == "cpu" else DEVICES[name or "a100-80"]
-    return device, Resources(device.kind, size or device.memory, count, NODE)
+    return device, Resources(device.kind, size or device.memory, count)
 
 
 def _present() -> str | None:
@@ -134,8 +131,8 @@ def _present() -> str | None:
     if not torch.cuda.is_available():
         return None
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    words = {"rtx3060": "3060", "rtx3090": "3090", "rtx4090": "4090", "a100": "A100", "h100": "H100"}
-    found = [key for key in DEVICES if words[key.partition("-")[0]] in name]
+    # such as 3090 and A100
+    found = [key for key in DEVICES if key.partition("-")[0].removeprefix("rtx").upper() in name]
     return min(found, key=lambda key: abs(DEVICES[key].memory - memory), default=None)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +27,9 @@ from loopfast.policies.resolution import decoder_rows
 from loopfast.training.microbatch import start_size
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# The number of processes on one host, with a GPU each.
+NODE = 8
 
 # Bytes of a process beside its tensors. On a GPU an assumption: the CUDA context, the libraries' code and their
 # workspaces. On a CPU the interpreter, the libraries (460 MiB) and oneDNN's caches for each convolution, fitted to two
@@ -58,13 +61,11 @@ class Resources:
         device: the kind of the devices.
         memory: bytes of each device; on a CPU, of the machine.
         gpus: W, the number of processes, each with a device.
-        per_node: the number of processes that share one host.
     """
 
     device: DeviceKind
     memory: int
     gpus: int = 1
-    per_node: int = 8
 
     @property
     def usable(self) -> int:
@@ -74,7 +75,7 @@ class Resources:
     @property
     def on_host(self) -> int:
         """The number of processes on one host."""
-        return min(self.gpus, self.per_node)
+        return min(self.gpus, NODE)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Footprint:
     batch: Batch
     held: dict[str, int]
     phases: dict[str, dict[str, int]]
-    host: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int]
 
     @property
     def peak_phase(self) -> str:
@@ -128,7 +129,7 @@ class Footprint:
         return self.in_phase(self.peak_phase)
 
 
-Replica = Literal["resident", "gathered"] | None
+RolloutCopy = Literal["resident", "gathered"] | None
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,11 @@ class Case:
         return weights_of(self.architecture, self.form)
 
     @cached_property
-    def replica(self) -> Replica:
+    def rollout_copy(self) -> RolloutCopy:
         """The kind of the denoiser's copy that is sampled from, if there is one."""
         rollout = self.config.rollout
         wanted = rollout.dtype is not None or rollout.device is not None or rollout.merge_lora
-        kind: Replica = "gathered" if self.stage == 3 and self.config.model.tune == "full" else "resident"
+        kind: RolloutCopy = "gathered" if self.stage == 3 and self.config.model.tune == "full" else "resident"
         if rollout.replica == "auto":
             return kind if wanted or self.stage == 3 else None
         return None if rollout.replica == "none" else rollout.replica
@@ -170,7 +171,7 @@ class Case:
     @cached_property
     def sampled(self) -> Form:
         """The form of the denoiser that is sampled from."""
-        if self.replica is None:
+        if self.rollout_copy is None:
             return self.form
         rollout = self.config.rollout
         dtype = rollout.dtype or self.config.model.dtype
@@ -186,11 +187,6 @@ class Case:
     def on_gpu(self) -> bool:
         """True if the devices are GPUs."""
         return self.resources.device == "cuda"
-
-    @property
-    def text_encoders(self) -> int:
-        """The number of the text encoders' parameters."""
-        return sum(encoder.parameters() for encoder in self.architecture.text_encoders)
 
     def gathered(self) -> int:
         """Returns the bytes that stage 3 gathers at a time: the weights in use and the next ones."""
@@ -215,17 +211,15 @@ class Case:
 
 def trained_steps(config: Config) -> int:
     """Returns the number of a trajectory's steps that each pass trains on. ``auto`` counts as all."""
-    steps, spec = config.rollout.steps, config.train.steps
+    steps, spec, noisy = config.rollout.steps, config.train.steps, config.rollout.stochastic_steps
     start, _, stop = spec.partition(":") if ":" in spec else ("", "", "")
     first, last = int(start or 0), int(stop or steps)
-    noisy = config.rollout.stochastic_steps
-    if noisy.startswith("window:"):
-        count = min(int(noisy.removeprefix("window:")), last - first)
+    count = last - first
+    start, _, stop = noisy.partition(":")
+    if start == "window":
+        count = min(int(stop), count)
     elif ":" in noisy:
-        start, _, stop = noisy.partition(":")
         count = min(last, int(stop or steps)) - max(first, int(start or 0))
-    else:
-        count = last - first
     return max(1, config.train.trained_per_trajectory(count))
 
 
@@ -237,20 +231,17 @@ def with_sizes(
     prompts: int | None = None,
 ) -> Config:
     """Returns the configuration with other rows per model call (rollout, replay), K or prompts; not validated."""
-    rollout, train, algorithm = {}, {}, {}
-    if microbatch is not None:
-        rollout["microbatch"], train["microbatch"] = microbatch
-    if prompts is not None:
-        rollout["prompts_per_iteration"] = prompts
-    if samples is not None:
-        algorithm["samples_per_prompt"] = samples
-    return config.model_copy(
-        update={
-            "rollout": config.rollout.model_copy(update=rollout),
-            "train": config.train.model_copy(update=train),
-            "algorithm": config.algorithm.model_copy(update=algorithm),
-        }
-    )
+    rollout, replay = microbatch or (None, None)
+    sizes = {
+        "rollout": {"microbatch": rollout, "prompts_per_iteration": prompts},
+        "train": {"microbatch": replay},
+        "algorithm": {"samples_per_prompt": samples},
+    }
+    sections: dict[str, Any] = {}
+    for name, values in sizes.items():
+        given = {key: value for key, value in values.items() if value is not None}
+        sections[name] = getattr(config, name).model_copy(update=given)
+    return config.model_copy(update=sections)
 
 
 def footprint(
@@ -287,11 +278,11 @@ def _footprint(case: Case, batch: Batch) -> Footprint:
     config, architecture, weights = case.config, case.architecture, case.weights
     held, host = _held(case)
     copy = weights.parameters * BYTES[case.sampled.weights]
-    if case.replica is not None and case.lora and not config.rollout.merge_lora:
+    if case.rollout_copy is not None and case.lora and not config.rollout.merge_lora:
         copy += weights.trained * BYTES[case.sampled.adapter_weights]
-    elsewhere = config.rollout.device == "cpu" and case.on_gpu
-    if case.replica == "resident" or (case.replica and elsewhere):
-        (host if elsewhere else held)["rollout replica"] = copy
+    on_host = config.rollout.device == "cpu" and case.on_gpu
+    if case.rollout_copy == "resident" or (case.rollout_copy and on_host):
+        (host if on_host else held)["rollout replica"] = copy
 
     latent = math.prod(architecture.latent_shape) * BYTES[case.sampled.compute]
     steps = config.rollout.steps
@@ -299,26 +290,26 @@ def _footprint(case: Case, batch: Batch) -> Footprint:
     store = (steps + 1) * batch.rollout * latent
     held["sampling buffers"] = store + batch.rollout * architecture.text_tokens * architecture.text_width * 4
     sampling = sampling_call(architecture, case.sampled).peak(batch.rollout)
-    if case.stage == 3 and case.replica is None:
+    if case.stage == 3 and case.rollout_copy is None:
         sampling += case.gathered()
 
     rollout = {"trajectories": stored, "sampling call": sampling}
-    if case.replica == "gathered" and not elsewhere:
+    if case.rollout_copy == "gathered" and not on_host:
         rollout["rollout replica"] = copy
     phases = {"rollout": rollout, **_scoring(case, batch, rollout), "replay": _replay(case, batch)}
     if config.trajectories.device == "policy" or not case.on_gpu:
         phases["replay"]["trajectories"] = stored
     else:
         host["trajectories"] = stored * case.resources.on_host
-    graph = case.on_gpu and config.rollout.cuda_graph and (case.stage < 3 or case.replica is not None)
-    if graph and case.replica != "gathered":
+    graph = case.on_gpu and config.rollout.cuda_graph and (case.stage < 3 or case.rollout_copy is not None)
+    if graph and case.rollout_copy != "gathered":
         # a recorded step keeps its working memory for the next iteration
         for name in phases.keys() - {"rollout"}:
             phases[name]["recorded step"] = sampling
     if not case.on_gpu:
         phases["checkpoint"] = _checkpoint(case)
     if config.model.free_text_encoder:
-        phases["encoding"] = {"text encoders": BYTES[config.model.dtype] * case.text_encoders}
+        phases["encoding"] = {"text encoders": BYTES[config.model.dtype] * architecture.text_parameters}
     for parts in phases.values():
         parts["fragmentation"] = round(FRAGMENTATION[case.resources.device] * sum(parts.values()))
     return Footprint(case.stage, batch, held, phases, host)
@@ -354,13 +345,13 @@ def _held(case: Case) -> tuple[dict[str, int], dict[str, int]]:
     if config.algorithm.kl_weight > 0 and not case.lora:
         held["reference"] = total * width // shards
     if not config.model.free_text_encoder:
-        held["text encoders"] = width * case.text_encoders
+        held["text encoders"] = width * architecture.text_parameters
     held["autoencoder"] = BYTES[decoder_type(config.model)] * architecture.vae.parameters()
     held["runtime"] = RUNTIME[case.resources.device]
     if case.on_gpu:
         # an adapter's base is loaded in the type that it is held in, weights that are all trained in float32
         loaded = (width if case.lora else 4) * total
-        read = loaded + width * case.text_encoders + 4 * architecture.vae.parameters()
+        read = loaded + width * architecture.text_parameters + 4 * architecture.vae.parameters()
         host["loading"] = read * processes
         host["writing a checkpoint"] = 12 * trained
     elif case.stage > 0 or ranks > 1:

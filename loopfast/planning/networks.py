@@ -268,11 +268,12 @@ def _outputs(architecture: Architecture, form: Form, module: Any, sample: Tensor
     def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
         return torch.empty(rows, *shape, dtype=like, device="meta")
 
-    text = empty(architecture.text_tokens, architecture.text_width)
+    # no other name holds the text, so that its tensor is free once both halves of guidance are joined
+    conditioning = {"encoder_hidden_states": empty(architecture.text_tokens, architecture.text_width)}
     timestep = empty(like=torch.float32 if flow else torch.int64)
     if guided and form.shared_trunk and shares_trunk(module):
+        text = conditioning["encoder_hidden_states"]
         return list(guided_forward(module, sample, timestep, text, torch.empty_like(text)))
-    conditioning = {"encoder_hidden_states": text}
     if flow:
         conditioning["pooled_projections"] = empty(config.pooled_projection_dim)
         if architecture.distilled:
@@ -288,7 +289,7 @@ def _outputs(architecture: Architecture, form: Form, module: Any, sample: Tensor
         sample, timestep = torch.cat([sample, sample]), torch.cat([timestep, timestep])
         conditioning = {name: torch.cat([value, value]) for name, value in conditioning.items()}
     if architecture.denoiser.class_name == "FluxTransformer2DModel":
-        tokens = {"img_ids": sample.shape[1], "txt_ids": text.shape[1]}
+        tokens = {"img_ids": sample.shape[1], "txt_ids": architecture.text_tokens}
         conditioning |= {
             name: torch.empty(count, 3, dtype=dtype, device="meta") for name, count in tokens.items()
         }

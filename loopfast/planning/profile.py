@@ -1,4 +1,4 @@
-"""``loopfast profile``: where the time of a configuration's iterations goes, by part, by model and by operator."""
+"""Measures the time of a configuration's iterations by part, by model call and by operator: ``loopfast profile``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import tempfile
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,10 @@ _SHOWN = 25
 
 @dataclass(frozen=True)
 class Row:
-    """An operator, or a kernel of a GPU, in one group: calls and own milliseconds per iteration under the profiler.
+    """An operator or a kernel of a GPU, with its calls and its own milliseconds per iteration under the profiler.
 
-    ``group`` is denoiser, VAE, reward, loopfast ops, optimizer or the rest, and for kernels also other threads, such as
-    the one that scores images; ``kind`` is ``operator`` (the host's time) or ``kernel`` (the GPU's).
+    ``group`` is denoiser, VAE, reward, loopfast ops, optimizer or the rest. For kernels it may also be other threads,
+    such as the one that scores images. ``kind`` is ``operator`` (time of the host) or ``kernel`` (time of the GPU).
     """
 
     name: str
@@ -58,13 +58,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `profile` found.
+    """The result of `profile`.
 
     Attributes:
-        times: of each iteration without torch's profiler.
-        rows: operators and kernels from the iterations under it, the longest first.
-        files: what was written, the trace first.
-        facts: what was run, on what.
+        times: the times of each iteration without torch's profiler.
+        rows: operators and kernels from the iterations under the profiler, the longest first.
+        facts: the run, its sizes and its device.
+        files: the written files, the trace first.
     """
 
     times: list[Times]
@@ -74,18 +74,18 @@ class Profile:
 
     @property
     def outside_share(self) -> float:
-        """Share of the time without torch's profiler in which no model call was under way."""
+        """The share of the time without torch's profiler in which no model call was running."""
         return 1 - sum(times.model for times in self.times) / sum(times.total for times in self.times)
 
     def outside(self) -> dict[str, float]:
-        """Seconds per iteration outside model calls, by the innermost range they were in; the longest first."""
+        """Returns the seconds per iteration outside model calls, by their innermost range, the longest first."""
         sums = _sums(times.ranges for times in self.times)
         unmarked = sum(times.total - times.model for times in self.times) - sum(sums.values())
         each = {name: seconds / len(self.times) for name, seconds in {**sums, "": unmarked}.items()}
-        return dict(sorted(each.items(), key=lambda item: -item[1]))
+        return _longest_first(each)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """Returns the result as data for JSON."""
         return {
             **self.facts,
             "outside_model_share": self.outside_share,
@@ -98,7 +98,7 @@ class Profile:
         }
 
     def as_markdown(self) -> str:
-        """The same as tables."""
+        """Returns the result as tables."""
         count = len(self.times)
         total = sum(times.total for times in self.times) / count
         phases, inside, calls, called = (
@@ -117,7 +117,7 @@ class Profile:
         by_phase.append(("all", f"{total:.3f}", _percent(1), f"{1e3 * share * total:.1f}"))
         models = [
             (name, f"{calls[name] / count:g}", f"{seconds / count:.3f}", _percent(seconds / count / total))
-            for name, seconds in sorted(called.items(), key=lambda item: -item[1])
+            for name, seconds in _longest_first(called).items()
         ]
         outside = [
             (name or "in no range", f"{1e3 * seconds:.1f}", _percent(seconds / total))
@@ -137,28 +137,17 @@ class Profile:
             whole = sum(row.milliseconds for row in rows)
             if whole == 0:
                 continue
-            groups = sorted(
-                _sums({row.group: row.milliseconds} for row in rows).items(), key=lambda item: -item[1]
-            )
+            groups = _longest_first(_sums({row.group: row.milliseconds} for row in rows))
+            by_group = [(name, f"{value:.1f}", _percent(value / whole)) for name, value in groups.items()]
+            by_row = []
+            for row in rows[:_SHOWN]:
+                # names of templated kernels have hundreds of letters
+                name, own = short(row.name.replace("|", "\\|")), row.milliseconds
+                by_row.append((name, row.group, f"{row.calls:g}", f"{own:.2f}", _percent(own / whole)))
             sections += [
                 f"## {title}, under torch's profiler\n\nIt slows Python and small operators.",
-                aligned_table(
-                    ("group", "own ms", "share"),
-                    [(name, f"{value:.1f}", _percent(value / whole)) for name, value in groups],
-                ),
-                aligned_table(
-                    (kind, "group", "calls", "own ms", "share"),
-                    [
-                        (
-                            _cell(row.name),
-                            row.group,
-                            f"{row.calls:g}",
-                            f"{row.milliseconds:.2f}",
-                            _percent(row.milliseconds / whole),
-                        )
-                        for row in rows[:_SHOWN]
-                    ],
-                ),
+                aligned_table(("group", "own ms", "share"), by_group),
+                aligned_table((kind, "group", "calls", "own ms", "share"), by_row),
             ]
         return "\n\n".join(sections) + "\n"
 
@@ -166,24 +155,24 @@ class Profile:
 def profile(
     config: Config, *, iterations: int, output: Path, trace: bool, display: Display
 ) -> Profile | None:
-    """Runs iterations of a configuration, sampling and updates, and says where their time went.
+    """Runs iterations of a configuration, sampling and updates, and measures their time.
 
-    One iteration warms up, ``iterations`` are timed, and as many run under torch's profiler. The run itself leaves
-    nothing behind.
+    One iteration warms up, ``iterations`` are timed, and the same number runs under torch's profiler. The run itself
+    leaves nothing behind.
 
     Args:
         config: the run. Its folder and its trackers are not used.
-        iterations: how many.
-        output: folder for ``trace.json.gz`` (for chrome://tracing or Perfetto), ``profile.json`` and ``profile.md``.
-        trace: False: after warming up, run the iterations in the NVTX range ``profile`` and nothing else, for a
-            profiler from outside.
-        display: where progress and warnings are shown.
+        iterations: the number of iterations.
+        output: the folder of ``trace.json.gz`` (for chrome://tracing or Perfetto), ``profile.json`` and ``profile.md``.
+        trace: whether to time and trace. False runs the iterations after the warm-up in the NVTX range ``profile``, for
+            an external profiler.
+        display: shows progress and warnings.
 
     Returns:
-        What was found; None without ``trace``.
+        The result; None without ``trace``.
 
     Raises:
-        LoopfastError: the run cannot start or go on, or the output cannot be written.
+        LoopfastError: the run cannot start or continue, or the output cannot be written.
         Interrupted: a signal stopped it.
     """
     with tempfile.TemporaryDirectory(prefix="loopfast-profile-") as scratch:
@@ -222,7 +211,7 @@ def profile(
 
 
 def _write_trace(profiler: torch.profiler.profile, file: Path) -> None:
-    """Packs the trace in large pieces; torch's own packing goes line by line, and takes several times as long."""
+    """Compresses the trace in large pieces; torch's own compression by lines takes several times as long."""
     with tempfile.TemporaryDirectory(prefix="loopfast-trace-") as folder:
         plain = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(plain))
@@ -231,7 +220,7 @@ def _write_trace(profiler: torch.profiler.profile, file: Path) -> None:
 
 
 def _iterate(run: Run, state: TrainState, count: int, what: str) -> list[Times]:
-    """Runs iterations without evaluation and checkpoint; gives the accounts of each."""
+    """Runs iterations without evaluation and checkpoint, and returns the times of each."""
     times = []
     for index in range(count):
         run.display.message(f"{what}: iteration {index + 1} of {count}")
@@ -263,10 +252,10 @@ def _facts(run: Run, iterations: int) -> dict[str, Any]:
 
 
 def _rows(events: Iterable[FunctionEvent], iterations: int) -> list[Row]:
-    """Own time by operator, and time by kernel, attributed to the ranges in which they were called."""
+    """Returns the own time of operators and the time of kernels, by the ranges in which they were called."""
     everything = list(events)
     events = [event for event in everything if event.device_type.name == "CPU"]
-    # ranges appear a second time on the GPU, from their first kernel to their last
+    # the GPU's events repeat the ranges, from the first kernel to the last
     kernels = [
         event for event in everything if event.device_type.name == "CUDA" and not event.is_user_annotation
     ]
@@ -278,33 +267,34 @@ def _rows(events: Iterable[FunctionEvent], iterations: int) -> list[Row]:
     begins = [begin for begin, _, _ in ranges]
 
     def around(moment: float) -> str:
-        """The name of the innermost range at a moment, of any thread: the backward pass on a GPU has its own."""
+        """Returns the innermost range at a moment in any thread, as a GPU's backward pass has a thread of its own."""
         for begin, end, name in reversed(ranges[: bisect_right(begins, moment)]):
             if begin <= moment <= end:
                 return name
         return ""
 
     def group(event: FunctionEvent) -> str:
-        parent: FunctionEvent | None = event
-        while parent is not None:
-            if parent.name.startswith("loopfast::"):
+        for caller in (event, *_callers(event)):
+            if caller.name.startswith("loopfast::"):
                 return _OPS
-            if parent.name.startswith(f"{DOMAIN}/"):
-                return _group_of_range(parent.name)
-            parent = parent.cpu_parent
+            if caller.name.startswith(f"{DOMAIN}/"):
+                return _group_of_range(caller.name)
         return _group_of_range(around(event.time_range.start))
 
     sums: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0.0])
     for event in events:
-        owner = group(event)
         name = _BETWEEN if event.name.startswith(f"{DOMAIN}/") else event.name
-        _count(sums[name, owner, "operator"], event.self_cpu_time_total, 0 if _again(event) else 1)
-    # an operator's own list of kernels has none of a CUDA graph's, so each is traced to the call that launched it
+        # an operator with a gradient is dispatched to autograd, which calls one of the same name
+        again = any(caller.name == event.name for caller in _callers(event))
+        _count(sums[name, group(event), "operator"], event.self_cpu_time_total, 0 if again else 1)
+    # an operator's list of kernels lacks those of a CUDA graph, so each kernel is traced to the call that launched it
     launches = {event.id: event for event in events if event.name.startswith("cu")}
     streams = {
         _stream(kernel)
         for kernel in kernels
-        if (launch := launches.get(kernel.id)) is not None and _in_operator(launch)
+        if (launch := launches.get(kernel.id)) is not None
+        # torch's profiler sees the thread if an operator or a range made the call
+        and any(not caller.name.startswith("cu") for caller in _callers(launch))
     }
     ours = _own_kernels()
     for kernel in kernels:
@@ -314,7 +304,7 @@ def _rows(events: Iterable[FunctionEvent], iterations: int) -> list[Row]:
         elif "GraphLaunch" in launch.name or _stream(kernel) in streams or not streams:
             owner = group(launch)
         else:
-            # torch's profiler sees the kernels of all threads, but only this one's operators
+            # torch's profiler sees the kernels of all threads, but the operators of this one only
             owner = _ELSEWHERE
         _count(sums[kernel.name, owner, "kernel"], kernel.time_range.elapsed_us(), 1)
     rows = [
@@ -324,12 +314,12 @@ def _rows(events: Iterable[FunctionEvent], iterations: int) -> list[Row]:
     return sorted(rows, key=lambda row: -row.milliseconds)
 
 
-def _in_operator(launch: FunctionEvent) -> bool:
-    """Whether a call of CUDA was made in an operator or a range: in a thread that torch's profiler sees."""
-    parent: FunctionEvent | None = launch.cpu_parent
-    while parent is not None and parent.name.startswith("cu"):
-        parent = parent.cpu_parent
-    return parent is not None
+def _callers(event: FunctionEvent) -> Iterator[FunctionEvent]:
+    """Yields the operators and ranges around an event, the innermost first."""
+    caller: FunctionEvent | None = event.cpu_parent
+    while caller is not None:
+        yield caller
+        caller = caller.cpu_parent
 
 
 def _stream(kernel: FunctionEvent) -> tuple[int, int]:
@@ -337,7 +327,7 @@ def _stream(kernel: FunctionEvent) -> tuple[int, int]:
 
 
 def _own_kernels() -> set[str]:
-    """Names of the Triton kernels that this process has of the ops."""
+    """Returns the names of the ops' Triton kernels that this process has imported."""
     return {
         name
         for title, module in list(sys.modules.items())
@@ -345,14 +335,6 @@ def _own_kernels() -> set[str]:
         for name in vars(module)
         if name.endswith("_kernel")
     }
-
-
-def _again(event: FunctionEvent) -> bool:
-    """Whether an operator is within one of its name: one with a gradient is dispatched to autograd, and below it."""
-    parent: FunctionEvent | None = event.cpu_parent
-    while parent is not None and parent.name != event.name:
-        parent = parent.cpu_parent
-    return parent is not None
 
 
 def _group_of_range(name: str) -> str:
@@ -374,10 +356,9 @@ def _sums(parts: Iterable[dict[str, float]]) -> dict[str, float]:
     return dict(sums)
 
 
+def _longest_first(times: dict[str, float]) -> dict[str, float]:
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _cell(text: str) -> str:
-    """A name that fits a table; names of templated kernels run to hundreds of letters."""
-    return short(text.replace("|", "\\|"))

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from loopfast.planning.devices import NETWORK, NODE
-from loopfast.planning.memory import BYTES
+from loopfast.planning.devices import NETWORK
+from loopfast.planning.memory import BYTES, NODE
 from loopfast.planning.plan import Plan, Stage
 from loopfast.planning.savings import MOST_SAMPLES
 from loopfast.planning.speed import Scale
@@ -64,8 +64,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "seconds": {**plan.seconds, "total": sum(plan.seconds.values())},
         },
         "scaling": {
-            "weak": [_scale(scale) for scale in plan.weak],
-            "strong": [_scale(scale) for scale in plan.strong],
+            "weak": [asdict(scale) for scale in plan.weak],
+            "strong": [asdict(scale) for scale in plan.strong],
         },
         "not_counted": _not_counted(plan),
     }
@@ -87,18 +87,6 @@ def _stage(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _scale(scale: Scale) -> dict[str, Any]:
-    return {
-        "gpus": scale.gpus,
-        "images": scale.images,
-        "compute_seconds": scale.compute,
-        "communication_seconds": scale.communication,
-        "seconds": scale.seconds,
-        "efficiency": scale.efficiency,
-        "bytes_sent": scale.sent,
-    }
-
-
 def as_tables(plan: Plan) -> RenderableType:
     """Returns a plan as tables."""
     parts: list[RenderableType] = [_heading(plan), _memory(plan), _host(plan), _advice(plan), _seconds(plan)]
@@ -112,11 +100,10 @@ def as_tables(plan: Plan) -> RenderableType:
 def _heading(plan: Plan) -> str:
     counts, resources = plan.weights, plan.resources
     trained = "all weights" if plan.config.model.tune == "full" else f"LoRA of {_millions(counts.trained)}"
-    encoders = sum(encoder.parameters() for encoder in plan.architecture.text_encoders)
     networks = (
         f"denoiser {_millions(counts.parameters)} ({trained} trained)",
         f"autoencoder {_millions(plan.architecture.vae.parameters())}",
-        f"text encoders {_millions(encoders)} parameters",
+        f"text encoders {_millions(plan.architecture.text_parameters)} parameters",
     )
     lines = [
         f"{plan.architecture.title}: {', '.join(networks)}",
@@ -148,16 +135,12 @@ def _memory(plan: Plan) -> Table:
     table.add_row("peak", *(f"[bold]{_number(found.total)}[/bold]" for found in prints))
     table.add_row("in phase", *(found.peak_phase for found in prints))
     table.add_row("fits", *("yes" if stage.fits else "[bold]no[/bold]" for stage in plan.stages))
-    batches = [found.batch for found in prints]
-    table.add_row(
-        "rows per call, rollout / replay", *(f"{batch.rollout} / {batch.replay}" for batch in batches)
-    )
+    rows = (f"{found.batch.rollout} / {found.batch.replay}" for found in prints)
+    table.add_row("rows per call, rollout / replay", *rows)
     at_least = {MOST_SAMPLES: f">= {MOST_SAMPLES}", None: "none"}
-    samples, microbatches = zip(
-        *((s.largest_samples, s.largest_microbatch) for s in plan.stages), strict=True
-    )
-    table.add_row("largest K", *(at_least.get(most, f"{most}") for most in samples))
-    table.add_row("largest microbatch", *(f"{most or 'none'}" for most in microbatches))
+    samples = (stage.largest_samples for stage in plan.stages)
+    table.add_row("largest K", *(at_least.get(most, str(most)) for most in samples))
+    table.add_row("largest microbatch", *(str(stage.largest_microbatch or "none") for stage in plan.stages))
     return table
 
 
@@ -212,9 +195,9 @@ def _scaling(plan: Plan, title: str, scales: list[Scale]) -> Table:
         table.add_row(
             str(scale.gpus),
             f"{scale.images:,}",
-            f"{_significant(scale.compute)} s",
-            f"{_significant(scale.communication)} s",
-            f"{sum(scale.sent.values()) / 1e9:,.3g} GB",
+            f"{_significant(scale.compute_seconds)} s",
+            f"{_significant(scale.communication_seconds)} s",
+            f"{sum(scale.bytes_sent.values()) / 1e9:,.3g} GB",
             f"{scale.efficiency:.0%}",
         )
     return table
@@ -225,21 +208,21 @@ def _not_counted(plan: Plan) -> list[str]:
     found = ["evaluations and checkpoints (in the seconds)"]
     users = [term.name for term in config.reward if ":" in term.name]
     if users:
-        found.append(f"the model of a reward of yours ({', '.join(users)}), in memory and seconds")
+        found.append(f"the model of your own reward ({', '.join(users)}), in memory and seconds")
     learned = [term.name for term in config.reward if term.name in REWARDS and REWARDS[term.name].weights]
     if learned:
         found.append(f"the model of a reward ({', '.join(learned)}), in memory and seconds")
     if config.model.free_text_encoder:
         size = plan.architecture.text_tokens * plan.architecture.text_width * BYTES[config.model.dtype]
         found.append(
-            f"the encoded prompts, {size / 2**20:.2f} MiB each, which wait on the host where they are many"
+            f"the encoded prompts, {size / 2**20:.2f} MiB each, which stay on the host if they are many"
         )
     if config.model.lora.text_encoder and config.model.tune == "lora":
         found.append("the text encoder's adapter, and the gradients through the text encoder")
     if config.train.steps == "auto":
-        found.append("that train.steps: auto leaves steps out (in the seconds)")
+        found.append("the steps that train.steps: auto skips (in the seconds)")
     if config.model.compile != "off":
-        found.append("what torch.compile saves")
+        found.append("the time that torch.compile saves")
     return found
 
 

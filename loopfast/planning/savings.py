@@ -143,13 +143,12 @@ def _with_most_rows(
     savings: list[Saving], before: Batch, enough: Callable[[list[Saving]], bool]
 ) -> list[Saving]:
     """Returns a set with as many rows per call as it has room for, if one of its savings lowered them."""
-    index = next((i for i, saving in enumerate(savings) if "train.microbatch" in saving.settings), None)
-    if index is None:
+    # it is the first of all savings
+    if not savings or "train.microbatch" not in savings[0].settings:
         return savings
 
     def at(rows: int) -> list[Saving]:
-        lower = _microbatch(min(rows, before.rollout), min(rows, before.replay))
-        return [*savings[:index], lower, *savings[index + 1 :]]
+        return [_microbatch(min(rows, before.rollout), min(rows, before.replay)), *savings[1:]]
 
     return at(_largest(lambda rows: enough(at(rows)), 1, max(before.rollout, before.replay)) or 1)
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from loopfast.config import Config
-from loopfast.planning.devices import NETWORK, NODE, Device
-from loopfast.planning.memory import BYTES, Batch, Case, with_sizes
+from loopfast.planning.devices import NETWORK, Device
+from loopfast.planning.memory import BYTES, NODE, Batch, Case, with_sizes
 from loopfast.planning.networks import decoder_type, decoding_call, sampling_call, training_call
 
 
@@ -45,22 +45,19 @@ class Scale:
     Attributes:
         gpus: W.
         images: images of all GPUs together.
-        compute, communication: seconds.
-        sent: bytes that each GPU sends, by purpose.
+        compute_seconds, communication_seconds: the parts of an iteration.
+        seconds: their sum, as if nothing overlapped.
         efficiency: images per second and GPU, relative to one GPU.
+        bytes_sent: bytes that each GPU sends, by purpose.
     """
 
     gpus: int
     images: int
-    compute: float
-    communication: float
-    sent: dict[str, int]
-    efficiency: float = 1.0
-
-    @property
-    def seconds(self) -> float:
-        """The seconds of an iteration, if nothing overlaps."""
-        return self.compute + self.communication
+    compute_seconds: float
+    communication_seconds: float
+    seconds: float
+    efficiency: float
+    bytes_sent: dict[str, int]
 
 
 def work_of(case: Case, batch: Batch) -> Work:
@@ -103,7 +100,9 @@ def traffic_of(case: Case, batch: Batch) -> dict[str, int]:
         passes = 3 if config.train.gradient_checkpointing else 2
         sent["gather weights, replay"] = passes * ring * everything * calls
         # a copy to sample from is gathered once, and of it only what training changed
-        calls = config.rollout.steps * math.ceil(batch.images / batch.rollout) if case.replica is None else 1
+        calls = (
+            config.rollout.steps * math.ceil(batch.images / batch.rollout) if case.rollout_copy is None else 1
+        )
         gathered = everything if not case.lora or calls > 1 else trained
         sent["gather weights, rollout"] = calls * ring * gathered
     return {name: round(size) for name, size in sent.items()}
@@ -142,8 +141,10 @@ def scaling(case: Case, batch: Batch, device: Device, *, weak: bool) -> list[Sca
         rows = many.batch()
         sent = traffic_of(many, rows)
         compute = sum(work_of(many, rows).seconds(device, many.config).values())
-        # at the bandwidth of the ring's slowest link, without overlap with computation
+        # at the bandwidth of the ring's slowest link
         communication = sum(sent.values()) / (device.link if gpus <= NODE else NETWORK)
-        found.append(Scale(gpus, images, compute, communication, sent))
-    base = found[0].images / found[0].seconds
-    return [replace(scale, efficiency=scale.images / scale.seconds / scale.gpus / base) for scale in found]
+        seconds = compute + communication
+        base = found[0].images / found[0].seconds if found else images / seconds
+        efficiency = images / seconds / gpus / base
+        found.append(Scale(gpus, images, compute, communication, seconds, efficiency, sent))
+    return found

@@ -1,7 +1,6 @@
 """Diffusion pipelines as policies: encode prompts, predict model outputs, decode latents."""
 
 from loopfast.policies.base import Conditioning, ForwardWrapper, Policy, expand, pad_rows
-from loopfast.policies.check import check_model
 from loopfast.policies.loading import (
     load_family,
     load_policy,
@@ -10,7 +9,7 @@ from loopfast.policies.loading import (
     scheduler_notes,
     trained_steps,
 )
-from loopfast.policies.local_limits import local_text_limits
+from loopfast.policies.local import check_model, local_text_limits
 from loopfast.policies.lora_file import adopted_lora, lora_weights
 from loopfast.policies.signature import (
     adapter_signature,

@@ -14,10 +14,8 @@ from typing_extensions import override
 
 from loopfast.config import LoraConfig as LoraSettings
 from loopfast.errors import ConfigError, first_line
-from loopfast.policies.signature import layers_with_adapter, remove_adapter_layers
+from loopfast.policies.signature import ADAPTER, layers_with_adapter, remove_adapter_layers
 from loopfast.seeds import derive
-
-ADAPTER = "loopfast"
 
 
 class CastLinear(nn.Linear):
@@ -64,8 +62,8 @@ def add_adapter(
         module: a network.
         settings: the section ``model.lora``.
         targets: the ends of the names of the modules that get an adapter.
-        seed: the seed of its first values.
-        dtype: the type of its parameters.
+        seed: the seed of the adapter's first values.
+        dtype: the type of the adapter's parameters.
 
     Raises:
         ConfigError: no module has such a name.
@@ -130,11 +128,7 @@ def exported_adapter(
 
     Releases of diffusers read alpha in different ways, and without it take the rank: the factor alpha / rank is
     therefore a part of the weights.
-
-    Args:
-        module: the network with the adapter.
-        settings: the section ``model.lora``.
-        weights: the trained weights, by the names of the module's parameters.
+    ``weights`` are the trained ones, by the names of the module's parameters.
     """
     factor = settings.alpha / settings.rank
     layers = get_peft_model_state_dict(module, state_dict=dict(weights), adapter_name=ADAPTER)

@@ -100,12 +100,7 @@ class Policy(Protocol):
         """Decodes latents ``[M, *L]`` to images float32 ``[M, 3, H, W]`` in [0, 1]."""
 
     def export(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
-        """Writes the trained weights in a form that diffusers reads.
-
-        Args:
-            directory: the folder to write.
-            weights: the trained weights, by the names of :meth:`trainable`.
-        """
+        """Writes the trained weights, given by the names of :meth:`trainable`, in a form that diffusers reads."""
 
     def export_merged(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
         """Writes a whole pipeline in which the adapter is added to the weights; see :meth:`export`."""

@@ -106,11 +106,7 @@ def absent_components(config: ModelConfig) -> list[str]:
 
 
 def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
-    """Reads the configuration of a model's component, which must be of a diffusers class.
-
-    Args:
-        config: the section ``model``.
-        component: the component's name in ``model_index.json``.
+    """Reads the configuration of a component in ``model_index.json``, which must be of a diffusers class.
 
     Raises:
         ConfigError: the configuration cannot be found or read.
@@ -127,11 +123,8 @@ def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
             f"model.pretrained: model_index.json of {config.pretrained!r} says {entry!r} of its {component}, which is "
             "no class of diffusers"
         )
-    options: dict[str, Any] = {"subfolder": component}
-    if config.revision:
-        options["revision"] = config.revision
     try:
-        settings, _ = kind.load_config(str(locate(config)), return_unused_kwargs=True, **options)
+        settings = kind.load_config(str(locate(config)), subfolder=component, revision=config.revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.pretrained: cannot load the {component} of {config.pretrained!r}: {first_line(error)}"

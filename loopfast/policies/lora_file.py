@@ -13,10 +13,9 @@ from torch import Tensor
 
 from loopfast.config import LoraConfig, ModelConfig
 from loopfast.errors import ConfigError, first_line, one_line
-from loopfast.policies.adapter import ADAPTER
 from loopfast.policies.families import Family
 from loopfast.policies.loading import component_config, load_family
-from loopfast.policies.signature import layers_with_adapter
+from loopfast.policies.signature import ADAPTER, layers_with_adapter
 from loopfast.policies.single_file import read_shapes
 from loopfast.policies.source import LORA_FILES, PICKLED, is_lora, local_path, locate, not_on_the_hub
 
@@ -118,11 +117,6 @@ def load_lora(module: torch.nn.Module, layers: Mapping[str, Factors], settings: 
 
     If the adapter's rank is higher, the other components stay as they were, and add nothing at first. So do layers
     that the file does not have.
-
-    Args:
-        module: the network with the adapter.
-        layers: the file's layers, by name.
-        settings: the section ``model.lora``.
 
     Raises:
         ConfigError: the adapter is too small for the LoRA, or is of another kind.
@@ -293,17 +287,7 @@ def _of_peft(config: ModelConfig, family: Family, file: Path) -> Lora:
 
 
 def _layers(file: Path, names: Iterable[str], network: str, skeleton: Any) -> dict[str, Factors]:
-    """Returns the loaded adapter's layers.
-
-    Args:
-        file: the LoRA, for messages.
-        names: the names of the file's tensors.
-        network: the component's name.
-        skeleton: the network with the adapter.
-
-    Raises:
-        ConfigError: a tensor of the file for this network was not used.
-    """
+    """Returns the layers of a loaded adapter; raises if a tensor of the file for this network was not used."""
     layers = {name: _factors(file, name, layer) for name, layer in layers_with_adapter(skeleton).items()}
     given = [name for name in names if name.startswith(f"{network}.") and not name.endswith("alpha")]
     used = sum(3 if factors.magnitude is not None else 2 for factors in layers.values())

@@ -277,9 +277,6 @@ class PipelinePolicy(Policy):
     @cached_property
     def _unconditional(self) -> Conditioning:
         """The conditioning of guidance's unconditional half, one row."""
-        return self._encode_empty()
-
-    def _encode_empty(self) -> Conditioning:
         return self.encode([""])
 
     @property
@@ -296,12 +293,9 @@ class PipelinePolicy(Policy):
     def limits_of(
         cls, config: ModelConfig, pipeline: str, tokenizers: Mapping[str, Any]
     ) -> tuple[TextLimit, ...]:
-        """Returns the number of tokens that each text encoder reads, once for encoders that tokenize alike.
+        """Returns the number of tokens that each text encoder reads, once for encoders with equal tokenizers.
 
-        Args:
-            config: the section ``model``.
-            pipeline: the name of the pipeline's class.
-            tokenizers: the tokenizers of its text encoders, by the component's name.
+        It takes the name of the pipeline's class, and the tokenizers by the component's name.
         """
         limits: dict[tuple[str, int, int], TextLimit] = {}
         for name, tokenizer in tokenizers.items():
@@ -397,7 +391,7 @@ class PipelinePolicy(Policy):
 
     @override
     def enable_gradient_checkpointing(self) -> None:
-        self._denoiser.enable_gradient_checkpointing()
+        getattr(self.pipeline, self._family.denoiser).enable_gradient_checkpointing()
 
     @override
     def predict(
@@ -414,20 +408,18 @@ class PipelinePolicy(Policy):
         return conditional, unconditional
 
     def _denoise(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        with self._precision():
-            output = self._call(self._plain, sample, timestep, conditioning)
-        result: Tensor = output.to(self.dtype).contiguous()
+        result: Tensor = self._call(self._plain, sample, timestep, conditioning).to(self.dtype).contiguous()
         return result
 
     def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        if self._wrapper is None:
-            return function(self._active, *inputs)
-        return self._wrapper.call(self._active, function, *inputs)
-
-    def _precision(self) -> AbstractContextManager[object]:
-        if not self._autocast:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
+        """Calls a function of the denoiser, by the engine that owns its weights if there is one, with autocast."""
+        autocast: AbstractContextManager[object] = nullcontext()
+        if self._autocast:
+            autocast = torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
+        with autocast:
+            if self._wrapper is None:
+                return function(self._active, *inputs)
+            return self._wrapper.call(self._active, function, *inputs)
 
     @override
     @contextmanager
@@ -477,31 +469,43 @@ class PipelinePolicy(Policy):
     def export_merged(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
         if self._config.tune == "full":
             self._save_pipeline(directory, weights)
-            return
+        else:
+            merged = self._merged(weights)
+            self._save_pipeline(directory, merged.state_dict(), merged)
+
+    def _merged(self, weights: Mapping[str, Tensor]) -> Any:
+        """Returns a copy of the denoiser in which the adapter of these weights is merged."""
         merged = copy.deepcopy(self._denoiser)
         merged.load_state_dict(dict(weights), strict=False)
         merge_adapter(merged)
-        self._save_pipeline(directory, merged.state_dict(), merged)
+        return merged
 
     def _save_pipeline(
-        self, directory: Path, weights: Mapping[str, Tensor], like: torch.nn.Module | None = None
+        self,
+        directory: Path,
+        weights: Mapping[str, Tensor],
+        like: torch.nn.Module | None = None,
+        **others: torch.nn.Module,
     ) -> None:
-        """Writes the whole pipeline with a denoiser of these weights.
+        """Writes the whole pipeline with a denoiser of these weights, and with other components in ``others``.
 
-        It is made anew: the trained one may hold only a shard of them, or layers of other classes.
+        The denoiser is made anew: the trained one may hold only a shard of its weights, or layers of other classes.
         """
-        like = self._denoiser if like is None else like
-        with torch.device("meta"):
-            denoiser = type(self._denoiser).from_config(self._denoiser.config)
-        buffers = {name: value for name, value in like.named_buffers() if name in denoiser.state_dict()}
-        denoiser.load_state_dict({**buffers, **weights}, assign=True)
         name = self._family.denoiser
+        trained = getattr(self.pipeline, name)
+        with torch.device("meta"):
+            denoiser = type(trained).from_config(trained.config)
+        like = trained if like is None else like
+        buffers = {key: value for key, value in like.named_buffers() if key in denoiser.state_dict()}
+        denoiser.load_state_dict({**buffers, **weights}, assign=True)
+        written = {name: denoiser, **others}
         with self._with_text_encoders():
-            self.pipeline.register_modules(**{name: denoiser})
+            own = {key: getattr(self.pipeline, key) for key in written}
+            self.pipeline.register_modules(**written)
             try:
                 save_portable(self.pipeline, directory)
             finally:
-                self.pipeline.register_modules(**{name: self._denoiser})
+                self.pipeline.register_modules(**own)
 
     def _save_adapter(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
         layers = exported_adapter(self._denoiser, self._config.lora, weights)

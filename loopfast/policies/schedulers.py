@@ -56,19 +56,15 @@ class _Given(NamedTuple):
 def choose_scheduler(
     config: ModelConfig, family: Family, name: str | None, settings: Callable[[], dict[str, Any]]
 ) -> Choice:
-    """Returns the scheduler whose transitions are sampled.
+    """Returns the scheduler whose transitions are sampled; see `loopfast.policies.load_scheduler`.
 
-    A sampler of a diffusion process is replaced by DDIM with that process's schedule. Only its configuration is read:
-    its class may need packages that are not installed.
+    Only the configuration of the model's own scheduler is read: its class may need packages that are not installed.
 
     Args:
         config: the section ``model``.
         family: the model's family.
         name: the class of the model's own scheduler.
         settings: reads the configuration of the model's own scheduler.
-
-    Returns:
-        A ``DDIMScheduler``, or for a flow a ``FlowMatchEulerDiscreteScheduler``.
 
     Raises:
         ConfigError: the scheduler describes another process, or its configuration is wrong.

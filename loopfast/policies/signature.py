@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+ADAPTER = "loopfast"
+"""The name of the trained adapter in peft."""
+
 
 def addresses(module: torch.nn.Module) -> dict[str, int]:
     """Returns the address of each parameter and buffer of a module, by name."""

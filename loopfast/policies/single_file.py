@@ -40,8 +40,7 @@ def load_single_file(
     Args:
         pipeline_class: the diffusers class.
         file: the file with the weights.
-        pipeline: the folder or hub name with the configuration files.
-        revision: the revision of a hub name.
+        pipeline, revision: the folder or hub name with the configuration files, and its revision.
         options: more arguments of ``from_single_file``; a component that is None is not loaded.
 
     Raises:

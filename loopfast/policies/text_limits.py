@@ -33,14 +33,14 @@ class TextLimit:
         """Returns the token ids of each of P prompts: all, or with ``cut`` only those that are read."""
         if not prompts:
             return []
-        texts = [self._given(prompt) for prompt in prompts]
+        texts = [self._lowered(prompt) for prompt in prompts]
         options = {"verbose": False, "return_attention_mask": False, **(self._length if cut else {})}
         found: list[list[int]] = self.tokenizer(texts, **options)["input_ids"]
         return found
 
     def last_words(self, prompt: str) -> str:
         """Returns the last words of a prompt that are read, in 40 characters at most."""
-        text = self._given(prompt)
+        text = self._lowered(prompt)
         if self.tokenizer.is_fast:
             places = self.tokenizer(text, return_offsets_mapping=True, **self._length)["offset_mapping"]
             read = text[: max(end for _, end in places)]
@@ -53,7 +53,7 @@ class TextLimit:
     def _length(self) -> dict[str, Any]:
         return {"truncation": True, "max_length": self.tokens}
 
-    def _given(self, prompt: str) -> str:
+    def _lowered(self, prompt: str) -> str:
         return prompt.lower() if self.lower else prompt
 
 

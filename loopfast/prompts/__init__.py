@@ -1,4 +1,4 @@
-"""The prompts of a run, and where they come from."""
+"""The prompts of a run and their sources."""
 
 from loopfast.prompts.sources import Prompt, PromptList, as_prompts, load_prompts
 

@@ -1,4 +1,4 @@
-"""Prompts from a dataset of the library ``datasets``: a name on the Hugging Face hub, or a folder."""
+"""Reads prompts from a dataset of the library ``datasets``: a name on the Hugging Face hub, or a folder."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 __all__ = ["read_dataset"]
 
 _SAVED = ("state.json", "dataset_dict.json")
-"""Files that ``save_to_disk`` leaves."""
+"""The files that ``save_to_disk`` writes."""
 
 _JSON_TYPES = re.compile(r"(large_)?string|bool|u?int\d+|float\d+")
 
 
 def read_dataset(name: str) -> list[Entry]:
-    """Every prompt of a dataset, with the columns beside it as metadata where JSON can hold them.
+    """Reads every prompt of a dataset, with the other columns as metadata if JSON can hold them.
 
     Args:
-        name: ``<hub name or folder>`` or ``<hub name or folder>:<split>``; the split is ``train`` by default. A folder
-            is one that ``save_to_disk`` wrote, or has files that ``datasets.load_dataset`` reads.
+        name: ``<hub name or folder>`` or ``<hub name or folder>:<split>``; the split is ``train`` by default. The
+            folder was written by ``save_to_disk``, or has files that ``datasets.load_dataset`` reads.
 
     Raises:
-        ConfigError: it cannot be loaded, has no such split, or no column ``prompt`` or ``text``.
+        ConfigError: the dataset cannot be loaded, has no such split, or no column ``prompt`` or ``text``.
         MissingExtraError: the library is not installed.
     """
     where, split = _parts(name)
@@ -51,7 +51,7 @@ def read_dataset(name: str) -> list[Entry]:
 
 
 def _parts(name: str) -> tuple[str, str | None]:
-    """The hub name or folder, and the split, where one is named."""
+    """The hub name or folder, and the split, or None if the name has none."""
     if name and (":" not in name or Path(name).expanduser().is_dir()):
         return name, None
     where, _, split = name.rpartition(":")
@@ -66,7 +66,7 @@ def _load(where: str, split: str | None) -> Dataset:
         from huggingface_hub.utils.logging import set_verbosity_error
     except ImportError as error:
         raise MissingExtraError(f"prompts 'datasets:{where}'", "datasets", error.name) from error
-    # one error at the end is enough, without a line for each try to reach the hub
+    # no line for each try to reach the hub; one error at the end is enough
     disable_progress_bars()
     set_verbosity_error()
     folder = Path(where).expanduser().resolve()
@@ -79,7 +79,7 @@ def _load(where: str, split: str | None) -> Dataset:
             found = load_from_disk(str(folder))
         else:
             found = load_dataset(str(folder), split=split or "train")
-    # whatever a reader of files, the network or the hub may raise
+    # readers of files, the network and the hub raise errors of many kinds
     except Exception as error:
         reason = first_line(error.__cause__ or error)
         raise ConfigError(f"cannot be loaded: {reason}") from error
@@ -94,7 +94,7 @@ def _load(where: str, split: str | None) -> Dataset:
 
 
 def _is_json(kind: Any) -> bool:
-    """Whether JSON can hold the values of a column of this kind: no images, no times."""
+    """Returns whether JSON can hold the values of a column of this kind, which excludes images and times."""
     if isinstance(kind, dict):
         return all(map(_is_json, kind.values()))
     if isinstance(kind, list):

@@ -1,6 +1,6 @@
-"""Files of prompts: their bytes, their text, and the prompts in it, by the form that the file's name says.
+"""Reads files of prompts; the ending of a file's name selects the form.
 
-Nothing here knows what a prompt is good for: `loopfast.prompts.sources` strips, checks and counts what is found.
+`loopfast.prompts.sources` strips, checks and counts the prompts.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from loopfast.errors import ConfigError
 __all__ = ["Entry", "prompt_of", "read_lines", "read_prompt_file"]
 
 KEYS = ("prompt", "text")
-"""Names of the column or key that holds the prompt, in any case. The first that is there wins."""
+"""Names of the column or key with the prompt, in upper or lower case. The first name that exists is used."""
 
-# UTF-32's mark of little-endian files begins with UTF-16's.
+# UTF-32 precedes UTF-16, as its little-endian mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -36,7 +36,7 @@ _LIST_MARK = re.compile(r"[-*•]\s")
 _YAML_KEY = re.compile(r"-\s+(prompt|text)\s*:", re.IGNORECASE)
 _COLUMN_NAME = re.compile(r"""["']?\w[\w .-]*["']?""")
 _TEXT_HINT = "write one prompt a line in a .txt file"
-# Names of files that hold no text, or text of a form that is not read, with what to do.
+# Endings of files that hold no text, or text of a form that is not read, with advice.
 _OTHER_FORMS = {
     **dict.fromkeys((".yaml", ".yml"), ("YAML", f"{_TEXT_HINT}, or a list in a .json file")),
     **dict.fromkeys((".xml", ".html", ".htm"), ("a markup document", _TEXT_HINT)),
@@ -55,12 +55,12 @@ _OTHER_FORMS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A prompt as a file has it.
+    """A prompt as it is in a file.
 
     Attributes:
-        place: where it is, such as ``line 3``.
-        text: not stripped yet; it may be empty.
-        metadata: all that stands beside it.
+        place: its place in the file, such as ``line 3``.
+        text: the text, which is not stripped yet and may be empty.
+        metadata: everything beside the text.
     """
 
     place: str
@@ -69,10 +69,10 @@ class Entry:
 
 
 def read_prompt_file(path: Path) -> tuple[list[Entry], int]:
-    """Every prompt of a file, and the number of comment lines in it.
+    """Reads every prompt of a file, and counts its comment lines.
 
-    The name's ending says the form: ``.jsonl`` or ``.ndjson``, ``.json``, ``.csv``, ``.tsv``; any other is text with a
-    prompt a line.
+    The form is that of the name's ending: ``.jsonl`` or ``.ndjson``, ``.json``, ``.csv``, ``.tsv``. Any other file is
+    text with one prompt per line.
 
     Raises:
         ConfigError: the file cannot be read, has another encoding or form, or is broken. The message does not name the
@@ -93,7 +93,7 @@ def read_prompt_file(path: Path) -> tuple[list[Entry], int]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file without their ends.
+    """Reads the lines of a text file, without their ends.
 
     Raises:
         ConfigError: as for `read_text`.
@@ -102,9 +102,9 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    r"""The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+    r"""Reads a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
-    Byte order marks are removed, also in the middle, where files were joined together.
+    Byte order marks are removed, also inside the text, where files were joined together.
 
     Raises:
         ConfigError: the file cannot be read, has another encoding, or holds a NUL character.
@@ -132,15 +132,15 @@ def read_text(path: Path) -> str:
 
 
 def _line_after(text: str) -> int:
-    """The number of the line that a text's end is in, from 1."""
+    """The number of the line in which a text ends, from 1."""
     return 1 + len(_LINE_END.findall(text))
 
 
 def prompt_of(item: Any, place: str) -> Entry:
-    """The prompt of a text, or of an object with a key ``prompt`` or ``text``, whose other keys are its metadata.
+    """Makes a prompt from a text, or from an object with a key ``prompt`` or ``text`` and metadata in the other keys.
 
     Raises:
-        ConfigError: it is neither; the message names ``place``.
+        ConfigError: the item is neither; the message names ``place``.
     """
     if isinstance(item, str):
         return Entry(place, item)
@@ -157,10 +157,10 @@ def prompt_of(item: Any, place: str) -> Entry:
 
 
 def prompt_key(names: list[Any]) -> str | None:
-    """Which of some names is that of the prompt, if any.
+    """Returns the name of the column or key with the prompt, or None.
 
     Raises:
-        ConfigError: two names are, but for their case.
+        ConfigError: two names qualify, which differ in upper and lower case only.
     """
     for key in KEYS:
         found = [name for name in names if isinstance(name, str) and name.strip().lower() == key]
@@ -176,7 +176,7 @@ def _listed(names: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What JSON calls a value."""
+    """The kind of a value in JSON's words."""
     if value is None:
         return "null"
     names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -184,10 +184,10 @@ def _kind(value: Any) -> str:
 
 
 def _parsed(text: str) -> Any:
-    """The value of a JSON text.
+    """Parses a JSON text.
 
     Raises:
-        ConfigError: it is not JSON, or holds half of a character.
+        ConfigError: the text is not JSON, or holds half of a surrogate pair.
     """
     try:
         value = json.loads(text)
@@ -276,7 +276,7 @@ def _text(text: str) -> tuple[list[Entry], int]:
 
 
 def _other_form(text: str, lines: list[str]) -> str | None:
-    """What a text that should have a prompt a line looks like, where that is something else, and what to do."""
+    """The other form that a text seems to have, with advice; None if it seems to have one prompt per line."""
     first = lines[0] if lines else ""
     if _is_object(first):
         return "JSON lines (an object on each line): name the file .jsonl"

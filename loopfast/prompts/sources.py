@@ -1,4 +1,4 @@
-"""Where prompts come from: the embedded world, T2I-CompBench, a file, a dataset, or the user's own function."""
+"""Sources of prompts: the embedded world, T2I-CompBench, a file, a dataset, or the user's own function."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _ALLOWED = (
     "a file (.txt with a prompt a line, .jsonl, .json, .csv, .tsv), datasets:<name or folder>, module:function, "
     "embedded:<category>, t2i-compbench:<folder>:<category>"
 )
-# Hangul's fillers and the blank of Braille: letters and a symbol to Unicode, but nothing to see.
+# Hangul's fillers and the blank of Braille, which are letters and a symbol in Unicode but show nothing.
 _BLANK = "\u115f\u1160\u3164\uffa0\u2800"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what a reward may need to know beside its text.
+    """A prompt, with metadata that a reward may need.
 
-    ``metadata["category"]``, where there is one, groups prompts in evaluations and reports.
+    ``metadata["category"]``, if it exists, groups prompts in evaluations and reports.
     """
 
     text: str
@@ -37,13 +37,13 @@ class Prompt:
 
 
 class PromptList(list[Prompt]):
-    """The prompts of a source, in the source's order, and how they were found there.
+    """The prompts of a source, in the source's order, with their places and the number of skipped ones.
 
     Args:
-        prompts: those to use. A prompt that is there twice is drawn twice as often.
-        places: where each stands in the source, such as ``line 3``; empty where the source has no such places.
-        comments: lines that were skipped because they are comments.
-        invisible: prompts that were skipped because there is nothing to see in them.
+        prompts: the prompts to use. A prompt that occurs twice is drawn twice as often.
+        places: each prompt's place in the source, such as ``line 3``; empty if the source has no such places.
+        comments: the number of skipped comment lines.
+        invisible: the number of skipped prompts that show nothing.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class PromptList(list[Prompt]):
 
     @property
     def repeated(self) -> int:
-        """How many of the prompts stand in the source before, too."""
+        """The number of prompts that repeat an earlier one."""
         return len(self) - len({prompt.text for prompt in self})
 
     def place(self, index: int) -> str:
-        """Where a prompt stands in its source."""
+        """A prompt's place in its source."""
         return self._places[index] if self._places else f"prompt {index + 1}"
 
     def summary(self) -> str:
-        """How many prompts there are, how many of them are repeated, and what was skipped."""
+        """The numbers of prompts, of repeated prompts and of skipped lines, in words."""
         skipped = [
             f"{count} {what}{'' if count == 1 else 's'}"
             for count, what in ((self.comments, "comment line"), (self.invisible, "invisible prompt"))
@@ -76,7 +76,7 @@ class PromptList(list[Prompt]):
 
 
 def load_prompts(source: str) -> PromptList:
-    """Every prompt of a source, in the source's order, without the white space around it.
+    """Loads every prompt of a source, in the source's order, without surrounding white space.
 
     Args:
         source: one of
@@ -93,7 +93,7 @@ def load_prompts(source: str) -> PromptList:
 
     Raises:
         ConfigError: the source does not exist, cannot be read, or holds no prompt.
-        MissingExtraError: it is a dataset, and the library ``datasets`` is not installed.
+        MissingExtraError: the source is a dataset, and the library ``datasets`` is not installed.
     """
     scheme, _, name = source.partition(":")
     if scheme == "embedded":
@@ -115,7 +115,7 @@ def load_prompts(source: str) -> PromptList:
 
 
 def _path(source: str) -> Path | None:
-    """The path that a source is, if it is one that the system can look up."""
+    """The source as a path, or None if the system cannot look it up."""
     try:
         path = Path(source).expanduser()
         path.exists()
@@ -125,7 +125,7 @@ def _path(source: str) -> Path | None:
 
 
 def _absent(source: str, path: Path | None) -> str:
-    """What is wrong with a source that is neither a file nor anything else."""
+    """The error about a source of no known kind."""
     if path is not None and path.is_dir():
         return f"is a folder; expected: a file in it, or datasets:{source} for a folder of datasets"
     if advice := reference_of_path(source):
@@ -134,7 +134,7 @@ def _absent(source: str, path: Path | None) -> str:
 
 
 def _visible(text: str) -> bool:
-    """Whether a text holds more than spaces, controls, marks and other characters that show nothing by themselves."""
+    """Returns whether a text has a character that is visible by itself: no space, control character or mark."""
     return any(
         unicodedata.category(character) not in ("Cc", "Cf") and unicodedata.category(character)[0] not in "ZM"
         for character in text
@@ -143,7 +143,7 @@ def _visible(text: str) -> bool:
 
 
 def _checked(source: str, entries: Iterable[Entry], comments: int = 0) -> PromptList:
-    """The prompts of a file or a dataset, without those that are invisible."""
+    """Checks the prompts of a file or a dataset, and skips the invisible ones."""
     found, places, invisible = [], [], 0
     for entry in entries:
         _refuse_characters(f"prompts {source!r}", entry.place, entry.text)
@@ -156,7 +156,7 @@ def _checked(source: str, entries: Iterable[Entry], comments: int = 0) -> Prompt
 
 
 def _refuse_characters(name: str, place: str, text: str) -> None:
-    """Raises `ConfigError` where a text holds what no tokenizer and no file takes."""
+    """Raises `ConfigError` if a text holds a character that no tokenizer or file accepts."""
     if "\0" in text:
         raise ConfigError(f"{name}: {place} holds a NUL character")
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -224,10 +224,10 @@ def _from_function(source: str) -> list[Prompt]:
 
 
 def as_prompts(name: str, items: Iterable[object]) -> list[Prompt]:
-    """Prompts from the texts or `Prompt`\\ s of a program.
+    """Makes prompts from the texts or `Prompt`\\ s of a program.
 
     Raises:
-        ConfigError: an item is neither, or is nothing to see; the message begins with ``name``.
+        ConfigError: an item is neither, or shows nothing; the message begins with ``name``.
     """
     prompts = []
     for index, item in enumerate(items):

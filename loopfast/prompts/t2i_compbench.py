@@ -1,8 +1,8 @@
-"""The prompt files of T2I-CompBench, as its authors publish them.
+"""Reads the prompt files of T2I-CompBench, as its authors publish them.
 
 Huang et al., *T2I-CompBench++: An Enhanced and Comprehensive Benchmark for Compositional Text-to-image Generation*
-(arXiv 2307.06350). A folder of text files ``<category>_<split>.txt``, one prompt a line: 700 prompts to train on and
-300 to evaluate on in each of eight categories.
+(arXiv 2307.06350). A folder has text files ``<category>_<split>.txt`` with one prompt per line: 700 prompts to train on
+and 300 to evaluate on in each of eight categories.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ CATEGORIES: tuple[str, ...] = (
     "non_spatial",
     "complex",
 )
-"""In the order of the paper's tables."""
+"""The categories in the order of the paper's tables."""
 
 SPLITS: tuple[str, ...] = ("train", "val")
 
-# Of the category complex: lists of the prompts whose relation is spatial only, and of those where it is an action only.
+# The lists of the category complex, by the last part of their names, and the aspects of the prompts in them.
 _ASPECTS: dict[str, tuple[str, ...]] = {
     "spatial": ("attribute", "spatial"),
     "action": ("attribute", "action"),
@@ -39,18 +39,18 @@ _ASPECTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class BenchmarkPrompt:
-    """A prompt, and for ``complex`` which of attribute, spatial and action it speaks of, where the files say so."""
+    """A prompt, and for ``complex`` its aspects (attribute, spatial, action) if the files list them."""
 
     text: str
     aspects: tuple[str, ...] | None = None
 
 
 def read_category(directory: Path, category: str, split: str) -> list[BenchmarkPrompt]:
-    """The prompts of one file, in its order, those that occur twice included.
+    """Reads the prompts of one file, in its order, including repeated ones.
 
-    The files differ in their line ends, and some end in an empty line; space around a prompt, a byte order mark and
-    empty lines are left out, and inner space of any kind is one space. Beside ``complex_<split>.txt`` the benchmark's
-    lists ``complex_<split>_spatial.txt``, ``_action.txt`` and ``_spatialaction.txt`` are read where they are there.
+    Line ends of all kinds are accepted. Empty lines, a byte order mark and space around a prompt are removed, and inner
+    white space becomes one space. With ``complex_<split>.txt`` the benchmark's lists ``complex_<split>_spatial.txt``,
+    ``_action.txt`` and ``_spatialaction.txt`` are read if they exist.
 
     Args:
         directory: the folder of the files.

@@ -1,4 +1,4 @@
-"""What is left of a run to look at: the HTML report, labeled image grids, plots of a schedule."""
+"""Reports of a run: the HTML page, pictures and labeled image grids, curves, plots of a schedule."""
 
 from loopfast.reporting.curves import Curve, reward_curves
 from loopfast.reporting.images import image_grid

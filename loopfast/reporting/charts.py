@@ -1,7 +1,7 @@
-"""Line charts as inline SVG, drawn by hand so that they take their colors from the page and follow its theme.
+"""Draws line charts as inline SVG, whose colors come from the page, so that they follow its theme.
 
-Colors are names of CSS custom properties (``"train"`` is ``var(--train)``); text and grid lines take theirs
-from the classes ``tick``, ``axis`` and ``grid`` of the report's style sheet.
+Colors are names of CSS custom properties (``"train"`` is ``var(--train)``). Text and grid lines have the classes
+``tick``, ``axis`` and ``grid`` of the report's style sheet.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Series:
     """One line of a chart.
 
     Attributes:
-        label: its name, for tooltips.
-        x, y: its points, all finite, x ascending from 0 or more.
-        color: the CSS custom property it is drawn in.
-        spread: half the height of a band around each point, or None for no band.
-        faint: draw it thin and pale, as the background of another.
+        label: the line's name, for tooltips.
+        x, y: the points, all finite, with x ascending from 0 or more.
+        color: the CSS custom property of the color.
+        spread: half the height of a band around each point; None draws no band.
+        faint: draw the line thin and pale, as the background of another.
         marked: draw each point, for values that are few and far between.
     """
 
@@ -55,13 +55,13 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 def line_chart(
     series: Sequence[Series], *, title: str, x_label: str, width: int, height: int, from_zero: bool = False
 ) -> Markup:
-    """Draw a chart.
+    """Draws a chart.
 
     Args:
         series: the lines, later ones above earlier ones. At least one has a point.
         title: what the chart shows, for screen readers.
-        x_label: what the horizontal axis counts.
-        width, height: its size in CSS pixels, which the page may scale.
+        x_label: the label of the horizontal axis.
+        width, height: the chart's size in CSS pixels, which the page may scale.
         from_zero: start the vertical axis at 0.
 
     Returns:
@@ -71,7 +71,7 @@ def line_chart(
     lows = [y - s for one in drawn for y, s in zip(one.y, one.spread or [0.0] * len(one.y), strict=True)]
     highs = [y + s for one in drawn for y, s in zip(one.y, one.spread or [0.0] * len(one.y), strict=True)]
     y_ticks = ticks(0.0 if from_zero else min(lows), max(highs), max(2, height // 60))
-    # The horizontal axis ends where the data does; only the vertical one is rounded outward.
+    # The horizontal axis ends with the data; only the vertical axis is rounded outward.
     x_high = max(one.x[-1] for one in drawn) or 1.0
     x_ticks = ticks(0.0, x_high, max(4, width // 130))
     labels = [_number(value, y_ticks[1] - y_ticks[0]) for value in y_ticks]
@@ -148,7 +148,7 @@ def _thinned(one: Series) -> Series:
 
 
 def _number(value: float, step: float) -> str:
-    """A tick's label, with the digits that tell it from its neighbors and no more."""
+    """A tick's label, with just enough digits to tell it from its neighbors."""
     if value == 0:
         return "0"
     if abs(step) < 1e-3 or abs(value) >= 1e7:

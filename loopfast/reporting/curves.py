@@ -1,4 +1,4 @@
-"""Plots of a quantity of several runs against what it cost."""
+"""Plots a quantity of several runs against iterations, images or time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 __all__ = ["Curve", "reward_curves"]
 
-# Of Okabe and Ito, told apart by those who see few colors, too; beyond them the style of the line changes.
+# The palette of Okabe and Ito, which color-blind readers can distinguish. More curves have another line style.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _STYLES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX"
@@ -31,13 +31,13 @@ class Curve:
 
 
 def reward_curves(curves: Sequence[Curve], axes: Mapping[str, str], title: str, path: Path) -> Path:
-    """Draws curves against each of some axes, side by side.
+    """Draws curves against several axes, side by side.
 
     Args:
-        curves: one line each, labeled in a legend below.
-        axes: what is drawn against, by name, and what it is called.
-        title: what is drawn.
-        path: the PNG to write; its folder is there.
+        curves: the runs' curves, labeled in a legend below.
+        axes: the labels of the horizontal axes by name.
+        title: the label of the vertical axis.
+        path: the PNG file to write, in a folder that exists.
 
     Returns:
         ``path``.

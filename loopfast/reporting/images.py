@@ -1,4 +1,4 @@
-"""Pictures for people: labeled grids, and the tiles of an evaluation's sprite sheet."""
+"""Makes labeled grids of images, and cuts an evaluation's sprite sheet into its tiles."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def image_grid(
     scores: Sequence[float] | None,
     columns: int,
 ) -> Image.Image:
-    """Lay images out in a grid, each with its score and caption below it.
+    """Arranges images in a grid, each with its score and caption below it.
 
-    Small images are enlarged by a whole factor without smoothing, so that their pixels can be seen.
+    Small images are enlarged by a whole factor without smoothing, so that their pixels are visible.
 
     Args:
         images: ``[N, 3, H, W]``, uint8, or floating point in [0, 1]; N at least 1.
         captions: N texts; long ones are cut to three lines.
         scores: N numbers, or None.
-        columns: images a row.
+        columns: the number of images in a row.
 
     Returns:
         An RGB image.
@@ -78,9 +78,9 @@ def image_grid(
 
 
 def tiles(sheet: Image.Image, size: tuple[int, int], columns: int, count: int) -> list[Image.Image]:
-    """Cut a sprite sheet without gaps into its first ``count`` tiles of ``size`` (width, height), row by row.
+    """Cuts a sprite sheet without gaps into its first ``count`` tiles of ``size`` (width, height), row by row.
 
-    A tile that the sheet does not hold is left out.
+    Tiles outside of the sheet are skipped.
     """
     width, height = size
     result = []
@@ -92,7 +92,7 @@ def tiles(sheet: Image.Image, size: tuple[int, int], columns: int, count: int) -
 
 
 def data_uri(image: Image.Image, largest: int = 384) -> str:
-    """The image as a ``data:`` address: PNG while it is small, else JPEG of at most ``largest`` pixels."""
+    """The image as a ``data:`` address: a small one as PNG, else a JPEG of at most ``largest`` pixels."""
     buffer = io.BytesIO()
     image = image.convert("RGB")
     if max(image.size) <= 128:
@@ -106,7 +106,7 @@ def data_uri(image: Image.Image, largest: int = 384) -> str:
 
 
 def _as_uint8(images: torch.Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """``[N, 3, H, W]`` of either kind as uint8 ``[N, H, W, 3]``."""
+    """Converts ``[N, 3, H, W]`` of either type to uint8 ``[N, H, W, 3]``."""
     if isinstance(images, np.ndarray):
         array = images
     else:  # NumPy has no bfloat16
@@ -119,7 +119,7 @@ def _as_uint8(images: torch.Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, np
 
 
 def _wrapped(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
-    """The text in at most `_LINES` lines that fit ``width`` pixels; what does not fit ends in an ellipsis."""
+    """Breaks a text into at most `_LINES` lines of ``width`` pixels. A line that is too long ends in an ellipsis."""
     lines: list[str] = []
     current = ""
     for word in text.split():

@@ -1,4 +1,4 @@
-"""A run in one picture: the same prompts and noise before and after training, and the reward in between."""
+"""Draws a run in one picture: the same prompts and noise before and after training, and the reward over time."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def run_picture(run_directory: Path, path: Path, *, prompts: int = 8) -> Path:
     """Draws a run for a README, a slide or a paper.
 
     Args:
-        run_directory: the run's folder, with two evaluations at least.
-        path: the file to write; its suffix says in which format (png, svg, pdf).
-        prompts: how many prompts to show at most.
+        run_directory: the run's folder, with at least two evaluations.
+        path: the file to write; the suffix selects the format (png, svg, pdf).
+        prompts: the largest number of prompts to show.
 
     Returns:
         ``path``.
 
     Raises:
-        LoopfastError: the run was not evaluated twice with preview images, or the file cannot be written.
+        LoopfastError: the run has no two evaluations with preview images, or the file cannot be written.
     """
     from matplotlib.figure import Figure
 

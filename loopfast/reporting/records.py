@@ -50,7 +50,7 @@ class EvaluationRecord:
 
     @cached_property
     def tiles(self) -> dict[int, Image.Image]:
-        """The preview's tiles by the index of their item; empty where there is no preview that can be read."""
+        """The preview's tiles by the index of their item; empty if there is no preview or it cannot be read."""
         if not self.preview:
             return {}
         indexes = self.preview["items"]

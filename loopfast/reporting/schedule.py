@@ -1,4 +1,4 @@
-"""A plot of a transition schedule: what each step does, how strongly it speaks, which steps are trained."""
+"""Plots a transition schedule: each step's coefficients and sensitivity, and the trained steps."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _TRAINED, _LEFT_OUT, _OTHER = "#4338ca", "#9a948a", "#c2701c"
 
 
 def schedule_plot(schedule: TransitionSchedule, trained: Collection[int], path: Path) -> Path:
-    """Plot a, b, σ and the sensitivity (b/σ)² of every step.
+    """Plots a, b, σ and the sensitivity (b/σ)² of every step.
 
     Args:
         schedule: the transitions.
-        trained: the steps that are trained on; they are drawn filled and shaded.
-        path: the file to write; its suffix says in which format (png, svg, pdf).
+        trained: the trained steps, which are shaded.
+        path: the file to write; the suffix selects the format (png, svg, pdf).
 
     Returns:
         ``path``.
 
     Raises:
-        ValueError: the suffix is not of a format matplotlib can write.
+        ValueError: matplotlib cannot write the format of the suffix.
     """
-    from matplotlib.figure import Figure  # half a second of imports that no other report needs
+    from matplotlib.figure import Figure  # takes half a second, and no other report needs it
     from matplotlib.ticker import MaxNLocator
 
     table = schedule.table64.cpu().numpy()

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -128,15 +129,8 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     return facts
 
 
-class _RewardSection(NamedTuple):
-    wide: Markup
-    narrow: Markup
-    legend: list[tuple[str, str]]
-    note: str
-
-
-def reward(run: RunRecord) -> _RewardSection | None:
-    """The reward of training and evaluations; None where the run has neither."""
+def reward(run: RunRecord) -> dict[str, Any] | None:
+    """The charts of training's and evaluations' reward, with legend and note; None if the run has neither."""
     series, legend, note = [], [], ""
     x, y = run.column("reward_mean")
     if y:
@@ -158,20 +152,16 @@ def reward(run: RunRecord) -> _RewardSection | None:
         legend.append(("heldout", "held-out prompts"))
     if not series:
         return None
-
-    def chart(size: tuple[int, int]) -> Markup:
-        return line_chart(
-            series,
-            title="Reward over the images sampled",
-            x_label="images sampled",
-            width=size[0],
-            height=size[1],
-        )
-
-    return _RewardSection(chart(_WIDE), chart(_NARROW), legend, note)
+    title = "Reward over the images sampled"
+    wide, narrow = (
+        line_chart(series, title=title, x_label="images sampled", width=width, height=height)
+        for width, height in (_WIDE, _NARROW)
+    )
+    return {"wide": wide, "narrow": narrow, "legend": legend, "note": note}
 
 
-class _Category(NamedTuple):
+@dataclass(frozen=True)
+class _Category:
     """A row of the table. ``values`` holds (before, after) of the reward and then of each part."""
 
     name: str
@@ -181,17 +171,8 @@ class _Category(NamedTuple):
     dumbbell: Markup
 
 
-class _CategorySection(NamedTuple):
-    parts: list[str]
-    rows: list[_Category]
-    scale: tuple[float, float]
-    before: int
-    after: int
-    errors: bool
-
-
-def categories(run: RunRecord) -> _CategorySection | None:
-    """The rewards of the first and the last evaluation by category; None without an evaluation."""
+def categories(run: RunRecord) -> dict[str, Any] | None:
+    """The table of rewards by category at the first and the last evaluation; None without an evaluation."""
     if run.first_and_last is None:
         return None
     first, last = run.first_and_last
@@ -212,41 +193,35 @@ def categories(run: RunRecord) -> _CategorySection | None:
         error = _paired_error(first, last, category) if old else None
         bar = _dumbbell(values[0][0], values[0][1], low, high)
         rows.append(_Category(name, entry.get("count", 0), values, error, bar))
-    has_errors = any(row.error is not None for row in rows)
-    return _CategorySection(parts, rows, (low, high), first.iteration, last.iteration, has_errors)
+    return {
+        "parts": parts,
+        "rows": rows,
+        "scale": (low, high),
+        "before": first.iteration,
+        "after": last.iteration,
+        "errors": any(row.error is not None for row in rows),
+    }
 
 
-class _Pair(NamedTuple):
-    caption: str
-    before: str
-    after: str
-    scores: tuple[float, float]
-
-
-def pairs(run: RunRecord) -> list[_Pair]:
+def pairs(run: RunRecord) -> list[dict[str, Any]]:
     """The preview's images of the first and the last evaluation, where prompt and seed are the same."""
     if run.first_and_last is None or len(run.evaluations) < 2:
         return []
     first, last = run.first_and_last
     return [
-        _Pair(
-            last.items[index]["prompt"],
-            data_uri(first.tiles[index]),
-            data_uri(last.tiles[index]),
-            (first.items[index]["reward"], last.items[index]["reward"]),
-        )
+        {
+            "caption": last.items[index]["prompt"],
+            "before": data_uri(first.tiles[index]),
+            "after": data_uri(last.tiles[index]),
+            "scores": (first.items[index]["reward"], last.items[index]["reward"]),
+        }
         for index in last.tiles
         if index in first.tiles and _same(first.items[index], last.items[index])
     ]
 
 
-class _Film(NamedTuple):
-    iterations: list[int]
-    rows: list[tuple[str, list[str]]]
-
-
-def film(run: RunRecord) -> _Film | None:
-    """The images of a few prompts over the evaluations, where there are more than the two that `pairs` shows."""
+def film(run: RunRecord) -> dict[str, Any] | None:
+    """The images of a few prompts over the evaluations; None with less than three, as `pairs` shows two."""
     shown = [one for one in run.evaluations if one.tiles]
     if len(shown) < 3:
         return None
@@ -261,17 +236,10 @@ def film(run: RunRecord) -> _Film | None:
         (last.items[index]["prompt"], [data_uri(one.tiles[index]) for one in shown])
         for index in common[::every][:_FILM_PROMPTS]
     ]
-    return _Film([one.iteration for one in shown], rows) if rows else None
+    return {"iterations": [one.iteration for one in shown], "rows": rows} if rows else None
 
 
-class _DiagnosticChart(NamedTuple):
-    title: str
-    note: str
-    last: str
-    chart: Markup
-
-
-def diagnostics(run: RunRecord) -> list[_DiagnosticChart]:
+def diagnostics(run: RunRecord) -> list[dict[str, Any]]:
     """A small chart of each of the update's metrics that was measured."""
     charts = []
     for metric, title, note in _DIAGNOSTICS:
@@ -287,7 +255,7 @@ def diagnostics(run: RunRecord) -> list[_DiagnosticChart]:
             from_zero=min(y) >= 0,
         )
         last = "0 throughout" if not any(y) else f"{y[-1]:.3g}".replace("-", "−")
-        charts.append(_DiagnosticChart(title, note, last, chart))
+        charts.append({"title": title, "note": note, "last": last, "chart": chart})
     return charts
 
 
@@ -305,15 +273,15 @@ def phases(run: RunRecord) -> list[_Phase]:
     measured = sum(sum(values) for _, _, values in sums)
     if measured <= 0:
         return []
-    whole = max(measured, run.seconds)
+    total = max(measured, run.seconds)
     phases = [
-        _Phase(name, color, sum(values), sum(values) / whole, sum(values) / len(values))
+        _Phase(name, color, sum(values), sum(values) / total, sum(values) / len(values))
         for name, color, values in sums
         if values
     ]
-    other = whole - measured
-    if other > 0.005 * whole:
-        phases.append(_Phase("Other", "phase-5", other, other / whole, other / len(run.metrics)))
+    other = total - measured
+    if other > 0.005 * total:
+        phases.append(_Phase("Other", "phase-5", other, other / total, other / len(run.metrics)))
     return phases
 
 

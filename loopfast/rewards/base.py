@@ -75,14 +75,14 @@ class RewardSet:
 
     Args:
         terms: the rewards, with names that differ.
-        whole: calls a reward with all images of a batch or not at all, as it may compare them.
+        full_batch: calls a reward with all images of a batch or not at all, as it may compare them.
     """
 
-    def __init__(self, terms: Sequence[RewardTerm], *, whole: bool = False) -> None:
+    def __init__(self, terms: Sequence[RewardTerm], *, full_batch: bool = False) -> None:
         self.terms: tuple[RewardTerm, ...] = tuple(terms)
-        advice = "rollout.reward_worker other than none (fewer images in a call), " if whole else ""
+        advice = "rollout.reward_worker other than none (fewer images in a call), " if full_batch else ""
         self._sizes = {
-            term.name: ImagesPerCall(term.name, halves=not whole, advice=advice) for term in self.terms
+            term.name: ImagesPerCall(term.name, halves=not full_batch, advice=advice) for term in self.terms
         }
 
     @torch.no_grad()

@@ -31,8 +31,8 @@ class RewardProcess:
     is killed. Ctrl-C does not reach it. Its current GPU is that of its parent: rewards whose device is ``auto`` or
     ``cuda`` use that one.
 
-    `concurrent.futures.ProcessPoolExecutor` does not serve here: its process runs a script without a ``__main__`` guard
-    a second time, and outlives a parent that is killed.
+    `concurrent.futures.ProcessPoolExecutor` would not do: its process fails for a script without a ``__main__`` guard,
+    and outlives a parent that is killed.
 
     Args:
         terms: the rewards to build.
@@ -102,7 +102,7 @@ class RewardProcess:
         except (EOFError, OSError) as error:
             code = self._process.wait()
             raise RewardError(
-                f"the process of the rewards {self._names} ended with exit code {code}; what it last said is above"
+                f"the process of the rewards {self._names} ended with exit code {code}; its last output is above"
             ) from error
         if isinstance(answer, LoopfastError):
             raise answer

@@ -175,7 +175,7 @@ def build_rewards(
     terms: Sequence[RewardConfig],
     *,
     load: bool = True,
-    whole: bool = False,
+    full_batch: bool = False,
     functions: Mapping[str, Callable[..., Any]] | None = None,
 ) -> RewardSet:
     """Builds the rewards of a configuration.
@@ -184,7 +184,7 @@ def build_rewards(
         terms: the rewards.
         load: reads weights now. False checks options and that local weights exist, and leaves reading them to the first
             call.
-        whole: see `RewardSet`.
+        full_batch: see `RewardSet`.
         functions: functions of a Python program by the names that the terms have for them.
 
     Raises:
@@ -197,7 +197,7 @@ def build_rewards(
             RewardTerm(term.title, _build(term, load, functions or {}), term.weight, bounds(term))
             for term in terms
         ],
-        whole=whole,
+        full_batch=full_batch,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
+from functools import cache
 
 import torch
 
@@ -103,10 +104,9 @@ class StepCache:
     """
 
     def __init__(self, *, capture: bool = True, warn: Callable[[str], None] = lambda text: None) -> None:
-        self._capture, self._warn = capture, warn
+        self._capture, self._warn = capture, cache(warn)
         self._steps: dict[Hashable, CapturedStep] = {}
         self._failed: set[Hashable] = set()
-        self._warned: set[str] = set()
         self._recorders: dict[torch.device, Recorder] = {}
 
     def __len__(self) -> int:
@@ -121,8 +121,14 @@ class StepCache:
         guidance_scale: float,
         reduction: str,
     ) -> CapturedStep:
-        """Returns the step of these arguments of `DenoisingStep`, recorded anew if weights have moved."""
-        key = DenoisingStep.key(policy, rows, schedule, conditioning, guidance_scale, reduction)
+        """Returns the step of these arguments of `DenoisingStep`, recorded anew if weights have moved.
+
+        Arguments share a step if all shapes, types and constants of their calls are equal.
+        """
+        text = tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in conditioning.items())
+        latents = (tuple(policy.latent_shape), policy.dtype, policy.device)
+        types = (len(schedule), schedule.timesteps.dtype, schedule.table.dtype)
+        key = id(policy), rows, latents, types, text, guidance_scale, reduction
         found = self._steps.get(key)
         if found is not None and found.is_current():
             return found
@@ -133,7 +139,7 @@ class StepCache:
         made = CapturedStep(
             DenoisingStep(policy, rows, schedule, conditioning, guidance_scale, reduction),
             recorder=self._recorder(policy.device) if capture else None,
-            warn=self._warn_once,
+            warn=self._warn,
         )
         if capture and not made.captured:
             self._failed.add(key)
@@ -146,11 +152,6 @@ class StepCache:
             # a pool ends with its last graph
             recorder.renew_pool()
         return recorder
-
-    def _warn_once(self, reason: str) -> None:
-        if reason not in self._warned:
-            self._warned.add(reason)
-            self._warn(reason)
 
     def release(self) -> None:
         """Frees every graph and buffer; the next sampling records its steps anew."""

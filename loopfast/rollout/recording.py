@@ -32,9 +32,6 @@ class Recorder:
 
     A pool shares its blocks only within a stream, and cuBLAS keeps a workspace for each stream (32 MiB on Hopper): a
     stream for each recording would need both several times. Graphs of one recorder must not run at the same time.
-
-    Args:
-        device: the device that the work runs on.
     """
 
     def __init__(self, device: torch.device) -> None:

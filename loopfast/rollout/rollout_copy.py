@@ -121,7 +121,7 @@ def make_rollout_copy(policy: Policy, config: RolloutConfig, *, sharded: bool = 
     Args:
         policy: the policy, before an engine has its weights.
         config: the section ``rollout``.
-        sharded: whether the policy's weights are about to be spread over processes.
+        sharded: whether an engine is about to shard the policy's weights.
 
     Raises:
         ConfigError: there is no such device as ``rollout.device``.

@@ -93,8 +93,7 @@ class Sampler:
 
         Args:
             conditioning: the conditioning of P prompts, rows ``[P, ...]``.
-            prompts: int64 ``[N]``, the index of each row's prompt.
-            seeds: int64 ``[N]``, each row's noise seed.
+            prompts, seeds: int64 ``[N]`` each, the index of a row's prompt and its noise seed.
             schedule: the T transitions to sample by. None takes the sampler's own.
 
         Raises:

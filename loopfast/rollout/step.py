@@ -75,21 +75,6 @@ class DenoisingStep:
             }
         )
 
-    @staticmethod
-    def key(
-        policy: Policy,
-        rows: int,
-        schedule: TransitionSchedule,
-        conditioning: Conditioning,
-        guidance_scale: float,
-        reduction: str,
-    ) -> Hashable:
-        """Returns a key that is equal for arguments of this class that can share a step."""
-        text = tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in conditioning.items())
-        latents = (tuple(policy.latent_shape), policy.dtype, policy.device)
-        types = (len(schedule), schedule.timesteps.dtype, schedule.table.dtype)
-        return id(policy), rows, latents, types, text, guidance_scale, reduction
-
     def load(
         self,
         schedule: TransitionSchedule,
@@ -104,8 +89,7 @@ class DenoisingStep:
             schedule: T transitions.
             latents: ``[M, *L]``, the initial noise.
             conditioning: the conditioning of P prompts, rows ``[P, ...]``.
-            prompts: int64 ``[M]``, the index of each row's prompt.
-            seeds: int64 ``[M]``, each row's noise seed.
+            prompts, seeds: int64 ``[M]`` each, the index of a row's prompt and its noise seed.
         """
         device = self._seed.device
         self._timesteps.copy_(to_device(schedule.timesteps, device))

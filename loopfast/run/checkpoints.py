@@ -88,8 +88,9 @@ class CheckpointStore:
         """The folders of all checkpoints, oldest first. Their contents are not read."""
         if not self.directory.is_dir():
             return []
-        paths = (path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
-        return sorted(paths, key=_position)
+        found = ((_NAME.fullmatch(path.name), path) for path in self.directory.iterdir())
+        positions = {path: (int(match[1]), int(match[2] or 0)) for match, path in found if match}
+        return sorted(positions, key=positions.__getitem__)
 
     def save(
         self,
@@ -263,12 +264,6 @@ class CheckpointStore:
         paths = self.paths()
         intact = f"the last one saved, {paths[-1].name}, is intact" if paths else "there is none from before"
         return f"cannot save checkpoint {name} in {self.directory}: {reason(error)}; {intact}"
-
-
-def _position(path: Path) -> tuple[int, int]:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1]), int(match[2] or 0)
 
 
 def _storable(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -97,14 +97,15 @@ class Display:
         """
         self._note(metrics)
         if self._live is None or metrics.get("eval_reward") is not None:
-            self._line(self._summary(metrics))
+            self.message(self._summary(metrics))
 
     def image(self, image: Image.Image) -> None:
         """Shows the images of an evaluation, if the display can."""
 
     def message(self, text: str) -> None:
         """Shows a message on its own line."""
-        self._line(text)
+        if not self._quiet:
+            self._console.print(Text(text), soft_wrap=True)
 
     def warning(self, text: str) -> None:
         """Shows a warning on stderr, in quiet runs too."""
@@ -136,16 +137,12 @@ class Display:
         if metrics.get("eval_reward") is not None:
             parts.append(f"held-out {float(metrics['eval_reward']):.3f}")
         if self._live is None and (left := self._seconds_left()) is not None:
-            parts.append(f"{_clock(left)} left")
+            parts.append(f"{clock(left)} left")
         return "  ".join(parts)
 
     @property
     def _interactive(self) -> bool:
         return self._console.is_terminal and not self._console.is_dumb_terminal
-
-    def _line(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(Text(text), soft_wrap=True)
 
     def _facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         if self._quiet:
@@ -160,10 +157,10 @@ class Display:
             self._console.print(Panel.fit(table, title=heading, title_align="left", border_style="dim"))
             return
         if title:
-            self._line(title)
+            self.message(title)
         width = max((len(name) for name, _ in rows), default=0)
         for name, value in rows:
-            self._line(f"  {name:<{width}}  {value}")
+            self.message(f"  {name:<{width}}  {value}")
 
     def _progress(self) -> RenderableType:
         left = self._seconds_left()
@@ -175,7 +172,7 @@ class Display:
         bar.add_row(
             Text(f"{self._completed}/{self._total}", style="bold"),
             ProgressBar(total=max(self._total, 1), completed=self._completed, complete_style="cyan"),
-            Text(f"{_clock(elapsed)} so far" if left is None else f"{_clock(left)} left"),
+            Text(f"{clock(elapsed)} so far" if left is None else f"{clock(left)} left"),
         )
         status = Text(no_wrap=True, overflow="ellipsis")
         status.append(f"{self._phase or 'starting':<10}", style="cyan")
@@ -205,7 +202,8 @@ def _spread(metrics: Mapping[str, Any]) -> str:
     return mean if std is None else f"{mean} ± {float(std):.3f}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float, *, hours: bool = False) -> str:
+    """A duration as ``minutes:seconds``, with the hours in front if there are any, or always with ``hours``."""
     minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}" if hour or hours else f"{minute}:{second:02d}"

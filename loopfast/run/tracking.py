@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loopfast.errors import LoopfastError, MissingExtraError, first_line
 from loopfast.system.files import write_file, writing
@@ -44,9 +44,7 @@ METRICS: dict[str, Metric] = {
         "standard deviation of the total reward over the iteration's images", "reward", "reward"
     ),
     "group_spread": Metric(
-        "standard deviation of the total reward within a group (a prompt's K samples), mean over groups",
-        "reward",
-        "reward",
+        "mean standard deviation of the total reward within a group, a prompt's K samples", "reward", "reward"
     ),
     "dropped_groups": Metric(
         "groups dropped because a reward of one of their images was not finite (rollout.on_bad_reward: drop_group)",
@@ -75,20 +73,11 @@ METRICS: dict[str, Metric] = {
         "policy",
     ),
     "zero_gradient": Metric(
-        "share of pairs without any gradient: clipped or with advantage 0, and without a KL penalty",
-        "1",
-        "policy",
+        "share of pairs without a gradient: clipped or with advantage 0, and no KL penalty", "1", "policy"
     ),
-    "kl": Metric(
-        "KL divergence from the policy that sampled, estimated as mean(ratio - 1 - log ratio)",
-        "nat",
-        "policy",
-    ),
+    "kl": Metric("KL divergence from the sampling policy: mean(ratio - 1 - log ratio)", "nat", "policy"),
     "kl_reference": Metric(
-        "mean KL divergence of the transitions from the reference model, the model before training; only with a "
-        "KL penalty",
-        "nat",
-        "policy",
+        "mean KL divergence from the model before training; only with algorithm.kl_weight", "nat", "policy"
     ),
     "logprob_change": Metric("mean |log-probability - log-probability at sampling|", "nat", "policy"),
     "loss": Metric("mean loss of the iteration's updates", "1", "optimization"),
@@ -311,13 +300,6 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
 
 
-class _Sink(Protocol):
-    def __init__(self, directory: Path, resume_at: int | None) -> None: ...
-    def scalars(self, iteration: int, values: Mapping[str, float]) -> None: ...
-    def image(self, tag: str, iteration: int, image: Image.Image) -> None: ...
-    def close(self) -> None: ...
-
-
 class _TensorBoard:
     def __init__(self, directory: Path, resume_at: int | None) -> None:
         try:
@@ -382,6 +364,7 @@ class _WandB:
         self._run.finish()
 
 
+_Sink = _TensorBoard | _WandB
 _SINKS: dict[str, type[_Sink]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
 
 

@@ -1,4 +1,4 @@
-"""The user's functions that are called after every iteration."""
+"""Calls the user's functions after every iteration."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from loopfast.training.state import TrainState
 
 @dataclass(frozen=True)
 class Iteration:
-    """A complete iteration, as callbacks see it. With several processes, callbacks are called in the first alone.
+    """A complete iteration, as callbacks get it. With several processes, only the first one calls callbacks.
 
     Attributes:
-        number: of the iteration, from 1.
-        metrics: its numbers, named as in ``metrics.jsonl``; those of an evaluation too, if it was evaluated.
+        number: number of the iteration, from 1.
+        metrics: its metrics, named as in ``metrics.jsonl``; those of an evaluation too, if it was evaluated.
         prompts: the G prompts.
-        rewards: float32 ``[G, K]``; NaN for all images of a prompt that was left out. None in the moment after a
-            resumption in which an iteration is evaluated whose images are gone.
-        trajectories: what was sampled, N = G · K; with several processes, with this one's latents. None where rewards
-            are.
+        rewards: float32 ``[G, K]``; NaN for all images of a prompt that was left out. None if the run was resumed after
+            the iteration and before its evaluation: its images are gone.
+        trajectories: the sampled trajectories, N = G · K, with the latents of this process. None if ``rewards`` is.
     """
 
     number: int
@@ -39,7 +38,7 @@ class Iteration:
     _stops: list[bool] = field(default_factory=list, repr=False)
 
     def images(self) -> Tensor:
-        """The images of this process's trajectories, decoded now: float32 ``[n, 3, H, W]`` in [0, 1].
+        """Decodes the images of this process's trajectories: float32 ``[n, 3, H, W]`` in [0, 1].
 
         Raises:
             ValueError: they are gone, see ``trajectories``.
@@ -59,7 +58,7 @@ Callback = Callable[[Iteration], object]
 
 
 def call_back(run: Run, state: TrainState, metrics: Mapping[str, Any]) -> bool:
-    """Calls the run's callbacks for the latest iteration; whether one asks to stop, the same in every process.
+    """Calls the run's callbacks for the latest iteration; returns in every process whether one asks to stop.
 
     Raises:
         CallbackError: a callback raised.

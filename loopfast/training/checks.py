@@ -109,7 +109,7 @@ def explained(run: Run, state: TrainState, batch: Batch) -> Iterator[None]:
         images = run.sampler.decode(final.to(run.sampler.policy.device))
         texts = [batch.prompts[int(batch.prompt_index[row])].text for row in rows]
         run.scoring.iteration = state.number
-        kept = run.world.on_main(lambda: run.scoring.keep(list(images), texts))
+        kept = run.world.on_main(lambda: run.scoring.save_images(list(images), texts))
         raised = NonFiniteError(f"iteration {state.number}: {error}; {kept}", error.rows)
         raised.on_all_ranks = True
         raise raised from error

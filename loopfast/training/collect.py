@@ -50,7 +50,7 @@ def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Traj
     schedule, _ = run.steps.for_iteration(run.config.run.seed, state.iteration)
     trajectories = sampler.allocate(len(seeds), schedule)
     with (
-        run.scoring.together(),
+        run.scoring.errors_on_all_ranks(),
         run.scoring.scorer(run.reward_worker, sampler.decode, partial(run.phase, "reward")) as scorer,
     ):
         sampling = sampler.stream(

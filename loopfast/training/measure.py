@@ -30,7 +30,7 @@ def evaluate_policy(run: Run, state: TrainState, rows: int) -> Evaluation:
     if not (run.engine.sharded and sampler.rollout_copy is not None and sampler.rollout_copy.exact):
         sampler = replace(sampler, rollout_copy=None)
     run.scoring.iteration = state.number
-    with run.scoring.together(), run.engine.ema_weights():
+    with run.scoring.errors_on_all_ranks(), run.engine.ema_weights():
         result = evaluate(
             sampler,
             run.evaluation_prompts,
@@ -39,7 +39,7 @@ def evaluate_policy(run: Run, state: TrainState, rows: int) -> Evaluation:
             between=run.check_stop,
             world=run.world,
         )
-    run.scoring.account_for(result.dropped, len(result.items))
+    run.scoring.report_dropped(result.dropped, len(result.items))
     return result
 
 

@@ -1,4 +1,4 @@
-"""How a rollout's images are scored: as they come, beside the sampling, or all at the end."""
+"""Scores a rollout's images: as they come, beside the sampling, or all at the end."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from loopfast.prompts import Prompt
 from loopfast.rewards import RewardThread, Scores, join_scores
 
 Score = Callable[[Tensor, Sequence[Prompt]], Scores]
-"""The scores of images ``[N, 3, H, W]`` of N prompts."""
+"""Returns the scores of images ``[N, 3, H, W]`` of N prompts."""
 Decode = Callable[[Tensor], Tensor]
-"""The images of latents."""
+"""Decodes latents to images."""
 Timed = Callable[[], AbstractContextManager[None]]
-"""Context around what passes for the rewards' sake while nothing is sampled."""
+"""Context of the time that rewards take while nothing is sampled."""
 
 
 class Scorer(Protocol):
-    """Scores what is handed over, part by part."""
+    """An object that scores images part by part."""
 
     def submit(self, latents: Tensor, prompts: Sequence[Prompt]) -> None:
         """Takes the denoised latents ``[n, *L]`` of a microbatch, and their n prompts."""
 
     def result(self) -> Scores:
-        """The scores of all that was submitted, in its order."""
+        """Returns the scores of all submitted images, in their order."""
 
 
 class Inline:
-    """Scores each microbatch's images before the next is sampled."""
+    """A scorer of each microbatch's images before the next is sampled."""
 
     def __init__(self, score: Score, decode: Decode, timed: Timed) -> None:
         self._score, self._decode, self._timed = score, decode, timed
@@ -47,7 +47,7 @@ class Inline:
 
 
 class Beside:
-    """Has a thread score the images while others are sampled."""
+    """A scorer of images in a thread, while others are sampled."""
 
     def __init__(self, thread: RewardThread[Prompt], decode: Decode, timed: Timed) -> None:
         self._thread, self._decode, self._timed = thread, decode, timed
@@ -62,7 +62,7 @@ class Beside:
 
 
 class AtTheEnd:
-    """Scores all images in one call, for a reward that compares them."""
+    """A scorer of all images in one call, for a reward that compares them."""
 
     def __init__(self, score: Score, decode: Decode, timed: Timed) -> None:
         self._score, self._decode, self._timed = score, decode, timed

@@ -1,4 +1,4 @@
-"""A run's rewards at work: how its images are scored, and what happens where they cannot be."""
+"""Scores a run's images by its rewards, and handles images that cannot be scored."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ Worker = Literal["none", "inline", "thread", "process"]
 class Scoring:
     """The rewards of a run.
 
-    Where other processes wait for this one's model calls, a reward that fails must not end it at once: from then on
-    nothing is scored, and what the rewards give is NaN, until the processes tell each other at the end of `together`.
+    A reward that fails in one process must not end it at once, while others wait for its model calls. From then on
+    nothing is scored, and scores are NaN, until the processes exchange their errors where `errors_on_all_ranks` ends.
 
     Args:
-        config: the run.
-        world: its processes.
-        folder: where images that cannot be scored are kept.
-        warn: called with a line where a run goes on without some of them.
-        given: functions of a Python program by the names that the configuration has for them.
+        config: configuration of the run.
+        world: processes of the run.
+        folder: the run's folder, which keeps images that cannot be scored.
+        warn: called with a line when a run continues without some images.
+        functions: functions of a Python program by the names that the configuration has for them.
 
     Raises:
         ConfigError: a reward cannot be used.
 
     Attributes:
-        iteration: whose images are scored, for messages and files.
+        iteration: the iteration whose images are scored, for messages and files.
     """
 
     def __init__(
@@ -55,34 +55,34 @@ class Scoring:
         world: World,
         folder: RunFolder,
         warn: Callable[[str], None],
-        given: Mapping[str, Callable[..., Any]] | None = None,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self._config, self._world, self._folder, self._warn = config, world, folder, warn
         worker = config.rollout.reward_worker
         self._rewards = (
             RewardProcess(config.reward, tf32=config.model.tf32)
             if worker == "process"
-            else build_rewards(config.reward, whole=worker == "none", functions=given)
+            else build_rewards(config.reward, full_batch=worker == "none", functions=functions)
         )
         self._thread = RewardThread(self.score)
         self.iteration = 0
         self._clear()
 
     def _clear(self) -> None:
-        """Forgets what was wrong."""
+        """Forgets earlier problems."""
         self._failure: RewardError | RewardMemoryError | None = None
-        # by reward, what was first wrong with its scores where that is no failure
+        # by reward, the first problem of its scores that is no failure
         self._problems: dict[str, str] = {}
-        # what failure and problems are about: float [3, H, W] on the CPU each, and their prompts
+        # images of failure and problems, float [3, H, W] on the CPU each, and their prompts
         self._images: list[Tensor] = []
         self._texts: list[str] = []
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Scores images ``[N, 3, H, W]`` of N prompts; inside `together` only.
+        """Scores images ``[N, 3, H, W]`` of N prompts, in the context `errors_on_all_ranks`.
 
         Raises:
-            RewardError: a reward failed, and no other process waits.
-            RewardMemoryError: a reward ran out of memory, and no other process waits.
+            RewardError: a reward failed, and the run has one process.
+            RewardMemoryError: a reward ran out of memory, and the run has one process.
         """
         if self._failure is not None:
             return self._unscored(len(prompts))
@@ -97,16 +97,16 @@ class Scoring:
         except (RewardError, RewardMemoryError) as error:
             self._failure = error
             if isinstance(error, RewardError):
-                self._note(images, prompts, error.images_index)
+                self._remember(images, prompts, error.images_index)
             if self._world.size == 1:
                 raise
             return self._unscored(len(prompts))
         if scores.problems:
             self._problems = {**scores.problems, **self._problems}
-            self._note(images, prompts, (~scores.total.isfinite()).nonzero()[:, 0].tolist())
+            self._remember(images, prompts, (~scores.total.isfinite()).nonzero()[:, 0].tolist())
         return scores
 
-    def _note(self, images: Tensor, prompts: Sequence[Prompt], positions: Sequence[int]) -> None:
+    def _remember(self, images: Tensor, prompts: Sequence[Prompt], positions: Sequence[int]) -> None:
         self._images += [images[position].float().cpu() for position in positions]
         self._texts += [prompts[position].text for position in positions]
 
@@ -115,12 +115,12 @@ class Scoring:
         return Scores(missing, dict.fromkeys((term.title for term in self._config.reward), missing))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Context around what scores images: a reward that fails in one process ends the run in all, at one point.
+    def errors_on_all_ranks(self) -> Iterator[None]:
+        """Context in which images are scored; at its end, a reward that failed in one process ends the run in all.
 
         Raises:
-            RewardError: on leaving, in every process.
-            RewardMemoryError: on leaving, in every process.
+            RewardError: at the end, in every process.
+            RewardMemoryError: at the end, in every process.
         """
         self._clear()
         try:
@@ -129,12 +129,12 @@ class Scoring:
             if self._failure is None:
                 raise
         failure = self._failure
-        told = "" if failure is None else str(failure)
+        message = "" if failure is None else str(failure)
         if isinstance(failure, RewardError):
-            told += f"; {self._kept_images('failures')}"
-        first = next(filter(None, self._world.gather_texts(told)), None)
+            message += f"; {self._saved_images('failures')}"
+        first = next(filter(None, self._world.gather_texts(message)), None)
         if first is not None:
-            # the error is of one kind in all processes, as what is done after it is done together
+            # all processes raise an error of one kind, as they handle it together
             memory = self._world.any(isinstance(failure, RewardMemoryError))
             self._end(first, failure, RewardMemoryError if memory else RewardError)
 
@@ -145,13 +145,13 @@ class Scoring:
         decode: Callable[[Tensor], Tensor],
         timed: Callable[[], AbstractContextManager[None]],
     ) -> Iterator[Scorer]:
-        """Context of a rollout's scorer, inside `together`; on leaving, nothing is being scored.
+        """Context of a rollout's scorer, within `errors_on_all_ranks`; after it, nothing is being scored.
 
         Args:
             worker: scores all images at the end (``none``), each microbatch's before the next is sampled (``inline``),
                 or beside the sampling.
-            decode: images of latents.
-            timed: context around what passes for the rewards' sake while nothing is sampled.
+            decode: returns the images of latents.
+            timed: context of the time that rewards take while nothing is sampled.
         """
         if worker == "none":
             yield AtTheEnd(self.score, decode, timed)
@@ -162,9 +162,7 @@ class Scoring:
                 yield Beside(self._thread, decode, timed)
 
     def rewards(self, scores: Scores, texts: Sequence[str], steps: int) -> tuple[Tensor, Tensor]:
-        """Returns the rewards that an iteration is trained on, and which prompts are kept; see `training_rewards`.
-
-        Warns of prompts that are not kept.
+        """Returns the rewards to train on, and which prompts are kept, see `training_rewards`; warns of the others.
 
         Args:
             scores: scores of all processes' images, the K of a prompt side by side.
@@ -179,63 +177,63 @@ class Scoring:
         if kept.all():
             return rewards, kept
         dropped = (~kept).nonzero()[:, 0].tolist()
-        told = (
+        message = (
             f"{len(dropped)} of {len(texts)} prompt(s) are left out, {quoted(texts, dropped)}: "
             f"{self._all_problems('bad-rewards')}"
         )
         pairs, updates = int(kept.sum()) * samples * steps, self._config.train.updates_per_iteration
         if pairs < updates:
-            self._end(f"{told}; {pairs} (image, step) pairs are left for {updates} update(s)")
-        self._warn(f"iteration {self.iteration}: {told}")
+            self._end(f"{message}; {pairs} (image, step) pairs are left for {updates} update(s)")
+        self._warn(f"iteration {self.iteration}: {message}")
         return rewards, kept
 
-    def account_for(self, dropped: int, kept: int) -> None:
-        """Says that images are left out of an evaluation, if any are.
+    def report_dropped(self, dropped: int, kept: int) -> None:
+        """Warns of images that an evaluation drops, if there are any.
 
         Args:
-            dropped, kept: how many are, and are not.
+            dropped, kept: numbers of images that are dropped and kept.
 
         Raises:
-            RewardError: none is left.
+            RewardError: no image is kept.
         """
         if not dropped:
             return
-        told = (
+        message = (
             f"{dropped} of {dropped + kept} image(s) are left out of the evaluation: "
             f"{self._all_problems('bad-rewards/evaluation')}"
         )
         if not kept:
-            self._end(told)
-        self._warn(f"iteration {self.iteration}: {told}")
+            self._end(message)
+        self._warn(f"iteration {self.iteration}: {message}")
 
-    def keep(
+    def save_images(
         self,
         images: Sequence[Tensor],
         texts: Sequence[str],
         rank: int | None = None,
         place: str = "failures",
     ) -> str:
-        """Keeps images and prompts that something is wrong with, and says where."""
+        """Saves bad images and their prompts; returns a message with their folder."""
         try:
             folder = self._folder.save_failure(self.iteration, images, texts, rank, place=place)
-        except LoopfastError as unwritten:
-            return f"the images could not be kept: {unwritten}"
+        except LoopfastError as error:
+            return f"the images could not be kept: {error}"
         return f"images and prompts are in {folder}"
 
     def close(self) -> None:
-        """Ends the rewards' thread and their process, where they have one."""
+        """Ends the rewards' thread, and their process if they have one."""
         self._thread.close()
         if isinstance(self._rewards, RewardProcess):
             self._rewards.close()
 
     def _all_problems(self, place: str) -> str:
-        """What was wrong with all processes' scores; keeps the images."""
-        told = [*self._problems.values(), *([self._kept_images(place)] if self._problems else [])]
-        return "; ".join(text for text in self._world.gather_texts("; ".join(told)) if text)
+        """Returns the problems of all processes' scores, and saves their images."""
+        messages = [*self._problems.values(), *([self._saved_images(place)] if self._problems else [])]
+        return "; ".join(filter(None, self._world.gather_texts("; ".join(messages))))
 
-    def _kept_images(self, place: str) -> str:
+    def _saved_images(self, place: str) -> str:
         rank = None if self._world.size == 1 else self._world.rank
-        return self.keep(self._images, self._texts, rank, place)
+        return self.save_images(self._images, self._texts, rank, place)
 
     def _end(
         self,
@@ -243,7 +241,7 @@ class Scoring:
         cause: LoopfastError | None = None,
         kind: type[RewardError | RewardMemoryError] = RewardError,
     ) -> NoReturn:
-        """Ends the run in all processes, which know the reason."""
+        """Ends the run in all processes, which all know the reason."""
         error = kind(f"iteration {self.iteration}: {reason}")
         error.on_all_ranks = self._world.size > 1
         raise error from cause

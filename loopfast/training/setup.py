@@ -25,9 +25,9 @@ from loopfast.run.tracking import Tracker
 from loopfast.schedules import TransitionSchedule
 from loopfast.system.device import CUBLAS_WORKSPACE, CUBLAS_WORKSPACES, torch_device
 from loopfast.system.interrupts import StopRequest
-from loopfast.training.given import Given
 from loopfast.training.identity import reward_identity
 from loopfast.training.microbatch import Microbatches, start_size
+from loopfast.training.objects import ProgramObjects
 from loopfast.training.run import Run
 from loopfast.training.saving import restored
 from loopfast.training.scoring import Scoring
@@ -39,7 +39,7 @@ PASSING_ON = 2.0
 
 @contextmanager
 def start(
-    config: Config, resume: str | None, display: Display, given: Given | None = None
+    config: Config, resume: str | None, display: Display, objects: ProgramObjects | None = None
 ) -> Iterator[tuple[Run, TrainState]]:
     """Context of a run with the other processes of its launch. It gives the run's parts and its state.
 
@@ -48,13 +48,13 @@ def start(
         resume: ``auto`` for the newest good checkpoint, or a checkpoint's path. None starts a new run, except that a
             launch restarted by ``torchrun`` resumes its run.
         display: shows progress on rank 0.
-        given: objects of a Python program that the configuration refers to by name.
+        objects: objects of a Python program that the configuration refers to by name.
 
     Raises:
         LoopfastError: the run cannot start.
     """
-    given = given or Given()
-    given.check(config)
+    objects = objects or ProgramObjects()
+    objects.check(config)
     launch_env = read_launch_environment(os.environ)
     with (
         StopRequest(0.0 if launch_env.size == 1 else PASSING_ON) as stop,
@@ -66,10 +66,10 @@ def start(
         world.on_main(lambda: ends.enter_context(locked(folder.path, display.warning)))
         if resume is None and is_elastic_restart(launch_env):
             resume = "auto"
-        for note in given.notes():
+        for note in objects.notes():
             display.warning(note)
-        world.on_main(lambda: given.write(folder, resume))
-        run, state = _prepared(config, resume, display, stop, world, folder, given, ends)
+        world.on_main(lambda: objects.write(folder, resume))
+        run, state = _prepared(config, resume, display, stop, world, folder, objects, ends)
         mark_opened(launch_env)
         yield run, state
 
@@ -104,13 +104,13 @@ def _prepared(
     stop: StopRequest,
     world: World,
     folder: RunFolder,
-    given: Given,
+    objects: ProgramObjects,
     ends: ExitStack,
 ) -> tuple[Run, TrainState]:
     """Makes the parts of a run and its state: quick checks first, parts that take memory last."""
     prompts = load_prompts(config.prompts.source)
     evaluation_prompts = load_prompts(config.evaluation.prompts or config.prompts.source)
-    scoring = Scoring(config, world, folder, display.warning, given.rewards)
+    scoring = Scoring(config, world, folder, display.warning, objects.rewards)
     ends.callback(scoring.close)
     schedule = load_schedule(config.model, config.rollout)
     for note in scheduler_notes(config.model):

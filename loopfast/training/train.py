@@ -27,10 +27,10 @@ from loopfast.training.callbacks import Callback, call_back
 from loopfast.training.checks import check_ratio, explained, warn_of_overflows
 from loopfast.training.collect import collect
 from loopfast.training.facts import announce, conclude
-from loopfast.training.given import Given
 from loopfast.training.loss import PolicyLoss, compare
 from loopfast.training.measure import evaluated, record
 from loopfast.training.metrics import iteration_metrics
+from loopfast.training.objects import ProgramObjects
 from loopfast.training.pairs import Pairs, update_pairs
 from loopfast.training.probe import fit_training_calls
 from loopfast.training.run import Run
@@ -54,7 +54,7 @@ def train(
     *,
     resume: str | None = None,
     display: Display,
-    given: Given | None = None,
+    objects: ProgramObjects | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Path:
     """Trains a policy by a configuration, together with the other processes of its launch.
@@ -64,7 +64,7 @@ def train(
         resume: ``auto`` for the newest good checkpoint, or a checkpoint's path. A resumed run continues as if it had
             not stopped. None starts a new run, except that a launch restarted by ``torchrun`` resumes its run.
         display: shows progress on rank 0.
-        given: objects of a Python program that the configuration refers to by name.
+        objects: objects of a Python program that the configuration refers to by name.
         callbacks: called after every iteration.
 
     Returns:
@@ -74,7 +74,7 @@ def train(
         LoopfastError: the run cannot start or continue; the message says why. Saved files stay.
         Interrupted: a signal stopped the run, whose state is saved.
     """
-    with start(config, resume, display, given) as (run, state):
+    with start(config, resume, display, objects) as (run, state):
         run.callbacks = callbacks
         with saved_on_failure(run, state):
             announce(run, state)

@@ -69,7 +69,9 @@ def test_the_seed_decides_every_bit(folders: dict[str, Path]) -> None:
     assert first.keys() == again.keys()
     for name in first.keys() - {"README.md"}:  # which says how long it took
         assert first[name] == again[name], name
-    for ours, others in zip(pretrain.build(TINY)[:3], pretrain.build(replace(TINY, seed=4))[:3], strict=True):
+    one, other = pretrain.build(TINY), pretrain.build(replace(TINY, seed=4))
+    for name in ("vae", "text_encoder", "unet"):
+        ours, others = getattr(one, name), getattr(other, name)
         drawn = [
             pair for pair in zip(ours.parameters(), others.parameters(), strict=True) if pair[0].std() > 0
         ]

@@ -11,7 +11,7 @@ from PIL import Image
 from loopfast.__main__ import main
 from loopfast.config import Config, config_to_yaml
 from loopfast.errors import ConfigError, LoopfastError
-from loopfast.evaluation.compare import Course, as_markdown, compare_runs
+from loopfast.evaluation.compare import RewardSummary, as_markdown, compare_runs
 from loopfast.reporting import Curve, reward_curves
 from loopfast.run.console import Display
 from loopfast.training.train import train
@@ -83,16 +83,19 @@ def test_what_runs_did_and_what_came_of_it(loop: Path, ppo: Path) -> None:
     assert (first.label, first.algorithm, first.samples_per_prompt) == ("loop", "loop", 2)
     assert (first.iterations, first.planned, first.images, first.seconds) == (3, 3, 24, 91.5)
     assert first.rewards == {
-        "reward": Course(-9.0, -5.0, -4.0, 2),
-        "jpeg_compressibility": Course(-9.0, -5.0, -4.0, 2),
-        "embedded": Course(0.1, 0.3, 0.3, 2),
+        "reward": RewardSummary(-9.0, -5.0, -4.0, 2),
+        "jpeg_compressibility": RewardSummary(-9.0, -5.0, -4.0, 2),
+        "embedded": RewardSummary(0.1, 0.3, 0.3, 2),
     }
     assert first.benchmarks == {
         "embedded": {"color": {"base": 0.25, "trained": 0.5}, "shape": {"base": 0.1, "trained": 0.2}}
     }
     assert (second.label, second.algorithm, second.samples_per_prompt) == ("ppo", "ppo", 4)
     assert (second.iterations, second.planned) == (2, 3)
-    assert second.rewards == {"reward": Course(0.2, 0.2, 0.2, 0), "embedded": Course(0.2, 0.2, 0.2, 0)}
+    assert second.rewards == {
+        "reward": RewardSummary(0.2, 0.2, 0.2, 0),
+        "embedded": RewardSummary(0.2, 0.2, 0.2, 0),
+    }
 
 
 def test_the_tables(loop: Path, ppo: Path) -> None:

@@ -26,7 +26,7 @@ def run_card(model: ModelConfig, folder: Path, *, whole: bool, base: Path | None
     config = Config(model=model, rollout=RolloutConfig(steps=2, guidance_scale=2.0))
     checkpoint = Checkpoint(folder, 1, 0, {}, {})
     (folder / "metrics.jsonl").write_text("")
-    card = write_card(folder, folder / "PATH" / "TO" / "THIS" / "FOLDER", config, checkpoint, whole=whole)
+    card = write_card(folder, folder / "PATH" / "TO" / "THIS" / "FOLDER", config, checkpoint, full=whole)
     if base is not None:
         (folder / base.name).symlink_to(base)
     code = re.search(r"```python\n(.*?)```", card.read_text("utf-8"), re.DOTALL)

@@ -163,13 +163,13 @@ def test_scaling(sharded: Plan) -> None:
     assert [scale.images for scale in sharded.weak] == [32, 256, 2048, 16384]
     assert {scale.images for scale in sharded.strong} == {128}
     # each does the same work, and sends nearly the same
-    assert len({round(scale.compute, 3) for scale in sharded.weak[1:]}) == 1
-    assert sharded.weak[0].communication == 0
-    assert sharded.weak[1].communication < sharded.weak[2].communication
-    computes = [scale.compute for scale in sharded.strong]
+    assert len({round(scale.compute_seconds, 3) for scale in sharded.weak[1:]}) == 1
+    assert sharded.weak[0].communication_seconds == 0
+    assert sharded.weak[1].communication_seconds < sharded.weak[2].communication_seconds
+    computes = [scale.compute_seconds for scale in sharded.strong]
     assert computes == sorted(computes, reverse=True)
     count, updates = 859_520_964, 2
-    assert sharded.weak[1].sent["reduce gradients"] == round(2 * 7 / 8 * 4 * count * updates)
+    assert sharded.weak[1].bytes_sent["reduce gradients"] == round(2 * 7 / 8 * 4 * count * updates)
 
 
 def test_gathering_all_weights_is_counted_by_call() -> None:
@@ -180,10 +180,10 @@ def test_gathering_all_weights_is_counted_by_call() -> None:
     )
     name = "gather weights, replay"
     calls = 2 * plain.chosen.footprint.batch.calls
-    assert plain.weak[1].sent[name] == round(2 * 7 / 8 * 2 * 859_520_964 * calls)
-    assert checked.weak[1].sent[name] == round(1.5 * plain.weak[1].sent[name])
+    assert plain.weak[1].bytes_sent[name] == round(2 * 7 / 8 * 2 * 859_520_964 * calls)
+    assert checked.weak[1].bytes_sent[name] == round(1.5 * plain.weak[1].bytes_sent[name])
     # the copy to sample from is made once
-    assert plain.weak[1].sent["gather weights, rollout"] == round(7 / 8 * 2 * 859_520_964)
+    assert plain.weak[1].bytes_sent["gather weights, rollout"] == round(7 / 8 * 2 * 859_520_964)
 
 
 def test_json_has_these_keys(sharded: Plan) -> None:

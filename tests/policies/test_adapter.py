@@ -38,7 +38,7 @@ def predict(policy: Policy) -> Tensor:
 
 
 def gradients(policy: Policy) -> dict[str, Tensor]:
-    """Of one more backward pass, added to those of the ones before."""
+    """Adds the gradients of one more backward pass."""
     predict(policy).float().square().mean().backward()
     return {name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None}
 

@@ -1,4 +1,4 @@
-"""``model.lora.from``: LoRAs that other tools wrote act in the adapter as they do for their makers."""
+"""``model.lora.from``: LoRAs of other tools have the same effect in the adapter as in those tools."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def predict(policy: Policy) -> Tensor:
 
 
 def factors(policy: Any) -> dict[str, Tensor]:
-    """The trained ones by the names that peft gives them, not scaled."""
+    """The trained weights by peft's names, not scaled."""
     unscaled = policy._config.lora.model_copy(update={"alpha": float(RANK)})
     return exported_adapter(policy._denoiser, unscaled, weights(policy))
 
@@ -71,7 +71,7 @@ def by_kohya(policy: Any, folder: Path) -> Path:
 
 
 def by_diffusers(policy: Any, folder: Path) -> Path:
-    """As diffusers' training scripts: alpha is in the file's metadata."""
+    """Writes a file as diffusers' training scripts do: alpha is in its metadata."""
     settings = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=["to_k", "to_q", "to_v", "to_out.0"])
     StableDiffusionPipeline.save_lora_weights(
         folder, unet_lora_layers=factors(policy), unet_lora_adapter_metadata=settings.to_dict()
@@ -80,7 +80,7 @@ def by_diffusers(policy: Any, folder: Path) -> Path:
 
 
 def by_earlier_diffusers(policy: Any, folder: Path) -> Path:
-    """Names of diffusers' first LoRAs, without an alpha: the factor is in the weights."""
+    """Writes the names of diffusers' first LoRAs, without an alpha: the factor is in the weights."""
     folder.mkdir()
     found = {}
     for name, value in exported_adapter(policy._denoiser, policy._config.lora, weights(policy)).items():

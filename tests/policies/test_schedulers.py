@@ -1,4 +1,4 @@
-"""Which scheduler a model is trained with, from the files that checkpoints are published with."""
+"""The scheduler that a model is trained with, from the files of published checkpoints."""
 
 from __future__ import annotations
 

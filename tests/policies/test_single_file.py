@@ -26,7 +26,7 @@ WHOLE = ("vae", "text_encoder")
 def test_the_weights_are_those_of_the_file(
     name: str, parts: tuple[str, ...], family_folder: Any, tmp_path: Path
 ) -> None:
-    """What the file lacks comes from the pipeline that describes it."""
+    """Components that the file lacks come from the pipeline that describes it."""
     folder = family_folder("sd")
     pipeline = DiffusionPipeline.from_pretrained(folder)
     with torch.no_grad():  # so that it shows which of the two was loaded

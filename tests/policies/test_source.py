@@ -1,4 +1,4 @@
-"""What ``model.pretrained`` may name, and what is said of everything else."""
+"""The values that ``model.pretrained`` may have, and the errors of all others."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(folder: Path, *, trained: str = "") -> Path:
 
 
 def cached(folder: Path) -> Path:
-    """As the hub's client keeps a repository."""
+    """A repository in the cache of the hub's client."""
     write(folder / "models--a--b" / "snapshots" / "0123" / "model_index.json")
     return folder / "models--a--b"
 

@@ -1,4 +1,4 @@
-"""Performance options for a GPU: what they set, what they refuse, and on a GPU what they compute."""
+"""The performance options with an effect on a GPU: their settings, their errors, and with a GPU their results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
 
 @pytest.fixture(autouse=True)
 def _process() -> Iterator[None]:
-    """Puts back what is set for the whole process."""
+    """Restores the settings of the process."""
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     tf32 = [backend.allow_tf32 for backend in backends]
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark

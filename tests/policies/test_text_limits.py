@@ -1,4 +1,4 @@
-"""How many tokens of a prompt each family's text encoders read."""
+"""The number of tokens of a prompt that each family's text encoders read."""
 
 from __future__ import annotations
 

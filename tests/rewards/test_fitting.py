@@ -139,10 +139,10 @@ def test_a_reward_that_may_compare_images_is_not() -> None:
     with pytest.raises(
         RewardMemoryError, match=r"a call with 5 image\(s\) .* rollout.reward_worker other than none"
     ):
-        RewardSet(terms(score), whole=True).score(images(), PROMPTS)
+        RewardSet(terms(score), full_batch=True).score(images(), PROMPTS)
     assert score.calls == [5]
     # what a model gives does not depend on the other images
-    assert RewardSet(terms(pretrained(Brightness(2))), whole=True).score(images(), PROMPTS).total[4] == 1
+    assert RewardSet(terms(pretrained(Brightness(2))), full_batch=True).score(images(), PROMPTS).total[4] == 1
 
 
 def test_what_is_wrong_in_a_later_call_has_its_place_in_the_batch() -> None:
@@ -221,7 +221,10 @@ def test_the_sampling_is_not_made_smaller_for_a_rewards_sake(
     judging = judge(Brightness(0), None, f"rollout.reward_worker={worker}")
 
     def attempt(rows: int) -> Any:
-        with judging.together(), judging.scorer(worker, lambda latents: latents, untimed) as scorer:
+        with (
+            judging.errors_on_all_ranks(),
+            judging.scorer(worker, lambda latents: latents, untimed) as scorer,
+        ):
             scorer.submit(images(), [Prompt(text) for text in PROMPTS])
             return scorer.result()
 
@@ -239,12 +242,12 @@ def test_processes_end_together_with_the_same_error(judge: Callable[..., Scoring
     short = judge(Brightness(0), TwoProcesses())
     with (
         pytest.raises(RewardMemoryError, match="reward 'mine' ran out of memory") as caught,
-        short.together(),
+        short.errors_on_all_ranks(),
     ):
         # the other process waits for this one's model calls: they go on
         assert short.score(images(), prompts).total.isnan().all()
     assert caught.value.on_all_ranks
     other = judge(Brightness(9), TwoProcesses(RewardMemoryError("reward 'mine' ran out of memory on cuda:1")))
-    with pytest.raises(RewardMemoryError, match="on cuda:1"), other.together():
+    with pytest.raises(RewardMemoryError, match="on cuda:1"), other.errors_on_all_ranks():
         other.score(images(), prompts)
     assert issubclass(RewardMemoryError, LoopfastError)

@@ -1,7 +1,6 @@
-"""The part of CUDA that recording a graph needs, on a CPU: streams, an allocator that knows recordings, graphs.
+"""A fake of the parts of CUDA that record a graph: streams, graphs, and an allocator that knows of recordings.
 
-After a failed recording the allocator behaves as in torch 2.11: it assumes that the recording continues until it is
-ended.
+After a failed recording the allocator behaves as in torch 2.11: it considers it as under way until it is ended.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ import torch
 
 
 class FakeCuda:
-    """Installed in place of ``torch.cuda``.
+    """A fake that replaces functions of ``torch.cuda``.
 
     Attributes:
-        streams: every stream made.
+        streams: all streams.
         recorded: the pool of each recording that succeeded.
-        underway: pools that the allocator believes to be recorded into.
-        released: pools whose use by a failed recording was ended.
-        modes: the synchronization debug modes set, in order.
-        fresh_generators: how often the default generator was given a fresh state.
+        underway: the pools that the allocator considers to be recorded into.
+        released: the pools whose use by a failed recording was ended.
+        modes: the synchronization debug modes, in the order in which they were set.
+        fresh_generators: the number of times that the default generator was given a fresh state.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, ends_by_itself: bool = False) -> None:
@@ -60,11 +59,11 @@ class FakeCuda:
 
     @property
     def capturing(self) -> bool:
-        """Returns whether the current work is recorded."""
+        """True while work is recorded."""
         return self._capturing
 
     def wait(self) -> None:
-        """Does the same as work that reads a value from the GPU."""
+        """Acts as work that asks the GPU for a value."""
         if self._capturing:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         if self.modes and self.modes[-1] == "warn":

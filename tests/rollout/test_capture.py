@@ -1,4 +1,4 @@
-"""Recording the denoising step: the cache of recordings, what makes one stale, and doing without."""
+"""Recordings of the denoising step: their cache, what makes one stale, and the loop without them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def get(cache: StepCache, policy: Policy, folder: Path, /, **changes: Any) -> Ca
 def test_a_step_is_made_once_for_what_it_depends_on(policy: Policy, pipeline_folder: Path) -> None:
     cache = StepCache()
     first = get(cache, policy, pipeline_folder)
-    # of another noise, other prompts and any number of them
+    # another noise, and any number of other prompts
     noise = toy.schedule(pipeline_folder, eta=0.5)
     assert get(cache, policy, pipeline_folder, schedule=noise) is first
     assert get(cache, policy, pipeline_folder, conditioning=policy.encode(["a star"] * 9)) is first
@@ -102,7 +102,7 @@ def test_what_moved_is_named_before_a_replay_reads_the_old_place(
 
 
 def test_a_recording_that_fails_is_told_once_and_done_without(policy: Policy, pipeline_folder: Path) -> None:
-    """A real failure: there are no graphs of a CPU's work."""
+    """Fails for real: a CPU's work has no graphs."""
     said: list[str] = []
     step = get(StepCache(), policy, pipeline_folder).step
     failed = CapturedStep(step, recorder=Recorder(torch.device("cpu")), warn=said.append)
@@ -180,7 +180,7 @@ def test_the_graph_is_recorded_anew_when_weights_move(on_gpu: Policy, pipeline_f
 @pytest.mark.gpu
 def test_the_memory_of_graphs_is_given_back(on_gpu: Policy, pipeline_folder: Path) -> None:
     made = toy.sampler(on_gpu, pipeline_folder)
-    # the recording's stream stays, and with it the workspaces that libraries keep for it
+    # the recording's stream stays, and so do the libraries' workspaces for it
     toy.run(made)
     made.release()
     toy.run(toy.sampler(on_gpu, pipeline_folder, steps=StepCache(capture=False)))

@@ -1,4 +1,4 @@
-"""Recording work in a CUDA graph, and what is left of a recording that fails; with a fake of CUDA."""
+"""Recordings of work in a CUDA graph, and the state after one that fails; with a fake of CUDA."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_recording_that_fails_leaves_the_process_sound(
 
     with pytest.raises(CannotRecordError) as caught:
         recorder.record(nothing, work)
-    # the error that broke the recording, not the one that ending it raised
+    # the error that broke the recording, not the one that its end raised
     assert str(caught.value) == "RuntimeError: CUDA error: operation not permitted when stream is capturing"
     torch.cuda.empty_cache()
     assert len(cuda.released) == (0 if ends_by_itself else 1)

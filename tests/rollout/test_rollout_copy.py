@@ -1,4 +1,4 @@
-"""The copy that is sampled from: equal to the policy after every refresh, at fixed addresses."""
+"""The rollout copy: equal to the policy after every refresh, at fixed addresses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LORA: dict[str, Any] = {"tune": "lora", "lora": {"rank": 2, "alpha": 8.0}}
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy does in two steps all that it does in more."""
+    """Two steps, which show the same as more would."""
     monkeypatch.setattr(toy, "STEPS", 2)
 
 
@@ -121,7 +121,7 @@ def test_training_from_a_merged_copy_measures_what_it_changes(small_config: Make
     assert warnings.count("before the first update the ratio differs from 1") == 2
     lines = read_metrics(folder / "metrics.jsonl")[1:]
     assert all(line["ratio_max_deviation"] > 1e-3 for line in lines)
-    # what evaluation measures is the policy itself: the same before training, with or without a copy
+    # evaluations sample the policy itself: the same before training, with or without a copy
     plain, _ = train(small_config(*lora, "train.iterations=1", "run.name=plain"))
     first, other = (read_metrics(path / "metrics.jsonl")[0]["eval_reward"] for path in (folder, plain))
     assert first == other
@@ -161,7 +161,7 @@ def test_a_gathered_copy_is_there_while_it_is_used(pipeline_folder: Path, option
         sampler = toy.sampler(policy, pipeline_folder, 2.0, rollout_copy=rollout_copy)
         assert toy.same(toy.run(sampler), direct)
         assert held() == 0
-        # what is asked for inside of another use is the copy that is there, as it was
+        # a nested use has the same copy, unchanged
         with sampler.ready():
             once = [parameter.data_ptr() for parameter in rollout_copy.policy.denoiser.parameters()]
             toy.move(policy)

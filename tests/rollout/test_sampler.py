@@ -37,7 +37,7 @@ def sampler(policy: Policy, microbatch: int = 4, guidance: float = 1.0, reductio
 
 
 def stream(made: Sampler, **options: Any) -> Trajectories:
-    """What comes out of the microbatches, one after the other."""
+    """Returns the result of microbatches, one after the other."""
     found = made.allocate(len(SEEDS))
     for _ in made.stream(found, made.policy.encode(PROMPTS), ROWS, SEEDS, **options):
         pass
@@ -67,7 +67,7 @@ def test_sampling_again_is_the_same_to_the_bit(policy: Policy) -> None:
 
 
 def test_a_row_is_decided_by_its_seed_and_prompt(policy: Policy) -> None:
-    """Whatever rows are sampled with it, and in whatever order."""
+    """A row is the same with any other rows and in any order."""
     whole = run(sampler(policy))
     order = torch.tensor([6, 2, 0, 5, 1])
     some = run(sampler(policy), ROWS[order], SEEDS[order])
@@ -194,7 +194,7 @@ def test_automatic_microbatches() -> None:
 
 @contextmanager
 def room_to_decode(policy: Any, rows: int, error: Exception) -> Iterator[list[int]]:
-    """Inside, decoding more latents at a time raises an error; gives how many were decoded at a time."""
+    """Context in which decoding more latents at a time raises an error; yields the number of latents of each call."""
     decode, calls = policy.decode, list[int]()
 
     def limited(latents: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ def test_decoding_takes_fewer_images_where_memory_does_not_suffice_and_the_denoi
     with room_to_decode(policy, 2, error) as calls:
         images = made.decode(latents)
         assert calls == [6, 3, 1, 1, 1, 1, 1, 1, 1]
-        # the sampler of another size goes on with what is known
+        # a sampler with another microbatch keeps the limit
         replace(made, microbatch=5).decode(latents[:2])
     assert calls[9:] == [1, 1]
     assert made.microbatch == 6

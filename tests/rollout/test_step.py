@@ -18,7 +18,7 @@ aten: Any = torch.ops.aten
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait for a device: reading a number, and copying to the CPU."""
+    """Counts operations that make the host wait for a device: reading a number, and copying to the CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_the_loop_reads_no_number_on_the_host(policy: Policy, pipeline_folder: P
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @torch.no_grad()
 def test_the_loop_runs_where_no_number_exists(policy: Policy, pipeline_folder: Path, guidance: float) -> None:
-    """Tensors of the device "meta" have no values: whatever asks for one, or brings one to the host, raises."""
+    """Tensors of the device "meta" have no values: an operation that needs one on the host raises."""
     meta = torch.device("meta")
     denoiser = copy.deepcopy(policy.denoiser).to(meta)
     elsewhere = policy.with_denoiser(denoiser, meta, policy.dtype, autocast=False)

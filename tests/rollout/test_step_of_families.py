@@ -44,7 +44,7 @@ class Uploads(TorchDispatchMode):
 @pytest.mark.parametrize(("family", "option"), [case for case in CASES if case != ("sd35", None)])
 @torch.no_grad()
 def test_the_loop_runs_where_no_number_exists(family: str, option: str | None, family_folder: Any) -> None:
-    """Tensors of the device "meta" have no values: whatever asks for one, or brings one to the host, raises."""
+    """Tensors of the device "meta" have no values: an operation that needs one on the host raises."""
     meta = torch.device("meta")
     config = configure(family, option, family_folder(family), "cpu")
     policy = load_policy(config)

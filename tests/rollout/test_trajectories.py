@@ -20,7 +20,7 @@ def test_pairs_are_neighboring_latents() -> None:
 
 
 def test_latents_in_the_hosts_memory_come_back_to_the_log_probabilities_device() -> None:
-    """With the device that holds no data, where shapes and devices alone can be seen."""
+    """On the device "meta", which has shapes and devices but no data."""
     latents = torch.arange(4 * 3 * 2.0).view(4, 3, 2)
     kept = Trajectories(latents, torch.zeros(3, 3, device="meta"))
     assert kept.to_host().latents is latents

@@ -63,7 +63,7 @@ def test_a_range_draws_noise_inside_alone(pipeline_folder: Path) -> None:
     found = toy.run(made, schedule=schedule)
     assert (found.logprob[[0, 3]] == 0).all()
     assert (found.logprob[[1, 2]] != 0).all()
-    # of the same initial noise, before any other is drawn
+    # the initial noise is the same, and all further noise is drawn later
     assert torch.equal(found.latents[0], toy.run(made).latents[0])
     assert torch.equal(
         toy.run(toy.sampler(policy, pipeline_folder), schedule=schedule).latents, found.latents
@@ -81,7 +81,7 @@ def test_a_window_is_drawn_anew_for_each_iteration(pipeline_folder: Path) -> Non
     assert [t for _, t in windows] == [steps.for_iteration(3, iteration)[1] for iteration in range(60)]
     assert [t for _, t in windows] != [steps.for_iteration(4, iteration)[1] for iteration in range(60)]
     assert steps.count == 2
-    # it lies where all of it is trained on
+    # all steps of a window are trained on
     assert {stochastic_steps(whole, "window:2", "1:").for_iteration(0, i)[1] for i in range(30)} == {
         (1, 2),
         (2, 3),

@@ -1,4 +1,4 @@
-"""A small policy and the objects that are needed to sample from it."""
+"""A small policy, its schedule and its sampler."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def same(first: Trajectories, second: Trajectories) -> bool:
 
 
 def move(policy: Policy, scale: float = 0.05) -> dict[str, Tensor]:
-    """Changes the trained weights in place; returns copies."""
+    """Changes the trained weights, in place, and returns copies."""
     with torch.no_grad():
         for parameter in policy.trainable().values():
             parameter += scale * torch.randn_like(parameter)

@@ -110,7 +110,7 @@ def test_the_bar_shows_phase_rewards_and_time_left(clock: list[float]) -> None:
 
 
 def test_hours_are_shown_as_such() -> None:
-    assert [console._clock(seconds) for seconds in (0.4, 59.6, 3599, 3600, 90061)] == [
+    assert [console.clock(seconds) for seconds in (0.4, 59.6, 3599, 3600, 90061)] == [
         "0:00",
         "1:00",
         "59:59",

@@ -6,28 +6,18 @@ import torch
 from torch import Tensor
 
 from ..buffers import empty_like
-from ..native_library import Latents, as_float32, call, latents, pointer, transition
+from ..native_library import Latents, call, latents, pointer, transition_struct
+from ..transition import Transition
 from ..validation import check_index
 
 
-def denoise_step(
-    model_output: Tensor,
-    sample: Tensor,
-    table: Tensor,
-    step: Tensor,
-    seed: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """``x_{t-1}`` and its log-probability; as in `reference`."""
-    table = as_float32(table)
-    prev_sample = empty_like(sample)
-    logprob = sample.new_empty(sample.shape[0], dtype=torch.float32)
-    at = transition(model_output, sample, table, step, uncond_output, guidance_scale, reduction)
+def denoise_step(transition: Transition, seed: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """Returns ``x_{t-1}`` and its log-probability, as `reference` does."""
+    prev_sample = empty_like(transition.sample)
+    logprob = prev_sample.new_empty(prev_sample.shape[0], dtype=torch.float32)
     call(
         "loopfast_denoise_step",
-        at,
+        transition_struct(transition, reduction),
         pointer("seed", seed),
         latents("prev_sample", prev_sample),
         Latents(None, 0),
@@ -38,30 +28,20 @@ def denoise_step(
 
 
 def denoise_step_(
-    model_output: Tensor,
-    trajectory: Tensor,
-    logprob: Tensor,
-    model_input: Tensor,
-    step: Tensor,
-    table: Tensor,
-    seed: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    reduction: str,
+    transition: Transition, logprob: Tensor, model_input: Tensor, seed: Tensor, reduction: str
 ) -> None:
-    """The in-place form; as in `reference`."""
-    check_index("step", step, table.shape[0])
-    index = int(step)
-    table = as_float32(table)
-    at = transition(model_output, trajectory[index], table, step, uncond_output, guidance_scale, reduction)
-    at.step_stride = 0
+    """Takes the step in place, as `reference` does."""
+    check_index("step", transition.step, transition.table.shape[0])
+    index, trajectory = int(transition.step), transition.sample
+    struct = transition_struct(transition._replace(sample=trajectory[index]), reduction)
+    struct.step_stride = 0
     call(
         "loopfast_denoise_step",
-        at,
+        struct,
         pointer("seed", seed),
         latents("trajectory", trajectory[index + 1]),
         latents("model_input", model_input),
         model_input.shape[0] // trajectory.shape[1],
         logprob[index].data_ptr(),
     )
-    step.add_(1)
+    transition.step.add_(1)

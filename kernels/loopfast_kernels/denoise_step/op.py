@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..registration import Operator
+from ..registration import Operator, select
+from ..transition import Transition
 from ..transition_logprob.reference import arithmetic_dtype
 from ..validation import LATENT_DTYPES, REAL_DTYPES, check_tensor, check_transition
 
@@ -16,29 +17,43 @@ _NEW_SAMPLE = backends.Implementations(__package__, "denoise_step")
 _IN_PLACE = backends.Implementations(__package__, "denoise_step_")
 
 
-def _fake(model_output: Tensor, sample: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = arithmetic_dtype(model_output, sample)
-    return torch.empty_like(sample), model_output.new_empty(model_output.shape[0], dtype=dtype)
+def _new_sample(arguments: Any) -> tuple[Tensor, Tensor]:
+    compute = _NEW_SAMPLE.choose(arguments.model_output, arguments.sample, arguments.uncond_output)
+    result: tuple[Tensor, Tensor] = compute(
+        select(Transition, arguments), arguments.seed, arguments.reduction
+    )
+    return result
 
 
-def _denoise_in_place(*arguments: Any) -> None:
-    _IN_PLACE.choose(*arguments[:4], arguments[7])(*arguments)
-    # For autograd, which would not notice what is written through a pointer.
-    torch.autograd.graph.increment_version(arguments[1:5])
+def _in_place(arguments: Any) -> None:
+    output, trajectory, logprob = arguments.model_output, arguments.trajectory, arguments.logprob
+    model_input, table, step = arguments.model_input, arguments.table, arguments.step
+    uncond_output = arguments.uncond_output
+    compute = _IN_PLACE.choose(output, trajectory, logprob, model_input, uncond_output)
+    transition = Transition(output, trajectory, table, step, uncond_output, arguments.guidance_scale)
+    compute(transition, logprob, model_input, arguments.seed, arguments.reduction)
+    # This tells autograd, which would not notice what is written through a pointer.
+    torch.autograd.graph.increment_version((trajectory, logprob, model_input, step))
+
+
+def _fake(arguments: Any) -> tuple[Tensor, Tensor]:
+    output, sample = arguments.model_output, arguments.sample
+    logprob = output.new_empty(output.shape[0], dtype=arithmetic_dtype(output, sample))
+    return torch.empty_like(sample), logprob
 
 
 _denoise_step = Operator(
     "denoise_step(Tensor model_output, Tensor sample, Tensor table, Tensor step, Tensor seed, "
     "Tensor? uncond_output, float guidance_scale, str reduction) -> (Tensor, Tensor)",
-    lambda *arguments: _NEW_SAMPLE.choose(*arguments[:2], arguments[5])(*arguments),
+    _new_sample,
     _fake,
 )
 _denoise_step_ = Operator(
     "denoise_step_(Tensor model_output, Tensor(a!) trajectory, Tensor(b!) logprob, Tensor(c!) model_input, "
     "Tensor(d!) step, Tensor table, Tensor seed, Tensor? uncond_output, float guidance_scale, "
     "str reduction) -> ()",
-    _denoise_in_place,
-    lambda *_: None,
+    _in_place,
+    lambda _: None,
 )
 
 
@@ -53,7 +68,7 @@ def denoise_step(
     guidance_scale: float = 1.0,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor]:
-    """Sample ``x_{t-1}`` from ``x_t`` and say how probable it was.
+    """Samples ``x_{t-1}`` from ``x_t`` and returns its log-probability too.
 
     ``x_{t-1} = a x_t + b m + sigma z`` with ``m = u + g (c - u)`` and ``z`` the noise of `philox_normal` for
     the row's seed and step. The result is rounded to the dtype of `sample`, and the log-probability is that
@@ -66,7 +81,7 @@ def denoise_step(
         step: int64 ``[N]``, the row of `table` each sample is at.
         seed: int64 ``[N]``, one per row.
         uncond_output: ``[N, *L]``, the unconditional output ``u``.
-        guidance_scale: ``g``; other than 1 it needs `uncond_output`.
+        guidance_scale: ``g``; a value other than 1 needs `uncond_output`.
         reduction: ``"mean"`` (over a row's elements) or ``"sum"``.
 
     Returns:
@@ -77,8 +92,15 @@ def denoise_step(
         TypeError: an argument has a wrong type or dtype.
         ValueError: a wrong shape, device or value; on the CPU also a step outside the table.
     """
-    latents = {"sample": sample, "uncond_output": uncond_output}
-    check_transition(model_output, latents, table, step, guidance_scale, reduction)
+    check_transition(
+        model_output,
+        table,
+        step,
+        guidance_scale,
+        reduction,
+        sample=sample,
+        uncond_output=uncond_output,
+    )
     check_tensor(
         "seed", seed, dtypes=(torch.int64,), shape=(model_output.shape[0],), device=model_output.device
     )
@@ -108,18 +130,18 @@ def denoise_step_(
     guidance_scale: float = 1.0,
     reduction: str = "mean",
 ) -> None:
-    """Advance a whole batch by one step inside its trajectory store.
+    """Advances a whole batch by one step inside its trajectory store.
 
-    For loops that are captured once and replayed: where to read and write follows from `step` on the device,
-    so the same launch serves every step. Reads ``trajectory[step]``, writes ``trajectory[step + 1]``,
-    ``logprob[step]`` and `model_input`, then adds 1 to `step`.
+    It is made for loops that are captured once and replayed: `step`, on the device, says where to read and
+    write, so the same launch serves every step. It reads ``trajectory[step]``, writes ``trajectory[step + 1]``,
+    ``logprob[step]`` and `model_input`, and adds 1 to `step`.
 
     Args:
         model_output: ``[N, *L]``, the conditional output for ``trajectory[step]``.
         trajectory: ``[T + 1, N, *L]``, contiguous; written in place.
         logprob: float32 (or float64) ``[T, N]``, contiguous; written in place.
-        model_input: ``[M N, *L]``, contiguous; every block of N rows receives ``x_{t-1}`` (M = 2 where
-            guidance evaluates both halves in one batch). Written in place.
+        model_input: ``[M N, *L]``, contiguous, written in place; every block of N rows receives ``x_{t-1}``
+            (M is 2 where guidance evaluates both halves in one batch).
         step: int64 ``[1]``, the step all rows are at; advanced in place.
         table: float32 (or float64) ``[T, 3]``.
         seed: int64 ``[N]``.
@@ -131,7 +153,7 @@ def denoise_step_(
         TypeError: an argument has a wrong type or dtype.
         ValueError: a wrong shape, device or value; on the CPU also a step outside the table.
     """
-    check_transition(model_output, {"uncond_output": uncond_output}, table, None, guidance_scale, reduction)
+    check_transition(model_output, table, None, guidance_scale, reduction, uncond_output=uncond_output)
     rows, device = model_output.shape[:1], model_output.device
     check_tensor("step", step, dtypes=(torch.int64,), shape=(1,), device=device)
     steps = table.shape[0]

@@ -5,55 +5,29 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..philox.reference import philox_normal
-from ..transition_logprob.reference import (
-    arithmetic_dtype,
-    as_rows,
-    gather_coefficients,
-    gaussian_logprob,
-    guided_output,
-    transition_mean,
-)
+from ..transition import Transition
+from ..transition_logprob.reference import distribution, gaussian_logprob, standardized
 
 
-def denoise_step(
-    model_output: Tensor,
-    sample: Tensor,
-    table: Tensor,
-    step: Tensor,
-    seed: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """``x_{t-1}`` and its log-probability; the arguments are those of `loopfast_kernels.denoise_step`."""
-    dtype = arithmetic_dtype(model_output, sample)
-    at = gather_coefficients(table, step, dtype)
-    output = guided_output(model_output, uncond_output, guidance_scale, dtype)
-    mean = transition_mean(at, as_rows(sample, dtype), output)
-    noise = philox_normal(seed, step, mean.shape).to(dtype)
-    prev_sample = (mean + at.sigma * noise).to(sample.dtype)
-    # Scored as it is stored: rounded.
-    residual = (prev_sample.to(dtype) - mean) * at.inverse_sigma
-    return prev_sample.reshape(sample.shape), gaussian_logprob(at, residual, reduction)
+def denoise_step(transition: Transition, seed: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """Returns ``x_{t-1}`` and its log-probability; the arguments are those of `loopfast_kernels.denoise_step`."""
+    at, _, mean = distribution(transition)
+    noise = philox_normal(seed, transition.step, mean.shape).to(mean.dtype)
+    # The log-probability is that of the sample as it is stored: rounded.
+    prev_sample = (mean + at.sigma * noise).to(transition.sample.dtype)
+    logprob = gaussian_logprob(at, standardized(prev_sample, mean, at), reduction)
+    return prev_sample.reshape(transition.sample.shape), logprob
 
 
 def denoise_step_(
-    model_output: Tensor,
-    trajectory: Tensor,
-    logprob: Tensor,
-    model_input: Tensor,
-    step: Tensor,
-    table: Tensor,
-    seed: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    reduction: str,
+    transition: Transition, logprob: Tensor, model_input: Tensor, seed: Tensor, reduction: str
 ) -> None:
-    """The in-place form; the arguments are those of `loopfast_kernels.denoise_step_`."""
+    """Takes the step in place; the arguments are those of `loopfast_kernels.denoise_step_`."""
+    trajectory, step = transition.sample, transition.step
     rows = trajectory.shape[1]
     sample = trajectory.index_select(0, step).squeeze(0)
     prev_sample, step_logprob = denoise_step(
-        model_output, sample, table, step.expand(rows), seed, uncond_output, guidance_scale, reduction
+        transition._replace(sample=sample, step=step.expand(rows)), seed, reduction
     )
     trajectory.index_copy_(0, step + 1, prev_sample[None])
     logprob.index_copy_(0, step, step_logprob.to(logprob.dtype)[None])

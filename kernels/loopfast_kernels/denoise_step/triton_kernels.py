@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..philox.triton_kernels import normal_noise
+from ..transition import Transition
 from ..transition_logprob.triton_kernels import (
     gaussian_logprob,
     load_coefficients,
@@ -17,7 +18,6 @@ from ..transition_logprob.triton_kernels import (
     reduction_factors,
     score,
     standardized,
-    store_partials,
 )
 from ..triton_common import (
     launch,
@@ -25,6 +25,7 @@ from ..triton_common import (
     shared_row,
     shorten,
     store_latents,
+    store_partials,
     tile_offsets,
     total,
     whole_row,
@@ -34,119 +35,79 @@ from ..validation import check_index
 
 @triton.jit
 def draw(
-    prev_sample,
-    to_start,
-    sample,
-    from_start,
-    model_output,
-    uncond_output,
-    guidance_scale,
-    start,
-    table,
+    prev_sample,  # [N, E]
+    prev_start,
+    transition,
+    sample_start,
+    output_start,
     at,
     seed,
     program,
     elements,
-    padded: tl.constexpr,
-    height: tl.constexpr,
-    width: tl.constexpr,
-    full: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Sample a tile of a row and store it.
+    """Samples a tile of a row and stores it. The starts are the row's offsets in the tensors.
 
     Returns:
         The tile as it was rounded and the squares of its standardized residuals, both float32
         ``[height, width]``.
     """
-    a, b, sigma, inverse, _ = load_coefficients(table, at)
-    offsets = tile_offsets(program, padded, height, width)
-    output = load_output(model_output, uncond_output, guidance_scale, start, offsets, elements, full)
-    x = load_latents(sample, from_start, offsets, elements, full)
-    # As many normals for a thread as it loads elements at once, so that they meet without an exchange.
-    together: tl.constexpr = 128 // prev_sample.dtype.element_ty.primitive_bitwidth
-    counter = tile_offsets(program, padded // together, height, width // together)
-    noise = tl.reshape(normal_noise(seed, at, counter, together), (height, width))
-    # Scored as it is stored: rounded.
-    prev = (a * x + b * output + sigma * noise).to(prev_sample.dtype.element_ty)
-    store_latents(prev_sample, to_start, offsets, elements, prev, full)
+    a, b, sigma, inverse_sigma, _ = load_coefficients(transition.table, at)
+    offsets = tile_offsets(program, TILE)
+    output = load_output(transition, output_start, offsets, elements, TILE)
+    sample = load_latents(transition.sample, sample_start, offsets, elements, TILE)
+    # A thread makes as many normals as it loads elements at once, so that they meet without an exchange.
+    dtype: tl.constexpr = prev_sample.dtype.element_ty
+    together: tl.constexpr = 128 // dtype.primitive_bitwidth
+    rows = tl.arange(0, TILE.height) * (TILE.padded // together // TILE.height)
+    columns = program * (TILE.width // together) + tl.arange(0, TILE.width // together)
+    noise = normal_noise(seed, at, rows[:, None] + columns[None, :], together)
+    noise = tl.reshape(noise, (TILE.height, TILE.width))
+    # The log-probability is that of the sample as it is stored: rounded.
+    prev = (a * sample + b * output + sigma * noise).to(dtype)
+    store_latents(prev_sample, prev_start, offsets, elements, prev, TILE)
     prev = prev.to(tl.float32)
-    residual = standardized(prev, x, output, a, b, inverse)
-    if not full:
+    residual = standardized(prev, sample, output, a, b, inverse_sigma)
+    if not TILE.full:
         residual = tl.where(offsets < elements, residual, 0.0)
     return prev, residual * residual
 
 
 @triton.jit
 def denoise_step_kernel(
-    prev_sample,
-    logprob,
-    partials,
-    model_output,
-    sample,
-    table,
-    step,
-    seed,
-    uncond_output,
-    guidance_scale,
-    divisor,
-    constants,
+    prev_sample,  # [N, E]
+    logprob,  # float32 [N]
+    partials,  # float32 [N, columns], or None where one program takes a row
+    transition,
+    seed,  # int64 [N]
+    reduction,
     elements,
-    padded: tl.constexpr,
-    height: tl.constexpr,
-    width: tl.constexpr,
-    full: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Sample and score a row, or a tile of it where there are ``partials``."""
+    """Samples and scores a row, or samples a tile and leaves its partial sums."""
     row = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
-    at = tl.load(step + row)
+    at = tl.load(transition.step + row)
     start = row * elements
-    _, squares = draw(
-        prev_sample,
-        start,
-        sample,
-        start,
-        model_output,
-        uncond_output,
-        guidance_scale,
-        start,
-        table,
-        at,
-        tl.load(seed + row),
-        program,
-        elements,
-        padded,
-        height,
-        width,
-        full,
-    )
+    seed = tl.load(seed + row)
+    _, squares = draw(prev_sample, start, transition, start, start, at, seed, program, elements, TILE)
     if partials is None:
-        sigma = tl.load(table + at * 3 + 2)
-        squares = total(tl.reshape(squares, (padded,)), padded)
-        tl.store(logprob + row, gaussian_logprob(squares, sigma, divisor, constants))
+        sigma = tl.load(transition.table + at * 3 + 2)
+        squares = total(tl.reshape(squares, (TILE.padded,)), TILE.padded)
+        tl.store(logprob + row, gaussian_logprob(squares, sigma, reduction))
     else:
-        store_partials(partials, row, program, squares, padded, height, width)
+        store_partials(partials, row, program, squares, TILE)
 
 
-def denoise_step(
-    model_output: Tensor,
-    sample: Tensor,
-    table: Tensor,
-    step: Tensor,
-    seed: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """``x_{t-1}`` and its log-probability; the arguments are those of `loopfast_kernels.denoise_step`."""
-    check_index("step", step, table.shape[0])
-    table = table.float()
-    rows = model_output.shape[0]
-    elements = model_output[0].numel()
+def denoise_step(transition: Transition, seed: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """Returns ``x_{t-1}`` and its log-probability, as `reference` does."""
+    check_index("step", transition.step, transition.table.shape[0])
+    transition = transition._replace(table=transition.table.float())
+    prev_sample = torch.empty_like(transition.sample)
+    rows, elements = prev_sample.shape[0], prev_sample[0].numel()
     cut = shared_row(elements)
     factors = reduction_factors(elements, reduction)
-    prev_sample = torch.empty_like(sample)
-    logprob = torch.empty(rows, dtype=torch.float32, device=sample.device)
+    logprob = torch.empty(rows, dtype=torch.float32, device=prev_sample.device)
     partials = None if cut.programs == 1 else logprob.new_empty(rows, cut.columns)
     launch(
         denoise_step_kernel,
@@ -154,133 +115,102 @@ def denoise_step(
         prev_sample,
         logprob,
         partials,
-        model_output,
-        sample,
-        table,
-        step,
+        transition,
         seed,
-        uncond_output,
-        guidance_scale,
-        *factors,
+        factors,
         elements,
-        padded=cut.padded,
-        height=cut.height,
-        width=cut.width,
-        full=elements == cut.padded,
+        TILE=cut.tile,
         num_warps=cut.num_warps,
         maxnreg=cut.registers,
     )
     if partials is not None:
-        score(logprob, partials, table, step, *factors)
+        score(logprob, partials, transition, factors)
     return prev_sample, logprob
 
 
 @triton.jit
 def denoise_step_in_place_kernel(
-    trajectory,
-    model_input,
-    partials,
-    position,
-    model_output,
-    table,
-    step,
-    seed,
-    uncond_output,
-    guidance_scale,
+    model_input,  # [COPIES, N, E]
+    partials,  # float32 [N, columns]
+    position,  # int64 [1]
+    transition,  # its sample is the store [T + 1, N, E], its step [1]
+    seed,  # int64 [N]
     rows,
     elements,
-    copies: tl.constexpr,
-    padded: tl.constexpr,
-    height: tl.constexpr,
-    width: tl.constexpr,
-    full: tl.constexpr,
+    COPIES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Sample a tile of a row of the trajectory store, and leave the step in ``position``."""
+    """Samples a tile of a row of the trajectory store, and leaves the step in ``position``."""
     row = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
-    at = tl.load(step)
+    at = tl.load(transition.step)
     prev, squares = draw(
-        trajectory,
+        transition.sample,
         ((at + 1) * rows + row) * elements,
-        trajectory,
+        transition,
         (at * rows + row) * elements,
-        model_output,
-        uncond_output,
-        guidance_scale,
         row * elements,
-        table,
         at,
         tl.load(seed + row),
         program,
         elements,
-        padded,
-        height,
-        width,
-        full,
+        TILE,
     )
-    offsets = tile_offsets(program, padded, height, width)
-    for copy in tl.static_range(copies):
-        store_latents(model_input, (copy * rows + row) * elements, offsets, elements, prev, full)
-    store_partials(partials, row, program, squares, padded, height, width)
+    offsets = tile_offsets(program, TILE)
+    for copy in tl.static_range(COPIES):
+        store_latents(model_input, (copy * rows + row) * elements, offsets, elements, prev, TILE)
+    store_partials(partials, row, program, squares, TILE)
     if (row == 0) & (program == 0):
         tl.store(position, at)
 
 
 @triton.jit
-def advance_kernel(logprob, step, position, partials, table, divisor, constants, rows, columns: tl.constexpr):
-    """Score a row into its place in ``[T, N]`` and move the counter on.
+def advance_kernel(
+    logprob,  # float32 [T, N]
+    step,  # int64 [1]
+    position,  # int64 [1]
+    partials,  # float32 [N, COLUMNS]
+    table,  # float32 [T, 3]
+    reduction,
+    rows,
+    COLUMNS: tl.constexpr,
+):
+    """Scores a row into its place and advances the counter.
 
-    The counter is only written here, from the copy in ``position``: nobody reads what another program changes.
+    The counter is written only here, from the copy in ``position``: no program reads what another one changes.
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.load(position)
-    squares = total(tl.load(partials + row * columns + tl.arange(0, columns)), columns)
+    squares = total(tl.load(partials + row * COLUMNS + tl.arange(0, COLUMNS)), COLUMNS)
     sigma = tl.load(table + at * 3 + 2)
-    tl.store(logprob + at * rows + row, gaussian_logprob(squares, sigma, divisor, constants))
+    tl.store(logprob + at * rows + row, gaussian_logprob(squares, sigma, reduction))
     if row == 0:
         tl.store(step, at + 1)
 
 
 def denoise_step_(
-    model_output: Tensor,
-    trajectory: Tensor,
-    logprob: Tensor,
-    model_input: Tensor,
-    step: Tensor,
-    table: Tensor,
-    seed: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    reduction: str,
+    transition: Transition, logprob: Tensor, model_input: Tensor, seed: Tensor, reduction: str
 ) -> None:
-    """The in-place form; the arguments are those of `loopfast_kernels.denoise_step_`."""
-    check_index("step", step, table.shape[0])
-    table = table.float()
-    rows = model_output.shape[0]
-    elements = model_output[0].numel()
+    """Takes the step in place, as `reference` does."""
+    step, output = transition.step, transition.model_output
+    check_index("step", step, transition.table.shape[0])
+    transition = transition._replace(table=transition.table.float())
+    rows, elements = output.shape[0], output[0].numel()
     cut = shared_row(elements)
     partials = torch.empty(rows, cut.columns, dtype=torch.float32, device=step.device)
     position = torch.empty_like(step)
     launch(
         denoise_step_in_place_kernel,
         (rows, cut.programs),
-        trajectory,
         model_input,
         partials,
         position,
-        model_output,
-        table,
-        step,
+        transition,
         seed,
-        uncond_output,
-        guidance_scale,
         rows,
         elements,
-        copies=model_input.shape[0] // rows,
-        padded=cut.padded,
-        height=cut.height,
-        width=cut.width,
-        full=elements == cut.padded,
+        COPIES=model_input.shape[0] // rows,
+        TILE=cut.tile,
         num_warps=cut.num_warps,
     )
     partials = shorten(partials)
@@ -292,9 +222,9 @@ def denoise_step_(
         step,
         position,
         partials,
-        table,
-        *reduction_factors(elements, reduction),
+        transition.table,
+        reduction_factors(elements, reduction),
         rows,
-        columns=columns,
+        COLUMNS=columns,
         num_warps=whole_row(columns).num_warps,
     )

@@ -42,32 +42,33 @@ class _GroupNormSilu(torch.autograd.Function):
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    """The format of a dense image; where both fit, contiguous."""
+    """Returns the format of a dense image; contiguous where both fit."""
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float) -> Any:
-    return torch.empty_like(x), x.new_empty((x.shape[0], groups, 3), dtype=arithmetic_dtype(x))
+def _fake(arguments: Any) -> tuple[Tensor, Tensor]:
+    x: Tensor = arguments.x
+    return torch.empty_like(x), x.new_empty((x.shape[0], arguments.groups, 3), dtype=arithmetic_dtype(x))
 
 
-def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *_, wanted = arguments
+def _fake_backward(arguments: Any) -> tuple[Tensor, ...]:
+    tensors = (arguments.x, arguments.weight, arguments.bias, arguments.shift)
     return tuple(
-        torch.empty_like(tensor) if want and tensor is not None else grad.new_empty(0)
-        for tensor, want in zip(arguments[:4], wanted, strict=True)
+        torch.empty_like(tensor) if want and tensor is not None else arguments.grad.new_empty(0)
+        for tensor, want in zip(tensors, arguments.wanted, strict=True)
     )
 
 
 _group_norm_silu = Operator(
     f"group_norm_silu({_TENSORS}, int groups, float eps) -> (Tensor, Tensor)",
-    lambda *arguments: _FORWARD.choose(arguments[0])(*arguments),
+    lambda arguments: _FORWARD.choose(arguments.x)(*arguments),
     _fake,
     _GroupNormSilu,
 )
 _group_norm_silu_backward = Operator(
     f"group_norm_silu_backward(Tensor grad, {_TENSORS}, Tensor statistics, int groups, float eps, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    lambda *arguments: _BACKWARD.choose(arguments[1])(*arguments),
+    lambda arguments: _BACKWARD.choose(arguments.x)(*arguments),
     _fake_backward,
 )
 
@@ -81,22 +82,22 @@ def group_norm_silu(
     eps: float = 1e-5,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """``silu(group_norm(x + shift[:, :, None, None], groups, weight, bias, eps))``, in one kernel.
+    """Returns ``silu(group_norm(x + shift[:, :, None, None], groups, weight, bias, eps))`` in one kernel.
 
-    Group normalization (Wu and He, 2018) and SiLU as convolutional denoisers have them; the shift is the time
-    embedding that a residual block adds in between. Mean and variance are exact to rounding however large the mean is.
+    Convolutional denoisers have group normalization (Wu and He, 2018) and SiLU in every residual block; the shift is
+    the time embedding that the block adds. Mean and variance are exact to rounding however large the mean is.
 
     Args:
         x: ``[N, C, H, W]``, float32, float16, bfloat16 or float64; contiguous or ``torch.channels_last``.
         weight: ``[C]``, float32 or of the dtype of `x`.
         bias: ``[C]``, float32 or of the dtype of `x`.
-        groups: of channels; divides C.
-        eps: is added to the variance.
+        groups: the number of groups of channels; it divides C.
+        eps: a positive number that is added to the variance.
         shift: ``[N, C]``, of the dtype of `x`.
 
     Returns:
-        Like `x`, in its memory format. Differentiable, once, in every tensor; kept for that are the inputs and three
-        float32 numbers for each group. A row's result does not depend on the others.
+        A tensor like `x`, in its memory format. It is differentiable, once, in every tensor; autograd keeps the
+        inputs and three float32 numbers for each group. A row's result does not depend on the others.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

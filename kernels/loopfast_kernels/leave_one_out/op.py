@@ -29,23 +29,22 @@ class _LeaveOneOut(torch.autograd.Function):
 
 _leave_one_out = Operator(
     "leave_one_out(Tensor rewards) -> Tensor",
-    lambda rewards: _IMPLEMENTATIONS.choose(rewards)(rewards),
-    torch.empty_like,
+    lambda arguments: _IMPLEMENTATIONS.choose(arguments.rewards)(arguments.rewards),
+    lambda arguments: torch.empty_like(arguments.rewards),
     _LeaveOneOut,
 )
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """Advantage of each sample over the other samples of its group: ``r_i - mean(r_j, j != i)``.
+    """Returns the advantage of each sample over the others of its group: ``r_i - mean(r_j, j != i)``.
 
-    The baseline of RLOO and LOOP (Kool et al., "Buy 4 REINFORCE samples, get a baseline for free!", 2019).
+    This is the baseline of RLOO and LOOP (Kool et al., "Buy 4 REINFORCE samples, get a baseline for free!", 2019).
 
     Args:
         rewards: float32 or float64 ``[..., K]``; the last dimension is the group.
 
     Returns:
-        Advantages, like `rewards`. Each group's sum is 0; a group of equal rewards gives exactly 0.
-        Differentiable.
+        Advantages, like `rewards`, differentiable. Each group's sum is 0; equal rewards give exactly 0.
 
     Raises:
         TypeError: `rewards` is not a float32 or float64 tensor.
@@ -58,10 +57,10 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def check_group(rewards: Tensor) -> None:
-    """Check that the last dimension of `rewards` is a group with others in it.
+    """Checks that `rewards` holds groups of at least two samples.
 
     Raises:
-        ValueError: it is not.
+        ValueError: `rewards` is empty, or its last dimension is 1.
     """
     if rewards.dim() == 0 or rewards.numel() == 0:
         raise ValueError(f"rewards must have shape [..., K] with elements in it, got {list(rewards.shape)}")

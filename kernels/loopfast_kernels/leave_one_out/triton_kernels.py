@@ -13,35 +13,46 @@ from ..triton_common import launch, total
 
 
 @triton.jit
-def load_group(rewards, group, samples, block: tl.constexpr):
-    """A group's first reward and the mean of all relative to it.
+def load_group(
+    rewards,  # float32 [G, K]
+    group,
+    samples,
+    BLOCK: tl.constexpr,
+):
+    """Returns a group's first reward and the mean of all rewards relative to it.
 
-    The result does not depend on a common offset; without it nothing is lost to rounding.
+    The advantages do not depend on a common offset; without it nothing is lost to rounding.
     """
-    index = tl.arange(0, block)
+    index = tl.arange(0, BLOCK)
     first = tl.load(rewards + group * samples)
     values = tl.load(rewards + group * samples + index, mask=index < samples, other=0.0)
     relative = tl.where(index < samples, values - first, 0.0)
-    return first, tl.div_rn(total(relative, block), samples.to(tl.float32))
+    return first, tl.div_rn(total(relative, BLOCK), samples.to(tl.float32))
 
 
 @triton.jit
-def leave_one_out_kernel(advantage, rewards, samples, stretch, block: tl.constexpr):
-    """Advantages of one group."""
+def leave_one_out_kernel(
+    advantage,  # float32 [G, K]
+    rewards,  # float32 [G, K]
+    samples,
+    factor,
+    BLOCK: tl.constexpr,
+):
+    """Writes the advantages of one group."""
     group = tl.program_id(0).to(tl.int64)
-    first, mean = load_group(rewards, group, samples, block)
-    index = tl.arange(0, block)
+    first, mean = load_group(rewards, group, samples, BLOCK)
+    index = tl.arange(0, BLOCK)
     values = tl.load(rewards + group * samples + index, mask=index < samples, other=0.0)
-    tl.store(advantage + group * samples + index, (values - first - mean) * stretch, mask=index < samples)
+    tl.store(advantage + group * samples + index, (values - first - mean) * factor, mask=index < samples)
 
 
-def stretch(samples: int) -> float:
-    """What turns the distance from the mean of all into that from the mean of the others."""
+def leave_one_out_factor(samples: int) -> float:
+    """Returns ``K / (K - 1)``: it turns the distance from the mean of all into that from the mean of the others."""
     return samples / (samples - 1)
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """Advantages like `rewards`, ``[..., K]`` float32; as in `reference`."""
+    """Returns advantages like `rewards`, ``[..., K]`` float32, as `reference` does."""
     samples = rewards.shape[-1]
     advantage = torch.empty_like(rewards)
     launch(
@@ -50,8 +61,8 @@ def leave_one_out(rewards: Tensor) -> Tensor:
         advantage,
         rewards,
         samples,
-        stretch(samples),
-        block=triton.next_power_of_2(samples),
+        leave_one_out_factor(samples),
+        BLOCK=triton.next_power_of_2(samples),
         num_warps=1,
     )
     return advantage

@@ -1,12 +1,13 @@
 """Registration of ``loopfast::loop_loss`` and ``loopfast::clipped_loss``.
 
-The gradients are results of the forward pass. The backward pass scales them in place and hands them over; nothing
-else is kept for it.
+The gradients are results of the forward pass. The backward pass scales them in place and hands them over; autograd
+keeps nothing else for it.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from .. import backends
 from ..leave_one_out.op import check_group
-from ..registration import Operator, dispatched
+from ..registration import Operator, dispatched, select
+from ..transition import Transition
 from ..transition_logprob.reference import arithmetic_dtype
 from ..validation import REAL_DTYPES, check_tensor, check_transition
-from . import reference
+from .reference import LossAndGradient, Options, Rewards, has_scaled_rows
 
 _LOOP = backends.Implementations(__package__, "loop_loss")
 _CLIPPED = backends.Implementations(__package__, "clipped_loss")
@@ -56,37 +58,45 @@ class LoopLoss(NamedTuple):
     kl: Tensor
 
 
-def _latents(arguments: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    uncond_output, _, reference_output = arguments[-7:-4]
-    return (*arguments[:3], uncond_output, reference_output)
+# An operator may not return one of its arguments: `clipped_loss` gives no advantage.
+_without_advantage = attrgetter(*(name for name in LossAndGradient._fields if name != "advantage"))
 
 
-def _without_advantage(result: reference.LossAndGradient) -> tuple[Tensor, ...]:
-    return (*result[:3], *result[4:])
+def _compute(
+    implementations: backends.Implementations, arguments: Any, rewards_or_advantage: Rewards | Tensor
+) -> LossAndGradient:
+    transition, options = select(Transition, arguments), select(Options, arguments)
+    prev_sample = arguments.prev_sample
+    compute = implementations.choose(
+        transition.model_output,
+        transition.sample,
+        prev_sample,
+        transition.uncond_output,
+        options.reference_output,
+    )
+    results: LossAndGradient = compute(
+        transition, prev_sample, arguments.old_logprob, rewards_or_advantage, options
+    )
+    return results
 
 
-def _fake_results(arguments: tuple[Any, ...]) -> reference.LossAndGradient:
-    model_output, sample, *_ = arguments
-    uncond_output, *_, with_grad, with_uncond_grad = arguments[-7:]
-    rows = model_output.shape[:1]
-    dtype = arithmetic_dtype(model_output, sample)
-
-    def by_row(dtype: torch.dtype) -> Tensor:
-        return model_output.new_empty(rows, dtype=dtype)
-
-    scaled = (with_grad or with_uncond_grad) and reference.has_scaled_rows(model_output, uncond_output)
-    return reference.LossAndGradient(
-        loss=model_output.new_empty((), dtype=dtype),
-        logprob=by_row(dtype),
-        ratio=by_row(dtype),
-        advantage=by_row(dtype),
-        clipped=by_row(torch.bool),
-        kl=by_row(dtype),
-        grad_output=model_output.new_empty(model_output.shape if with_grad else (0,)),
-        grad_uncond=(model_output if uncond_output is None else uncond_output).new_empty(
-            model_output.shape if with_uncond_grad else (0,)
+def _fake(arguments: Any) -> LossAndGradient:
+    transition, options = select(Transition, arguments), select(Options, arguments)
+    output, uncond = transition.model_output, transition.uncond_output
+    rows = output.shape[:1]
+    dtype = arithmetic_dtype(output, transition.sample)
+    return LossAndGradient(
+        loss=output.new_empty((), dtype=dtype),
+        logprob=output.new_empty(rows, dtype=dtype),
+        ratio=output.new_empty(rows, dtype=dtype),
+        advantage=output.new_empty(rows, dtype=dtype),
+        clipped=output.new_empty(rows, dtype=torch.bool),
+        kl=output.new_empty(rows, dtype=dtype),
+        grad_output=output.new_empty(output.shape if options.with_grad else (0,)),
+        grad_uncond=(output if uncond is None else uncond).new_empty(
+            output.shape if options.with_uncond_grad else (0,)
         ),
-        grad_scale=model_output.new_empty(rows if scaled else (0,), dtype=dtype),
+        grad_scale=output.new_empty(rows if has_scaled_rows(transition, options) else (0,), dtype=dtype),
     )
 
 
@@ -97,8 +107,7 @@ class _Handover(torch.autograd.Function):
     def forward(
         ctx: Any, model_output: Tensor, uncond_output: Tensor | None, results: tuple[Tensor, ...]
     ) -> Tensor:
-        loss, *_, grad_output, grad_uncond, grad_scale = results
-        ctx.gradients = grad_output, grad_uncond, grad_scale
+        loss, *ctx.gradients = results
         return loss
 
     @staticmethod
@@ -108,10 +117,10 @@ class _Handover(torch.autograd.Function):
                 "the gradient of the loss was taken before: retain_graph=True keeps it for another time"
             )
         grad_output, grad_uncond, grad_scale = ctx.gradients
-        # On the CPU a look costs less than a call that has nothing to do.
+        # On the CPU it costs less to look at the value than to make a call that has nothing to do.
         unscaled = not (grad_scale.numel() or grad_loss.is_cuda) and grad_loss.item() == 1.0
         if torch._C._autograd._get_current_graph_task_keep_graph():
-            # Another backward pass would need what this one overwrites.
+            # Another backward pass would need the values that this one overwrites.
             grad_output, grad_uncond = grad_output.clone(), grad_uncond.clone()
         else:
             ctx.gradients = None
@@ -124,22 +133,23 @@ class _Handover(torch.autograd.Function):
         )
 
 
-# Past a look for function transforms: `dispatched` has looked.
+# This skips autograd's look for function transforms: `dispatched` has looked.
 _hand_over = super(torch.autograd.Function, _Handover).apply
 
 
 class _Recorded(torch.autograd.Function):
-    """The same where the operator is traced: its backward pass overwrites nothing."""
+    """The gradient where the operator is traced: its backward pass overwrites nothing."""
 
     operator: Operator
 
     @classmethod
     def forward(cls, ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         results: tuple[Tensor, ...] = cls.operator.below_autograd(*inputs)
-        ctx.save_for_backward(*results[-3:])
-        ctx.mark_non_differentiable(*results[1:])
+        _, *by_row, grad_output, grad_uncond, grad_scale = results
+        ctx.save_for_backward(grad_output, grad_uncond, grad_scale)
+        ctx.mark_non_differentiable(*by_row, grad_output, grad_uncond, grad_scale)
         ctx.set_materialize_grads(False)
-        ctx.inputs = len(inputs)
+        ctx.no_gradients = cls.operator.named(*(None for _ in inputs))
         return results
 
     @staticmethod
@@ -147,10 +157,11 @@ class _Recorded(torch.autograd.Function):
         grad_output, grad_uncond, grad_scale = ctx.saved_tensors
         grad_output, grad_uncond = grad_output.clone(), grad_uncond.clone()
         _scale_gradients_(grad_output, grad_uncond, grad_scale, grad_loss)
-        grads: list[Tensor | None] = [None] * ctx.inputs
-        grads[0] = grad_output if grad_output.numel() else None
-        grads[-7] = grad_uncond if grad_uncond.numel() else None
-        return tuple(grads)
+        gradients: tuple[Tensor | None, ...] = ctx.no_gradients._replace(
+            model_output=grad_output if grad_output.numel() else None,
+            uncond_output=grad_uncond if grad_uncond.numel() else None,
+        )
+        return gradients
 
 
 class _LoopLossRecorded(_Recorded):
@@ -164,34 +175,33 @@ class _ClippedLossRecorded(_Recorded):
 _LoopLossRecorded.operator = _loop_loss = Operator(
     f"loop_loss({_TRANSITION}, Tensor rewards, Tensor trajectory, Tensor advantage_scale, "
     f"float? advantage_clip, {_OPTIONS}) -> {_RESULTS.format(advantage='Tensor advantage, ')}",
-    lambda *arguments: tuple(_LOOP.choose(*_latents(arguments))(*arguments)),
-    lambda *arguments: tuple(_fake_results(arguments)),
+    lambda arguments: tuple(_compute(_LOOP, arguments, select(Rewards, arguments))),
+    lambda arguments: tuple(_fake(arguments)),
     _LoopLossRecorded,
 )
 _ClippedLossRecorded.operator = _clipped_loss = Operator(
     f"clipped_loss({_TRANSITION}, Tensor advantage, {_OPTIONS}) -> {_RESULTS.format(advantage='')}",
-    lambda *arguments: _without_advantage(_CLIPPED.choose(*_latents(arguments))(*arguments)),
-    lambda *arguments: _without_advantage(_fake_results(arguments)),
+    lambda arguments: _without_advantage(_compute(_CLIPPED, arguments, arguments.advantage)),
+    lambda arguments: _without_advantage(_fake(arguments)),
     _ClippedLossRecorded,
 )
 _scale_gradients_ = Operator(
     "scale_gradients_(Tensor(a!) grad_output, Tensor(b!) grad_uncond, Tensor grad_scale, Tensor grad_loss) -> ()",
-    lambda *arguments: _SCALE_GRADIENTS.choose(*arguments)(*arguments),
-    lambda *_: None,
+    lambda gradients: _SCALE_GRADIENTS.choose(*gradients)(*gradients),
+    lambda _: None,
 )
 
 
-def _run(operator: Operator, plain: bool, model_output: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Every result but the gradients; the loss has them for its backward pass."""
-    uncond_output = rest[-5]
-    arguments = (model_output, *rest, _needs_grad(model_output), _needs_grad(uncond_output))
-    if not plain:
-        results: tuple[Tensor, ...] = operator(*arguments)
-        return results[:-3]
-    results = operator.directly(*arguments)
-    if not (arguments[-2] or arguments[-1]):
-        return results[:-3]
-    return _hand_over(model_output, uncond_output, results), *results[1:-3]
+def _run(operator: Operator, plain: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    """Returns every result but the gradients, which the loss has for its backward pass."""
+    results = operator.directly(*arguments) if plain else operator(*arguments)
+    loss, *by_row, grad_output, grad_uncond, grad_scale = results
+    if plain:
+        named = operator.named(*arguments)
+        if named.with_grad or named.with_uncond_grad:
+            gradients = grad_output, grad_uncond, grad_scale
+            loss = _hand_over(named.model_output, named.uncond_output, (loss, *gradients))
+    return (loss, *by_row)
 
 
 def _check_options(clip_range: float | None, reference_output: Tensor | None, kl_weight: float) -> None:
@@ -204,8 +214,8 @@ def _check_options(clip_range: float | None, reference_output: Tensor | None, kl
 
 
 @lru_cache(maxsize=64)
-def _factor(value: float, dtype: torch.dtype) -> Tensor:
-    # A tensor that is at hand costs a tenth of one that is made.
+def _cpu_scalar(value: float, dtype: torch.dtype) -> Tensor:
+    # A tensor that is kept costs a tenth of one that is made.
     return torch.full((), value, dtype=dtype, device="cpu")
 
 
@@ -232,11 +242,11 @@ def loop_loss(
     kl_weight: float = 0.0,
     reduction: str = "mean",
 ) -> LoopLoss:
-    """The objective of LOOP: leave-one-out advantages in PPO's clipped surrogate (Gupta et al., 2025).
+    """Returns the objective of LOOP: leave-one-out advantages in PPO's clipped surrogate (Gupta et al., 2025).
 
     ``loss = mean_N(max(-A r, -A clip(r, 1 - eps, 1 + eps)) + kl_weight KL)`` with
     ``r = exp(logprob - old_logprob)``, the exponent clamped to +-20. Without `clip_range` it is the surrogate
-    of RLOO (with ``r = 1`` its gradient is REINFORCE's).
+    of RLOO; where ``r = 1`` its gradient is that of REINFORCE.
 
     Args:
         model_output: ``[N, *L]``, float32, float16, bfloat16 or float64; the conditional output ``c``.
@@ -245,36 +255,39 @@ def loop_loss(
         table: float32 (or float64) ``[T, 3]``, columns a, b, sigma of every step.
         step: int64 ``[N]``, the row of `table` each sample is at.
         old_logprob: float32 (or float64) ``[N]``, as `denoise_step` gave it.
-        rewards: float32 (or float64) ``[G, K]``, a group of K samples in a row.
+        rewards: float32 (or float64) ``[G, K]``; each row has the K samples of one group.
         trajectory: int64 ``[N]``, the flat entry of `rewards` each row belongs to.
         clip_range: eps, or None for no clipping.
-        advantage_scale: multiplies the leave-one-out difference: a number, or a scalar tensor on the device.
-        advantage_clip: the scaled advantage is clamped to +- this.
+        advantage_scale: factor of the leave-one-out difference: a number, or a scalar tensor on the device.
+        advantage_clip: limit of the scaled advantage's magnitude, or None.
         uncond_output: ``[N, *L]``, the unconditional output ``u``.
-        guidance_scale: ``g``; other than 1 it needs `uncond_output`.
+        guidance_scale: ``g``; a value other than 1 needs `uncond_output`.
         reference_output: ``[N, *L]``, the reference model's output, guidance included. Data, no gradient.
         kl_weight: weight of the KL divergence from the reference; above 0 it needs `reference_output`.
         reduction: ``"mean"`` (over a row's elements) or ``"sum"``, of the log-probability and the KL.
 
     Returns:
-        The loss, differentiable in `model_output` and `uncond_output`, and what went into it by row.
+        The loss, differentiable in `model_output` and `uncond_output`, and the values it follows from, by row.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: a wrong shape, device or value (``K = 1`` among them); on the CPU also an index out of
-            range.
+        ValueError: a wrong shape, device or value (``K = 1`` is one); on the CPU also an index out of range.
     """
     check_tensor("rewards", rewards, dtypes=REAL_DTYPES, device=model_output.device)
     if rewards.dim() != 2:
         raise ValueError(f"rewards must have shape [G, K], got {list(rewards.shape)}")
     check_group(rewards)
-    latents = {
-        "sample": sample,
-        "prev_sample": prev_sample,
-        "uncond_output": uncond_output,
-        "reference_output": reference_output,
-    }
-    check_transition(model_output, latents, table, step, guidance_scale, reduction)
+    check_transition(
+        model_output,
+        table,
+        step,
+        guidance_scale,
+        reduction,
+        sample=sample,
+        prev_sample=prev_sample,
+        uncond_output=uncond_output,
+        reference_output=reference_output,
+    )
     rows, device = model_output.shape[:1], model_output.device
     check_tensor("old_logprob", old_logprob, dtypes=REAL_DTYPES, shape=rows, device=device)
     check_tensor("trajectory", trajectory, dtypes=(torch.int64,), shape=rows, device=device)
@@ -286,13 +299,13 @@ def loop_loss(
         check_tensor("advantage_scale", advantage_scale, dtypes=REAL_DTYPES, shape=(), device=device)
         scale = advantage_scale.detach()
     else:
-        # For float64 inputs a factor of their precision; elsewhere one that needs no conversion.
+        # Float64 inputs need a scale of their precision; a scale of the arithmetic's dtype needs no conversion.
         dtype = arithmetic_dtype(model_output, sample)
         if plain and device.type == "cpu":
-            scale = _factor(float(advantage_scale), dtype)
+            scale = _cpu_scalar(float(advantage_scale), dtype)
         else:
             scale = torch.full((), float(advantage_scale), dtype=dtype, device=device)
-    loss, logprob, ratio, advantage, clipped, kl = _run(
+    results = _run(
         _loop_loss,
         plain,
         model_output,
@@ -311,8 +324,10 @@ def loop_loss(
         reference_output,
         float(kl_weight),
         reduction,
+        _needs_grad(model_output),
+        _needs_grad(uncond_output),
     )
-    return LoopLoss(loss, logprob, ratio, advantage, clipped, kl)
+    return LoopLoss(*results)
 
 
 def clipped_loss(
@@ -331,10 +346,10 @@ def clipped_loss(
     kl_weight: float = 0.0,
     reduction: str = "mean",
 ) -> LoopLoss:
-    """PPO's clipped surrogate with advantages from elsewhere.
+    """Returns PPO's clipped surrogate with advantages from elsewhere.
 
-    Schulman et al., 2017; for diffusion models DDPO, Black et al., 2023. As `loop_loss`, for baselines other
-    than leave-one-out.
+    It is the loss of Schulman et al., 2017, and for diffusion models of DDPO, Black et al., 2023. Use it for
+    baselines other than leave-one-out.
 
     Args:
         model_output: ``[N, *L]``, float32, float16, bfloat16 or float64; the conditional output ``c``.
@@ -346,25 +361,29 @@ def clipped_loss(
         advantage: float32 (or float64) ``[N]``, taken as it is.
         clip_range: eps, or None for no clipping.
         uncond_output: ``[N, *L]``, the unconditional output ``u``.
-        guidance_scale: ``g``; other than 1 it needs `uncond_output`.
+        guidance_scale: ``g``; a value other than 1 needs `uncond_output`.
         reference_output: ``[N, *L]``, the reference model's output, guidance included. Data, no gradient.
         kl_weight: weight of the KL divergence from the reference; above 0 it needs `reference_output`.
         reduction: ``"mean"`` (over a row's elements) or ``"sum"``, of the log-probability and the KL.
 
     Returns:
-        The loss, differentiable in `model_output` and `uncond_output`, and what went into it by row.
+        The loss, differentiable in `model_output` and `uncond_output`, and the values it follows from, by row.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: a wrong shape, device or value; on the CPU also a step outside the table.
     """
-    latents = {
-        "sample": sample,
-        "prev_sample": prev_sample,
-        "uncond_output": uncond_output,
-        "reference_output": reference_output,
-    }
-    check_transition(model_output, latents, table, step, guidance_scale, reduction)
+    check_transition(
+        model_output,
+        table,
+        step,
+        guidance_scale,
+        reduction,
+        sample=sample,
+        prev_sample=prev_sample,
+        uncond_output=uncond_output,
+        reference_output=reference_output,
+    )
     rows, device = model_output.shape[:1], model_output.device
     check_tensor("old_logprob", old_logprob, dtypes=REAL_DTYPES, shape=rows, device=device)
     check_tensor("advantage", advantage, dtypes=REAL_DTYPES, shape=rows, device=device)
@@ -385,5 +404,7 @@ def clipped_loss(
         reference_output,
         float(kl_weight),
         reduction,
+        _needs_grad(model_output),
+        _needs_grad(uncond_output),
     )
     return LoopLoss(loss, logprob, ratio, advantage.detach(), clipped, kl)

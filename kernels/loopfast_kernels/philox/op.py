@@ -14,16 +14,15 @@ from ..validation import check_tensor
 
 _IMPLEMENTATIONS = backends.Implementations(__package__, "philox_normal")
 
-
 _philox_normal = Operator(
     "philox_normal(Tensor seed, Tensor step, SymInt[] shape) -> Tensor",
-    lambda *arguments: _IMPLEMENTATIONS.choose(arguments[0])(*arguments),
-    lambda seed, step, shape: seed.new_empty(shape, dtype=torch.float32),
+    lambda arguments: _IMPLEMENTATIONS.choose(arguments.seed)(*arguments),
+    lambda arguments: arguments.seed.new_empty(arguments.shape, dtype=torch.float32),
 )
 
 
 def philox_normal(seed: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise as a pure function of seed, step and element.
+    """Returns standard normal noise, a pure function of seed, step and element.
 
     Rows are independent: row ``i`` depends on ``seed[i]``, ``step[i]`` and `shape`'s number of elements per
     row, and its first elements do not change when the rows get longer.

@@ -1,7 +1,7 @@
 """Normal noise on a GPU; the README of this folder defines it.
 
-Every operation is one of IEEE arithmetic and rounds once, in the order of the native library's ``numeric.h``: both
-give the same bits.
+Every operation is IEEE arithmetic and rounds once, in the order of the native library's ``numeric.h``, so both give
+the same bits.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -27,8 +27,8 @@ _HALF_PI_MIDDLE = tl.constexpr(0x2A2216 * 2.0**-43)
 
 @triton.jit
 def _log_of_uniform(uniform):
-    # As x = 2^e (1 + f) with f in [-0.29, 0.41] and a polynomial in f; coefficients of Moshier's Cephes library.
-    # The library's logarithm would branch for each element to catch what a uniform never is.
+    # x = 2^e (1 + f) with f in [-0.29, 0.41], and a polynomial in f with the coefficients of Moshier's Cephes library.
+    # The GPU library's logarithm would branch for each element, to catch values that a uniform number never has.
     offset = uniform.to(tl.int32, bitcast=True) - 0x3F3504F3
     f = ((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
     e = (offset >> 23).to(tl.float32)
@@ -41,8 +41,8 @@ def _log_of_uniform(uniform):
     p = p * f + 2.0000714765e-1
     p = p * f - 2.4999993993e-1
     p = p * f + 3.3333331174e-1
-    # ln 2 in two parts, the first with few enough bits for an exact product; what the sum with f rounds off goes
-    # to the small terms.
+    # ln 2 has two parts, the first with few enough bits for an exact product. The rounding error of its sum with f is
+    # added to the small terms.
     product = e * 0.693359375
     high = product + f
     lost = (product - high) + f
@@ -51,11 +51,11 @@ def _log_of_uniform(uniform):
 
 @triton.jit
 def _cosine_and_sine(angle):
-    # Of an angle in [0, 2 pi]: less the nearest multiple of pi/2, as x + tail, and polynomials of Cephes. The
-    # library's functions would carry a slow path for large angles along, with an array in local memory.
+    # The angle, in [0, 2 pi], less the nearest multiple of pi/2 is x + tail; the polynomials are those of Cephes. The
+    # GPU library's functions would bring a slow path for large angles, with an array in local memory.
     quadrant = (angle * 0.636619772 + 0.5).to(tl.int32)
     q = quadrant.to(tl.float32)
-    # pi/2 in three parts. The first two have 22 bits: their products with q <= 4 are exact, and so is the difference.
+    # pi/2 has three parts. The first two have 22 bits: their products with q <= 4 are exact, and so is the difference.
     difference = angle - q * _HALF_PI_HIGH
     middle = q * _HALF_PI_MIDDLE
     x = difference - middle
@@ -92,19 +92,19 @@ def _four_normals(seed, step, block):
 
 
 @triton.jit
-def normal_noise(seed, step, counter, together: tl.constexpr):
-    """Normals for groups of 4 or 8 elements.
+def normal_noise(seed, step, counter, TOGETHER: tl.constexpr):
+    """Returns normals for groups of 4 or 8 elements.
 
     Args:
         seed: int64, the row's key.
         step: int64, the second word of the counter.
-        counter: int32 ``[...]``, the groups: indices of elements divided by ``together``.
-        together: 4 or 8.
+        counter: int32 ``[...]``, the groups: indices of elements divided by ``TOGETHER``.
+        TOGETHER: 4 or 8.
 
     Returns:
-        float32 ``[..., 2, 2]`` or ``[..., 2, 2, 2]``; flattened, the order of the elements.
+        float32 ``[..., 2, 2]`` or ``[..., 2, 2, 2]``; flattened, they are in the order of the elements.
     """
-    if together == 8:
+    if TOGETHER == 8:
         z0, z1, z2, z3 = _four_normals(seed, step, counter * 2)
         z4, z5, z6, z7 = _four_normals(seed, step, counter * 2 + 1)
         z0, z1, z2, z3 = tl.join(z0, z4), tl.join(z1, z5), tl.join(z2, z6), tl.join(z3, z7)
@@ -114,21 +114,27 @@ def normal_noise(seed, step, counter, together: tl.constexpr):
 
 
 @triton.jit
-def philox_normal_kernel(noise, seed, step, elements, block: tl.constexpr):
-    """Write a block of a row."""
+def philox_normal_kernel(
+    noise,  # float32 [N, E]
+    seed,  # int64 [N]
+    step,  # int64 [N]
+    elements,
+    BLOCK: tl.constexpr,
+):
+    """Writes the noise of a block of a row."""
     row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * block
-    counter = start // 4 + tl.arange(0, block // 4)
+    start = tl.program_id(1) * BLOCK
+    counter = start // 4 + tl.arange(0, BLOCK // 4)
     values = normal_noise(tl.load(seed + row), tl.load(step + row), counter, 4)
-    offsets = start + tl.arange(0, block)
-    tl.store(noise + row * elements + offsets, tl.reshape(values, (block,)), mask=offsets < elements)
+    offsets = start + tl.arange(0, BLOCK)
+    tl.store(noise + row * elements + offsets, tl.reshape(values, (BLOCK,)), mask=offsets < elements)
 
 
 def philox_normal(seed: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
-    """Noise of `shape`; the arguments are those of `loopfast_kernels.philox_normal`."""
+    """Returns noise of `shape`; the arguments are those of `loopfast_kernels.philox_normal`."""
     noise = torch.empty(tuple(shape), dtype=torch.float32, device=seed.device)
     elements = math.prod(shape[1:])
-    block, count, num_warps = blocks(elements)
-    grid = (shape[0], count)
-    launch(philox_normal_kernel, grid, noise, seed, step, elements, block=block, num_warps=num_warps)
+    tile, programs, num_warps = blocks(elements)
+    grid = (shape[0], programs)
+    launch(philox_normal_kernel, grid, noise, seed, step, elements, BLOCK=tile.width, num_warps=num_warps)
     return noise

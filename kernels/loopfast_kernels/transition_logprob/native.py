@@ -6,46 +6,34 @@ import torch
 from torch import Tensor
 
 from ..buffers import empty_like
-from ..native_library import as_float32, call, latents, pointer, transition
+from ..native_library import as_float32, call, latents, pointer, transition_struct
+from ..transition import Transition
 
 
-def transition_logprob(
-    model_output: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    table: Tensor,
-    step: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    reduction: str,
-) -> Tensor:
-    """Log-probability ``[N]``; as in `reference`."""
-    table = as_float32(table)
-    logprob = model_output.new_empty(model_output.shape[0], dtype=torch.float32)
-    at = transition(model_output, sample, table, step, uncond_output, guidance_scale, reduction)
-    call("loopfast_transition_logprob", at, latents("prev_sample", prev_sample), logprob.data_ptr())
+def transition_logprob(transition: Transition, prev_sample: Tensor, reduction: str) -> Tensor:
+    """Returns the log-probability ``[N]``, as `reference` does."""
+    rows = transition.model_output.shape[0]
+    logprob = transition.model_output.new_empty(rows, dtype=torch.float32)
+    call(
+        "loopfast_transition_logprob",
+        transition_struct(transition, reduction),
+        latents("prev_sample", prev_sample),
+        logprob.data_ptr(),
+    )
     return logprob
 
 
 def transition_logprob_backward(
-    grad: Tensor,
-    model_output: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    table: Tensor,
-    step: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    reduction: str,
+    grad: Tensor, transition: Transition, prev_sample: Tensor, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by both model outputs, the second empty where there is none; as in `reference`."""
-    table, grad = as_float32(table), as_float32(grad)
-    grad_output = empty_like(model_output)
-    grad_uncond = model_output.new_empty(0) if uncond_output is None else empty_like(uncond_output)
-    at = transition(model_output, sample, table, step, uncond_output, guidance_scale, reduction)
+    """Returns the gradients by both model outputs, as `reference` does."""
+    grad = as_float32(grad)
+    output, uncond = transition.model_output, transition.uncond_output
+    grad_output = empty_like(output)
+    grad_uncond = output.new_empty(0) if uncond is None else empty_like(uncond)
     call(
         "loopfast_transition_logprob_backward",
-        at,
+        transition_struct(transition, reduction),
         latents("prev_sample", prev_sample),
         pointer("grad", grad),
         latents("grad_output", grad_output),

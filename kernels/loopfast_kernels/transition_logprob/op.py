@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..registration import Operator
+from ..registration import Operator, select
+from ..transition import Transition
 from ..validation import check_transition
 from . import reference
 
@@ -38,30 +39,45 @@ class _TransitionLogprob(torch.autograd.Function):
         return grad_output, None, None, None, None, None if uncond_output is None else grad_uncond, None, None
 
 
-def _fake(model_output: Tensor, sample: Tensor, *_: Any) -> Tensor:
-    return model_output.new_empty(
-        model_output.shape[0], dtype=reference.arithmetic_dtype(model_output, sample)
+def _choose(implementations: backends.Implementations, arguments: Any) -> Any:
+    return implementations.choose(
+        arguments.model_output, arguments.sample, arguments.prev_sample, arguments.uncond_output
     )
 
 
-def _fake_backward(grad: Tensor, model_output: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    uncond_output = rest[4]
+def _forward(arguments: Any) -> Tensor:
+    compute = _choose(_FORWARD, arguments)
+    result: Tensor = compute(select(Transition, arguments), arguments.prev_sample, arguments.reduction)
+    return result
+
+
+def _backward(arguments: Any) -> tuple[Tensor, Tensor]:
+    compute = _choose(_BACKWARD, arguments)
+    transition = select(Transition, arguments)
+    result: tuple[Tensor, Tensor] = compute(
+        arguments.grad, transition, arguments.prev_sample, arguments.reduction
+    )
+    return result
+
+
+def _fake(arguments: Any) -> Tensor:
+    output: Tensor = arguments.model_output
+    return output.new_empty(output.shape[0], dtype=reference.arithmetic_dtype(output, arguments.sample))
+
+
+def _fake_backward(arguments: Any) -> tuple[Tensor, Tensor]:
+    output, uncond_output = arguments.model_output, arguments.uncond_output
     return (
-        torch.empty_like(model_output),
-        model_output.new_empty(0) if uncond_output is None else torch.empty_like(uncond_output),
+        torch.empty_like(output),
+        output.new_empty(0) if uncond_output is None else torch.empty_like(uncond_output),
     )
 
 
 _transition_logprob = Operator(
-    f"transition_logprob({_ARGUMENTS}) -> Tensor",
-    lambda *arguments: _FORWARD.choose(*arguments[:3], arguments[5])(*arguments),
-    _fake,
-    _TransitionLogprob,
+    f"transition_logprob({_ARGUMENTS}) -> Tensor", _forward, _fake, _TransitionLogprob
 )
 _transition_logprob_backward = Operator(
-    f"transition_logprob_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)",
-    lambda *arguments: _BACKWARD.choose(*arguments[1:4], arguments[6])(*arguments),
-    _fake_backward,
+    f"transition_logprob_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)", _backward, _fake_backward
 )
 
 
@@ -76,7 +92,7 @@ def transition_logprob(
     guidance_scale: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Log-probability of the step from ``x_t`` to ``x_{t-1}``.
+    """Returns the log-probability of the step from ``x_t`` to ``x_{t-1}``.
 
     The transition is ``N(a x_t + b m, sigma^2)`` with ``m = u + g (c - u)``; its log-density is summed or
     averaged over a row's elements. The mean is the convention of DDPO (Black et al., 2023), the sum is the
@@ -89,27 +105,28 @@ def transition_logprob(
         table: float32 (or float64) ``[T, 3]``, columns a, b, sigma of every step.
         step: int64 ``[N]``, the row of `table` each sample is at.
         uncond_output: ``[N, *L]``, the unconditional output ``u``.
-        guidance_scale: ``g``; other than 1 it needs `uncond_output`.
+        guidance_scale: ``g``; a value other than 1 needs `uncond_output`.
         reduction: ``"mean"`` or ``"sum"``.
 
     Returns:
         float32 ``[N]`` (float64 for float64 inputs), differentiable in `model_output` and `uncond_output`;
-        the samples count as data. 0, with no gradient, where sigma is 0.
+        the samples count as data. A row whose sigma is 0 has log-probability 0 and no gradient.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: a wrong shape, device or value; on the CPU also a step outside the table.
     """
-    latents = {"sample": sample, "prev_sample": prev_sample, "uncond_output": uncond_output}
-    check_transition(model_output, latents, table, step, guidance_scale, reduction)
-    result: Tensor = _transition_logprob(
+    check_transition(
         model_output,
-        sample,
-        prev_sample,
         table,
         step,
-        uncond_output,
-        float(guidance_scale),
+        guidance_scale,
         reduction,
+        sample=sample,
+        prev_sample=prev_sample,
+        uncond_output=uncond_output,
+    )
+    result: Tensor = _transition_logprob(
+        model_output, sample, prev_sample, table, step, uncond_output, float(guidance_scale), reduction
     )
     return result

@@ -1,7 +1,8 @@
 """The Gaussian transition and its log-probability on a GPU.
 
-The device functions here are shared by all ops that score a transition: the same operations in the same order
-give the same bits.
+All ops that score a transition share the device functions here: the same operations in the same order give the same
+bits. In the comments beside pointers, ``E`` is the number of elements of a row; a kernel's ``transition`` is a
+`Transition` of pointers.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -9,20 +10,22 @@ give the same bits.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..transition import Transition
 from ..triton_common import (
     blocks,
-    fold,
     launch,
     load_latents,
     shared_row,
     shorten,
     store_latents,
+    store_partials,
     tile_offsets,
     total,
     whole_row,
@@ -32,13 +35,26 @@ from ..validation import check_index
 _HALF_LOG_TWO_PI = tl.constexpr(0.5 * math.log(2.0 * math.pi))
 
 
-@triton.jit
-def load_coefficients(table, at):
-    """``a``, ``b``, ``sigma`` of one step and what follows from them.
+class Reduction(NamedTuple):
+    """The factors of a row's log-probability: E and 1 for the mean over elements, 1 and E for the sum."""
 
-    Returns:
-        ``a, b, sigma``, the factor that standardizes a residual, and the slope ``b / sigma`` (0 where the step is
-        deterministic).
+    divisor: float
+    constants: float
+
+
+def reduction_factors(elements: int, reduction: str) -> Reduction:
+    """Returns the factors for ``"mean"`` or ``"sum"``."""
+    return Reduction(float(elements), 1.0) if reduction == "mean" else Reduction(1.0, float(elements))
+
+
+@triton.jit
+def load_coefficients(
+    table,  # float32 [T, 3]
+    at,
+):
+    """Returns ``a``, ``b`` and ``sigma`` of one step, ``1 / sigma`` and the slope ``b / sigma``.
+
+    Where the step is deterministic, the last two are 1 and 0.
     """
     a = tl.load(table + at * 3)
     b = tl.load(table + at * 3 + 1)
@@ -49,231 +65,169 @@ def load_coefficients(table, at):
 
 
 @triton.jit
-def load_output(output, uncond_output, guidance_scale, start, offsets, elements, full: tl.constexpr):
-    """The guided output ``u + g (c - u)``; without ``u``, the output."""
-    guided = load_latents(output, start, offsets, elements, full)
-    if uncond_output is not None:
-        uncond = load_latents(uncond_output, start, offsets, elements, full)
-        guided = uncond + guidance_scale * (guided - uncond)
+def load_output(transition, start, offsets, elements, TILE: tl.constexpr):
+    """Returns a tile of the guided output ``u + g (c - u)``; without ``u``, of the output."""
+    guided = load_latents(transition.model_output, start, offsets, elements, TILE)
+    if transition.uncond_output is not None:
+        uncond = load_latents(transition.uncond_output, start, offsets, elements, TILE)
+        guided = uncond + transition.guidance_scale * (guided - uncond)
     return guided
 
 
 @triton.jit
-def standardized(prev_sample, sample, output, a, b, inverse):
-    """``(x_{t-1} - (a x_t + b m)) / sigma``."""
-    return (prev_sample - (a * sample + b * output)) * inverse
+def standardized(prev_sample, sample, output, a, b, inverse_sigma):
+    """Returns ``(x_{t-1} - (a x_t + b m)) / sigma``."""
+    return (prev_sample - (a * sample + b * output)) * inverse_sigma
 
 
 @triton.jit
-def gaussian_logprob(squares, sigma, divisor, constants):
-    """Log-density from a row's sum of squared residuals; 0 where the step is deterministic.
-
-    ``divisor`` and ``constants`` are E and 1 for the mean over elements, 1 and E for the sum.
-    """
+def gaussian_logprob(squares, sigma, reduction):
+    """Returns the log-density from a row's sum of squared residuals; 0 where the step is deterministic."""
     log_sigma = tl.log(tl.where(sigma > 0.0, sigma, 1.0))
-    logprob = tl.div_rn(squares, divisor) * -0.5 - (log_sigma + _HALF_LOG_TWO_PI) * constants
+    halved = tl.div_rn(squares, reduction.divisor) * -0.5
+    logprob = halved - (log_sigma + _HALF_LOG_TWO_PI) * reduction.constants
     return tl.where(sigma > 0.0, logprob, 0.0)
-
-
-def reduction_factors(elements: int, reduction: str) -> tuple[float, float]:
-    """``divisor`` and ``constants`` of `gaussian_logprob`."""
-    return (float(elements), 1.0) if reduction == "mean" else (1.0, float(elements))
-
-
-@triton.jit
-def store_partials(
-    partials, row, program, values, padded: tl.constexpr, height: tl.constexpr, width: tl.constexpr
-):
-    """Fold a tile to one value a column and store them at their place in ``[N, padded / height]``."""
-    columns = row * (padded // height) + program * width + tl.arange(0, width)
-    tl.store(partials + columns, fold(tl.reshape(values, (height * width,)), height * width, width))
 
 
 @triton.jit
 def transition_logprob_kernel(
-    logprob,
-    partials,
-    model_output,
-    sample,
-    prev_sample,
-    table,
-    step,
-    uncond_output,
-    guidance_scale,
-    divisor,
-    constants,
+    logprob,  # float32 [N]
+    partials,  # float32 [N, columns], or None where one program takes a row
+    transition,
+    prev_sample,  # [N, E]
+    reduction,
     elements,
-    padded: tl.constexpr,
-    height: tl.constexpr,
-    width: tl.constexpr,
-    full: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Score a row, or a tile of it where there are ``partials``."""
+    """Scores a row, or leaves the partial sums of a tile."""
     row = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
-    a, b, sigma, inverse, _ = load_coefficients(table, tl.load(step + row))
+    a, b, sigma, inverse_sigma, _ = load_coefficients(transition.table, tl.load(transition.step + row))
     start = row * elements
-    offsets = tile_offsets(program, padded, height, width)
-    output = load_output(model_output, uncond_output, guidance_scale, start, offsets, elements, full)
-    x = load_latents(sample, start, offsets, elements, full)
-    prev = load_latents(prev_sample, start, offsets, elements, full)
-    residual = standardized(prev, x, output, a, b, inverse)
+    offsets = tile_offsets(program, TILE)
+    output = load_output(transition, start, offsets, elements, TILE)
+    sample = load_latents(transition.sample, start, offsets, elements, TILE)
+    prev = load_latents(prev_sample, start, offsets, elements, TILE)
+    residual = standardized(prev, sample, output, a, b, inverse_sigma)
     if partials is None:
-        squares = total(tl.reshape(residual * residual, (padded,)), padded)
-        tl.store(logprob + row, gaussian_logprob(squares, sigma, divisor, constants))
+        squares = total(tl.reshape(residual * residual, (TILE.padded,)), TILE.padded)
+        tl.store(logprob + row, gaussian_logprob(squares, sigma, reduction))
     else:
-        store_partials(partials, row, program, residual * residual, padded, height, width)
+        store_partials(partials, row, program, residual * residual, TILE)
 
 
 @triton.jit
-def score_kernel(logprob, partials, table, step, divisor, constants, columns: tl.constexpr):
-    """Log-probability of a row from the partial sums of its programs."""
+def score_kernel(
+    logprob,  # float32 [N]
+    partials,  # float32 [N, COLUMNS]
+    table,  # float32 [T, 3]
+    step,  # int64 [N]
+    reduction,
+    COLUMNS: tl.constexpr,
+):
+    """Scores a row from its partial sums."""
     row = tl.program_id(0).to(tl.int64)
-    squares = total(tl.load(partials + row * columns + tl.arange(0, columns)), columns)
+    squares = total(tl.load(partials + row * COLUMNS + tl.arange(0, COLUMNS)), COLUMNS)
     sigma = tl.load(table + tl.load(step + row) * 3 + 2)
-    tl.store(logprob + row, gaussian_logprob(squares, sigma, divisor, constants))
+    tl.store(logprob + row, gaussian_logprob(squares, sigma, reduction))
 
 
-def score(
-    logprob: Tensor, partials: Tensor, table: Tensor, step: Tensor, divisor: float, constants: float
-) -> None:
-    """Fill `logprob` ``[N]`` from partial sums ``[N, columns]``."""
+def score(logprob: Tensor, partials: Tensor, transition: Transition, reduction: Reduction) -> None:
+    """Fills `logprob` ``[N]`` from partial sums ``[N, columns]``."""
     partials = shorten(partials)
     rows, columns = partials.shape
-    num_warps = whole_row(columns).num_warps
     launch(
         score_kernel,
         (rows,),
         logprob,
         partials,
-        table,
-        step,
-        divisor,
-        constants,
-        columns=columns,
-        num_warps=num_warps,
+        transition.table,
+        transition.step,
+        reduction,
+        COLUMNS=columns,
+        num_warps=whole_row(columns).num_warps,
     )
 
 
-def transition_logprob(
-    model_output: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    table: Tensor,
-    step: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    reduction: str,
-) -> Tensor:
-    """Log-probability ``[N]``; the arguments are those of `loopfast_kernels.transition_logprob`."""
-    check_index("step", step, table.shape[0])
-    table = table.float()
-    rows = model_output.shape[0]
-    elements = model_output[0].numel()
+def transition_logprob(transition: Transition, prev_sample: Tensor, reduction: str) -> Tensor:
+    """Returns the log-probability ``[N]``, as `reference` does."""
+    check_index("step", transition.step, transition.table.shape[0])
+    transition = transition._replace(table=transition.table.float())
+    rows, elements = prev_sample.shape[0], prev_sample[0].numel()
     cut = shared_row(elements)
     factors = reduction_factors(elements, reduction)
-    logprob = torch.empty(rows, dtype=torch.float32, device=model_output.device)
+    logprob = torch.empty(rows, dtype=torch.float32, device=prev_sample.device)
     partials = None if cut.programs == 1 else logprob.new_empty(rows, cut.columns)
     launch(
         transition_logprob_kernel,
         (rows, cut.programs),
         logprob,
         partials,
-        model_output,
-        sample,
+        transition,
         prev_sample,
-        table,
-        step,
-        uncond_output,
-        guidance_scale,
-        *factors,
+        factors,
         elements,
-        padded=cut.padded,
-        height=cut.height,
-        width=cut.width,
-        full=elements == cut.padded,
+        TILE=cut.tile,
         num_warps=cut.num_warps,
     )
     if partials is not None:
-        score(logprob, partials, table, step, *factors)
+        score(logprob, partials, transition, factors)
     return logprob
 
 
 @triton.jit
 def transition_logprob_backward_kernel(
-    grad_output,
-    grad_uncond,
-    grad,
+    grad_output,  # [N, E]
+    grad_uncond,  # [N, E] or None
+    grad,  # float32 [N]
     grad_stride,
-    model_output,
-    sample,
-    prev_sample,
-    table,
-    step,
-    uncond_output,
-    guidance_scale,
+    transition,
+    prev_sample,  # [N, E]
     uncond_scale,
     divisor,
     elements,
-    block: tl.constexpr,
-    full: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Gradients of a block of a row."""
+    """Writes the gradients of a block of a row."""
     row = tl.program_id(0).to(tl.int64)
-    a, b, _, inverse, slope = load_coefficients(table, tl.load(step + row))
+    a, b, _, inverse_sigma, slope = load_coefficients(transition.table, tl.load(transition.step + row))
     start = row * elements
-    offsets = tile_offsets(tl.program_id(1), block, 1, block)
-    output = load_output(model_output, uncond_output, guidance_scale, start, offsets, elements, full)
-    x = load_latents(sample, start, offsets, elements, full)
-    prev = load_latents(prev_sample, start, offsets, elements, full)
+    offsets = tile_offsets(tl.program_id(1), TILE)
+    output = load_output(transition, start, offsets, elements, TILE)
+    sample = load_latents(transition.sample, start, offsets, elements, TILE)
+    prev = load_latents(prev_sample, start, offsets, elements, TILE)
     weight = tl.div_rn(tl.load(grad + row * grad_stride) * slope, divisor)
-    by_output = weight * standardized(prev, x, output, a, b, inverse)
-    if uncond_output is None:
-        store_latents(grad_output, start, offsets, elements, by_output, full)
+    by_output = weight * standardized(prev, sample, output, a, b, inverse_sigma)
+    if grad_uncond is None:
+        store_latents(grad_output, start, offsets, elements, by_output, TILE)
     else:
-        store_latents(grad_output, start, offsets, elements, by_output * guidance_scale, full)
-        store_latents(grad_uncond, start, offsets, elements, by_output * uncond_scale, full)
+        store_latents(grad_output, start, offsets, elements, by_output * transition.guidance_scale, TILE)
+        store_latents(grad_uncond, start, offsets, elements, by_output * uncond_scale, TILE)
 
 
 def transition_logprob_backward(
-    grad: Tensor,
-    model_output: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    table: Tensor,
-    step: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: float,
-    reduction: str,
+    grad: Tensor, transition: Transition, prev_sample: Tensor, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to both model outputs; the second is empty where there is none."""
-    check_index("step", step, table.shape[0])
-    rows = model_output.shape[0]
-    elements = model_output[0].numel()
-    block, count, num_warps = blocks(elements)
-    grad = grad.float()
-    divisor, _ = reduction_factors(elements, reduction)
-    grad_output = torch.empty_like(model_output)
-    grad_uncond = model_output.new_empty(0) if uncond_output is None else torch.empty_like(uncond_output)
+    """Returns the gradients by both model outputs, as `reference` does."""
+    check_index("step", transition.step, transition.table.shape[0])
+    grad, output, uncond = grad.float(), transition.model_output, transition.uncond_output
+    rows, elements = output.shape[0], output[0].numel()
+    grad_output = torch.empty_like(output)
+    grad_uncond = None if uncond is None else torch.empty_like(uncond)
+    tile, programs, num_warps = blocks(elements)
     launch(
         transition_logprob_backward_kernel,
-        (rows, count),
+        (rows, programs),
         grad_output,
-        None if uncond_output is None else grad_uncond,
+        grad_uncond,
         grad,
         grad.stride(0),
-        model_output,
-        sample,
+        transition._replace(table=transition.table.float()),
         prev_sample,
-        table.float(),
-        step,
-        uncond_output,
-        guidance_scale,
-        1.0 - guidance_scale,
-        divisor,
+        1.0 - transition.guidance_scale,
+        reduction_factors(elements, reduction).divisor,
         elements,
-        block=block,
-        full=elements % block == 0,
+        TILE=tile,
         num_warps=num_warps,
     )
-    return grad_output, grad_uncond
+    return grad_output, output.new_empty(0) if grad_uncond is None else grad_uncond

@@ -1,4 +1,4 @@
-"""Confidence intervals of means by the bootstrap: how far a mean would move with other prompts of the same kind."""
+"""Confidence intervals of means by the bootstrap: the spread of a mean over other prompts of the same kind."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from loopfast.seeds import generator
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-# Values drawn at a time, so that memory does not grow with the number of prompts.
+# Draw at most this many values at a time, so that memory does not grow with the number of prompts.
 _AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the bounds that hold it with the given confidence; ``low <= mean <= high``."""
+    """A mean and the bounds of its confidence interval; ``low <= mean <= high``."""
 
     mean: float
     low: float
@@ -34,13 +34,13 @@ def mean_interval(
 ) -> Interval:
     """The mean of P values and its percentile bootstrap interval (Efron, 1979).
 
-    P values are drawn with replacement ``resamples`` times; the bounds are quantiles of the means. For a difference of
-    two models that drew the same prompts, give the P differences: the pairs are then drawn together.
+    P values are drawn with replacement ``resamples`` times. The bounds are quantiles of the means. For the difference
+    of two models that were measured on the same prompts, pass the P differences; each pair is then drawn together.
 
     Args:
-        values: P finite numbers, one a prompt: the mean over its images.
-        seed: of the draws; the same seed, the same bounds.
-        resamples: how many times.
+        values: P finite numbers, each the mean over one prompt's images.
+        seed: the seed of the draws; the same seed gives the same bounds.
+        resamples: the number of resamples.
         level: the confidence, in (0, 1).
 
     Raises:
@@ -62,5 +62,5 @@ def mean_interval(
     )
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    # rounding, and few resamples of a skewed sample, may leave the mean a little outside
+    # rounding, or few resamples of a skewed sample, may leave the mean slightly outside
     return Interval(mean, min(low, mean), max(high, mean))

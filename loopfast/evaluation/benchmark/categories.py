@@ -23,7 +23,7 @@ TITLES: dict[str, str] = {
 }
 """The columns of the paper's tables."""
 
-# The benchmark's CLIP is ViT-B/32; its main branch on the hub has pickles only, this one the same as safetensors.
+# The benchmark's CLIP is ViT-B/32. The main branch on the hub has pickles only; this revision has safetensors.
 _CLIP = {"weights": "openai/clip-vit-base-patch32", "revision": "refs/pr/15"}
 _METRICS: dict[str, RewardConfig] = {
     "color": RewardConfig(name="blip_vqa"),
@@ -38,16 +38,16 @@ _METRICS: dict[str, RewardConfig] = {
 
 
 def t2i_compbench(directory: Path, names: Sequence[str] = CATEGORIES) -> list[Category]:
-    """Categories with the 300 prompts of their evaluation split, and the metrics of the benchmark.
+    """Reads categories with the 300 prompts of their evaluation split and the benchmark's metrics.
 
-    `spatial`, `spatial_3d` and `numeracy` find objects by another detector than the benchmark's; the rest are its own.
+    `spatial`, `spatial_3d` and `numeracy` use another detector than the benchmark. The other metrics are the same.
 
     Args:
         directory: the folder of the benchmark's prompt files.
-        names: of the categories.
+        names: the categories.
 
     Raises:
-        ConfigError: a file is not there or cannot be used.
+        ConfigError: a file is missing or cannot be used.
     """
     return [
         Category(name, load_prompts(f"t2i-compbench:{directory}:{name}-val"), _METRICS[name])
@@ -56,7 +56,7 @@ def t2i_compbench(directory: Path, names: Sequence[str] = CATEGORIES) -> list[Ca
 
 
 def embedded_benchmark(names: Sequence[str] = world.CATEGORIES) -> list[Category]:
-    """Categories of the embedded world with their held-out captions, judged by its detector."""
+    """Reads categories of the embedded world with their held-out captions, scored by its detector."""
     return [
         Category(name, load_prompts(f"embedded:{name}-heldout"), RewardConfig(name="embedded"))
         for name in names

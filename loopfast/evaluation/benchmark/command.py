@@ -1,4 +1,4 @@
-"""The command ``loopfast benchmark``: a run's model beside the one it was trained from."""
+"""The command ``loopfast benchmark``: it measures a run's model and the model before training."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ def evaluate_benchmark(
 
     Args:
         target: the run's folder, or a LoRA's.
-        choice: the benchmark and what to measure of it.
-        plan: how many images are drawn, and from which noise.
+        choice: the benchmark, its categories and their metrics.
+        plan: the number of images and the seed of their noise.
         steps, eta, noise_level, guidance_scale: settings of the sampler; None stands for the run's.
         pretrained: the base model of a LoRA; None stands for the one that its card names.
         base: measure the model before training, too.

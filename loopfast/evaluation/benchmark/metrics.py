@@ -1,4 +1,4 @@
-"""The metrics of a benchmark's categories, as the command line changes them."""
+"""Changes the metrics of a benchmark's categories, as the command line asks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from loopfast.config import RewardConfig
 from loopfast.errors import ConfigError, first_line
 from loopfast.evaluation.benchmark.run import Category
 
-# Rewards that `three_in_one` is made of, whose options it takes under their names.
+# The rewards inside `three_in_one`, which takes their options under their names.
 _PARTS = ("blip_vqa", "spatial", "clip_score")
-# Options that say which revision of what another names: with other weights they say nothing.
+# Options with the revision of the weights that another option names. They do not apply to other weights.
 _REVISIONS = {"weights": "revision", "depth_weights": "depth_revision"}
 
 
 def with_metrics(categories: Sequence[Category], metrics: Sequence[str]) -> list[Category]:
-    """Categories with other metrics.
+    """Returns categories with other metrics.
 
     Args:
-        categories: the benchmark's.
-        metrics: ``CATEGORY=NAME`` or ``CATEGORY={name: NAME, options: {KEY: VALUE}}``, of a reward of the package or a
-            ``module:function``.
+        categories: the benchmark's categories.
+        metrics: ``CATEGORY=NAME`` or ``CATEGORY={name: NAME, options: {KEY: VALUE}}``, where NAME is a reward of the
+            package or a ``module:function``.
 
     Raises:
-        ConfigError: one has another form, or names no category that is measured.
+        ConfigError: a text has another form, or names a category that is not measured.
     """
     changed = {category.name: category for category in categories}
     for text in metrics:
@@ -50,15 +50,15 @@ def with_metrics(categories: Sequence[Category], metrics: Sequence[str]) -> list
 
 
 def with_options(categories: Sequence[Category], options: Sequence[str]) -> list[Category]:
-    """Categories whose metrics have other options.
+    """Returns categories whose metrics have other options.
 
     Args:
-        categories: with the metrics they are measured by.
-        options: ``NAME.KEY=VALUE``: the option of every metric of that name, inside `three_in_one` too. Other weights
-            are taken without the revision that belongs to the default ones.
+        categories: the categories with their metrics.
+        options: ``NAME.KEY=VALUE`` sets the option of every metric of that name, also inside `three_in_one`. Other
+            weights are used without the revision of the default ones.
 
     Raises:
-        ConfigError: one has another form, or no category is measured by that metric.
+        ConfigError: a text has another form, or no category is measured by that metric.
     """
     changed = list(categories)
     for text in options:

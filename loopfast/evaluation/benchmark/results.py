@@ -1,4 +1,4 @@
-"""What a benchmark found: means and their confidence intervals, as JSON and as the paper's table."""
+"""The results of a benchmark: means and their confidence intervals, as JSON and as the paper's table."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def summarize(
     plan: SamplingPlan,
     scores: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Any]:
-    """All that a benchmark found, as JSON can hold it.
+    """Collects the results of a benchmark in a form that JSON can hold.
 
     Args:
-        benchmark: its name.
-        models: the models; where there are two, the second's difference from the first is worked out, too.
-        categories: those that were measured.
-        plan: how much was drawn.
-        scores: float64 ``[P, K]`` of each model, of each category.
+        benchmark: the benchmark's name.
+        models: the models. With two models, the second's difference from the first is computed, too.
+        categories: the measured categories.
+        plan: the number of images and their noise.
+        scores: float64 ``[P, K]`` by model and category.
 
     Returns:
-        ``benchmark``, ``versions``, ``seed``, ``models`` (the settings of each), ``confidence``, and ``categories``: of
-        each its ``metric``, ``intervals`` (mean, low and high of each model and of ``difference``) and ``items``, one a
-        prompt: its text, and of each model the mean and the scores of its images.
+        ``benchmark``, ``versions``, ``seed``, ``models`` (their settings), ``confidence``, and ``categories``. Each
+        category has its ``metric``, ``intervals`` (mean, low and high of each model and of ``difference``) and
+        ``items``: the text of each prompt, and the mean and the image scores of each model.
     """
     found = {}
     for category in categories:
@@ -90,14 +90,14 @@ def summarize(
 def _table(
     result: Mapping[str, Any], titles: Mapping[str, str]
 ) -> tuple[list[str], list[tuple[str, list[tuple[str, str, str]]]]]:
-    """The table in the paper's layout, a row a model and a column a category.
+    """Makes the table in the paper's layout, with a row for each model and a column for each category.
 
     Args:
-        result: what `summarize` gave.
-        titles: the columns' names by category, where they are not the categories' own.
+        result: the result of `summarize`.
+        titles: the columns' titles by category, where they differ from the categories' names.
 
     Returns:
-        Its head, and of each row the title and the mean, low and high of each category as text.
+        The head, and for each row its title and the mean, low and high of each category as text.
     """
     categories = result["categories"]
     names = list(next(iter(categories.values()))["intervals"])
@@ -114,7 +114,7 @@ def _table(
 
 
 def as_rich(result: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
-    """The table for a terminal, where eight categories fit into 80 columns: below each mean its interval's bounds."""
+    """The table for a terminal. Bounds stand below their mean, so that eight categories fit into 80 columns."""
     head, rows = _table(result, titles)
     caption = f"means and {result['confidence']['level']:.0%} confidence intervals"
     table = Table(head[0], box=SIMPLE_HEAD, padding=0, show_edge=False, caption=caption)
@@ -126,9 +126,9 @@ def as_rich(result: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
 
 
 def as_markdown(result: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """The table and what it was measured by, as Markdown."""
+    """The table and the metrics of the categories as Markdown."""
     head, rows = _table(result, titles)
-    # the difference by its whole name, for which a terminal has no room
+    # the full name of the difference, for which a terminal has no room
     named = {DIFFERENCE: " − ".join(reversed([title for title, _ in rows[:2]]))}
     means = [
         [named.get(title, title), *(f"{mean} [{low}, {high}]" for mean, low, high in numbers)]
@@ -170,7 +170,7 @@ def write_results(result: Mapping[str, Any], titles: Mapping[str, str], folder: 
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """What `write_results` wrote.
+    """Reads the file that `write_results` wrote.
 
     Raises:
         LoopfastError: the file is damaged.

@@ -1,4 +1,4 @@
-"""Draws and scores the images of a benchmark, one model after the other, and can be stopped at any time."""
+"""Draws and scores the images of a benchmark, one model after the other. It can be stopped at any time."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from loopfast.run.images import save_image
 from loopfast.seeds import derive
 from loopfast.system.files import writing
 
-# Options of a metric that decide where and in what portions it computes, and not what.
+# Options of a metric that change its device or its batches, and not its values.
 _PLACES = ("device", "batch_size")
 _SECONDS_BETWEEN_MESSAGES = 10.0
 
 
 @dataclass(frozen=True)
 class Category:
-    """A part of a benchmark: its prompts and the reward that they are measured by."""
+    """A part of a benchmark: its prompts and the reward that measures them."""
 
     name: str
     prompts: Sequence[Prompt]
@@ -45,8 +45,8 @@ class MeasuredModel:
 
     Attributes:
         name: such as ``base`` or ``trained``.
-        settings: everything that its images depend on but prompt and noise; JSON can hold it.
-        open: gives its sampler; loads the model, and frees it afterwards.
+        settings: everything that its images depend on, except prompt and noise, in a form that JSON can hold.
+        open: a context that loads the model, provides its sampler, and frees the model.
     """
 
     name: str
@@ -56,13 +56,13 @@ class MeasuredModel:
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How much is drawn, and from which noise.
+    """The number of images to draw, and the seed of their noise.
 
     Attributes:
         images_per_prompt: K.
-        seed: of the noise.
-        limit_prompts: only so many first prompts of each category; None: all.
-        keep_images: images of each prompt to keep as PNG files, at most K.
+        seed: the seed of the noise and of the bootstrap.
+        limit_prompts: the number of prompts of each category, from the first; None stands for all.
+        keep_images: the number of images of each prompt to keep as PNG files, at most K.
     """
 
     images_per_prompt: int
@@ -74,13 +74,13 @@ class SamplingPlan:
 def image_seed(seed: int, prompt: str, occurrence: int, image: int) -> int:
     """The seed of an image's noise, in [0, 2⁶³).
 
-    It is the same for every model, in every category, and however many prompts and images are drawn beside it.
+    It is the same for every model and in every category, and does not depend on the other prompts and images.
 
     Args:
-        seed: of the benchmark.
+        seed: the benchmark's seed.
         prompt: the text.
         occurrence: 0 for the first time that a category has this text, 1 for the second.
-        image: the how manieth image of the prompt, from 0.
+        image: the image's index among the prompt's images.
     """
     return derive(seed, "benchmark", prompt, occurrence, image)
 
@@ -92,22 +92,22 @@ def run_benchmark(
     folder: Path,
     display: Display,
 ) -> dict[str, dict[str, Tensor]]:
-    """Draws and scores what the folder does not hold yet.
+    """Draws and scores the images that the folder has no scores of yet.
 
     Args:
         models: the models, with names that differ.
-        categories: with names that differ.
-        plan: how much is drawn.
-        folder: where scores are kept, ``scores/<model>-<category>.jsonl``, and images,
+        categories: the categories, with names that differ.
+        plan: the number of images and their noise.
+        folder: the folder for scores, ``scores/<model>-<category>.jsonl``, and images,
             ``images/<model>/<category>/samples/<prompt>_<number>.png``, which T2I-CompBench's own programs can read.
         display: where progress is shown.
 
     Returns:
-        Scores float64 ``[P, K]`` of each model, of each category.
+        Scores float64 ``[P, K]`` by model and category.
 
     Raises:
         ConfigError: a metric cannot be built, or the folder holds scores of other settings.
-        RewardError: a metric failed; what was scored before is kept.
+        RewardError: a metric failed. The scores until then are kept.
         LoopfastError: the folder cannot be written.
     """
     for category in categories:
@@ -126,7 +126,7 @@ def run_benchmark(
 def _run_tasks(
     model: MeasuredModel, tasks: Sequence[_Task], metrics: dict[str, RewardSet], display: Display
 ) -> None:
-    """Draws and scores with one model, which is freed when this returns; adds the metrics that it needs."""
+    """Runs the tasks of one model and frees it. Metrics that are not in ``metrics`` yet are built and added."""
     with model.open() as sampler:
         for task in tasks:
             key = _metric_key(task.category.metric)
@@ -137,7 +137,7 @@ def _run_tasks(
 
 @dataclass
 class _Task:
-    """One model on one category."""
+    """The measurement of one model on one category."""
 
     model: MeasuredModel
     category: Category
@@ -163,7 +163,7 @@ class _Task:
         return self.category.prompts[: self.plan.limit_prompts]
 
     def wanted(self) -> list[tuple[int, int]]:
-        """Every image, by the position of its prompt and its number."""
+        """Every image, as (prompt index, image index)."""
         return [(p, k) for p in range(len(self.prompts)) for k in range(self.plan.images_per_prompt)]
 
     def pending(self) -> list[tuple[int, int]]:
@@ -218,7 +218,7 @@ class _Task:
 
     def _keep(self, image: Tensor, text: str, number: int) -> None:
         samples = self.folder / "images" / self.model.name / self.category.name / "samples"
-        # the prompt is what the benchmark's programs read before the first "_"; a file's name has 255 bytes at most
+        # the benchmark's programs read the prompt before the first "_"; a file name has 255 bytes at most
         name = text.replace("/", " ").replace("_", " ").encode()[:240].decode(errors="ignore")
         with writing(samples):
             samples.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ class _Task:
 
 
 def _occurrences(prompts: Sequence[Prompt]) -> list[int]:
-    """How often each prompt's text has come before."""
+    """The number of earlier prompts with the same text, for each prompt."""
     seen: dict[str, int] = {}
     found = []
     for prompt in prompts:
@@ -236,7 +236,7 @@ def _occurrences(prompts: Sequence[Prompt]) -> list[int]:
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
-    """Of all texts and their metadata, in their order."""
+    """A digest of all texts and their metadata, in their order."""
     entries = [[prompt.text, dict(prompt.metadata)] for prompt in prompts]
     return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

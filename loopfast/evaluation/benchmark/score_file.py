@@ -1,11 +1,11 @@
-"""The scores of a benchmark's images, kept as they come, so that a run that was stopped goes on where it was."""
+"""The file of a benchmark's scores. It is written after each batch, so that a stopped benchmark can continue."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from loopfast.system.files import write_file, writing
 
 @dataclass(frozen=True)
 class Scored:
-    """The score of one image: of which prompt, by its position, the how manieth of it, and the seed of its noise."""
+    """One image's score, with its prompt index, image index and noise seed."""
 
     prompt: int
     image: int
@@ -25,18 +25,18 @@ class Scored:
 
 
 class ScoreFile:
-    """A file of JSON lines: first the settings that the scores depend on, then one image a line.
+    """A file of JSON lines: first the settings that the scores depend on, then one image per line.
 
     Args:
-        path: the file; made if it is not there. A last line that is half written is removed.
-        settings: everything that determines the scores but which images there are; JSON can hold it.
+        path: the file, which is created if it is missing. A last line that is half written is removed.
+        settings: everything that the scores depend on, except which images there are, in a form that JSON can hold.
 
     Attributes:
-        scores: of each image, by the position of its prompt and its number among the prompt's images.
+        scores: the images' scores by (prompt index, image index).
 
     Raises:
-        ConfigError: the file holds scores of other settings; the message says which.
-        LoopfastError: it is damaged, or cannot be read or written.
+        ConfigError: the file holds scores of other settings; the message lists the differences.
+        LoopfastError: the file is damaged, or cannot be read or written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -44,26 +44,23 @@ class ScoreFile:
         self.scores: dict[tuple[int, int], float] = {}
         with writing(path.parent):
             lines = path.read_bytes().split(b"\n") if path.exists() else []
-        whole = lines[:-1]  # what follows the last line end was cut off
-        if not whole:
+        complete = lines[:-1]  # the rest, after the last line end, was cut off
+        if not complete:
             with writing(path.parent):
                 write_file(path, _line({"settings": settings}))
             return
-        self._read(whole, settings)
+        self._read(complete, settings)
         if lines[-1]:
             with writing(path.parent):
-                write_file(path, b"".join(line + b"\n" for line in whole))
+                write_file(path, b"".join(line + b"\n" for line in complete))
 
     def add(self, rows: Sequence[Scored]) -> None:
-        """Keeps scores; when this returns, they are on the disk.
+        """Adds scores. When this returns, they are on the disk.
 
         Raises:
             LoopfastError: the disk is full or cannot be written.
         """
-        data = b"".join(
-            _line({"prompt": row.prompt, "image": row.image, "seed": row.seed, "score": row.score})
-            for row in rows
-        )
+        data = b"".join(_line(asdict(row)) for row in rows)
         with writing(self.path.parent), self.path.open("ab") as file:
             file.write(data)
             file.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from typing_extensions import override
 
-from loopfast.policies.adapter import exported_adapter, merge_adapter
+from loopfast.policies.adapter import exported_adapter
 from loopfast.policies.base import Conditioning, call_denoiser
 from loopfast.policies.fast.guided_unet import guided_forward, shares_trunk
 from loopfast.policies.pipeline import PipelinePolicy
@@ -28,15 +27,6 @@ class TextConditionedUNet(torch.nn.Module):
     def __init__(self, unet: Any, text_encoder: Any) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
-
-    @property
-    def config(self) -> Any:
-        """The UNet's configuration."""
-        return self.unet.config
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Turns it on in the UNet, whose activations take most of the memory."""
-        self.unet.enable_gradient_checkpointing()
 
 
 class StableDiffusionPolicy(PipelinePolicy):
@@ -98,8 +88,7 @@ class StableDiffusionPolicy(PipelinePolicy):
         if guidance_scale == 1.0 or not (self._config.shared_trunk and shares_trunk(_unet(self._active))):
             return super().predict(sample, timestep, conditioning, guidance_scale)
         empty = {name: self._unconditional[name].expand_as(value) for name, value in conditioning.items()}
-        with self._precision():
-            conditional, unconditional = self._call(self._guided, sample, timestep, conditioning, empty)
+        conditional, unconditional = self._call(self._guided, sample, timestep, conditioning, empty)
         return conditional.to(self.dtype).contiguous(), unconditional.to(self.dtype).contiguous()
 
     @override
@@ -107,17 +96,10 @@ class StableDiffusionPolicy(PipelinePolicy):
         if not self._trains_text:
             super().export_merged(directory, weights)
             return
-        merged = copy.deepcopy(self._denoiser)
-        merged.load_state_dict(dict(weights), strict=False)
-        merge_adapter(merged)
-        encoder = self.pipeline.text_encoder
-        self.pipeline.register_modules(text_encoder=merged.text_encoder)
-        whole, self._denoiser = self._denoiser, self._denoiser.unet
-        try:
-            self._save_pipeline(directory, merged.unet.state_dict(), merged.unet)
-        finally:
-            self._denoiser = whole
-            self.pipeline.register_modules(text_encoder=encoder, unet=whole.unet)
+        merged = self._merged(weights)
+        self._save_pipeline(
+            directory, merged.unet.state_dict(), merged.unet, text_encoder=merged.text_encoder
+        )
 
     @override
     def _save_adapter(self, directory: Path, weights: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -37,8 +38,9 @@ class StableDiffusionXLPolicy(PipelinePolicy):
             "time_ids": ids.expand(len(prompts), -1).contiguous(),
         }
 
+    @cached_property
     @override
-    def _encode_empty(self) -> Conditioning:
+    def _unconditional(self) -> Conditioning:
         encoded = self.encode([""])
         if not self.pipeline.config.force_zeros_for_empty_prompt:
             return encoded

@@ -39,12 +39,7 @@ class FlashAttention(AttnProcessor2_0):
 
 
 def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Gives a UNet the attention that ``model.attention`` names; a transformer keeps PyTorch's.
-
-    Args:
-        unet: a diffusers ``UNet2DConditionModel``, or a transformer.
-        config: the section ``model``.
-        device, dtype: the device and the type that it will compute with.
+    """Gives a UNet the attention of ``model.attention``; a transformer keeps PyTorch's.
 
     Returns:
         The implementation in use: ``sdpa``, ``matmul``, ``xformers`` or ``flash``.
@@ -149,11 +144,6 @@ def _attentions(unet: Any) -> list[Any]:
 def set_layers(models: Sequence[Any], config: ModelConfig, device: torch.device) -> dict[str, bool]:
     """Gives models the layers and the memory format of ``model.fast_layers`` and ``model.channels_last``.
 
-    Args:
-        models: the denoiser and the autoencoder.
-        config: the section ``model``.
-        device: the device that they will compute on.
-
     Returns:
         Whether each of the two is in use, by its name.
     """
@@ -174,10 +164,6 @@ def set_arithmetic(config: ModelConfig, device: torch.device) -> None:
     PyTorch has one such setting for all devices and threads of a process. It is therefore set even with a policy
     on the CPU: a rollout copy or a reward on a GPU computes as ``model.tf32`` says, too. It must be called before the
     process uses CUDA.
-
-    Args:
-        config: the section ``model``.
-        device: the policy's device.
 
     Raises:
         ConfigError: the device has no TF32, or determinism is asked for after CUDA has started without
@@ -239,11 +225,6 @@ class Tf32Conv2d(nn.Conv2d):
 
 def decoder_precision(config: ModelConfig, device: torch.device, vae: Any) -> str:
     """Returns the decoder's precision by ``model.decoder_precision``: ``float32``, ``tf32`` or ``model``.
-
-    Args:
-        config: the section ``model``.
-        device: the autoencoder's device.
-        vae: the autoencoder's configuration.
 
     Raises:
         ConfigError: the precision that the configuration names cannot work here.
@@ -313,19 +294,16 @@ def _forget(saved: Any) -> Any:
 
 
 def _prepare_compiling(device: torch.device) -> None:
-    if reason := _without_compiler(device):
-        raise ConfigError(f"model.compile: {reason}")
+    if device.type != "cuda":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except (InvalidCxxCompiler, RuntimeError) as error:
+            raise ConfigError(
+                f"model.compile: needs a C++ compiler on the CPU, such as g++ ({first_line(error)})"
+            ) from error
+    elif not importlib.util.find_spec("triton"):
+        raise ConfigError("model.compile: needs triton, which is not installed")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)
-
-
-def _without_compiler(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "needs triton, which is not installed"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError) as error:
-        return f"needs a C++ compiler on the CPU, such as g++ ({first_line(error)})"
-    return None

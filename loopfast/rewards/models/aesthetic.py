@@ -58,7 +58,7 @@ def aesthetic(
         head: the published predictor, such as sac+logos+ava1-l14-linearMSE.pth: a .pth or .safetensors file, or
             owner/name/file on the hub.
         revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
+        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16 for CLIP; the head computes in float32.
         batch_size: images per model call.
     """

@@ -45,7 +45,7 @@ def blip_vqa(
 ) -> Reward:
     """Score of the attributes of a prompt's objects, in [0, 1]: the product of the yes-probabilities.
 
-    The phrases are the list ``phrases`` of the prompt's metadata, if it is there, else the prompt is split. A prompt
+    The phrases are the list ``phrases`` of the prompt's metadata, if given, else the prompt is split. A prompt
     without noun phrases is itself the one question.
 
     Args:
@@ -53,7 +53,7 @@ def blip_vqa(
         phrases: the splitter of prompts: ``rules`` (the package's own) or ``spacy`` (the benchmark's; needs the extra
             ``spacy`` and its model ``en_core_web_sm``).
         revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
+        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16.
         batch_size: images per call of the vision model, and questions per call of the text model.
     """

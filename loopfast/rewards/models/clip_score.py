@@ -25,7 +25,7 @@ def clip_score(
         weights: any CLIP model of transformers, a folder or a hub name.
         scale: factor of the similarity; torchmetrics takes 100, the paper 2.5 and 0 for what is below.
         revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
+        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16.
         batch_size: images per model call.
     """

@@ -16,7 +16,7 @@ from loopfast.rewards.base import Reward
 from loopfast.rewards.models.clip import clip_similarity
 from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, number, placement
 from loopfast.rewards.models.sources import is_file, require_file, require_folder
-from loopfast.rewards.models.weights import load_config, load_converted, load_pretrained, read_state
+from loopfast.rewards.models.weights import load_config, load_pretrained, read_state
 
 __all__ = ["from_open_clip", "hps_v2"]
 
@@ -66,7 +66,7 @@ def hps_v2(
             of transformers as weights, its tokenizer and image processor.
         scale: factor of the similarity; the benchmark's tables take 100.
         revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
+        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16.
         batch_size: images per model call.
     """
@@ -86,7 +86,7 @@ def hps_v2(
                 raise ConfigError(
                     f"reward 'hps_v2': weights {weights!r} is no CLIP model of open_clip: without visual.proj"
                 )
-            model = load_converted("hps_v2", CLIPModel, config, weights, from_open_clip(state))
+            model = load_pretrained("hps_v2", CLIPModel, weights, config=config, state=from_open_clip(state))
         else:
             model = load_pretrained("hps_v2", CLIPModel, weights, revision=revision)
         return clip_similarity(place, model, processor, factor)

@@ -20,7 +20,7 @@ from loopfast.rewards.models.aesthetic import ScoreHead
 from loopfast.rewards.models.preprocessing import OPENAI_MEAN, OPENAI_STD, ImagePreprocessing
 from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
 from loopfast.rewards.models.sources import require_file, require_folder
-from loopfast.rewards.models.weights import load_converted, load_state, load_tokenizer, read_state
+from loopfast.rewards.models.weights import load_pretrained, load_state, load_tokenizer, read_state
 from loopfast.system.memory import to_device
 
 __all__ = ["from_blip", "image_reward"]
@@ -57,7 +57,7 @@ def image_reward(
         weights: the published file, local or owner/name/file on the hub.
         tokenizer: BERT's, uncased, a folder or a hub name.
         revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
+        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16 for BLIP; the head computes in float32.
         batch_size: images per model call.
     """
@@ -73,13 +73,15 @@ def image_reward(
             weights, read_state("image_reward", "weights", weights, revision=revision)
         )
         vision_config = _vision_config(vision_state)
-        vision: Any = load_converted("image_reward", BlipVisionModel, vision_config, weights, vision_state)
-        text: Any = load_converted(
+        vision: Any = load_pretrained(
+            "image_reward", BlipVisionModel, weights, config=vision_config, state=vision_state
+        )
+        text: Any = load_pretrained(
             "image_reward",
             BlipTextModel,
-            _text_config(text_state, vision_config.hidden_size),
             weights,
-            text_state,
+            config=_text_config(text_state, vision_config.hidden_size),
+            state=text_state,
             add_pooling_layer=False,
         )
         head = load_state(

@@ -115,7 +115,7 @@ def numeracy(
 ) -> Reward:
     """Score of the objects that the prompt counts, in [0, 1]: whether they are in the image, and in that number.
 
-    The objects are read from the metadata's ``objects``, such as ``{zebra: 2}``, if it is there, else from the prompt.
+    The objects are read from the metadata's ``objects``, such as ``{zebra: 2}``, if given, else from the prompt.
     A prompt that counts no known object is an error.
 
     Args:

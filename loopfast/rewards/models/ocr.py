@@ -31,7 +31,7 @@ _QUOTED = re.compile(r"[\"“]([^\"“”]*)[\"”]")
 def ocr(weights: str | None = None) -> Reward:
     """Score of an image that shows the text its prompt asks for, in [0, 1].
 
-    The text is the metadata's ``text``, if it is there, else the first text between double quotes in the prompt. Images
+    The text is the metadata's ``text``, if given, else the first text between double quotes in the prompt. Images
     are read one by one on the CPU.
 
     Args:

@@ -28,7 +28,7 @@ def pickscore(
             laion/CLIP-ViT-H-14-laion2B-s32B-b79K; null takes those that come with the weights.
         scale: a further factor; Flow-GRPO divides by 26, which is 0.03846.
         revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
+        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16.
         batch_size: images per model call.
     """

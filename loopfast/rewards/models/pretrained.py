@@ -47,7 +47,7 @@ def placement(reward: str, device: str, dtype: str, batch_size: int) -> Placemen
 
     Args:
         reward: name of the reward.
-        device: ``auto`` (cuda where there is one, else cpu), ``cpu``, ``cuda`` (the current GPU) or ``cuda:N``.
+        device: ``auto`` (cuda if available, else cpu), ``cpu``, ``cuda`` (the current GPU) or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per model call, at least 1.
 

@@ -182,7 +182,7 @@ def spatial(
     """Score of two objects that are left, right, on top, below or near each other as the prompt says, in [0, 1].
 
     The relation is read from the metadata's ``relation``, such as ``[cat, left, dog]``, with left, right, top, bottom
-    or near, if it is there, else from the prompt. A prompt without a relation is an error.
+    or near, if given, else from the prompt. A prompt without a relation is an error.
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
@@ -228,8 +228,8 @@ def spatial_3d(
 ) -> Reward:
     """Score of one object that is in front of, behind or hidden by the other as the prompt says, in [0, 1].
 
-    The relation is read from the metadata's ``relation``, such as ``[cat, front, dog]``, with front or behind, if it is
-    there, else from the prompt. A prompt without a relation is an error.
+    The relation is read from the metadata's ``relation``, such as ``[cat, front, dog]``, with front or behind, if
+    given, else from the prompt. A prompt without a relation is an error.
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.

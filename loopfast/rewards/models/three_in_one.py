@@ -61,7 +61,7 @@ class ThreeInOne:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Returns the scores, float32 ``[N]`` on the CPU; see `loopfast.rewards.base.Reward`.
 
-        The aspects are those of ``metadata["aspects"]``, which T2I-CompBench's prompts have if its lists are there,
+        The aspects are those of ``metadata["aspects"]``, which T2I-CompBench's prompts have if its lists are found,
         else those of `prompt_aspects`. A prompt with the aspect spatial in which no relation of two objects is found
         gets 0 for it, as in the benchmark.
         """

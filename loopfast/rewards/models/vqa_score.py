@@ -53,7 +53,7 @@ def vqa_score(
             of model.
         answer: the answer whose probability is the score; None takes the reference code's for this kind of model.
         revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
+        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16.
         batch_size: images per model call.
     """

@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from loopfast.errors import ConfigError, first_line
 from loopfast.rewards.models.sources import download
 
-__all__ = ["load_config", "load_converted", "load_pretrained", "load_state", "load_tokenizer", "read_state"]
+__all__ = ["load_config", "load_pretrained", "load_state", "load_tokenizer", "read_state"]
 
 _KEYS_SHOWN = 3
 
 
 def load_pretrained(
-    reward: str, cls: Any, weights: str, *, revision: str | None = None, **options: Any
+    reward: str, cls: Any, weights: str, *, state: Mapping[str, Tensor] | None = None, **options: Any
 ) -> Any:
-    """Loads a transformers model with its published weights, for scoring only.
+    """Loads a transformers model for scoring only.
 
     Args:
         reward: name of the reward, for messages.
         cls: class of the model.
-        weights: a folder or a hub name; its weights must be safetensors.
-        revision: branch, tag or commit on the hub.
-        options: further arguments of ``cls.from_pretrained``.
+        weights: a folder or a hub name, whose weights must be safetensors; with ``state`` their origin, for messages.
+        state: tensors by the model's own names, and no others, in place of published weights.
+        options: further arguments of ``cls.from_pretrained``, such as ``revision``, or ``config`` with ``state``.
 
     Returns:
         The model in evaluation mode, without gradients, on the CPU in the type it was saved in.
@@ -35,39 +35,14 @@ def load_pretrained(
     Raises:
         ConfigError: it cannot be found or read, or it is another model: a weight is missing or has another shape.
     """
-    return _load(
-        reward, cls, weights, weights, revision=revision, use_safetensors=True, partial=True, **options
-    )
-
-
-def load_converted(
-    reward: str, cls: Any, config: Any, source: str, state: Mapping[str, Tensor], **options: Any
-) -> Any:
-    """Makes a transformers model of weights that were published under other names, for scoring only.
-
-    Args:
-        reward: name of the reward, for messages.
-        cls: class of the model.
-        config: configuration of the model.
-        source: origin of the weights, for messages.
-        state: tensors by the model's own names, without any other.
-        options: further arguments of ``cls.from_pretrained``.
-
-    Returns:
-        A model as `load_pretrained` returns.
-
-    Raises:
-        ConfigError: a weight is missing, is not the model's, or has another shape.
-    """
-    return _load(reward, cls, source, None, config=config, state_dict=dict(state), partial=False, **options)
-
-
-def _load(reward: str, cls: Any, source: str, folder: str | None, *, partial: bool, **options: Any) -> Any:
-    """Returns the model of ``cls.from_pretrained``, if every weight was found, and no other unless ``partial``."""
-    where = f"reward {reward!r}: weights {source!r}"
+    where = f"reward {reward!r}: weights {weights!r}"
+    options |= {"use_safetensors": True} if state is None else {"state_dict": dict(state)}
     try:
         model, found = cls.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            weights if state is None else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(
@@ -79,7 +54,7 @@ def _load(reward: str, cls: Any, source: str, folder: str | None, *, partial: bo
             raise ConfigError(f"{where}: {mismatch}: found another shape, expected {shape}")
         name, shape, expected = mismatch
         raise ConfigError(f"{where}: {name}: found shape {list(shape)}, expected {list(expected)}")
-    unknown = () if partial else found["unexpected_keys"]
+    unknown = () if state is None else found["unexpected_keys"]
     _require_same(f"{where} is no {cls.__name__}", found["missing_keys"], unknown)
     return model.eval().requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""The limits of a model's text encoders, found without its weights and without the hub."""
+"""Checks of a model on this machine, without its weights and without the hub."""
 
 from __future__ import annotations
 
@@ -6,18 +6,29 @@ from pathlib import Path
 
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError, first_line
+from loopfast.policies.families import Family
 from loopfast.policies.loading import load_family
-from loopfast.policies.source import locate
+from loopfast.policies.lora_file import lora_weights
+from loopfast.policies.source import local_path, locate
 from loopfast.policies.text_limits import TOKENIZERS, TextLimit, encoder_of
 
 
+def check_model(config: ModelConfig) -> Family | None:
+    """Returns the family of a model on this machine; None for a hub name, which is not looked up.
+
+    Raises:
+        ConfigError: ``model.pretrained`` or ``model.lora.from`` names a local path with the wrong content.
+    """
+    start = config.lora.from_
+    if start is not None and local_path("model.lora.from", start) is not None:
+        lora_weights(config)
+    return load_family(config) if isinstance(locate(config), Path) else None
+
+
 def local_text_limits(config: ModelConfig) -> tuple[TextLimit, ...] | None:
-    """Returns the limits of a model's text encoders, from its tokenizers alone.
+    """Returns the limits of a model's text encoders; None if its tokenizers are not on this machine.
 
-    The hub is not asked: for a hub name, the tokenizers are those in the hub's cache.
-
-    Returns:
-        The limits; None if the model's tokenizers are not on this machine.
+    For a hub name, the tokenizers are those in the hub's cache.
 
     Raises:
         ConfigError: the model's folder is no pipeline, or its tokenizers cannot be loaded.
