@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import time
+import timeit
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -141,12 +141,7 @@ def _cpu_rate(threads: int) -> float:
     """Returns this machine's operations per second with a number of threads, from the fastest of five products."""
     size = 1024
     left, right = torch.rand(size, size), torch.rand(size, size)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
+    return 2 * size**3 / min(timeit.repeat(lambda: left @ right, number=1, repeat=5))
 
 
 def _cpu() -> Device:

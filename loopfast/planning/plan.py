@@ -10,7 +10,7 @@ from loopfast.planning.architectures import Architecture, load_architecture
 from loopfast.planning.devices import Device, choose
 from loopfast.planning.memory import Case, Footprint, Resources, footprint
 from loopfast.planning.networks import Weights
-from loopfast.planning.savings import Advice, advise, largest_microbatch, largest_samples
+from loopfast.planning.savings import Advice, advise, largest_sizes
 from loopfast.planning.speed import Scale, Work, scaling, work_of
 
 STAGES = (0, 1, 2, 3)
@@ -106,9 +106,4 @@ def plan(
 
 def _stage(case: Case) -> Stage:
     found = footprint(case.config, case.architecture, case.resources, case.stage)
-    return Stage(
-        found,
-        found.total <= case.resources.usable,
-        largest_samples(case, found.batch),
-        largest_microbatch(case, found.batch),
-    )
+    return Stage(found, found.total <= case.resources.usable, *largest_sizes(case, found.batch))

@@ -49,15 +49,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "levers": {
             "fits": plan.advice.fits,
             "overrides": plan.advice.overrides,
-            "steps": [
-                {
-                    "name": applied.saving.name,
-                    "settings": dict(applied.saving.settings),
-                    "cost": applied.saving.cost,
-                    "total": applied.total,
-                }
-                for applied in plan.advice.savings
-            ],
+            "steps": [{**asdict(applied.saving), "total": applied.total} for applied in plan.advice.savings],
         },
         "iteration": {
             "operations": asdict(plan.work),
@@ -78,10 +70,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "total": found.total,
         "fits": stage.fits,
         "peak_phase": found.peak_phase,
-        "held": found.held,
-        "phases": found.phases,
-        "host": found.host,
-        "batch": asdict(found.batch),
+        **asdict(found),
         "largest_samples_per_prompt": stage.largest_samples,
         "largest_microbatch": stage.largest_microbatch,
     }

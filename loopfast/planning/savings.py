@@ -61,28 +61,22 @@ def fits(config: Config, architecture: Architecture, resources: Resources, stage
     return footprint(config, architecture, resources, stage).total <= resources.usable
 
 
-def largest_samples(case: Case, batch: Batch) -> int | None:
-    """Returns the largest K up to `MOST_SAMPLES` that fits with the same rows per call, or None."""
-    least = 2 if ALGORITHMS[case.config.algorithm.name].needs_group else 1
+def largest_sizes(case: Case, batch: Batch) -> tuple[int | None, int | None]:
+    """Returns the largest K that fits with the same rows per call, and the largest number of rows per call that fits.
 
-    def possible(samples: int) -> bool:
-        changed = with_sizes(case.config, microbatch=(batch.rollout, batch.replay), samples=samples)
-        return fits(changed, case.architecture, case.resources, case.stage)
-
-    return _largest(possible, least, MOST_SAMPLES)
-
-
-def largest_microbatch(case: Case, batch: Batch) -> int | None:
-    """Returns the largest number of rows per call that fits in rollout and replay alike, or None.
-
-    It is at most the number of a process's images.
+    K is at most `MOST_SAMPLES`. The rows are those of rollout and replay alike, and at most a process's images. A size
+    is None if none fits.
     """
 
-    def possible(rows: int) -> bool:
-        changed = with_sizes(case.config, microbatch=(rows, rows))
+    def possible(rows: tuple[int, int], samples: int | None = None) -> bool:
+        changed = with_sizes(case.config, microbatch=rows, samples=samples)
         return fits(changed, case.architecture, case.resources, case.stage)
 
-    return _largest(possible, 1, batch.images)
+    least = 2 if ALGORITHMS[case.config.algorithm.name].needs_group else 1
+    return (
+        _largest(lambda samples: possible((batch.rollout, batch.replay), samples), least, MOST_SAMPLES),
+        _largest(lambda rows: possible((rows, rows)), 1, batch.images),
+    )
 
 
 def _largest(possible: Callable[[int], bool], low: int, high: int) -> int | None:

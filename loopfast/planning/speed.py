@@ -125,13 +125,8 @@ def scaling(case: Case, batch: Batch, device: Device, *, weak: bool) -> list[Sca
         images = prompts * config.algorithm.samples_per_prompt
         each = math.ceil(images / gpus)
         # a microbatch that is a number stays; an automatic one is at most a process's images
-        rollout, replay = (
-            min(rows, each) if configured == "auto" else rows
-            for configured, rows in (
-                (config.rollout.microbatch, batch.rollout),
-                (config.train.microbatch, batch.replay),
-            )
-        )
+        rollout = min(batch.rollout, each) if config.rollout.microbatch == "auto" else batch.rollout
+        replay = min(batch.replay, each) if config.train.microbatch == "auto" else batch.replay
         many = Case(
             with_sizes(config, microbatch=(rollout, replay), prompts=prompts),
             case.architecture,
