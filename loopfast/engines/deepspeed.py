@@ -24,12 +24,8 @@ from loopfast.system.device import torch_device
 def require_type(dtype: str, zero_stage: int, device: str) -> None:
     """Checks that DeepSpeed, if it shards the run, takes ``model.dtype`` on this processor.
 
-    Without sharding, float16 is allowed on every processor, as PyTorch emulates it.
-
-    Args:
-        dtype: ``model.dtype``.
-        zero_stage: ``distributed.zero_stage``.
-        device: the kind of the model's device. Only ``cpu`` is checked.
+    Without sharding, float16 is allowed on every processor, as PyTorch emulates it. Of the kinds of ``device``, only
+    ``cpu`` is checked.
 
     Raises:
         ConfigError: DeepSpeed does not take the type.
@@ -44,10 +40,7 @@ def require_type(dtype: str, zero_stage: int, device: str) -> None:
 def require_settings(train: TrainConfig, distributed: DistributedConfig, dtype: str, device: str) -> None:
     """Checks the file of ``distributed.deepspeed``, and has DeepSpeed check it if it is installed.
 
-    Args:
-        train, distributed: the sections.
-        dtype: ``model.dtype``.
-        device: the kind of the model's device, or ``auto``.
+    ``dtype`` and ``device`` are those of the section ``model``.
 
     Raises:
         ConfigError: the file cannot be read, contradicts the configuration, or is refused by DeepSpeed.

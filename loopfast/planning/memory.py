@@ -130,19 +130,9 @@ class Footprint:
         return self.in_phase(self.peak_phase)
 
 
-RolloutCopy = Literal["resident", "gathered"] | None
-
-
 @dataclass(frozen=True)
 class Case:
-    """A run as it is planned.
-
-    Attributes:
-        config: the run.
-        architecture: its model.
-        resources: its devices.
-        stage: the ZeRO stage, in place of the configuration's.
-    """
+    """A run with its model and its devices, planned for a ZeRO stage in place of the configuration's."""
 
     config: Config
     architecture: Architecture
@@ -160,14 +150,15 @@ class Case:
         return weights_of(self.architecture, self.form)
 
     @cached_property
-    def rollout_copy(self) -> RolloutCopy:
+    def rollout_copy(self) -> Literal["resident", "gathered"] | None:
         """The kind of the denoiser's copy that is sampled from, if there is one."""
         rollout = self.config.rollout
+        if rollout.replica != "auto":
+            return None if rollout.replica == "none" else rollout.replica
         wanted = rollout.dtype is not None or rollout.device is not None or rollout.merge_lora
-        kind: RolloutCopy = "gathered" if self.stage == 3 and self.config.model.tune == "full" else "resident"
-        if rollout.replica == "auto":
-            return kind if wanted or self.stage == 3 else None
-        return None if rollout.replica == "none" else rollout.replica
+        if self.stage == 3:
+            return "resident" if self.lora else "gathered"
+        return "resident" if wanted else None
 
     @cached_property
     def sampled(self) -> Form:
@@ -250,13 +241,8 @@ def footprint(
 ) -> Footprint:
     """Returns the memory of one process of a run.
 
-    An automatic microbatch is halved until the run fits, as in a run of one process on a GPU.
-
-    Args:
-        config: the run.
-        architecture: its model.
-        resources: its devices.
-        stage: the ZeRO stage. None takes the configuration's.
+    An automatic microbatch is halved until the run fits, as in a run of one process on a GPU. The ZeRO stage None is
+    the configuration's.
 
     Raises:
         ConfigError: the model or its adapter cannot be made from the configuration.

@@ -58,10 +58,7 @@ class Form:
 def form_of(config: Config, device: DeviceKind, *, sharded: bool) -> Form:
     """Returns the form in which a configuration trains its denoiser.
 
-    Args:
-        config: the run.
-        device: the kind of its device.
-        sharded: whether DeepSpeed holds the float32 weights (ZeRO stages 1 to 3).
+    With ``sharded`` DeepSpeed holds the float32 weights (ZeRO stages 1 to 3).
     """
     model = config.model
     lora = model.tune == "lora"
@@ -122,10 +119,7 @@ def _weights(architecture: Architecture, form: Form) -> Weights:
 def training_call(architecture: Architecture, form: Form, *, accumulating: bool) -> Trace:
     """Returns the trace of a forward and backward pass.
 
-    Args:
-        architecture: the model.
-        form: its form.
-        accumulating: whether gradients exist before the call, so that they are not counted, or the call makes them.
+    With ``accumulating`` gradients exist before the call, so that they are not counted. Without it the call makes them.
     """
     return _trace(architecture, form, backward=True, accumulating=accumulating)
 

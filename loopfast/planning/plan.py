@@ -13,8 +13,6 @@ from loopfast.planning.networks import Weights
 from loopfast.planning.savings import Advice, advise, largest_sizes
 from loopfast.planning.speed import Scale, Work, scaling, work_of
 
-STAGES = (0, 1, 2, 3)
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -84,7 +82,7 @@ def plan(
     device, resources = choose(config.model.device, card, memory, gpus)
     require_type(config.model.dtype, config.distributed.zero_stage, resources.device)
     architecture = load_architecture(config.model, model)
-    cases = [Case(config, architecture, resources, stage) for stage in STAGES]
+    cases = [Case(config, architecture, resources, stage) for stage in range(4)]
     stages = tuple(_stage(case) for case in cases)
     case = cases[config.distributed.zero_stage]
     batch = stages[case.stage].footprint.batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,13 +18,7 @@ MOST_SAMPLES = 4096
 
 @dataclass(frozen=True)
 class Saving:
-    """A change of the configuration that saves memory.
-
-    Attributes:
-        name: its name for people.
-        settings: the new values by key.
-        cost: its cost, in words.
-    """
+    """A change of the configuration that saves memory: the new values by key, and their cost in words."""
 
     name: str
     settings: Mapping[str, str]
@@ -40,12 +35,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class Advice:
-    """A set of savings in the order of their cost.
-
-    Attributes:
-        savings: the set; empty if the run fits as it is.
-        fits: whether the run fits with all of them.
-    """
+    """Savings in the order of their cost, none if the run fits as it is, and whether it fits with all of them."""
 
     savings: tuple[Applied, ...]
     fits: bool
@@ -109,8 +99,7 @@ def advise(config: Config, architecture: Architecture, resources: Resources) -> 
         return None if there is None else footprint(there, architecture, resources).total
 
     def enough(savings: list[Saving]) -> bool:
-        found = total(savings)
-        return found is not None and found <= resources.usable
+        return (total(savings) or math.inf) <= resources.usable
 
     start = footprint(config, architecture, resources)
     least, chosen = start.total, list[Saving]()

@@ -109,13 +109,9 @@ def traffic_of(case: Case, batch: Batch) -> dict[str, int]:
 
 
 def scaling(case: Case, batch: Batch, device: Device, *, weak: bool) -> list[Scale]:
-    """Returns an iteration on 1, 8, 64 and 512 GPUs.
+    """Returns an iteration on 1, 8, 64 and 512 GPUs, with as many rows in a model call as in ``batch``.
 
-    Args:
-        case: the run that is planned.
-        batch: its rows; those of a model call stay as they are.
-        device: each GPU.
-        weak: whether the images grow with the GPUs, so that each does the same work, or stay as they are.
+    With ``weak`` the images grow with the GPUs, so that each does the same work. Without it they stay as they are.
     """
     config, found = case.config, list[Scale]()
     for gpus in (1, 8, 64, 512):
