@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from pydantic import ValidationError
 
 from loopfast.config import DistributedConfig, TrainConfig
-from loopfast.distributed.world import World
 from loopfast.engines.deepspeed_config import deepspeed_settings
 from loopfast.errors import ConfigError, MissingExtraError, one_line, short
 from loopfast.policies import Policy
@@ -143,17 +142,3 @@ def make_contiguous(module: torch.nn.Module) -> None:
     """Makes every weight contiguous, as shards are cut from flat memory."""
     for parameter in module.parameters():
         parameter.data = parameter.data.contiguous().reshape(-1).view(parameter.shape)
-
-
-def check_on_all(world: World, check: Callable[[], None]) -> None:
-    """Runs a check in the first process, and raises its ValueError in all processes."""
-
-    def problem() -> str | None:
-        try:
-            check()
-        except ValueError as error:
-            return str(error)
-        return None
-
-    if found := world.on_main(problem):
-        raise ValueError(found)

@@ -82,11 +82,7 @@ def with_file(
     """Returns settings with those of the file that ``distributed.deepspeed`` names.
 
     An empty section, null and ``auto`` add nothing. An entry that the configuration decides has to agree with it.
-
-    Args:
-        ours: the settings that the configuration gives.
-        train, distributed: the sections.
-        dtype: ``model.dtype``.
+    ``ours`` are the settings that the configuration gives.
 
     Raises:
         ConfigError: the file cannot be read, is not valid JSON, holds keys or values that DeepSpeed does not know, or

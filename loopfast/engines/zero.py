@@ -14,7 +14,7 @@ from typing_extensions import override
 from loopfast.config import DistributedConfig, TrainConfig
 from loopfast.distributed.world import World
 from loopfast.engines.base import Engine, require_same, tensor_bytes
-from loopfast.engines.deepspeed import check_on_all, initialize, make_contiguous
+from loopfast.engines.deepspeed import initialize, make_contiguous
 from loopfast.engines.optimizers import build_optimizer, require_state_of
 from loopfast.errors import NonFiniteError
 from loopfast.policies import Policy
@@ -142,11 +142,16 @@ class ZeroEngine(Engine):
             tensors.get(file, {}) if self._world.is_main else {} for file in ("policy", "optimizer")
         )
 
-        def check() -> None:
-            require_same(policy, self._shapes)
-            require_state_of(optimizer, eight_bit=False)
+        def problem() -> str | None:
+            try:
+                require_same(policy, self._shapes)
+                require_state_of(optimizer, eight_bit=False)
+            except ValueError as error:
+                return str(error)
+            return None
 
-        check_on_all(self._world, check)
+        if found := self._world.on_main(problem):
+            raise ValueError(found)
         steps = self._world.on_main(
             lambda: [float(v) for k, v in optimizer.items() if k.endswith(".step")][:1]
         )

@@ -358,24 +358,22 @@ def _scoring(case: Case, batch: Batch, rollout: dict[str, int]) -> dict[str, dic
     rows = min(batch.rollout, batch.images)
     at_a_time = min(rows, decoder_rows(architecture.vae.config, architecture.size))
     if worker == "none":
-        stored = {"trajectories": rollout["trajectories"]}
-        waiting = scored = batch.images * image
-        decoded = waiting - at_a_time * image
+        stored, scored = {"trajectories": rollout["trajectories"]}, batch.images * image
     else:
         # images are decoded after each microbatch, when the sampling call's memory is free but the replica is not
         stored = {name: size for name, size in rollout.items() if name != "sampling call"}
         scored = rows * image
-        waiting = scored if worker == "inline" else min(batch.images, WAITING * batch.rollout) * image
-        decoded = scored - at_a_time * image if worker == "inline" else waiting
+    here = worker in ("none", "inline")
+    decoded = scored - at_a_time * image if here else min(batch.images, WAITING * batch.rollout) * image
     phases = {"decoding": {**stored, "images": decoded, "decoder": decoder.peak(at_a_time)}}
-    if worker in ("none", "inline"):
+    if here:
         # the microbatches and their concatenation are held at once; some rewards copy the latter
         names = [term.name for term in config.reward] if not case.on_gpu else []
         copies = 2 if any(name.startswith("jpeg") for name in names) else 1
         extra = copies * scored
         if any(name.startswith("embedded") for name in names):
             extra = max(extra, DETECTOR * scored // image)
-        phases["reward"] = {**stored, "images": waiting, "images, copied": extra}
+        phases["reward"] = {**stored, "images": scored, "images, copied": extra}
     return phases
 
 

@@ -96,14 +96,10 @@ class Weights:
     largest: int
 
 
+@cache
 def weights_of(architecture: Architecture, form: Form) -> Weights:
     """Returns the sizes of a denoiser's weights; buffers count as float32 if all weights are trained."""
-    return _weights(architecture, form if form.adapter else replace(form, weights="float32"))
-
-
-@cache
-def _weights(architecture: Architecture, form: Form) -> Weights:
-    module = _denoiser(architecture, form)
+    module = _denoiser(architecture, form if form.adapter else replace(form, weights="float32"))
     sizes = [p.numel() for p in module.parameters()]
     trained = [p for p in module.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
@@ -194,7 +190,7 @@ def _trace(architecture: Architecture, form: Form, *, backward: bool, accumulati
 
 
 def _denoiser(architecture: Architecture, form: Form) -> Any:
-    """Returns the denoiser on ``meta``, without gradients. The latest one is reused if it is the same."""
+    """Returns the denoiser on ``meta``, without gradients. The latest two are reused."""
     same = replace(form, checkpointing=False, guided=False, compute="", adapter_weights="float32")
     module = _made(architecture, same)
     for parameter in module.parameters():
@@ -206,7 +202,7 @@ def _denoiser(architecture: Architecture, form: Form) -> Any:
     return module
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _made(architecture: Architecture, form: Form) -> Any:
     module: Any = architecture.denoiser.build()
     short = form.attention == "matmul" or (form.attention == "auto" and form.device == "cpu")

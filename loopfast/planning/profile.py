@@ -11,7 +11,7 @@ import tempfile
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Profile:
     times: list[Times]
     rows: list[Row]
     facts: dict[str, Any]
-    files: list[Path] = field(default_factory=list)
+    files: list[Path]
 
     @property
     def outside_share(self) -> float:
@@ -197,14 +197,13 @@ def profile(
                 run.close_tracker()
     if not run.world.is_main:
         return None
-    found = Profile(times, _rows(profiler.events(), iterations), facts)
+    files = [output / name for name in ("trace.json.gz", "profile.json", "profile.md")]
+    found = Profile(times, _rows(profiler.events(), iterations), facts, files)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        files = [output / name for name in ("trace.json.gz", "profile.json", "profile.md")]
         _write_trace(profiler, files[0])
         write_file(files[1], json.dumps(found.as_dict(), indent=1).encode())
         write_file(files[2], found.as_markdown().encode())
-    found.files.extend(files)
     return found
 
 

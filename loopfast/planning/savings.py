@@ -94,12 +94,9 @@ def advise(config: Config, architecture: Architecture, resources: Resources) -> 
     removed, the most expensive first.
     """
 
-    def total(savings: list[Saving]) -> int | None:
+    def total(savings: list[Saving]) -> float:
         there = changed(config, _merged(savings))
-        return None if there is None else footprint(there, architecture, resources).total
-
-    def enough(savings: list[Saving]) -> bool:
-        return (total(savings) or math.inf) <= resources.usable
+        return math.inf if there is None else footprint(there, architecture, resources).total
 
     start = footprint(config, architecture, resources)
     least, chosen = start.total, list[Saving]()
@@ -107,33 +104,30 @@ def advise(config: Config, architecture: Architecture, resources: Resources) -> 
         if least <= resources.usable:
             break
         found = total([*chosen, saving])
-        if found is not None and found < least:
+        if found < least:
             chosen.append(saving)
-            least = found
+            least = int(found)
     suffices = least <= resources.usable
     if suffices:
         for saving in chosen[-2::-1]:
             fewer = [other for other in chosen if other is not saving]
-            if enough(fewer):
+            if total(fewer) <= resources.usable:
                 chosen = fewer
-        chosen = _with_most_rows(chosen, start.batch, enough)
+        # the saving that lowers the rows per call is the first, and lowers them no further than needed
+        if chosen and "train.microbatch" in chosen[0].settings:
+            before, others = start.batch, chosen[1:]
+
+            def at(rows: int) -> list[Saving]:
+                return [_microbatch(min(rows, before.rollout), min(rows, before.replay)), *others]
+
+            most = max(before.rollout, before.replay)
+            chosen = at(_largest(lambda rows: total(at(rows)) <= resources.usable, 1, most) or 1)
     totals = (total(chosen[: index + 1]) for index in range(len(chosen)))
-    applied = (Applied(saving, found or least) for saving, found in zip(chosen, totals, strict=True))
+    applied = (
+        Applied(saving, least if found == math.inf else int(found))
+        for saving, found in zip(chosen, totals, strict=True)
+    )
     return Advice(tuple(applied), suffices)
-
-
-def _with_most_rows(
-    savings: list[Saving], before: Batch, enough: Callable[[list[Saving]], bool]
-) -> list[Saving]:
-    """Returns a set with as many rows per call as it has room for, if one of its savings lowered them."""
-    # it is the first of all savings
-    if not savings or "train.microbatch" not in savings[0].settings:
-        return savings
-
-    def at(rows: int) -> list[Saving]:
-        return [_microbatch(min(rows, before.rollout), min(rows, before.replay)), *savings[1:]]
-
-    return at(_largest(lambda rows: enough(at(rows)), 1, max(before.rollout, before.replay)) or 1)
 
 
 def _microbatch(rollout: int, replay: int) -> Saving:
