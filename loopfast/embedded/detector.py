@@ -128,7 +128,7 @@ def detect(images: Tensor) -> Components:
         spread[picture, slot] = values
         return spread
 
-    return Components(area, *map(by_picture, (color_match, shape, texture, x, y)), found)
+    return Components(area, *map(by_picture, (color_match, shape, texture, x, y)), found=found)
 
 
 def _dilate(values: Tensor) -> Tensor:

@@ -90,11 +90,8 @@ class Caption:
 
     def composition(self) -> Caption:
         """Returns the one caption that stands for all captions of this composition."""
-        if len(self.items) < 2:
-            return self
-        if self.relation:
-            return self if self.relation in ("left of", "above") else self.reversed()
-        return self if self.items[0] <= self.items[1] else self.reversed()
+        ordered = self.relation in ("left of", "above") if self.relation else self.items[0] <= self.items[-1]
+        return self if ordered else self.reversed()
 
 
 def _hash(caption: Caption) -> int:

@@ -23,8 +23,8 @@ class Engine(Protocol):
         retries: whether an update that ran out of memory can be tried again with fewer rows.
     """
 
-    sharded = False
-    retries = False
+    sharded: bool = False
+    retries: bool = False
     _train: TrainConfig
     _updates: int
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,18 +48,14 @@ class ReplicatedEngine(LocalEngine):
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
         layout = self._world.on_main(
-            lambda: {
-                file: {name: (value.shape, value.dtype) for name, value in tensors.get(file, {}).items()}
+            lambda: [
+                (file, name, value.shape, value.dtype)
                 for file in ("policy", "optimizer", "average")
-            }
+                for name, value in tensors.get(file, {}).items()
+            ]
         )
-        received = {
-            file: {
-                name: self._world.broadcast(
-                    tensors[file][name] if self._world.is_main else torch.empty(shape, dtype=dtype)
-                )
-                for name, (shape, dtype) in named.items()
-            }
-            for file, named in layout.items()
-        }
+        received: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for file, name, shape, dtype in layout:
+            value = tensors[file][name] if self._world.is_main else torch.empty(shape, dtype=dtype)
+            received[file][name] = self._world.broadcast(value)
         super().load_state(received, state)

@@ -74,10 +74,6 @@ DEVICES = {
     "h100-80": _gpu("H100 SXM 80 GB", 80, (67, 494.7, 989.4), 3350, 450, "NVLink 4"),
 }
 
-# The share of a CPU's rate in one large product that convolutions and small products are assumed to reach.
-_CPU_UTILISATION = 0.5
-_CPU_BANDWIDTH, _CPU_LINK = 10e9, 5e9
-
 
 def parse_memory(text: str) -> int:
     """Returns the bytes of ``24GiB``, ``24GB`` (of 1000³ bytes), ``24g`` (the same as GiB) or a plain number.
@@ -146,15 +142,16 @@ def _cpu() -> Device:
     threads = torch.get_num_threads()
     rates = dict.fromkeys(("float32", "tf32", "bfloat16", "float16"), _cpu_rate(threads))
     return Device(
-        f"this machine's CPU, {threads} thread(s)",
-        "cpu",
-        _machine_memory(),
-        rates,
-        _CPU_BANDWIDTH,
-        _CPU_LINK,
-        "memory",
-        _CPU_UTILISATION,
-        "a product of 1024x1024 float32 matrices, timed now",
+        title=f"this machine's CPU, {threads} thread(s)",
+        kind="cpu",
+        memory=_machine_memory(),
+        rates=rates,
+        bandwidth=10e9,
+        link=5e9,
+        link_name="memory",
+        # the share of the rate in one large product that convolutions and small products are assumed to reach
+        utilisation=0.5,
+        source="a product of 1024x1024 float32 matrices, timed now",
     )
 
 

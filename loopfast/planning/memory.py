@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from loopfast.config import Config
-from loopfast.engines.deepspeed_config import buffer_sizes
+from loopfast.engines.deepspeed import buffer_sizes
 from loopfast.planning.architectures import Architecture
 from loopfast.planning.networks import (
     DeviceKind,
@@ -318,13 +318,13 @@ def _held(case: Case) -> tuple[dict[str, int], dict[str, int]]:
     moments = 8 if config.train.optimizer == "adamw" else EIGHT_BIT_MOMENTS
     optimizer["optimizer"] = round(moments * trained) // (ranks if case.stage > 0 else 1)
     host: dict[str, int] = {}
-    if config.distributed.offload != "none" and case.stage > 0 and case.on_gpu:
-        for name, size in optimizer.items():
-            host[name] = size * processes
-        host["gradients"] = 4 * trained // ranks * processes
-    else:
+    offload = config.distributed.offload if case.stage > 0 and case.on_gpu else "none"
+    if offload == "none":
         held |= optimizer
-    if config.distributed.offload == "all" and case.stage == 3 and case.on_gpu:
+    else:
+        host = {name: size * processes for name, size in optimizer.items()}
+        host["gradients"] = 4 * trained // ranks * processes
+    if offload == "all" and case.stage == 3:
         for name in ("denoiser", "adapter"):
             if name in held:
                 host[name] = held.pop(name) * processes
