@@ -128,7 +128,8 @@ def detect(images: Tensor) -> Components:
         spread[picture, slot] = values
         return spread
 
-    return Components(area, *map(by_picture, (color_match, shape, texture, x, y)), found=found)
+    color, shape, texture, x, y = map(by_picture, (color_match, shape, texture, x, y))
+    return Components(area, color, shape, texture, x, y, found)
 
 
 def _dilate(values: Tensor) -> Tensor:
