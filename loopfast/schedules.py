@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -28,35 +28,72 @@ AUTO_SENSITIVITY_LIMIT = 8.0
 _DDIM = "DDIMScheduler"
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 
-_OFF = (None, False)
-_NONLINEAR = "makes the mean nonlinear in the model output"
-_OTHER_PROCESS = "is of another process than the diffusion that DDIM samples"
+_Rule = tuple[Callable[[Any], bool], str]
+"""A test of an option's value, and what is wrong with a value that fails it."""
 
-# Options of the diffusion process's schedulers that can change DDIM's process: the values that do not, and what is
-# wrong with others.
-_DIFFUSION_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
-    "clip_sample": (_OFF, _NONLINEAR),
-    "thresholding": (_OFF, _NONLINEAR),
+
+def _one_of(*allowed: object) -> Callable[[Any], bool]:
+    return lambda value: value in allowed
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(least: int, most: int = 100_000) -> _Rule:
+    def fits(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    return fits, f"is not a whole number from {least} to {most:,}"
+
+
+_OFF = _one_of(None, False)
+_NONLINEAR = _OFF, "makes the mean nonlinear in the model output"
+_OTHER_PROCESS = _OFF, "is of another process than the diffusion that DDIM samples"
+_UNKNOWN = _OFF, "is not known here; remove it if the process is the same without it"
+_SWITCH = (lambda value: value is None or isinstance(value, bool)), "is not true, false or null"
+_BETA = (lambda value: _number(value) and 0 <= value < 1), "is not a number from 0 to below 1"
+
+# Options that DDIM reads, and those with which a scheduler of the diffusion process samples another process than DDIM.
+_DIFFUSION_RULES: dict[str, _Rule] = {
+    "num_train_timesteps": _whole(1),
+    "beta_start": _BETA,
+    "beta_end": _BETA,
     "beta_schedule": (
-        ("linear", "scaled_linear", "squaredcos_cap_v2"),
+        _one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
         "is a noise schedule that DDIM does not know; linear, scaled_linear and squaredcos_cap_v2 are known",
     ),
+    "trained_betas": (
+        lambda value: (
+            value is None
+            or (isinstance(value, Sequence) and all(_number(beta) and 0 <= beta <= 1 for beta in value))
+        ),
+        "is not null or a list of numbers from 0 to 1",
+    ),
+    "steps_offset": _whole(0),
+    "set_alpha_to_one": _SWITCH,
+    "rescale_betas_zero_snr": _SWITCH,
+    "clip_sample": _NONLINEAR,
+    "thresholding": _NONLINEAR,
     "prediction_type": (
-        ("epsilon", "v_prediction", "sample"),
+        _one_of("epsilon", "v_prediction", "sample"),
         "has no transition; epsilon, v_prediction and sample have",
     ),
     "variance_type": (
-        (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+        _one_of(None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
         "takes the variance from the model; here it is given by eta",
     ),
     "timestep_spacing": (
-        ("leading", "trailing", "linspace"),
+        _one_of("leading", "trailing", "linspace"),
         "is none of the spacings of DDIM: leading, trailing, linspace",
     ),
-    "timestep_type": (("discrete",), "gives the model the logarithm of the noise level, not a timestep"),
-    "use_flow_sigmas": (_OFF, _OTHER_PROCESS),
-    "use_dynamic_shifting": (_OFF, _OTHER_PROCESS),
-    "shift_terminal": (_OFF, _OTHER_PROCESS),
+    "timestep_type": (
+        _one_of("discrete"),
+        "gives the model the logarithm of the noise level, not a timestep",
+    ),
+    "use_flow_sigmas": _OTHER_PROCESS,
+    "use_dynamic_shifting": _OTHER_PROCESS,
+    "shift_terminal": _OTHER_PROCESS,
 }
 
 # Options of the same schedulers that only choose another sampler's noise levels, and the values with DDIM's levels.
@@ -65,10 +102,10 @@ _LEVELS: dict[str, tuple[object, ...]] = {
     "interpolation_type": (None, "linear"),
     "final_sigmas_type": (None, "zero"),
     "lambda_min_clipped": (None, float("-inf")),
-    "use_karras_sigmas": _OFF,
-    "use_exponential_sigmas": _OFF,
-    "use_beta_sigmas": _OFF,
-    "use_lu_lambdas": _OFF,
+    "use_karras_sigmas": (None, False),
+    "use_exponential_sigmas": (None, False),
+    "use_beta_sigmas": (None, False),
+    "use_lu_lambdas": (None, False),
 }
 
 # Options of the same schedulers that only choose how another sampler solves the same process.
@@ -93,59 +130,24 @@ _DIFFUSION_HARMLESS = frozenset(
     }
 )
 
-_FLOW_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
-    "invert_sigmas": (_OFF, "reverses time, which has no transition here"),
-    "stochastic_sampling": (_OFF, "is another sampler; set it to False"),
-    "use_beta_sigmas": (_OFF, "needs scipy, which is not among the requirements"),
-    "time_shift_type": (("exponential", "linear"), "is none of exponential and linear"),
-}
-_UNKNOWN = _OFF, "is not known here; remove it if the process is the same without it"
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(least: int, most: int = 100_000) -> tuple[Callable[[object], bool], str]:
-    def fits(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-    return fits, f"a whole number from {least} to {most:,}"
-
-
-_SWITCH = (lambda value: value is None or isinstance(value, bool)), "true, false or null"
-_BETA = (lambda value: _number(value) and 0 <= value < 1), "a number from 0 to below 1"
-
-# Options that DDIM and the flow read: a test of their values, and the values that pass it, in words.
-_DIFFUSION_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+_FLOW_RULES: dict[str, _Rule] = {
     "num_train_timesteps": _whole(1),
-    "beta_start": _BETA,
-    "beta_end": _BETA,
-    "trained_betas": (
-        lambda value: (
-            value is None
-            or (isinstance(value, Sequence) and all(_number(beta) and 0 <= beta <= 1 for beta in value))
-        ),
-        "null or a list of numbers from 0 to 1",
-    ),
-    "steps_offset": _whole(0),
-    "set_alpha_to_one": _SWITCH,
-    "rescale_betas_zero_snr": _SWITCH,
-}
-_FLOW_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_train_timesteps": _whole(1),
-    "shift": ((lambda value: _number(value) and value > 0), "a number above 0"),
-    "base_shift": (_number, "a number"),
-    "max_shift": (_number, "a number"),
+    "shift": ((lambda value: _number(value) and value > 0), "is not a number above 0"),
+    "base_shift": (_number, "is not a number"),
+    "max_shift": (_number, "is not a number"),
     "base_image_seq_len": _whole(1, 10_000_000),
     "max_image_seq_len": _whole(1, 10_000_000),
     "shift_terminal": (
         (lambda value: value is None or (_number(value) and 0 <= value < 1)),
-        "null or a number from 0 to below 1",
+        "is not null or a number from 0 to below 1",
     ),
     "use_dynamic_shifting": _SWITCH,
     "use_karras_sigmas": _SWITCH,
     "use_exponential_sigmas": _SWITCH,
+    "invert_sigmas": (_OFF, "reverses time, which has no transition here"),
+    "stochastic_sampling": (_OFF, "is another sampler; set it to False"),
+    "use_beta_sigmas": (_OFF, "needs scipy, which is not among the requirements"),
+    "time_shift_type": (_one_of("exponential", "linear"), "is none of exponential and linear"),
 }
 
 # A flow's sigma above this counts as pure noise: shifting sigma = 1 in float32 may round to its neighbour.
@@ -250,22 +252,19 @@ def refuse_unmapped(config: Mapping[str, Any], name: str) -> None:
         ValueError: names the option, its value and what is wrong with it. An option that is not known here is
             refused unless it is null or false.
     """
-    options, values, harmless = _DIFFUSION_OPTIONS, _DIFFUSION_VALUES, _DIFFUSION_HARMLESS | set(_LEVELS)
     if name == _FLOW:
-        options, values, harmless = _FLOW_OPTIONS, _FLOW_VALUES, frozenset()
-    for option, value in config.items():
-        if option in values:
-            fits, allowed = values[option]
-            if not fits(value):
-                raise ValueError(f"the scheduler's option {option}={short(repr(value))} is not {allowed}")
-        elif not option.startswith("_") and option not in harmless:
-            _refuse(config, {option: options.get(option, _UNKNOWN)})
+        _refuse(config, config, _FLOW_RULES)
+    else:
+        checked = [option for option in config if option not in _DIFFUSION_HARMLESS and option not in _LEVELS]
+        _refuse(config, checked, _DIFFUSION_RULES)
 
 
-def _refuse(config: Mapping[str, Any], options: Mapping[str, tuple[tuple[object, ...], str]]) -> None:
-    for option, (allowed, reason) in options.items():
-        if option in config and config[option] not in allowed:
-            raise ValueError(f"the scheduler's option {option}={short(repr(config[option]))} {reason}")
+def _refuse(config: Mapping[str, Any], options: Iterable[str], rules: Mapping[str, _Rule]) -> None:
+    """Raises `ValueError` for the first of some options whose value breaks its rule."""
+    for option in options:
+        fits, fault = rules.get(option, _UNKNOWN)
+        if option in config and not option.startswith("_") and not fits(config[option]):
+            raise ValueError(f"the scheduler's option {option}={short(repr(config[option]))} {fault}")
 
 
 def replaced_by_ddim(config: Mapping[str, Any], name: str) -> dict[str, object]:
@@ -380,7 +379,8 @@ def _with_timesteps(scheduler: Any, num_steps: int) -> Any:
 
 def _with_sigmas(scheduler: Any, num_steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Any:
     """Returns a copy of a flow-matching scheduler, set to its steps."""
-    _refuse(scheduler.config, _FLOW_OPTIONS)
+    sampling = ("invert_sigmas", "stochastic_sampling", "use_beta_sigmas", "time_shift_type")
+    _refuse(scheduler.config, sampling, _FLOW_RULES)
     _check_count(scheduler, num_steps)
     if scheduler.config.get("use_dynamic_shifting") and mu is None:
         raise ValueError(
@@ -406,7 +406,7 @@ def _check_falling(name: str, sigmas: Sequence[float]) -> None:
 
 def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
     """Solves Song et al., "Denoising diffusion implicit models", 2021, equations 12 and 16, for a and b."""
-    _refuse(scheduler.config, {name: _DIFFUSION_OPTIONS[name] for name in ("clip_sample", "thresholding")})
+    _refuse(scheduler.config, ("clip_sample", "thresholding"), _DIFFUSION_RULES)
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie between 0 and 1, got {eta}")
 

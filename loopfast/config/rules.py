@@ -10,7 +10,7 @@ from loopfast.config.document import KeyPath
 from loopfast.config.messages import allowed_values, problem, schema_at
 from loopfast.config.sections import Config, RolloutConfig
 
-TAKEN = ("mean", "std", "reward", "dropped_images")
+RESERVED_NAMES = ("mean", "std", "reward", "dropped_images")
 """Names that no reward may have: ``reward_mean`` and the like are metrics of the sum."""
 
 
@@ -103,8 +103,8 @@ def _reward_terms(config: Config) -> Iterator[tuple[str, str]]:
         name = f"reward.{index}.{'name' if term.label is None else 'label'}"
         if term.title in titles[:index]:
             yield name, "each reward once; a second one of that name needs a label of its own"
-        if term.title in TAKEN:
-            yield name, f"none of {', '.join(TAKEN)}, which metrics have"
+        if term.title in RESERVED_NAMES:
+            yield name, f"none of {', '.join(RESERVED_NAMES)}, which metrics have"
         if term.normalize == "range" and term.range is None:
             yield f"reward.{index}.range", "two numbers, the lower first, with normalize: range"
         elif term.range is not None and not (len(term.range) == 2 and term.range[0] < term.range[1]):

@@ -77,6 +77,10 @@ class World:
         """Returns this rank's rows of ``count``."""
         return self.shards(count)[self.rank]
 
+    def calls(self, count: int, rows: int) -> int:
+        """Returns the number of model calls of ``rows`` rows each that the largest shard of ``count`` rows takes."""
+        return max(-(-(shard.stop - shard.start) // rows) for shard in self.shards(count))
+
     def rank_of(self, rows: Tensor, count: int) -> Tensor:
         """Returns the rank that holds each row: int64 with the shape of ``rows``, on the CPU."""
         stops = torch.tensor([shard.stop for shard in self.shards(count)])

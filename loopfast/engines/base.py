@@ -108,7 +108,7 @@ def require_same(saved: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) 
         raise ValueError("its weights are not those of this configuration's model")
 
 
-def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Returns the bytes of the tensors' storages, counting each storage once."""
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+def tensor_bytes(values: Iterable[object]) -> int:
+    """Returns the bytes of the storages of the tensors among some values, counting each storage once."""
+    storages = [value.untyped_storage() for value in values if isinstance(value, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())

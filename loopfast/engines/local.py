@@ -118,6 +118,6 @@ class LocalEngine(Engine):
         return {
             "weights": tensor_bytes(self._policy.denoiser.parameters()),
             "gradients": tensor_bytes(parameter.grad for parameter in self._parameters),
-            "optimizer": tensor_bytes(value for value in states if isinstance(value, Tensor)),
+            "optimizer": tensor_bytes(states),
             "reference": 0 if reference is None else tensor_bytes(reference.parameters()),
         }

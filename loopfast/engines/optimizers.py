@@ -15,18 +15,18 @@ from loopfast.errors import MissingExtraError
 _TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
     """Returns the optimizer that ``train.optimizer`` names.
 
     Raises:
         MissingExtraError: the optimizer needs bitsandbytes, which is not installed.
     """
     options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.beta1, config.beta2),
-        "weight_decay": config.weight_decay,
+        "lr": train.learning_rate,
+        "betas": (train.beta1, train.beta2),
+        "weight_decay": train.weight_decay,
     }
-    if config.optimizer == "adamw":
+    if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)
     try:
         import bitsandbytes

@@ -148,10 +148,14 @@ class ZeroEngine(Engine):
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        optimizer = tensors.get("optimizer", {}) if self._world.is_main else {}
+        import deepspeed
+
+        policy, optimizer = (
+            tensors.get(file, {}) if self._world.is_main else {} for file in ("policy", "optimizer")
+        )
 
         def check() -> None:
-            require_same(tensors["policy"], self._shapes)
+            require_same(policy, self._shapes)
             require_state_of(optimizer, eight_bit=False)
 
         check_on_all(self._world, check)
@@ -159,24 +163,22 @@ class ZeroEngine(Engine):
             lambda: [float(v) for k, v in optimizer.items() if k.endswith(".step")][:1]
         )
         for name, parameter in self._named.items():
-            value = self._received(
-                tensors["policy"][name] if self._world.is_main else None, self._shapes[name]
-            )
-            with self._written(parameter):
+            value = self._received(policy, name, self._shapes[name])
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.sharded):
                 parameter.data.copy_(value)
             self._set(parameter, value)
         self._optimizer.state.clear()
-        for flat in self._flat() if steps else ():
-            self._optimizer.state[flat] = {
-                "step": torch.tensor(steps[0], device=flat.device if flat.is_cuda else None),
-                **{key: torch.zeros_like(flat) for key in _MOMENTS},
-            }
         if steps:
+            for flat in self._flat():
+                self._optimizer.state[flat] = {
+                    "step": torch.tensor(steps[0], device=flat.device if flat.is_cuda else None),
+                    **{key: torch.zeros_like(flat) for key in _MOMENTS},
+                }
             if not self.sharded:
                 self._engine.optimizer._lazy_init_hp_params_optimizer_state()
             for name, parameter in self._named.items():
                 for key in _MOMENTS:
-                    value = self._received(optimizer.get(f"{name}.{key}"), self._shapes[name])
+                    value = self._received(optimizer, f"{name}.{key}", self._shapes[name])
                     self._set(parameter, value, key)
         self._updates = state["updates"]
         if self._scaler is not None and state["scaler"]:
@@ -187,8 +189,8 @@ class ZeroEngine(Engine):
     def memory(self) -> dict[str, int]:
         optimizer = self._engine.optimizer
         flat = self._flat()
-        states = (value for state in self._optimizer.state.values() for value in state.values())
-        gradients = [parameter.grad for parameter in (*self._named.values(), *flat)]
+        states = [value for state in self._optimizer.state.values() for value in state.values()]
+        gradients: list[Any] = [parameter.grad for parameter in (*self._named.values(), *flat)]
         gradients += [getattr(optimizer, "grad_partitions_flat_buffer", None)]
         for group in getattr(optimizer, "averaged_gradients", {}).values():
             gradients += () if group is None else group
@@ -198,8 +200,8 @@ class ZeroEngine(Engine):
         reference = self._policy.reference_denoiser
         return {
             "weights": tensor_bytes(_held(self._policy.denoiser)),
-            "gradients": tensor_bytes(value for value in gradients if isinstance(value, Tensor)),
-            "optimizer": tensor_bytes([*flat, *(value for value in states if isinstance(value, Tensor))]),
+            "gradients": tensor_bytes(gradients),
+            "optimizer": tensor_bytes([*flat, *states]),
             "reference": 0 if reference is None else tensor_bytes(_held(reference)),
         }
 
@@ -229,18 +231,11 @@ class ZeroEngine(Engine):
             value = torch.nn.functional.pad(value.flatten(), (0, missing)).split(length)[self._world.rank]
         getattr(utils, f"safe_set_{'local' if self.sharded else 'full'}_{kind}")(parameter, value, *key)
 
-    def _received(self, value: Tensor | None, shape: torch.Size) -> Tensor:
-        device = self._policy.device
+    def _received(self, tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+        """Returns a tensor of the first process in float32 on the device, in all processes."""
+        value, device = tensors.get(name), self._policy.device
         local = torch.empty(shape, device=device) if value is None else value.to(device, torch.float32)
         return self._world.broadcast(local.contiguous())
-
-    def _written(self, parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
-        if not self.sharded:
-            return nullcontext()
-        import deepspeed
-
-        written: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-        return written
 
 
 class _Denoiser(torch.nn.Module):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from loopfast.distributed.world import SINGLE_PROCESS, World
 from loopfast.prompts import Prompt
 from loopfast.rollout import Sampler, slices
 
@@ -15,9 +16,8 @@ def draw(
     sampler: Sampler,
     prompts: Sequence[Prompt],
     seeds: Tensor,
-    own: slice | None = None,
     *,
-    calls: int = 0,
+    world: World = SINGLE_PROCESS,
     between: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Draws images, a microbatch at a time; a microbatch encodes each of its texts once.
@@ -26,16 +26,16 @@ def draw(
         sampler: the policy and how to sample it.
         prompts: the prompt of each of N images.
         seeds: int64 ``[N]``, the noise seed of each image.
-        own: the images that this process draws; None stands for all.
-        calls: the least number of microbatches. Processes with fewer images need it, as others may need their part of
-            the weights.
+        world: the processes that draw together. Each draws its shard of the images, in as many microbatches as the
+            others, as they may need its part of the weights.
         between: called before each microbatch; it may raise to stop.
 
     Yields:
         The positions of a microbatch, and its images ``[n, 3, H, W]``. A microbatch without images of this process has
         no positions, and the first image of all.
     """
-    own = own or slice(0, len(prompts))
+    own = world.shard(len(prompts))
+    calls = world.calls(len(prompts), sampler.microbatch)
     for part in slices(own.stop - own.start, sampler.microbatch, calls):
         between()
         rows = slice(own.start + part.start, own.start + part.stop)

@@ -126,13 +126,11 @@ def evaluate(
     seeds = row_seeds(config.seed, "evaluation", 0, list(range(len(chosen))), samples)
     preview = _spread(len(chosen), config.preview_images, samples)
     own = world.shard(len(drawn))
-    most = max(part.stop - part.start for part in world.shards(len(drawn)))
-    calls = -(-most // sampler.microbatch)
     names: list[str] = []
     values: list[Tensor] = []
     kept: dict[int, Tensor] = {}
     with sampler.ready():
-        for rows, images in draw(sampler, drawn, seeds, own, calls=calls, between=between):
+        for rows, images in draw(sampler, drawn, seeds, world=world, between=between):
             scores = score(images, drawn[rows] or drawn[:1])
             names = list(scores.parts)
             if rows.stop > rows.start:

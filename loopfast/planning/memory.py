@@ -49,7 +49,7 @@ EIGHT_BIT_MOMENTS = 2 * (1 + 4 / 256)
 # Bytes an image that the embedded world's detector holds at its peak; measured on 256 images of the embedded model.
 DETECTOR = 125_000
 
-# Microbatches of images that wait for their scores or are being scored while others are sampled.
+# Microbatches whose images wait for scores while others are sampled: two that wait, and one that is being scored.
 WAITING = 3
 
 
@@ -155,7 +155,7 @@ class Case:
 
     @cached_property
     def weights(self) -> Weights:
-        """The numbers of the denoiser's weights."""
+        """The sizes of the denoiser's weights."""
         return weights_of(self.architecture, self.form)
 
     @cached_property

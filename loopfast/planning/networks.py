@@ -116,7 +116,7 @@ def _once(key: tuple[Any, ...], make: Callable[[], Result]) -> Result:
 def weights_of(architecture: Architecture, form: Form) -> Weights:
     """Returns the sizes of a denoiser's weights."""
 
-    def count() -> Weights:
+    def counted() -> Weights:
         module = _denoiser(architecture, form)
         sizes = [p.numel() for p in module.parameters()]
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -129,7 +129,7 @@ def weights_of(architecture: Architecture, form: Form) -> Weights:
             largest=max(sizes),
         )
 
-    return _once(("weights", repr(architecture.denoiser), repr(form.adapter)), count)
+    return _once(("weights", repr(architecture.denoiser), repr(form.adapter)), counted)
 
 
 def training_call(architecture: Architecture, form: Form, *, accumulating: bool) -> Trace:

@@ -179,7 +179,7 @@ def lora_weights(config: ModelConfig) -> Path:
     assert name is not None
     place = local_path(KEY, name) or _downloaded(name)
     if place.is_dir():
-        place = _in_folder(place, config.allow_pickle)
+        place = _in_folder(place)
     if place.suffix in PICKLED and not config.allow_pickle:
         raise ConfigError(
             f"{KEY}: {str(place)!r} is a pickled file, and such a file can hold a program; model.allow_pickle: true "
@@ -190,7 +190,7 @@ def lora_weights(config: ModelConfig) -> Path:
     return place
 
 
-def _in_folder(folder: Path, allow_pickle: bool) -> Path:
+def _in_folder(folder: Path) -> Path:
     if (folder / "config.yaml").is_file() and not is_lora(folder):
         if not is_lora(folder / "lora"):
             raise ConfigError(

@@ -35,7 +35,9 @@ def collect(run: Run, state: TrainState, batch: Batch) -> Rollout:
     if run.config.trajectories.device == "host":
         trajectories = trajectories.to_host()
     trajectories, scores = gathered(run.world, trajectories, scores, len(batch.seeds))
-    rollout = Rollout(trajectories, *run.scoring.rewards(scores, batch.texts, run.trained_per_trajectory))
+    updates = run.config.train.updates_per_iteration
+    rewards, kept = run.scoring.rewards(scores, batch.texts, run.trained_per_trajectory, updates)
+    rollout = Rollout(trajectories, rewards, kept)
     state.metrics |= rollout_metrics(scores, rollout, count_dropped=run.drops_bad_rewards)
     state.images += len(batch.seeds)
     return rollout
@@ -60,18 +62,12 @@ def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Traj
             seeds,
             schedule=schedule,
             between=run.check_stop,
-            calls=_calls(run.world, len(batch.seeds), rows),
+            calls=run.world.calls(len(batch.seeds), rows),
         )
         with closing(sampling):
             for part in sampling:
                 scorer.submit(trajectories.final[part], prompts[part])
         return trajectories, scorer.result()
-
-
-def _calls(world: World, count: int, rows: int) -> int:
-    """Returns the number of model calls for ``count`` rows of all ranks. Every rank makes as many."""
-    most = max(part.stop - part.start for part in world.shards(count))
-    return -(-most // rows)
 
 
 def gathered(

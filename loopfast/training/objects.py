@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loopfast.config import Config, config_to_yaml, load_config, parse_config
-from loopfast.config.rules import TAKEN
+from loopfast.config.rules import RESERVED_NAMES
 from loopfast.errors import ConfigError, first_line
 from loopfast.prompts import Prompt, as_prompts
 from loopfast.run.folder import RunFolder
@@ -174,7 +174,7 @@ def _label(function: object, labels: set[str]) -> str:
     name = str(getattr(function, "__name__", type(function).__name__))
     name = re.sub(r"[^A-Za-z0-9._-]", "", name).lstrip("._-")[:100] or "function"
     number, label = 1, name
-    while label in labels or label in TAKEN:
+    while label in labels or label in RESERVED_NAMES:
         number += 1
         label = f"{name}-{number}"
     return label

@@ -20,7 +20,8 @@ from loopfast.run.folder import RunFolder
 from loopfast.run.tracking import Tracker
 from loopfast.system.interrupts import StopRequest
 from loopfast.training.microbatch import Microbatches
-from loopfast.training.scoring import Scoring, Worker
+from loopfast.training.scorer import Worker
+from loopfast.training.scoring import Scoring
 
 
 class Stopped(Exception):  # noqa: N818 - being stopped is not an error

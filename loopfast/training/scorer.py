@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from loopfast.profiling import phase
 from loopfast.prompts import Prompt
 from loopfast.rewards import RewardThread, Scores, join_scores
 
+Worker = Literal["none", "inline", "thread", "process"]
+"""Values of ``rollout.reward_worker``, with ``auto`` resolved."""
 Score = Callable[[Tensor, Sequence[Prompt]], Scores]
 """Returns the scores of images ``[N, 3, H, W]`` of N prompts."""
 Decode = Callable[[Tensor], Tensor]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from loopfast.config import Config
+from loopfast.config import RewardConfig, RolloutConfig
 from loopfast.distributed.world import World
 from loopfast.errors import LoopfastError, RewardError
 from loopfast.profiling import model_call
@@ -24,9 +24,7 @@ from loopfast.rewards import (
 )
 from loopfast.rewards.base import quoted
 from loopfast.run.folder import RunFolder
-from loopfast.training.scorer import AtTheEnd, Beside, Inline, Scorer
-
-Worker = Literal["none", "inline", "thread", "process"]
+from loopfast.training.scorer import AtTheEnd, Beside, Inline, Scorer, Worker
 
 
 class Scoring:
@@ -36,10 +34,12 @@ class Scoring:
     nothing is scored, and scores are NaN, until the processes exchange their errors where `errors_on_all_ranks` ends.
 
     Args:
-        config: configuration of the run.
+        terms: the section ``reward``.
+        rollout: the section ``rollout``.
         world: processes of the run.
         folder: the run's folder, which keeps images that cannot be scored.
         warn: called with a line when a run continues without some images.
+        tf32: whether rewards in a process of their own may compute in TF32.
         functions: functions of a Python program by the names that the configuration has for them.
 
     Raises:
@@ -51,18 +51,22 @@ class Scoring:
 
     def __init__(
         self,
-        config: Config,
+        terms: Sequence[RewardConfig],
+        rollout: RolloutConfig,
         world: World,
         folder: RunFolder,
         warn: Callable[[str], None],
+        *,
+        tf32: bool = False,
         functions: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
-        self._config, self._world, self._folder, self._warn = config, world, folder, warn
-        worker = config.rollout.reward_worker
+        self._terms, self._rollout = terms, rollout
+        self._world, self._folder, self._warn = world, folder, warn
+        worker = rollout.reward_worker
         self._rewards = (
-            RewardProcess(config.reward, tf32=config.model.tf32)
+            RewardProcess(terms, tf32=tf32)
             if worker == "process"
-            else build_rewards(config.reward, full_batch=worker == "none", functions=functions)
+            else build_rewards(terms, full_batch=worker == "none", functions=functions)
         )
         self._thread = RewardThread(self.score)
         self.iteration = 0
@@ -81,19 +85,15 @@ class Scoring:
         """Scores images ``[N, 3, H, W]`` of N prompts, in the context `errors_on_all_ranks`.
 
         Raises:
-            RewardError: a reward failed, and the run has one process.
-            RewardMemoryError: a reward ran out of memory, and the run has one process.
+            RewardError, RewardMemoryError: a reward failed or ran out of memory, and the run has one process.
         """
         if self._failure is not None:
             return self._unscored(len(prompts))
         try:
+            texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+            keep_bad = self._rollout.on_bad_reward == "drop_group"
             with model_call("reward", "reward"):
-                scores = self._rewards.score(
-                    images,
-                    [prompt.text for prompt in prompts],
-                    [prompt.metadata for prompt in prompts],
-                    keep_bad=self._config.rollout.on_bad_reward == "drop_group",
-                )
+                scores = self._rewards.score(images, texts, metadata, keep_bad=keep_bad)
         except (RewardError, RewardMemoryError) as error:
             self._failure = error
             if isinstance(error, RewardError):
@@ -112,15 +112,14 @@ class Scoring:
 
     def _unscored(self, count: int) -> Scores:
         missing = torch.full((count,), torch.nan)
-        return Scores(missing, dict.fromkeys((term.title for term in self._config.reward), missing))
+        return Scores(missing, dict.fromkeys((term.title for term in self._terms), missing))
 
     @contextmanager
     def errors_on_all_ranks(self) -> Iterator[None]:
         """Context in which images are scored; at its end, a reward that failed in one process ends the run in all.
 
         Raises:
-            RewardError: at the end, in every process.
-            RewardMemoryError: at the end, in every process.
+            RewardError, RewardMemoryError: at the end, in every process.
         """
         self._clear()
         try:
@@ -132,9 +131,8 @@ class Scoring:
         message = "" if failure is None else str(failure)
         if isinstance(failure, RewardError):
             message += f"; {self._saved_images('failures')}"
-        first = next(filter(None, self._world.gather_texts(message)), None)
-        if first is not None:
-            # all processes raise an error of one kind, as they handle it together
+        if first := next(filter(None, self._world.gather_texts(message)), ""):
+            # All ranks raise an error of the same class, as they handle it together.
             memory = self._world.any(isinstance(failure, RewardMemoryError))
             self._end(first, failure, RewardMemoryError if memory else RewardError)
 
@@ -150,8 +148,7 @@ class Scoring:
         Args:
             worker: scores all images at the end (``none``), each microbatch's before the next is sampled (``inline``),
                 or beside the sampling.
-            decode: returns the images of latents.
-            timed: context of the time that rewards take while nothing is sampled.
+            decode, timed: see `loopfast.training.scorer`.
         """
         if worker == "none":
             yield AtTheEnd(self.score, decode, timed)
@@ -161,19 +158,22 @@ class Scoring:
             with self._thread.batch():
                 yield Beside(self._thread, decode, timed)
 
-    def rewards(self, scores: Scores, texts: Sequence[str], steps: int) -> tuple[Tensor, Tensor]:
+    def rewards(
+        self, scores: Scores, texts: Sequence[str], steps: int, updates: int
+    ) -> tuple[Tensor, Tensor]:
         """Returns the rewards to train on, and which prompts are kept, see `training_rewards`; warns of the others.
 
         Args:
             scores: scores of all processes' images, the K of a prompt side by side.
             texts: the G prompts.
             steps: number of steps of a trajectory that each pass trains on.
+            updates: number of updates in a pass.
 
         Raises:
             RewardError: fewer (image, step) pairs are left than there are updates.
         """
-        samples = self._config.algorithm.samples_per_prompt
-        rewards, kept = training_rewards(self._config.reward, scores, samples)
+        samples = len(scores.total) // len(texts)
+        rewards, kept = training_rewards(self._terms, scores, samples)
         if kept.all():
             return rewards, kept
         dropped = (~kept).nonzero()[:, 0].tolist()
@@ -181,7 +181,7 @@ class Scoring:
             f"{len(dropped)} of {len(texts)} prompt(s) are left out, {quoted(texts, dropped)}: "
             f"{self._all_problems('bad-rewards')}"
         )
-        pairs, updates = int(kept.sum()) * samples * steps, self._config.train.updates_per_iteration
+        pairs = int(kept.sum()) * samples * steps
         if pairs < updates:
             self._end(f"{message}; {pairs} (image, step) pairs are left for {updates} update(s)")
         self._warn(f"iteration {self.iteration}: {message}")

@@ -110,22 +110,23 @@ def _prepared(
     """Makes the parts of a run and its state: quick checks first, parts that take memory last."""
     prompts = load_prompts(config.prompts.source)
     evaluation_prompts = load_prompts(config.evaluation.prompts or config.prompts.source)
-    scoring = Scoring(config, world, folder, display.warning, objects.rewards)
+    reward, rollout, warn = config.reward, config.rollout, display.warning
+    scoring = Scoring(reward, rollout, world, folder, warn, tf32=config.model.tf32, functions=objects.rewards)
     ends.callback(scoring.close)
-    schedule = load_schedule(config.model, config.rollout)
+    schedule = load_schedule(config.model, rollout)
     for note in scheduler_notes(config.model):
-        display.warning(note)
-    steps = stochastic_steps(schedule, config.rollout.stochastic_steps, config.train.steps)
+        warn(note)
+    steps = stochastic_steps(schedule, rollout.stochastic_steps, config.train.steps)
     trained_per_trajectory = _trained_per_trajectory(config, steps, world)
-    identity = reward_identity(config.reward)
+    identity = reward_identity(reward)
     checkpoint = _opened(folder, resume, display, world)
 
     policy = _policy(config, [p.text for p in (*prompts, *evaluation_prompts)], new=checkpoint is None)
     microbatches = Microbatches(
-        config.rollout.microbatch,
+        rollout.microbatch,
         config.train.microbatch,
         start_size(-(-config.images_per_iteration // world.size), policy.latent_shape, policy.device),
-        display.warning,
+        warn,
         release=lambda: run.sampler.release(),
         retries=not config.distributed.needs_deepspeed(world.size),
     )
@@ -151,7 +152,7 @@ def _prepared(
     state = restored(run, checkpoint)
     if world.is_main:
         resume_at = None if checkpoint is None else state.iteration - (state.pending is not None)
-        run.tracker = Tracker(folder.path, config.run.trackers, resume_at=resume_at, warn=display.warning)
+        run.tracker = Tracker(folder.path, config.run.trackers, resume_at=resume_at, warn=warn)
     return run, state
 
 

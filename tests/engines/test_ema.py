@@ -1,4 +1,4 @@
-"""The moving average of the trained weights: how it moves, and where it is used."""
+"""The EMA of the trained weights: its updates and its uses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_it_follows_its_formula() -> None:
 
 
 class Operators(TorchDispatchMode):
-    """Notes which operators are called."""
+    """A mode that records the called operators."""
 
     def __init__(self) -> None:
         super().__init__()

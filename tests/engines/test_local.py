@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(bad: float) -> None:
 
 
 def large(policy_seed: int, **options: Any) -> tuple[LocalEngine, dict[str, torch.nn.Parameter]]:
-    """Parameters of 4,096 elements, from which on bitsandbytes keeps moments in 8 bits, and of fewer."""
+    """An engine of a small parameter and one of over 4,096 elements, whose moments bitsandbytes keeps in 8 bits."""
     generator = torch.Generator().manual_seed(policy_seed)
     parameters = {
         "layer.weight": torch.nn.Parameter(torch.randn(64, 65, generator=generator)),
@@ -256,13 +256,13 @@ def test_what_is_accumulated_can_be_discarded() -> None:
 
 
 def half_loss(parameters: dict[str, torch.nn.Parameter], seed: int) -> Tensor:
-    """One whose gradients pass through float16, in which 2^16 times their size is infinite."""
+    """Returns a loss whose gradients pass through float16, in which 2^16 times their size is infinite."""
     halves: Any = {name: parameter.half().float() for name, parameter in parameters.items()}
     return loss(halves, seed)
 
 
 def overflowing(engine: LocalEngine, parameters: dict[str, torch.nn.Parameter], step: int) -> int:
-    """Makes an update, however often it has to be repeated; returns how often it had to be."""
+    """Makes an update, repeated until it does not overflow, and returns the number of overflows."""
     overflows = -1
     norm = None
     while norm is None:

@@ -35,7 +35,7 @@ COLORS = [
     "a red bowl",
 ]
 
-# Scores by brightness, remembers what it was asked, and fails when told to.
+# Scores by brightness, keeps the prompts of each call, and fails from a given call on.
 COUNTING = """
 asked = []
 fail_at = None

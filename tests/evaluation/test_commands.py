@@ -107,7 +107,7 @@ def test_sample_of_more_images_keeps_the_first_ones(finished: Path, tmp_path: Pa
     assert one.keys() <= three.keys()
     for name in one:
         first, again = (np.asarray(Image.open(tmp_path / count / name), np.int16) for count in ("1", "3"))
-        # in calls of other sizes some processors round images otherwise: a pixel may fall on the other side of a half
+        # in calls of other sizes some processors round images differently: a pixel may fall on the other side of a half
         assert np.abs(first - again).max() <= 1
 
 
@@ -228,7 +228,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert f"does not hold the weights of {str(pipeline_folder)!r}" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopfast.distributed.launcher import LaunchEnvironment
+from loopfast.distributed.world import SINGLE_PROCESS, World
 from loopfast.evaluation.draw import draw
 from loopfast.prompts import Prompt
 
@@ -15,9 +17,8 @@ PROMPTS = [Prompt(text) for text in ("a", "a", "b", "a", "b")]
 class Drawer:
     """Stands in for a sampler; an image is its text's position among those encoded, and its seed."""
 
-    microbatch = 3
-
-    def __init__(self) -> None:
+    def __init__(self, microbatch: int = 3) -> None:
+        self.microbatch = microbatch
         self.encoded: list[list[str]] = []
         self.policy = SimpleNamespace(encode=self.encode)
 
@@ -37,14 +38,14 @@ class Drawer:
         return latents
 
 
-def drawn(own: slice | None = None, calls: int = 0) -> tuple[list[list[str]], list[tuple[slice, Any]]]:
-    sampler: Any = Drawer()
-    found: list[tuple[slice, Any]] = list(draw(sampler, PROMPTS, torch.arange(10, 15), own, calls=calls))
+def drawn(microbatch: int, world: World = SINGLE_PROCESS) -> tuple[list[list[str]], list[tuple[slice, Any]]]:
+    sampler: Any = Drawer(microbatch)
+    found: list[tuple[slice, Any]] = list(draw(sampler, PROMPTS, torch.arange(10, 15), world=world))
     return sampler.encoded, found
 
 
 def test_a_microbatch_encodes_each_of_its_texts_once() -> None:
-    encoded, found = drawn()
+    encoded, found = drawn(3)
     assert encoded == [["a", "b"], ["a", "b"]]
     assert found == [
         (slice(0, 3), [("a", 10), ("a", 11), ("b", 12)]),
@@ -53,10 +54,11 @@ def test_a_microbatch_encodes_each_of_its_texts_once() -> None:
 
 
 def test_a_process_draws_its_own_images_in_as_many_calls_as_the_others() -> None:
-    encoded, found = drawn(slice(4, 5), calls=2)
-    assert encoded == [["b"], ["a"]]
-    assert found == [(slice(4, 5), [("b", 14)]), (slice(5, 5), [("a", 10)])]
-    assert drawn(slice(2, 2), calls=1)[1] == [(slice(2, 2), [("a", 10)])]
+    first, second = (World(LaunchEnvironment(rank, 2)) for rank in (0, 1))
+    encoded, found = drawn(2, first)
+    assert encoded == [["a"], ["a"]]
+    assert found == [(slice(0, 2), [("a", 10), ("a", 11)]), (slice(2, 2), [("a", 10)])]
+    assert [rows for rows, _ in drawn(2, second)[1]] == [slice(2, 4), slice(4, 5)]
 
 
 def test_between_is_called_before_each_microbatch() -> None:

@@ -88,7 +88,7 @@ def test_scores_depend_on_the_seed_and_not_on_the_batches(measured: Evaluation, 
     assert measure(sampler).items == measured.items
     other = Sampler(sampler.policy, sampler.schedule, 1.0, "sum", 8)
     fewer = measure(sampler, limit_prompts=2).items
-    # in batches of other sizes some processors round images otherwise
+    # in batches of other sizes some processors round images differently
     for found, expected in [
         *zip(fewer, measured.items[:4], strict=True),
         *zip(measure(other).items, measured.items, strict=True),

@@ -238,7 +238,7 @@ def test_a_downloaded_lora_names_its_base(
 def test_training_goes_on_from_another_run(
     runs: dict[str, Path], make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Its first evaluation is the last of the run that it goes on from, and its own checkpoint is enough later."""
+    """Its first evaluation equals the last of the first run; afterwards its own checkpoint is enough."""
     before = Path(shutil.copytree(runs["lora"], tmp_path / "before"))
     options = (*LORA, "train.iterations=1", f"model.lora.from={before}", "run.name=after")
     after = train(make_config(tmp_path, *options), display=Display.silent())

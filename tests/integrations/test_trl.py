@@ -82,7 +82,7 @@ def test_losses_are_the_same(runs):
     expected, found = (runs[name]["minibatches"] for name in ("unpatched", "torch"))
     # The first update changes the policy, so that ratios are not 1 in the second.
     assert (expected[4:, 1] > 1e-6).all()
-    # 5e-6 was measured, on a processor that rounds a model's calls of 2 rows otherwise than those of 4.
+    # 5e-6 was measured, on a processor that rounds calls of 2 rows and of 4 rows differently.
     torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=1e-5, atol=2e-5)
     # The square of a difference of log-probabilities.
     torch.testing.assert_close(found[:, 1], expected[:, 1], rtol=5e-3, atol=1e-9)
@@ -118,7 +118,7 @@ def test_an_unchanged_model_has_the_ratio_1_in_bfloat16(runs):
 @needs_trl
 def test_philox_noise_trains_too(runs):
     run = runs["philox"]
-    # TRL samples 4 rows in a call and trains on 2, which some processors round otherwise: 1.5e-14 was measured.
+    # TRL samples 4 rows in a call and trains on 2, which some processors round differently: 1.5e-14 was measured.
     assert (run["minibatches"][:4, 1] < 1e-12).all(), (
         "the policy that sampled must score what it sampled alike"
     )

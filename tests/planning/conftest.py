@@ -9,7 +9,7 @@ from benchmarks.planning.check_memory import write_pipeline
 
 @pytest.fixture(scope="session")
 def shallow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pipeline with one layer in a block, and latents of 4×8×8."""
+    """A pipeline of Stable Diffusion's structure with one layer a block, and latents of 4×8×8."""
     return write_pipeline(tmp_path_factory.mktemp("shallow") / "model", latents=8, layers=1)
 
 

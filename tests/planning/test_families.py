@@ -58,7 +58,7 @@ def test_a_policy_has_the_shapes_and_weights_that_are_planned(folder: Any, famil
 
 
 def called(policy: Policy, guidance: float) -> int:
-    """Most bytes that a forward and backward pass holds at a time, beside what is there before and after."""
+    """Returns the most bytes that a forward and backward pass allocates at a time."""
     with torch.no_grad():
         conditioning = policy.encode(["a red circle"] * ROWS)
         policy.predict(torch.zeros(ROWS, *policy.latent_shape), torch.ones(ROWS), conditioning, guidance)

@@ -54,7 +54,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[
 
 @pytest.fixture(scope="module")
 def profiled(config_file: Path) -> tuple[Path, str]:
-    """The folder of a profile, and what the command printed."""
+    """The folder of a profile, and the output of the command."""
     folder = config_file.parent / "found"
     with redirect_stdout(StringIO()) as shown:
         assert main(["profile", "--config", str(config_file), "-n", "2", "--output", str(folder)]) == 0

@@ -200,7 +200,16 @@ def judge(small_config: Callable[..., Config]) -> Iterator[Callable[..., Scoring
     def make(reward: Any, world: World | None = None, *overrides: str) -> Scoring:
         config = small_config("reward=[{name: '<mine>', label: mine}]", *overrides)
         given = {"<mine>": reward}
-        made.append(Scoring(config, world or SINGLE_PROCESS, RunFolder(config), lambda text: None, given))
+        made.append(
+            Scoring(
+                config.reward,
+                config.rollout,
+                world or SINGLE_PROCESS,
+                RunFolder(config),
+                lambda text: None,
+                functions=given,
+            )
+        )
         return made[-1]
 
     yield make

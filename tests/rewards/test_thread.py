@@ -419,7 +419,14 @@ def test_a_process_computes_in_the_precision_of_the_configuration(
         "rollout.reward_worker=process",
         f"model.tf32={str(wanted).lower()}",
     )
-    judge = Scoring(config, SINGLE_PROCESS, RunFolder(config), lambda text: None)
+    judge = Scoring(
+        config.reward,
+        config.rollout,
+        SINGLE_PROCESS,
+        RunFolder(config),
+        lambda text: None,
+        tf32=config.model.tf32,
+    )
     try:
         found = judge.score(images(1), [Prompt("a")]).total
     finally:

@@ -13,7 +13,7 @@ from loopfast.distributed.world import World
 from loopfast.errors import RewardError
 from loopfast.rewards import RewardMemoryError
 from loopfast.training.batch import draw_batch
-from loopfast.training.collect import _calls, collect
+from loopfast.training.collect import collect
 from loopfast.training.run import Stopped
 from loopfast.training.state import Rollout
 from tests.training.toys import MakeToy, Toy, bad_reward, memory_for
@@ -164,5 +164,5 @@ def test_calls_that_do_not_fit_are_halved(make_toy: MakeToy, monkeypatch: pytest
 
 @pytest.mark.parametrize(("count", "rows", "calls"), [(7, 2, 2), (6, 2, 1), (7, 3, 1), (2, 5, 1)])
 def test_all_processes_make_as_many_calls(count: int, rows: int, calls: int) -> None:
-    found = {_calls(World(LaunchEnvironment(rank=rank, size=3)), count, rows) for rank in range(3)}
+    found = {World(LaunchEnvironment(rank=rank, size=3)).calls(count, rows) for rank in range(3)}
     assert found == {calls}
