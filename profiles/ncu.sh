@@ -30,7 +30,7 @@ TEXT
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-kernel='^(denoise_step|group_norm_silu|sum_rows|fold|loss|settle|mean|scale_gradients|transition_logprob|score|leave_one_out|philox_normal|advance)(_.*)?$'
+kernel='^(denoise_step|group_norm_silu|sum_rows|fold|loss|finish|mean|scale_gradients|transition_logprob|score|leave_one_out|philox_normal|advance)(_.*)?$'
 range=profile
 count=20
 clocks=none

@@ -1,7 +1,7 @@
-"""Plots the ops' speed relative to the memory's: ``python profiles/roofline.py RESULTS.json PICTURE.png``.
+"""Draws how near the ops come to the memory's speed: ``python profiles/roofline.py RESULTS.json PICTURE.png``.
 
-RESULTS.json is a file of `benchmarks/results`. Every op gets a panel: the share of the device's copy bandwidth over the
-fewest bytes that the op has to move. Ops that move no latents are skipped.
+RESULTS.json is a file of `benchmarks/results`. Every op gets a panel: the share of the device's copy bandwidth over
+the least number of bytes that the op has to move. Ops that move no latents are omitted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLUMNS = 4
 
 
 def _lines(settings: dict[str, Any]) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """Returns points by competitor and dtype; shapes with the same bytes give the mean of their shares."""
+    """Returns points by competitor and dtype; shapes of the same bytes give the mean of their shares."""
     shares: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for setting, competitors in settings.items():
         dtype = setting.rpartition("-")[2]

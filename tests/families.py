@@ -38,7 +38,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from loopfast.embedded.tokenizer import MAX_LENGTH, words, write_tokenizer
+from benchmarks.embedded_model.tokenizer import MAX_LENGTH, words, write_tokenizer
 from loopfast.policies.portable import save_portable
 
 PROCESS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from loopfast.embedded.tokenizer import END, MAX_LENGTH, START, write_tokenizer
+from benchmarks.embedded_model.tokenizer import END, MAX_LENGTH, START, write_tokenizer
 
 SIZE = 32
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

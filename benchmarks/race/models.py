@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from loopfast.embedded.tokenizer import write_tokenizer
+from benchmarks.embedded_model.tokenizer import write_tokenizer
 from loopfast.policies.portable import save_portable
 
 TOKENS = 77

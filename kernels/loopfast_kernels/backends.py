@@ -1,9 +1,9 @@
-"""Which implementation of an op runs.
+"""Choice of the backend that runs an op.
 
-An op has an implementation in each backend. The one that runs is, in this order: the one named by the innermost
-`backend` context, the one named by the environment variable ``LOOPFAST_BACKEND`` when this package is imported, the
-best for the device.
-A backend asked for by name is never replaced by another: if it cannot serve the call, the call fails.
+An op has an implementation in each backend. The innermost `backend` context names the one that runs; without a context
+the environment variable ``LOOPFAST_BACKEND`` names it, as it was when this package was imported; without either it is
+the best for the device. A backend that is named is never replaced by another: if it cannot serve the call, the call
+fails.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from . import native_library
 VARIABLE = "LOOPFAST_BACKEND"
 
 BACKENDS = ("reference", "native", "triton")
-"""Every backend a request may name; `info` says what each can serve here."""
+"""The backends a request may name; `info` describes what each can serve on this machine."""
 
 _MODULES = {"reference": "reference", "native": "native", "triton": "triton_kernels"}
 _PREFERRED = {"cpu": "native", "cuda": "triton"}
 
-# Process-wide rather than a context variable: autograd runs backward passes on threads of its own. The environment is
+# It is process-wide and no context variable: autograd runs backward passes on threads of its own. The environment is
 # read once: to look a variable up takes as long as to allocate a result.
 _requested: str | None = os.environ.get(VARIABLE) or None
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot serve the call."""
+    """Error of a backend that was asked for by name and cannot serve the call."""
 
 
 def triton_interprets() -> bool:
-    """Whether Triton runs its kernels in its interpreter, on the CPU; fixed when triton is first imported."""
+    """Returns whether Triton interprets its kernels on the CPU; this is fixed when triton is first imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
 def _missing(name: str) -> str | None:
-    """Why a backend can serve nothing here; None where it can."""
+    """Returns why a backend can serve nothing on this machine, or None if it can serve something."""
     if name == "native":
         return native_library.missing()
     if name == "triton" and find_spec("triton") is None:
@@ -55,7 +55,7 @@ def _missing(name: str) -> str | None:
 
 
 def _obstacle(name: str, device: str, double: bool) -> str | None:
-    """Why a backend cannot serve a device, or float64; None where it can."""
+    """Returns why a backend cannot serve a device, or float64; None if it can."""
     if name == "reference":
         return None
     missing = _missing(name)
@@ -79,15 +79,15 @@ def _checked(name: str, origin: str) -> str:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside the block on one backend, in every thread of the process.
+    """Context in which the ops run on one backend, in every thread of the process.
 
     Args:
         name: one of `BACKENDS`.
 
     Raises:
         ValueError: no backend has this name.
-        BackendUnavailableError: the backend is missing here. Inside the block an op raises it too when it is
-            called with tensors that the backend cannot serve.
+        BackendUnavailableError: the backend is missing. In the context, an op that is called with tensors that the
+            backend cannot serve raises it too.
     """
     global _requested
     previous, _requested = _requested, _checked(name, "backend()")
@@ -106,21 +106,21 @@ def _implementation(
         if _obstacle(name, device, double) is not None:
             name = "reference"
     else:
-        # What a context asks for was checked there.
+        # A context has checked its backend; this checks the environment's.
         obstacle = _obstacle(_checked(name, VARIABLE), device, double)
         if obstacle is not None:
             raise BackendUnavailableError(f"{function} cannot run on the backend {name!r}: {obstacle}")
-    # Triton is imported by the first op that runs on it.
+    # This imports triton, for the first op that runs on it.
     module = import_module(f".{_MODULES[name]}", package)
     return cast(Callable[..., Any], getattr(module, function))
 
 
 class Implementations:
-    """One function of an op in every backend.
+    """A function of an op in every backend.
 
     Args:
         package: the op's package, with a module for each backend.
-        function: its name in each of them.
+        function: the function's name in each module.
     """
 
     def __init__(self, package: str, function: str) -> None:
@@ -128,7 +128,7 @@ class Implementations:
         self._function = function
 
     def choose(self, *latents: Tensor | None) -> Callable[..., Any]:
-        """The implementation that serves some tensors.
+        """Returns the implementation that serves some tensors.
 
         Args:
             latents: the tensors whose dtype and device matter; the first is not None.
@@ -144,12 +144,12 @@ class Implementations:
 
 
 def info() -> dict[str, str]:
-    """Describe the installation: one line per fact, for a diagnosis or the header of a run.
+    """Describes the installation, for a diagnosis or the header of a run.
 
     Returns:
-        ``cpu`` and ``cuda`` (the backend that serves the device unless another is asked for, and why it is not
-        the fastest), ``native`` and ``triton`` (version, or why it is missing), ``requested`` (by the context
-        or the environment, or ``"by device"``).
+        ``cpu`` and ``cuda``: the backend that serves the device unless another is asked for, and why it is not the
+        fastest. ``native`` and ``triton``: the version, or why it is missing. ``requested``: the backend that the
+        context or the environment names, or ``"by device"``.
     """
     serving = {}
     for device, name in _PREFERRED.items():

@@ -1,9 +1,9 @@
 """Memory for large results on the CPU, used again once a result is gone.
 
-glibc returns freed blocks of this size to the system, which zeroes their pages one by one when they are asked for
-again: for a gradient, more time than it takes to compute. So some blocks are kept. Each is lent through an object that
-the result's storage holds, and is free when a weak reference says that this object has died: when the last tensor, view
-or graph with that storage has. Nothing runs when a result is freed, in no thread and not at exit.
+glibc returns freed blocks of this size to the system, which zeroes their pages one by one when the process asks for
+them again. For a gradient this takes longer than its computation. So some blocks are kept. Each is lent through an
+object that the result's storage holds, and a weak reference to this object tells when the block is free: when the last
+tensor, view or graph with that storage is gone. No code runs when a result is freed, in no thread and not at exit.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.utils import deterministic
 
 SMALLEST = 128 * 2**10
-"""Bytes from which a result lives in a block; smaller ones glibc's heap uses again by itself."""
+"""The bytes from which a result lives in a block; the memory of smaller ones glibc's heap reuses by itself."""
 
 MOST_BYTES = 128 * 2**20
-"""Bytes of all blocks, free and lent: both gradients of 64 rows of 16×128×128 in float32."""
+"""The limit of all blocks' bytes, free and lent: both gradients of 64 rows of 16×128×128 in float32."""
 
 MOST_BLOCKS = 64
-"""What a search has to look at."""
+"""The limit of the number of blocks, which a search goes through one by one."""
 
 
 class _Block:
-    """Memory, and the weak reference to what it was last lent through."""
+    """Memory, and the weak reference to the object it was last lent through."""
 
     __slots__ = ("array", "loan", "size")
 
@@ -40,13 +40,13 @@ class _Block:
         self.loan: Callable[[], object] = lambda: None
 
 
-# In the order of their last loans. Lists change in one step each, so that threads need no lock, which a fork could
-# leave locked and a finalizer wait for.
+# The blocks, in the order of their last loans. Every change of the list is one step, so threads need no lock: a fork
+# could leave a lock held, and a finalizer could wait for it.
 _blocks: list[_Block] = []
 
 
 def _take(size: int) -> _Block | None:
-    """The free block that was lent last, now nobody else's; None where there is none."""
+    """Takes the free block of a size that was lent last out of the list; None if there is none."""
     for block in reversed(_blocks):
         if block.size == size and block.loan() is None:
             try:
@@ -60,7 +60,7 @@ def _take(size: int) -> _Block | None:
 
 
 def _flat(count: int, dtype: torch.dtype) -> Tensor | None:
-    """Some elements in a block; None where torch should allocate them: too small, too large, to be filled."""
+    """Returns elements in a block, or None where torch allocates them: too few, too many, or filled with NaN."""
     size = count * dtype.itemsize
     if not SMALLEST <= size <= MOST_BYTES:
         return None
@@ -78,13 +78,13 @@ def _flat(count: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """As ``torch.empty`` on the CPU. A large result's storage cannot grow, like that of a NumPy array."""
+    """Does what ``torch.empty`` does on the CPU; the storage of a large result cannot grow, like a NumPy array's."""
     flat = _flat(math.prod(shape), dtype)
     return torch.empty(shape, dtype=dtype, device="cpu") if flat is None else flat.resize_(*shape)
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """As ``torch.empty_like`` on the CPU of a tensor that is contiguous or channels last; as `empty`."""
+    """Does what ``torch.empty_like`` does on the CPU, for a tensor that is contiguous or channels last; see `empty`."""
     flat = _flat(tensor.numel(), tensor.dtype)
     if flat is None:
         return torch.empty_like(tensor)
@@ -92,5 +92,5 @@ def empty_like(tensor: Tensor) -> Tensor:
 
 
 def clear() -> None:
-    """Keep nothing: free blocks are released now, lent ones with their results."""
+    """Releases the free blocks now, and lent ones with their results."""
     _blocks.clear()

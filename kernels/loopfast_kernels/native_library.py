@@ -122,7 +122,7 @@ def load() -> ctypes.CDLL:
 
     Raises:
         FileNotFoundError: the package was installed without it, or runs from a source tree.
-        OSError: the file is there but cannot be loaded (built for another machine, damaged).
+        OSError: the file exists but cannot be loaded (built for another machine, damaged).
     """
     # An editable install keeps the library and the sources in different folders of one package.
     for folder in sys.modules[__package__].__path__:

@@ -1,8 +1,8 @@
 """Registration of opaque operators in torch's namespace ``loopfast``, and the way to them.
 
-To `torch.compile`, fake tensors, `torch.library.opcheck` and the like they are what `torch.library.custom_op` makes.
-But an operator with a gradient that is called through it costs 160 us of Python a call (torch 2.13), more than many
-kernels. So in plain eager code, where nothing else would see the call, a call goes straight to the kernel.
+For `torch.compile`, fake tensors, `torch.library.opcheck` and similar tools they are like the operators that
+`torch.library.custom_op` makes. But such an operator with a gradient costs 160 us of Python a call (torch 2.13), more
+than many kernels. So in plain eager code, where nothing else would see the call, a call goes straight to the kernel.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Operator:
             is a tensor.
         kernel: computes it, on any device. It receives one tuple of all arguments, with the names of the schema.
         fake: makes outputs of the right shape, dtype and device without computing them, from the same tuple.
-        gradient: records it for autograd. Its ``forward`` receives the arguments by position and computes by
-            `below_autograd`.
+        gradient: records it for autograd. Its class attribute ``operator`` is set to this operator; its ``forward``
+            receives the arguments by position and computes by `below_autograd`.
 
     Attributes:
         named: makes the tuple with the schema's names from all arguments by position.
@@ -67,12 +67,17 @@ class Operator:
         parameters = [argument.name for argument in self._operator._schema.arguments]
         self.named: Callable[..., Any] = namedtuple(name, parameters)  # type: ignore[misc]
         self._kernel = kernel
-        self._apply = None if gradient is None else gradient.apply
+        self._apply: Callable[..., Any] | None = None
         _LIBRARY.impl(name, lambda *arguments: kernel(self.named(*arguments)), "CompositeExplicitAutograd")
         torch.library.register_fake(
             f"loopfast::{name}", lambda *arguments: fake(self.named(*arguments)), lib=_LIBRARY
         )
         if gradient is not None:
+
+            class Recorded(gradient):  # type: ignore[misc, valid-type]
+                operator = self
+
+            self._apply = Recorded.apply
             _LIBRARY.impl(name, self._with_gradient, "Autograd")
 
     def __call__(self, *arguments: Any) -> Any:

@@ -53,7 +53,7 @@ class Partition(NamedTuple):
 
     @property
     def registers(self) -> int | None:
-        """The limit of a thread's registers: all there are for a whole row, as ptxas sometimes spills below it."""
+        """The limit of a thread's registers: all of them for a whole row, as ptxas sometimes spills below it."""
         return min(2048 // self.num_warps, 255) if self.programs == 1 else None
 
 

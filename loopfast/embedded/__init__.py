@@ -1,1 +1,1 @@
-"""The embedded model: a tiny Stable Diffusion, the world it draws, its reward and its pretraining recipe."""
+"""The embedded model: a tiny Stable Diffusion, the world it draws and its reward."""

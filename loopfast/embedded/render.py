@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .world import BACKGROUND, COLORS, SHAPES, TEXTURES, Caption, Item
+from .world import BACKGROUND, COLORS, SHAPES, TEXTURES, Item
 
 SIZE = 32
 OUTLINE = 1.7
@@ -111,19 +111,3 @@ def place(items: Sequence[Item], relation: str | None, rng: random.Random) -> li
         Placed(item, a if horizontal else c, c if horizontal else a, r)
         for item, a, c, r in zip(items, along, across, radii, strict=True)
     ]
-
-
-def apart(scene: Sequence[Placed], gap: float = 2.0) -> list[Placed]:
-    """Shrinks the objects of a scene of two until the gap between them is ``gap`` pixels."""
-    if len(scene) != 2:
-        return list(scene)
-    first, second = scene
-    room = max(abs(first.x - second.x), abs(first.y - second.y)) - gap
-    factor = min(1.0, room / (first.radius + second.radius))
-    return [replace(placed, radius=placed.radius * factor) for placed in scene]
-
-
-def draw(captions: Sequence[Caption], seed: int) -> Tensor:
-    """Draws a faithful picture of each caption, its objects apart: float32 ``[N, 3, 32, 32]`` in [0, 1]."""
-    rng = random.Random(seed)
-    return render([apart(place(caption.objects(), caption.relation, rng)) for caption in captions])

@@ -155,7 +155,7 @@ def decoding_call(architecture: Architecture, config: ModelConfig, device: Devic
     def trace() -> Trace:
         dtype = getattr(torch, decoder_type(config))
         vae: Any = torch.nn.Module.to(architecture.vae.build(), dtype)
-        set_layers((vae,), config, torch.device(device))
+        set_layers((vae,), config.fast_layers, config.channels_last, device)
         if config.vae_tiling:
             vae.enable_tiling()
         rows = rows_to_trace(vae, *architecture.decoded_shape, *architecture.image_shape)
@@ -246,10 +246,7 @@ def _made(architecture: Architecture, form: Form) -> Any:
     short = form.attention == "matmul" or (form.attention == "auto" and form.device == "cpu")
     if short and architecture.denoiser.class_name == "UNet2DConditionModel":
         module.set_attn_processor(ShortAttnProcessor())
-    layers = ModelConfig.model_validate(
-        {"pretrained": "-", "fast_layers": form.fast_layers, "channels_last": form.channels_last}
-    )
-    set_layers((module,), layers, torch.device(form.device))
+    set_layers((module,), form.fast_layers, form.channels_last, form.device)
     torch.nn.Module.to(module, getattr(torch, form.weights))  # diffusers' own method warns
     if form.adapter is None:
         return module.requires_grad_(True)

@@ -300,16 +300,16 @@ def _rows(events: Iterable[FunctionEvent], iterations: int) -> list[Row]:
     for kernel in kernels:
         launch = launches.get(kernel.id, kernel)
         if kernel.name in ours:
-            owner = _OPS
+            label = _OPS
         elif "GraphLaunch" in launch.name or _stream(kernel) in streams or not streams:
-            owner = group(launch)
+            label = group(launch)
         else:
             # torch's profiler sees the kernels of all threads, but the operators of this one only
-            owner = _ELSEWHERE
-        _count(sums[kernel.name, owner, "kernel"], kernel.time_range.elapsed_us(), 1)
+            label = _ELSEWHERE
+        _count(sums[kernel.name, label, "kernel"], kernel.time_range.elapsed_us(), 1)
     rows = [
-        Row(name, owner, kind, calls / iterations, microseconds / iterations / 1e3)
-        for (name, owner, kind), (calls, microseconds) in sums.items()
+        Row(name, label, kind, calls / iterations, microseconds / iterations / 1e3)
+        for (name, label, kind), (calls, microseconds) in sums.items()
     ]
     return sorted(rows, key=lambda row: -row.milliseconds)
 

@@ -225,7 +225,7 @@ class PipelinePolicy(Policy):
         is_unet = isinstance(self._denoiser, UNet2DConditionModel)
         attention = set_attention(self._denoiser, config, self.device, self.dtype)
         networks = (self._denoiser, self._vae) if is_unet else (self._vae,)
-        layers = set_layers(networks, config, self.device)
+        layers = set_layers(networks, config.fast_layers, config.channels_last, self.device.type)
         if self._precision_of_decoder == "tf32":
             use_tf32_convolutions(self._vae)
         self.performance_options = {

@@ -23,7 +23,7 @@ _PROMPT_LENGTH = 60
 
 
 class CountError(RewardError):
-    """Raised by a reward that has received another number of scores than it asked for."""
+    """A wrong number of scores that a reward has received from elsewhere."""
 
 
 class Reward(Protocol):
@@ -205,13 +205,11 @@ def _call(
 
 def _as_tensor(found: object) -> Tensor | None:
     """Converts what a reward returned to a tensor of real numbers of any shape; None if that is not possible."""
-    if isinstance(found, list | tuple):
-        try:
-            numbers = [None if isinstance(item, str | bytes) else float(item) for item in found]
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            return None
-        return None if None in numbers else torch.tensor(numbers, dtype=torch.float64)
     try:
+        if isinstance(found, list | tuple):
+            if any(isinstance(item, str | bytes) for item in found):
+                return None
+            return torch.tensor([float(item) for item in found], dtype=torch.float64)
         values = found.detach() if isinstance(found, Tensor) else torch.as_tensor(found)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
@@ -221,7 +219,7 @@ def _as_tensor(found: object) -> Tensor | None:
 def _finite(
     name: str, values: Tensor, prompts: Sequence[str], among: Tensor | None = None
 ) -> tuple[Tensor, RewardError | None]:
-    """Replaces values that are not finite by NaN, and returns the error about them, or about those in ``among``."""
+    """Replaces values that are not finite by NaN; returns them with an error about those in ``among`` (None: all)."""
     bad = ~values.isfinite()
     at_fault = (bad if among is None else bad & among).nonzero().flatten().tolist()
     if not at_fault:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -101,25 +102,23 @@ def http(
     return reward
 
 
+@dataclass
 class _Client:
-    def __init__(
-        self,
-        url: str,
-        timeout: float,
-        retries: int,
-        backoff: float,
-        concurrency: int,
-        token: str | None,
-        token_env: str | None,
-    ) -> None:
+    url: str
+    timeout: float
+    retries: int
+    backoff: float
+    concurrency: int
+    token: str | None
+    token_env: str | None
+
+    def __post_init__(self) -> None:
         import requests
         from requests.adapters import HTTPAdapter
 
-        self._url, self._timeout, self._retries, self._backoff = url, timeout, retries, backoff
-        self._token, self._token_env = token, token_env
-        self._session = requests.Session()
+        self.session = requests.Session()
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency))
+            self.session.mount(scheme, HTTPAdapter(pool_maxsize=self.concurrency))
 
     def require_health(self, batch_size: int) -> None:
         """Raises a `RewardError` unless the server answers and takes ``batch_size`` images in a request."""
@@ -130,7 +129,7 @@ class _Client:
             return
         if isinstance(most, int) and batch_size > most:
             raise RewardError(
-                f"reward server {self._url}: batch_size: found {batch_size}, allowed: at most {most}, as it says"
+                f"reward server {self.url}: batch_size: found {batch_size}, allowed: at most {most}, as it says"
             )
 
     def scores(
@@ -159,12 +158,12 @@ class _Client:
         scores = found.get("scores") if isinstance(found, dict) else None
         if not isinstance(scores, list) or not all(_is_score(score) for score in scores):
             raise RewardError(
-                f"reward server {self._url} answered {one_line(answer.text)!r}, allowed: "
+                f"reward server {self.url} answered {one_line(answer.text)!r}, allowed: "
                 '{"scores": [...]} with a number or null for each image'
             )
         if len(scores) != len(prompts):
             raise CountError(
-                f"reward server {self._url} gave {len(scores)} score(s) for {len(prompts)} image(s)"
+                f"reward server {self.url} gave {len(scores)} score(s) for {len(prompts)} image(s)"
             )
         return [math.nan if score is None else score for score in scores]
 
@@ -172,53 +171,53 @@ class _Client:
         """Returns the server's answer of status 200, after as many attempts as it needs."""
         import requests
 
-        for attempt in range(self._retries + 1):
+        for attempt in range(self.retries + 1):
             retry_after = 0.0
             try:
-                answer = self._session.request(
+                answer = self.session.request(
                     method,
-                    self._url + path,
+                    self.url + path,
                     data=body,
                     headers={"Content-Type": "application/json"} if body else {},
                     auth=self._authorize,
-                    timeout=self._timeout,
+                    timeout=self.timeout,
                     allow_redirects=False,
                 )
             except requests.exceptions.SSLError as error:
-                raise RewardError(f"reward server {self._url}: {_cause(error)}") from None
+                raise RewardError(f"reward server {self.url}: {_cause(error)}") from None
             except requests.Timeout:
-                problem = f"no answer within {self._timeout:g} s"
+                problem = f"no answer within {self.timeout:g} s"
             except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
                 problem = f"no connection: {_cause(error)}"
             except requests.RequestException as error:
-                raise RewardError(f"reward server {self._url}: {error}") from None
+                raise RewardError(f"reward server {self.url}: {error}") from None
             else:
                 if answer.status_code == 200:
                     return answer
                 problem = f"it answered {answer.status_code} {answer.reason}: {one_line(_reason(answer))!r}"
                 if answer.status_code != 429 and answer.status_code < 500:
-                    raise RewardError(f"reward server {self._url}{path}: {problem}{self._hint(answer)}")
+                    raise RewardError(f"reward server {self.url}{path}: {problem}{self._hint(answer)}")
                 retry_after = _retry_after(answer.headers.get("Retry-After"))
-            if attempt < self._retries and stop.wait(max(retry_after, self._delay(attempt))):
-                raise RewardError(f"reward server {self._url}: another request has failed")
-        raise RewardError(f"reward server {self._url}{path}: {problem} ({self._retries + 1} attempt(s))")
+            if attempt < self.retries and stop.wait(max(retry_after, self._delay(attempt))):
+                raise RewardError(f"reward server {self.url}: another request has failed")
+        raise RewardError(f"reward server {self.url}{path}: {problem} ({self.retries + 1} attempt(s))")
 
     def _delay(self, attempt: int) -> float:
         # random, so that clients that were turned away together do not return together
-        return min(self._backoff * 2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+        return min(self.backoff * 2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         # a function, as requests would replace a header by the password of a ~/.netrc
-        if self._token is not None:
-            request.headers["Authorization"] = f"Bearer {self._token}"
+        if self.token is not None:
+            request.headers["Authorization"] = f"Bearer {self.token}"
         return request
 
     def _hint(self, answer: requests.Response) -> str:
         if answer.status_code not in (401, 403):
             return ""
-        if self._token_env is None:
+        if self.token_env is None:
             return "; no token was sent, token_env is not given"
-        return f"; the token sent is that of the environment variable {self._token_env}"
+        return f"; the token sent is that of the environment variable {self.token_env}"
 
 
 def _png(pixels: Any) -> str:

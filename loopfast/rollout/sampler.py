@@ -68,39 +68,26 @@ class Sampler:
         """The policy that is sampled from: the rollout copy's, or the trained one."""
         return self.policy if self.rollout_copy is None else self.rollout_copy.policy
 
-    def allocate(self, count: int, schedule: TransitionSchedule | None = None) -> Trajectories:
-        """Allocates N trajectories, on the policy's device, in the type of the model that is sampled from.
-
-        Args:
-            count: the number of trajectories, N.
-            schedule: the T transitions to sample by. None takes the sampler's own.
-        """
-        steps, model, device = len(schedule or self.schedule), self.model, self.policy.device
+    def allocate(self, count: int) -> Trajectories:
+        """Allocates N trajectories, on the policy's device, in the type of the model that is sampled from."""
+        steps, model, device = len(self.schedule), self.model, self.policy.device
         return Trajectories(
             torch.empty(steps + 1, count, *model.latent_shape, dtype=model.dtype, device=device),
             torch.empty(steps, count, dtype=torch.float32, device=device),
         )
 
-    def sample(
-        self,
-        conditioning: Conditioning,
-        prompts: Tensor,
-        seeds: Tensor,
-        *,
-        schedule: TransitionSchedule | None = None,
-    ) -> Trajectories:
+    def sample(self, conditioning: Conditioning, prompts: Tensor, seeds: Tensor) -> Trajectories:
         """Samples N trajectories.
 
         Args:
             conditioning: the conditioning of P prompts, rows ``[P, ...]``.
             prompts, seeds: int64 ``[N]`` each, the index of a row's prompt and its noise seed.
-            schedule: the T transitions to sample by. None takes the sampler's own.
 
         Raises:
             torch.OutOfMemoryError: as `stream` does.
         """
-        trajectories = self.allocate(len(seeds), schedule)
-        for _ in self.stream(trajectories, conditioning, prompts, seeds, schedule=schedule):
+        trajectories = self.allocate(len(seeds))
+        for _ in self.stream(trajectories, conditioning, prompts, seeds):
             pass
         return trajectories
 
@@ -112,7 +99,6 @@ class Sampler:
         prompts: Tensor,
         seeds: Tensor,
         *,
-        schedule: TransitionSchedule | None = None,
         between: Callable[[], None] = lambda: None,
         calls: int = 0,
     ) -> Generator[slice, None, None]:
@@ -120,7 +106,7 @@ class Sampler:
 
         Args:
             trajectories: filled in; `allocate` makes them.
-            conditioning, prompts, seeds, schedule: as for `sample`.
+            conditioning, prompts, seeds: as for `sample`.
             between: called before each microbatch; it may raise to stop.
             calls: the least number of microbatches to sample, for other processes that have more rows.
 
@@ -131,7 +117,6 @@ class Sampler:
             torch.OutOfMemoryError: the microbatch does not fit into memory; the attempt leaves nothing in memory.
                 Libraries under PyTorch raise errors of their own, see `is_out_of_memory`.
         """
-        schedule, model = schedule or self.schedule, self.model
         latents, logprob = trajectories.latents, trajectories.logprob
         with self.ready():
             for rows in slices(len(seeds), self.microbatch, calls):
@@ -139,7 +124,7 @@ class Sampler:
                 size = rows.stop - rows.start
                 # without rows of its own, the process samples any row: others may need its part of the weights
                 some = rows if size else slice(0, 1)
-                done = self._sample_rows(model, schedule, conditioning, prompts[some], seeds[some])
+                done = self._sample_rows(conditioning, prompts[some], seeds[some])
                 latents[:, rows], logprob[:, rows] = done.trajectory[:, :size], done.logprob[:, :size]
                 if size:
                     yield rows
@@ -190,16 +175,9 @@ class Sampler:
         """Frees the recorded steps and their buffers, which sampling keeps for its next call."""
         self.steps.release()
 
-    def _sample_rows(
-        self,
-        model: Policy,
-        schedule: TransitionSchedule,
-        conditioning: Conditioning,
-        prompts: Tensor,
-        seeds: Tensor,
-    ) -> DenoisingStep:
+    def _sample_rows(self, conditioning: Conditioning, prompts: Tensor, seeds: Tensor) -> DenoisingStep:
         """Samples at most a microbatch; the step's store holds the trajectories in its first rows."""
-        size = self.microbatch
+        model, schedule, size = self.model, self.schedule, self.microbatch
         # all calls have the same batch size; see `pad_rows`
         prompts, seeds = pad_rows(prompts, size), pad_rows(seeds, size)
         try:

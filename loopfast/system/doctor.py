@@ -73,17 +73,17 @@ def _extras() -> Iterator[tuple[str, str]]:
         if match:
             packages.setdefault(match[2], []).append(match[1])
     for extra, names in packages.items():
-        missing = [name for name in names if not _is_installed(name)]
+        versions = {name: _installed_version(name) for name in names}
+        missing = [name for name, version in versions.items() if version is None]
         if missing:
             yield extra, f"missing {', '.join(missing)}: pip install 'loopfast[{extra}]'"
         else:
-            found = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+            found = ", ".join(f"{name} {version}" for name, version in versions.items())
             yield extra, f"{found}: {xformers_build.describe()}" if extra == "xformers" else found
 
 
-def _is_installed(distribution: str) -> bool:
+def _installed_version(distribution: str) -> str | None:
     try:
-        metadata.version(distribution)
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return False
-    return True
+        return None

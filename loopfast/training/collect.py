@@ -45,12 +45,12 @@ def collect(run: Run, state: TrainState, batch: Batch) -> Rollout:
 
 def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Trajectories, Scores]:
     """Returns this rank's trajectories and the scores of their images, sampled in calls of ``rows`` rows."""
-    sampler = run.resize(rows)
+    schedule, _ = run.steps.for_iteration(run.config.run.seed, state.iteration)
+    sampler = replace(run.resize(rows), schedule=schedule)
     own = run.world.shard(len(batch.seeds))
     prompt_index, seeds = batch.prompt_index[own], batch.seeds[own]
     prompts = [batch.prompts[index] for index in prompt_index.tolist()]
-    schedule, _ = run.steps.for_iteration(run.config.run.seed, state.iteration)
-    trajectories = sampler.allocate(len(seeds), schedule)
+    trajectories = sampler.allocate(len(seeds))
     with (
         run.scoring.errors_on_all_ranks(),
         run.scoring.scorer(run.reward_worker, sampler.decode, partial(run.phase, "reward")) as scorer,
@@ -60,7 +60,6 @@ def _sampled(run: Run, state: TrainState, batch: Batch, rows: int) -> tuple[Traj
             batch.conditioning,
             prompt_index,
             seeds,
-            schedule=schedule,
             between=run.check_stop,
             calls=run.world.calls(len(batch.seeds), rows),
         )

@@ -48,7 +48,7 @@ class Inline:
         return join_scores(self._scores)
 
 
-class Beside:
+class Threaded:
     """A scorer of images in a thread, while others are sampled."""
 
     def __init__(self, thread: RewardThread[Prompt], decode: Decode, timed: Timed) -> None:

@@ -24,7 +24,7 @@ from loopfast.rewards import (
 )
 from loopfast.rewards.base import quoted
 from loopfast.run.folder import RunFolder
-from loopfast.training.scorer import AtTheEnd, Beside, Inline, Scorer, Worker
+from loopfast.training.scorer import AtTheEnd, Inline, Scorer, Threaded, Worker
 
 
 class Scoring:
@@ -156,7 +156,7 @@ class Scoring:
             yield Inline(self.score, decode, timed)
         else:
             with self._thread.batch():
-                yield Beside(self._thread, decode, timed)
+                yield Threaded(self._thread, decode, timed)
 
     def rewards(
         self, scores: Scores, texts: Sequence[str], steps: int, updates: int

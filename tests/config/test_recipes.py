@@ -23,8 +23,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from benchmarks.embedded_model.tokenizer import MAX_LENGTH, write_tokenizer
 from loopfast.config import Config, ModelConfig, load_config, parse_config, recipes
-from loopfast.embedded.tokenizer import MAX_LENGTH, write_tokenizer
 from loopfast.planning import load_architecture, plan
 from loopfast.planning.architectures import Architecture
 from loopfast.planning.devices import DEVICES

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from loopfast.embedded import detector, world
 from loopfast.embedded.detector import Components, detect, exact, score
-from loopfast.embedded.render import SIZE, Placed, apart, draw, place, render
+from loopfast.embedded.render import SIZE, Placed, place, render
 from loopfast.embedded.world import BACKGROUND, CATEGORIES, COLORS, RELATIONS, SHAPES, TEXTURES, Caption, Item
+from tests.embedded.faithful import apart, draw
 
 
 @cache

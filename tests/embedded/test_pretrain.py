@@ -13,8 +13,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from loopfast.embedded import pretrain, world
-from loopfast.embedded.pretrain import Recipe, defective
+from benchmarks.embedded_model import pretrain
+from benchmarks.embedded_model.pretrain import Recipe, defective
+from loopfast.embedded import world
 from loopfast.embedded.world import CATEGORIES, Caption, Item
 
 TINY = Recipe(

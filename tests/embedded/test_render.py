@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from loopfast.embedded import world
-from loopfast.embedded.render import SIZE, Placed, coverage, draw, place, render, signed_distance
+from loopfast.embedded.render import SIZE, Placed, coverage, place, render, signed_distance
 from loopfast.embedded.world import BACKGROUND, COLORS, SHAPES, Caption, Item
+from tests.embedded.faithful import draw
 
 # the share of its bounding square that a shape covers
 AREAS = {"circle": 0.785, "square": 1.0, "triangle": 0.5, "diamond": 0.5, "cross": 0.54}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import CLIPTokenizer
 
+from benchmarks.embedded_model.tokenizer import END, MAX_LENGTH, START, vocabulary, words, write_tokenizer
 from loopfast.embedded import world
-from loopfast.embedded.tokenizer import END, MAX_LENGTH, START, vocabulary, words, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.embedded_model.tokenizer import words
 from loopfast.embedded import world
-from loopfast.embedded.tokenizer import words
 from loopfast.embedded.world import CATEGORIES, COLORS, SHAPES, SPLITS, TEXTURES, Caption, Item
 
 EVERY = [caption for category in CATEGORIES for caption in world.compositions(category)]

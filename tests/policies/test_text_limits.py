@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.embedded_model.tokenizer import MAX_LENGTH
 from loopfast.config import ModelConfig
-from loopfast.embedded.tokenizer import MAX_LENGTH
 from loopfast.errors import ConfigError
 from loopfast.policies import TextLimit, load_policy, local_text_limits, read_prompts
 from tests.families import settings_of

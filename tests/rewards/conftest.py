@@ -76,7 +76,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP model for images of 32 x 32, with tokenizer and image processor."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from loopfast.embedded.tokenizer import END, MAX_LENGTH, START, write_tokenizer
+    from benchmarks.embedded_model.tokenizer import END, MAX_LENGTH, START, write_tokenizer
 
     folder = tmp_path_factory.mktemp("clip")
     vocabulary = write_tokenizer(folder)

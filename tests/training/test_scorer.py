@@ -12,7 +12,7 @@ from torch import Tensor
 from loopfast.profiling import Meter
 from loopfast.prompts import Prompt
 from loopfast.rewards import RewardThread, Scores
-from loopfast.training.scorer import AtTheEnd, Beside, Inline, Scorer
+from loopfast.training.scorer import AtTheEnd, Inline, Scorer, Threaded
 
 PROMPTS = [Prompt(text) for text in ("a", "bb", "ccc", "dddd", "eeeee")]
 LATENTS = torch.arange(5.0).view(5, 1)
@@ -58,7 +58,7 @@ def scorer(kind: str, judge: Judge) -> Iterator[Scorer]:
         yield {"inline": Inline, "at the end": AtTheEnd}[kind](*given)
         return
     with closing(RewardThread(judge.score)) as thread, thread.batch():
-        yield Beside(thread, *given[1:])
+        yield Threaded(thread, *given[1:])
 
 
 KINDS = {"inline": 3, "beside": 3, "at the end": 1}

@@ -32,7 +32,7 @@ def _in_place(arguments: Any) -> None:
     compute = _IN_PLACE.choose(output, trajectory, logprob, model_input, uncond_output)
     transition = Transition(output, trajectory, table, step, uncond_output, arguments.guidance_scale)
     compute(transition, logprob, model_input, arguments.seed, arguments.reduction)
-    # This tells autograd, which would not notice what is written through a pointer.
+    # Autograd does not notice writes through a pointer.
     torch.autograd.graph.increment_version((trajectory, logprob, model_input, step))
 
 
@@ -72,7 +72,7 @@ def denoise_step(
 
     ``x_{t-1} = a x_t + b m + sigma z`` with ``m = u + g (c - u)`` and ``z`` the noise of `philox_normal` for
     the row's seed and step. The result is rounded to the dtype of `sample`, and the log-probability is that
-    of the rounded value: `transition_logprob` of what was stored gives the same number, bit for bit.
+    of the rounded value: `transition_logprob` of the stored value gives the same number, bit for bit.
 
     Args:
         model_output: ``[N, *L]``, float32, float16, bfloat16 or float64; the conditional output ``c``.

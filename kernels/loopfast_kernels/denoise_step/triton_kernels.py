@@ -37,7 +37,7 @@ from ..validation import check_index
 def draw(
     prev_sample,  # [N, E]
     prev_start,
-    transition,
+    transition,  # Transition
     sample_start,
     output_start,
     at,
@@ -78,9 +78,9 @@ def denoise_step_kernel(
     prev_sample,  # [N, E]
     logprob,  # float32 [N]
     partials,  # float32 [N, columns], or None where one program takes a row
-    transition,
+    transition,  # Transition
     seed,  # int64 [N]
-    reduction,
+    reduction,  # Reduction
     elements,
     TILE: tl.constexpr,
 ):
@@ -133,7 +133,7 @@ def denoise_step_in_place_kernel(
     model_input,  # [COPIES, N, E]
     partials,  # float32 [N, columns]
     position,  # int64 [1]
-    transition,  # its sample is the store [T + 1, N, E], its step [1]
+    transition,  # Transition; its sample is the store [T + 1, N, E], its step is [1]
     seed,  # int64 [N]
     rows,
     elements,
@@ -171,7 +171,7 @@ def advance_kernel(
     position,  # int64 [1]
     partials,  # float32 [N, COLUMNS]
     table,  # float32 [T, 3]
-    reduction,
+    reduction,  # Reduction
     rows,
     COLUMNS: tl.constexpr,
 ):

@@ -29,7 +29,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups:
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Result and statistics; as in `reference`."""
+    """Returns the result and the statistics, as `reference` does."""
     y = empty_like(x)
     statistics = x.new_empty((x.shape[0], groups, 3), dtype=torch.float32)
     call(
@@ -52,7 +52,7 @@ def group_norm_silu_backward(
     eps: float,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by x, weight, bias and shift, empty where not wanted; as in `reference`."""
+    """Returns the gradients by x, weight, bias and shift, as `reference` does."""
     grad_x, grad_weight, grad_bias, grad_shift = (
         empty_like(tensor) if want and tensor is not None else x.new_empty(0)
         for tensor, want in zip((x, weight, bias, shift), wanted, strict=True)

@@ -10,17 +10,17 @@ from ..transition_logprob.reference import arithmetic_dtype
 
 
 def _by_group(values: Tensor, groups: int) -> Tensor:
-    """``[N, C, H, W]`` to ``[N, G, E]``."""
+    """Returns values ``[N, C, H, W]`` as ``[N, G, E]``."""
     return values.reshape(values.shape[0], groups, -1)
 
 
 def _group_sum(values: Tensor) -> Tensor:
-    """``[N, G, E]`` to float64 ``[N, G, 1]``."""
+    """Returns the sums of ``[N, G, E]``, float64 ``[N, G, 1]``."""
     return row_sum(values.flatten(0, 1)).reshape(*values.shape[:2], 1)
 
 
 def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
-    """``x + shift`` in the dtype of the arithmetic, contiguous."""
+    """Returns ``x + shift`` in the dtype of the arithmetic, contiguous."""
     u = x.to(arithmetic_dtype(x), memory_format=torch.contiguous_format)
     return u if shift is None else u + shift.to(u.dtype)[:, :, None, None]
 
@@ -37,19 +37,11 @@ def _by_channel(values: Tensor) -> Tensor:
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The result and what normalized it.
-
-    Args:
-        x: ``[N, C, H, W]``, contiguous or channels last.
-        weight: ``[C]``.
-        bias: ``[C]``.
-        shift: ``[N, C]`` or None.
-        groups: divides C.
-        eps: is added to the variance.
+    """Returns the result and the statistics; the arguments are those of `loopfast_kernels.group_norm_silu`.
 
     Returns:
-        The result like `x`; ``[N, G, 3]`` in the dtype of the arithmetic: a group's mean, what its rounding left,
-        and the inverse of its standard deviation.
+        The result like `x`. The statistics ``[N, G, 3]`` in the dtype of the arithmetic: a group's mean, the mean's
+        rounding error, and the inverse of the standard deviation.
     """
     u = _shifted(x, shift)
     grouped = _by_group(u, groups)
@@ -77,14 +69,16 @@ def group_norm_silu_backward(
     eps: float,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients by x, weight, bias and shift.
+    """Returns the gradients by x, weight, bias and shift.
 
     Args:
-        grad: like `x`, by the result; the others as in the forward pass, which gave `statistics`.
-        wanted: which of the four to compute.
+        grad: the gradient by the result, like `x`.
+        x: as in the forward pass, like the arguments that are not described here.
+        statistics: ``[N, G, 3]``, as the forward pass gave them.
+        wanted: for each of the four, whether to compute it.
 
     Returns:
-        Each like what it is the gradient by; empty where not wanted.
+        Each gradient, like the tensor it belongs to; empty where it is not wanted.
     """
     u = _shifted(x, shift)
     normalized = _normalized(u, statistics, groups)

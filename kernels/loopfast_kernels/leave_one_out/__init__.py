@@ -1,4 +1,4 @@
-"""Rewards to leave-one-out advantages."""
+"""Leave-one-out advantages from rewards."""
 
 from .op import leave_one_out
 

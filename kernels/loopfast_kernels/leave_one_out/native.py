@@ -9,7 +9,7 @@ from ..native_library import call, pointer
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """Advantages like `rewards`, ``[..., K]`` float32; as in `reference`."""
+    """Returns advantages like `rewards`, ``[..., K]`` float32, as `reference` does."""
     samples = rewards.shape[-1]
     advantage = torch.empty_like(rewards)
     call(

@@ -48,7 +48,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
     Raises:
         TypeError: `rewards` is not a float32 or float64 tensor.
-        ValueError: ``K`` is 1, where there is no other sample, or `rewards` is empty.
+        ValueError: ``K`` is 1, so that no other sample exists, or `rewards` is empty.
     """
     check_tensor("rewards", rewards, dtypes=REAL_DTYPES)
     check_group(rewards)

@@ -8,7 +8,7 @@ from ..reduction import row_sum
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """Subtract from each reward the mean of the others of its row.
+    """Subtracts from each reward the mean of the others of its group.
 
     Args:
         rewards: ``[..., K]``, ``K >= 2``.

@@ -164,26 +164,18 @@ class _Recorded(torch.autograd.Function):
         return gradients
 
 
-class _LoopLossRecorded(_Recorded):
-    pass
-
-
-class _ClippedLossRecorded(_Recorded):
-    pass
-
-
-_LoopLossRecorded.operator = _loop_loss = Operator(
+_loop_loss = Operator(
     f"loop_loss({_TRANSITION}, Tensor rewards, Tensor trajectory, Tensor advantage_scale, "
     f"float? advantage_clip, {_OPTIONS}) -> {_RESULTS.format(advantage='Tensor advantage, ')}",
     lambda arguments: tuple(_compute(_LOOP, arguments, select(Rewards, arguments))),
     lambda arguments: tuple(_fake(arguments)),
-    _LoopLossRecorded,
+    _Recorded,
 )
-_ClippedLossRecorded.operator = _clipped_loss = Operator(
+_clipped_loss = Operator(
     f"clipped_loss({_TRANSITION}, Tensor advantage, {_OPTIONS}) -> {_RESULTS.format(advantage='')}",
     lambda arguments: _without_advantage(_compute(_CLIPPED, arguments, arguments.advantage)),
     lambda arguments: _without_advantage(_fake(arguments)),
-    _ClippedLossRecorded,
+    _Recorded,
 )
 _scale_gradients_ = Operator(
     "scale_gradients_(Tensor(a!) grad_output, Tensor(b!) grad_uncond, Tensor grad_scale, Tensor grad_loss) -> ()",
@@ -352,19 +344,8 @@ def clipped_loss(
     baselines other than leave-one-out.
 
     Args:
-        model_output: ``[N, *L]``, float32, float16, bfloat16 or float64; the conditional output ``c``.
-        sample: ``[N, *L]``, ``x_t``.
-        prev_sample: ``[N, *L]``, ``x_{t-1}``.
-        table: float32 (or float64) ``[T, 3]``, columns a, b, sigma of every step.
-        step: int64 ``[N]``, the row of `table` each sample is at.
-        old_logprob: float32 (or float64) ``[N]``, as `denoise_step` gave it.
+        model_output: as in `loop_loss`, like the arguments that are not described here.
         advantage: float32 (or float64) ``[N]``, taken as it is.
-        clip_range: eps, or None for no clipping.
-        uncond_output: ``[N, *L]``, the unconditional output ``u``.
-        guidance_scale: ``g``; a value other than 1 needs `uncond_output`.
-        reference_output: ``[N, *L]``, the reference model's output, guidance included. Data, no gradient.
-        kl_weight: weight of the KL divergence from the reference; above 0 it needs `reference_output`.
-        reduction: ``"mean"`` (over a row's elements) or ``"sum"``, of the log-probability and the KL.
 
     Returns:
         The loss, differentiable in `model_output` and `uncond_output`, and the values it follows from, by row.

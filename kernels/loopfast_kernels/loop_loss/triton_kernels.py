@@ -4,8 +4,8 @@ A row that one program can keep in registers is read once: the program scores it
 residuals it still has. A larger row takes three launches: tiles leave partial sums, one program for each row finishes
 them, tiles write the gradients.
 
-Kernels take their pointers in tuples; the comments in the tuples' classes have the shapes. ``E`` is the number of
-elements of a row, and a pointer that is not given is None.
+Kernels take their pointers in tuples. A comment beside a pointer has its shape, where ``E`` is the number of elements
+of a row; a pointer that is not given is None.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -66,7 +66,7 @@ class Latents(NamedTuple):
 
 
 class RowResults(NamedTuple):
-    """The results of a row that a kernel writes; `advantage` is read where there are no rewards."""
+    """The results of a row that a kernel writes; without rewards, `advantage` is read instead."""
 
     objective: Tensor  # float32 [N]
     logprob: Tensor  # float32 [N]
@@ -85,7 +85,7 @@ class Group(NamedTuple):
     advantage_scale: Tensor  # float32 []
     samples: int  # K
     factor: float  # K / (K - 1)
-    limit: float | None  # of an advantage's magnitude
+    advantage_clip: float | None
 
 
 class Weights(NamedTuple):
@@ -143,7 +143,7 @@ def store_gradients(
 def power_of_two(magnitude):
     """Returns the largest power of two not above a number, from 2^-126 to 2^126, and its inverse.
 
-    Both are 1 for 0 and for what is not finite. The exponent is read from the bits of the float32.
+    Both are 1 for 0 and for a number that is not finite. The exponent is read from the bits of the float32.
     """
     exponent = (magnitude.to(tl.int32, bitcast=True) >> 23) - 127
     proper = (magnitude > 0.0) & (exponent < 128)
@@ -166,15 +166,16 @@ def leave_one_out_advantage(group, row, GROUP_BLOCK: tl.constexpr):
     first, mean = load_group(group.rewards, at // group.samples, group.samples, GROUP_BLOCK)
     relative = tl.load(group.rewards + at) - first - mean
     advantage = relative * group.factor * tl.load(group.advantage_scale)
-    if group.limit is not None:
-        advantage = clamp(advantage, group.limit)
+    if group.advantage_clip is not None:
+        advantage = clamp(advantage, group.advantage_clip)
     return advantage
 
 
 @triton.jit
 def finish_row(
     results,
-    transition,
+    table,  # float32 [T, 3]
+    step,  # int64 [N]
     old_logprob,  # float32 [N]
     group,
     weights,
@@ -192,7 +193,7 @@ def finish_row(
     Returns:
         The gradient's factors of residual and shift, divided by the row's scale.
     """
-    _, _, sigma, _, slope = load_coefficients(transition.table, tl.load(transition.step + row))
+    _, _, sigma, _, slope = load_coefficients(table, tl.load(step + row))
     reduction = weights.reduction
     logprob = gaussian_logprob(squares, sigma, reduction)
     if group is None:
@@ -241,18 +242,18 @@ def finish_row(
 
 @triton.jit
 def loss_kernel(
-    gradients,
-    transition,
-    latents,
-    results,
+    gradients,  # Gradients
+    transition,  # Transition
+    latents,  # Latents
+    results,  # RowResults
     old_logprob,  # float32 [N]
-    group,
-    weights,
+    group,  # Group or None
+    weights,  # Weights
     elements,
     GROUP_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Handles a whole row: its sums, what follows from them and the gradients, from one read of the inputs."""
+    """Computes a whole row: its sums, its results and the gradients, from one read of the inputs."""
     row = tl.program_id(0).to(tl.int64)
     residual, shift = load_residual(transition, latents, row, 0, elements, TILE)
     squares = total(tl.reshape(residual * residual, (TILE.padded,)), TILE.padded)
@@ -260,7 +261,16 @@ def loss_kernel(
     if latents.reference_output is not None:
         shift_squares = total(tl.reshape(shift * shift, (TILE.padded,)), TILE.padded)
     by_residual, by_shift = finish_row(
-        results, transition, old_logprob, group, weights, row, squares, shift_squares, GROUP_BLOCK
+        results,
+        transition.table,
+        transition.step,
+        old_logprob,
+        group,
+        weights,
+        row,
+        squares,
+        shift_squares,
+        GROUP_BLOCK,
     )
     by_output = by_residual * residual
     if latents.reference_output is not None:
@@ -272,8 +282,8 @@ def loss_kernel(
 def loss_partials_kernel(
     partials,  # float32 [N, columns]
     shift_partials,  # float32 [N, columns] or None
-    transition,
-    latents,
+    transition,  # Transition
+    latents,  # Latents
     elements,
     TILE: tl.constexpr,
 ):
@@ -291,11 +301,12 @@ def finish_kernel(
     factors,  # float32 [N, 2]
     partials,  # float32 [N, COLUMNS]
     shift_partials,  # float32 [N, COLUMNS] or None
-    results,
-    transition,
+    results,  # RowResults
+    table,  # float32 [T, 3]
+    step,  # int64 [N]
     old_logprob,  # float32 [N]
-    group,
-    weights,
+    group,  # Group or None
+    weights,  # Weights
     GROUP_BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -307,7 +318,7 @@ def finish_kernel(
     if shift_partials is not None:
         shift_squares = total(tl.load(shift_partials + row * COLUMNS + column), COLUMNS)
     by_residual, by_shift = finish_row(
-        results, transition, old_logprob, group, weights, row, squares, shift_squares, GROUP_BLOCK
+        results, table, step, old_logprob, group, weights, row, squares, shift_squares, GROUP_BLOCK
     )
     tl.store(factors + row * 2, by_residual)
     tl.store(factors + row * 2 + 1, by_shift)
@@ -315,10 +326,10 @@ def finish_kernel(
 
 @triton.jit
 def loss_gradients_kernel(
-    gradients,
+    gradients,  # Gradients
     factors,  # float32 [N, 2]
-    transition,
-    latents,
+    transition,  # Transition
+    latents,  # Latents
     elements,
     TILE: tl.constexpr,
 ):
@@ -457,7 +468,8 @@ def _loss(
             partials,
             None if shift_partials is None else shorten(shift_partials),
             results,
-            transition,
+            transition.table,
+            transition.step,
             old_logprob,
             group,
             weights,
@@ -514,7 +526,7 @@ def loop_loss(
         advantage_scale=rewards.advantage_scale.float(),
         samples=samples,
         factor=leave_one_out_factor(samples),
-        limit=rewards.advantage_clip,
+        advantage_clip=rewards.advantage_clip,
     )
     advantage = torch.empty(trajectory.shape, dtype=torch.float32, device=trajectory.device)
     return _loss(transition, prev_sample, old_logprob, advantage, group, options)

@@ -12,7 +12,7 @@ from ..native_library import call, pointer
 
 
 def philox_normal(seed: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
-    """Noise float32 of `shape`; as in `reference`."""
+    """Returns float32 noise of `shape`, as `reference` does."""
     noise = empty(shape, torch.float32)
     rows = shape[0]
     call(

@@ -34,14 +34,14 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Encrypt counters: the ten rounds of Philox4x32.
+    """Encrypts counters in the ten rounds of Philox4x32.
 
     Args:
-        counter: four words, int64 tensors with values in ``[0, 2**32)``; they and the key broadcast together.
-        key: two words of the same kind.
+        counter: four words: int64 tensors with values in ``[0, 2**32)``, which broadcast with the key.
+        key: two such words.
 
     Returns:
-        Four words of the same kind, uniformly distributed over counters.
+        Four such words, uniformly distributed over counters.
     """
     x0, x1, x2, x3 = counter
     k0, k1 = key
@@ -49,8 +49,8 @@ def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
         if round_index > 0:
             k0 = (k0 + _KEY_INCREMENTS[0]) & _WORD
             k1 = (k1 + _KEY_INCREMENTS[1]) & _WORD
-        # The 64-bit products wrap around in int64. Their low words are right as they are; the shift that
-        # leaves the high words copies the sign upward, which the mask takes off.
+        # The 64-bit products wrap around in int64. Their low words are right; the shift that leaves the high words
+        # copies the sign into the upper half, and the mask removes it.
         product0 = x0 * _MULTIPLIERS[0]
         product1 = x2 * _MULTIPLIERS[1]
         x0 = ((product1 >> 32) ^ x1 ^ k0).bitwise_and_(_WORD)
@@ -61,7 +61,7 @@ def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def _log_of_uniform(x: Tensor) -> Tensor:
-    """``ln x`` for float32 in ``[2**-33, 1]``: ``x = 2**e (1 + f)`` and a polynomial in f, of Cephes' logf."""
+    """Returns ``ln x`` for float32 in ``[2**-33, 1]``: ``x = 2**e (1 + f)``, and Cephes' polynomial in f (logf)."""
     offset = x.view(torch.int32) - _SQRT_HALF
     exponent = (offset >> 23).to(torch.float32)
     f = ((offset & 0x007FFFFF) + _SQRT_HALF).view(torch.float32) - 1.0
@@ -69,8 +69,8 @@ def _log_of_uniform(x: Tensor) -> Tensor:
     polynomial = torch.full_like(f, _LOG_COEFFICIENTS[0])
     for coefficient in _LOG_COEFFICIENTS[1:]:
         polynomial = polynomial * f + coefficient
-    # ln 2 in two parts, the first with few enough bits for an exact product; what the sum with f rounds off goes
-    # to the small terms.
+    # ln 2 has two parts, the first with few enough bits for an exact product. The rounding error of its sum with f is
+    # added to the small terms.
     product = exponent * 0.693359375
     high = product + f
     lost = (product - high) + f
@@ -78,10 +78,10 @@ def _log_of_uniform(x: Tensor) -> Tensor:
 
 
 def _sine_and_cosine(angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Of float32 in ``[0, 2 pi]``: the angle less the nearest multiple of pi/2, and polynomials of Cephes'."""
+    """Returns both for float32 in ``[0, 2 pi]``: Cephes' polynomials of the angle less the nearest multiple of pi/2."""
     quadrant = (angle * 0.636619772 + 0.5).to(torch.int32)
     q = quadrant.to(torch.float32)
-    # pi/2 in three parts. The first two have 22 bits: their products with q <= 4 are exact.
+    # pi/2 has three parts. The first two have 22 bits: their products with q <= 4 are exact.
     difference = angle - q * _HALF_PI[0]
     middle = q * _HALF_PI[1]
     x = difference - middle
@@ -102,17 +102,17 @@ def _sine_and_cosine(angle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    # Operations of IEEE float32 that round once, in a fixed order: every machine and backend gets the same bits.
-    # The offset keeps the logarithm's argument in (0, 1].
+    # These are operations of IEEE float32 that round once, in a fixed order: every machine and backend gets the same
+    # bits. The offset keeps the logarithm's argument in (0, 1].
     uniform = radius_word.to(torch.float32) * 2.0**-32 + 2.0**-33
-    # torch's root of float32 is not always the nearest one; rounding float64's is.
+    # torch's square root of float32 is not always the nearest float32; that of float64, rounded, is.
     radius = (_log_of_uniform(uniform) * -2.0).double().sqrt().to(torch.float32)
     sine, cosine = _sine_and_cosine(angle_word.to(torch.float32) * (2.0 * math.pi * 2.0**-32))
     return radius * cosine, radius * sine
 
 
 def philox_normal(seed: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise; the arguments are those of `loopfast_kernels.philox_normal`."""
+    """Returns standard normal noise; the arguments are those of `loopfast_kernels.philox_normal`."""
     elements = math.prod(shape[1:])
     zero = seed.new_zeros(1, 1)
     block = torch.arange((elements + 3) // 4, dtype=torch.int64, device=seed.device)[None, :]

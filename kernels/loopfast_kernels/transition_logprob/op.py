@@ -45,21 +45,6 @@ def _choose(implementations: backends.Implementations, arguments: Any) -> Any:
     )
 
 
-def _forward(arguments: Any) -> Tensor:
-    compute = _choose(_FORWARD, arguments)
-    result: Tensor = compute(select(Transition, arguments), arguments.prev_sample, arguments.reduction)
-    return result
-
-
-def _backward(arguments: Any) -> tuple[Tensor, Tensor]:
-    compute = _choose(_BACKWARD, arguments)
-    transition = select(Transition, arguments)
-    result: tuple[Tensor, Tensor] = compute(
-        arguments.grad, transition, arguments.prev_sample, arguments.reduction
-    )
-    return result
-
-
 def _fake(arguments: Any) -> Tensor:
     output: Tensor = arguments.model_output
     return output.new_empty(output.shape[0], dtype=reference.arithmetic_dtype(output, arguments.sample))
@@ -74,10 +59,19 @@ def _fake_backward(arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 _transition_logprob = Operator(
-    f"transition_logprob({_ARGUMENTS}) -> Tensor", _forward, _fake, _TransitionLogprob
+    f"transition_logprob({_ARGUMENTS}) -> Tensor",
+    lambda arguments: _choose(_FORWARD, arguments)(
+        select(Transition, arguments), arguments.prev_sample, arguments.reduction
+    ),
+    _fake,
+    _TransitionLogprob,
 )
 _transition_logprob_backward = Operator(
-    f"transition_logprob_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)", _backward, _fake_backward
+    f"transition_logprob_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    lambda arguments: _choose(_BACKWARD, arguments)(
+        arguments.grad, select(Transition, arguments), arguments.prev_sample, arguments.reduction
+    ),
+    _fake_backward,
 )
 
 

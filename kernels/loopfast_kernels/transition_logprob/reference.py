@@ -134,7 +134,7 @@ def transition_logprob_backward(
         reduction: ``"sum"`` or ``"mean"``.
 
     Returns:
-        The gradient by ``model_output`` and that by ``uncond_output``; the second is empty where there is none.
+        The gradient by ``model_output`` and that by ``uncond_output``; the second is empty without ``uncond_output``.
     """
     at, _, mean = distribution(transition)
     residual = standardized(prev_sample, mean, at)

@@ -1,8 +1,7 @@
 """The Gaussian transition and its log-probability on a GPU.
 
 All ops that score a transition share the device functions here: the same operations in the same order give the same
-bits. In the comments beside pointers, ``E`` is the number of elements of a row; a kernel's ``transition`` is a
-`Transition` of pointers.
+bits. A comment beside a pointer has its shape, where ``E`` is the number of elements of a row.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -93,9 +92,9 @@ def gaussian_logprob(squares, sigma, reduction):
 def transition_logprob_kernel(
     logprob,  # float32 [N]
     partials,  # float32 [N, columns], or None where one program takes a row
-    transition,
+    transition,  # Transition
     prev_sample,  # [N, E]
-    reduction,
+    reduction,  # Reduction
     elements,
     TILE: tl.constexpr,
 ):
@@ -122,7 +121,7 @@ def score_kernel(
     partials,  # float32 [N, COLUMNS]
     table,  # float32 [T, 3]
     step,  # int64 [N]
-    reduction,
+    reduction,  # Reduction
     COLUMNS: tl.constexpr,
 ):
     """Scores a row from its partial sums."""
@@ -181,7 +180,7 @@ def transition_logprob_backward_kernel(
     grad_uncond,  # [N, E] or None
     grad,  # float32 [N]
     grad_stride,
-    transition,
+    transition,  # Transition
     prev_sample,  # [N, E]
     uncond_scale,
     divisor,

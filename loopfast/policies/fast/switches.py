@@ -141,15 +141,14 @@ def _attentions(unet: Any) -> list[Any]:
     return [module for module in unet.modules() if isinstance(module, Attention)]
 
 
-def set_layers(models: Sequence[Any], config: ModelConfig, device: torch.device) -> dict[str, bool]:
-    """Gives models the layers and the memory format of ``model.fast_layers`` and ``model.channels_last``.
+def set_layers(models: Sequence[Any], fast_layers: str, channels_last: str, device: str) -> dict[str, bool]:
+    """Gives models on a kind of device the layers and the memory format of these two keys of ``model``.
 
     Returns:
         Whether each of the two is in use, by its name.
     """
-    by_device = device.type == "cpu"
-    fast = by_device if config.fast_layers == "auto" else config.fast_layers == "on"
-    last = fast and by_device if config.channels_last == "auto" else config.channels_last == "on"
+    fast = fast_layers == "on" or (fast_layers == "auto" and device == "cpu")
+    last = channels_last == "on" or (channels_last == "auto" and fast and device == "cpu")
     for model in models:
         if fast:
             use_fast_layers(model)

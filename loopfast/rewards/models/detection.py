@@ -28,7 +28,7 @@ OWLV2 = "google/owlv2-base-patch16-ensemble"
 
 _CLASSES = {"owlvit": "OwlViTForObjectDetection", "owlv2": "Owlv2ForObjectDetection"}
 _QUERY = "a photo of a {}"
-_SAME_OBJECT = 0.5  # IoU of boxes of one name from which on they are one object
+_SAME_OBJECT = 0.5  # IoU of boxes of one name above which they are one object
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ class Detection:
     box: Box
 
 
-def without_overlaps(found: Sequence[Detection], same: float = _SAME_OBJECT) -> list[Detection]:
-    """Sorts detections by falling confidence; drops those that overlap one of their name by an IoU above ``same``."""
+def without_overlaps(found: Sequence[Detection]) -> list[Detection]:
+    """Sorts detections by falling confidence; drops those that overlap one of their name by an IoU above 0.5."""
     kept: list[Detection] = []
     for one in sorted(found, key=lambda detection: -detection.score):
-        if not any(one.name == other.name and one.box.iou(other.box) > same for other in kept):
+        if not any(one.name == other.name and one.box.iou(other.box) > _SAME_OBJECT for other in kept):
             kept.append(one)
     return kept
 
 
 class Detector:
-    """Finds objects by their names.
+    """A detector that finds objects by their names.
 
     Args:
         place: device and type of the model.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loopfast.errors import ConfigError
 from loopfast.rewards.base import Reward
-from loopfast.rewards.models.clip import clip_similarity
+from loopfast.rewards.models.clip_score import clip_similarity
 from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, number, placement
 from loopfast.rewards.models.sources import is_file, require_file, require_folder
 from loopfast.rewards.models.weights import load_config, load_pretrained, read_state

@@ -126,9 +126,6 @@ def numeracy(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per model call.
-
-    Raises:
-        ConfigError: an option is not allowed, or the weights cannot be used.
     """
     place = placement("numeracy", device, dtype, batch_size)
     check_threshold("numeracy", threshold)

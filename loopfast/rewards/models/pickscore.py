@@ -1,9 +1,9 @@
-"""PickScore: which of two images of a prompt people prefer (Kirstain et al., arXiv 2305.01569)."""
+"""PickScore: human preference between images of a prompt (Kirstain et al., arXiv 2305.01569)."""
 
 from __future__ import annotations
 
 from loopfast.rewards.base import Reward
-from loopfast.rewards.models.clip import clip_similarity
+from loopfast.rewards.models.clip_score import clip_similarity
 from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, number, placement
 from loopfast.rewards.models.sources import require_folder
 from loopfast.rewards.models.weights import load_pretrained

@@ -191,9 +191,6 @@ def spatial(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per model call.
-
-    Raises:
-        ConfigError: an option is not allowed, or the weights cannot be used.
     """
     place = placement("spatial", device, dtype, batch_size)
     check_threshold("spatial", threshold)
@@ -239,9 +236,6 @@ def spatial_3d(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per model call.
-
-    Raises:
-        ConfigError: an option is not allowed, or the weights cannot be used.
     """
     place = placement("spatial_3d", device, dtype, batch_size)
     check_threshold("spatial_3d", threshold)

@@ -92,9 +92,6 @@ def three_in_one(
 
     Args:
         blip_vqa, spatial, clip_score: options of each, such as ``{weights: /models/blip}``.
-
-    Raises:
-        ConfigError: options are not allowed, or the weights cannot be used.
     """
     built = {}
     for aspect, make, options in (

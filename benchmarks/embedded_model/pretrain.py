@@ -1,4 +1,4 @@
-"""Makes the embedded model from nothing: ``python -m loopfast.embedded.pretrain --output DIR``.
+"""Makes the embedded model from nothing: ``python -m benchmarks.embedded_model.pretrain --output DIR``.
 
 Three stages: an autoencoder on faithful pictures; a text encoder and a UNet, trained together on pictures that do not
 always show what their caption says (`defective`), so that the model binds attributes imperfectly; and the measurement
@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
 from pathlib import Path
 
 import diffusers
@@ -28,14 +27,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.embedded_model.tokenizer import MAX_LENGTH, write_tokenizer
+from loopfast.embedded import world
+from loopfast.embedded.detector import exact, score
+from loopfast.embedded.render import place, render
+from loopfast.embedded.world import CATEGORIES, COLORS, SHAPES, TEXTURED_SHAPES, TEXTURES, Caption, Item
 from loopfast.policies.portable import save_portable
 from loopfast.system.streams import open_streams
-
-from . import world
-from .detector import exact, score
-from .render import place, render
-from .tokenizer import MAX_LENGTH, write_tokenizer
-from .world import CATEGORIES, COLORS, SHAPES, TEXTURED_SHAPES, TEXTURES, Caption, Item
 
 
 @dataclass(frozen=True)
@@ -194,6 +192,15 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float) -> None:
+    group = optimizer.param_groups[0]
+    group["lr"] = learning_rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+
+
 def train_autoencoder(vae: AutoencoderKL, recipe: Recipe, report: Report) -> None:
     """Fits the autoencoder to faithful pictures and sets its ``scaling_factor``."""
     rng = random.Random(recipe.seed + 1)
@@ -204,16 +211,12 @@ def train_autoencoder(vae: AutoencoderKL, recipe: Recipe, report: Report) -> Non
     started = time.perf_counter()
     for step in range(recipe.autoencoder_steps):
         factor = cosine(step, recipe.autoencoder_steps, recipe.warmup_steps)
-        optimizer.param_groups[0]["lr"] = recipe.autoencoder_learning_rate * factor
         batch = data[torch.randint(len(data), (recipe.autoencoder_batch,))]
         posterior = vae.encode(batch).latent_dist
         restored = vae.decode(posterior.sample()).sample
         error = F.mse_loss(restored, batch)
         loss = error + 1e-6 * posterior.kl().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        _step(optimizer, loss, recipe.autoencoder_learning_rate * factor)
         if step % 250 == 249:
             report(
                 f"autoencoder {step + 1}/{recipe.autoencoder_steps}  mse {error.item():.2e}"
@@ -254,9 +257,6 @@ def train_denoiser(pipeline: StableDiffusionPipeline, recipe: Recipe, report: Re
     modules.train()
     started, running = time.perf_counter(), 0.0
     for step in range(recipe.steps):
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate * cosine(
-            step, recipe.steps, recipe.warmup_steps
-        )
         rows = torch.randint(len(latents), (recipe.batch,))
         clean, ids = latents[rows], tokens[rows]
         dropped = torch.rand(recipe.batch, 1) < recipe.caption_dropout
@@ -266,10 +266,7 @@ def train_denoiser(pipeline: StableDiffusionPipeline, recipe: Recipe, report: Re
         noisy = scheduler.add_noise(clean, noise, timestep)
         embeddings = text_encoder(ids)[0]
         loss = F.mse_loss(unet(noisy, timestep, embeddings).sample, noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        _step(optimizer, loss, recipe.learning_rate * cosine(step, recipe.steps, recipe.warmup_steps))
         decay = min(recipe.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in parameters], 1 - decay)
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
@@ -343,7 +340,7 @@ def model_card(
         name: sum(p.numel() for p in getattr(pipeline, name).parameters()) / 1e6
         for name in ("unet", "vae", "text_encoder")
     }
-    template = resources.files("loopfast.embedded") / "model_card.md.jinja"
+    template = Path(__file__).with_name("model_card.md.jinja")
     return jinja2.Template(template.read_text("utf-8"), keep_trailing_newline=True).render(
         sizes=sizes,
         total=sum(sizes.values()),
@@ -365,21 +362,16 @@ def main() -> None:
     """Runs the command line of this module."""
     open_streams(keep_going=True)
     parser = argparse.ArgumentParser(
-        prog="python -m loopfast.embedded.pretrain", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.embedded_model.pretrain", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write the pipeline to")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="updates of the denoiser")
     parser.add_argument("--autoencoder-steps", type=int, default=Recipe.autoencoder_steps)
     parser.add_argument("--images", type=int, default=Recipe.images, help="pictures in the training set")
-    arguments = parser.parse_args()
-    recipe = Recipe(
-        seed=arguments.seed,
-        steps=arguments.steps,
-        autoencoder_steps=arguments.autoencoder_steps,
-        images=arguments.images,
-    )
-    pretrain(recipe, arguments.output, lambda line: print(line, flush=True))
+    settings = vars(parser.parse_args())
+    output = settings.pop("output")
+    pretrain(Recipe(**settings), output, lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .world import COLORS, NUMBERS, SHAPES, TEXTURES, plural
+from loopfast.embedded.world import COLORS, NUMBERS, SHAPES, TEXTURES, plural
 
 MAX_LENGTH = 16
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -1,0 +1,1 @@
+"""Makes the embedded model, which the package has as files."""
