@@ -298,9 +298,9 @@ def write_report(kernels: list[Kernel]) -> None:
     lines = [
         "# The Triton kernels, compiled",
         "",
-        f"By `python profiles/ptx_report.py` with triton {triton.__version__}; nothing here ran on a GPU. Loads and",
-        "stores are instructions of one thread. Those of 4 and 8 bytes are a row's scalars; latents move 16 bytes at a",
-        "time, except in rows of 1001 elements, which are not aligned.",
+        f"Made by `python profiles/ptx_report.py` with triton {triton.__version__}; nothing here ran on a GPU.",
+        "Loads and stores are instructions of one thread. Those of 4 and 8 bytes move a row's scalars; latents move",
+        "16 bytes at a time, except in rows of 1001 elements, which are not aligned.",
     ]
     for architecture in ARCHITECTURES:
         lines += [

@@ -56,7 +56,7 @@ def _panel(axes: Axes, op: str, settings: dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
-    axes.xaxis.set_minor_formatter(NullFormatter())  # over less than a decade they would run into each other
+    axes.xaxis.set_minor_formatter(NullFormatter())  # over less than a decade they would overlap
     axes.yaxis.set_major_locator(FixedLocator([0.01, 0.03, 0.1, 0.3, 1, 3]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -94,7 +94,7 @@ def draw(run: dict[str, Any]) -> Figure:
         _panel(axes, op, settings)
     for axes in panels[len(results) :]:
         axes.set_axis_off()
-    figure.supxlabel("bytes to be moved at least", fontsize=10)
+    figure.supxlabel("fewest bytes to move", fontsize=10)
     figure.supylabel("share of copy bandwidth", fontsize=10)
     present = {competitor for s in results.values() for entries in s.values() for competitor in entries}
     dtypes = {setting.rpartition("-")[2] for settings in results.values() for setting in settings}
