@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
+from loopfast.rewards.models.pretrained import COMMON_OPTIONS
 from loopfast.rewards.registry import REWARDS, RewardInfo, find_reward
 
 __all__ = ["all_rewards", "one_reward", "options_of"]
@@ -61,7 +62,7 @@ def _facts(info: RewardInfo) -> dict[str, str]:
 
 def options_of(make: Callable[..., Any]) -> list[tuple[str, str, str]]:
     """Returns each option of a reward: name, default as YAML, and meaning from the docstring of ``make``."""
-    meanings = _arguments(inspect.getdoc(make) or "")
+    meanings = COMMON_OPTIONS | _arguments(inspect.getdoc(make) or "")
     return [
         (
             parameter.name,

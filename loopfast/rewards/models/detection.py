@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,10 @@ from torch.nn.functional import interpolate, pad
 from loopfast.errors import ConfigError
 from loopfast.rewards.models.preprocessing import OPENAI_MEAN, OPENAI_STD, normalized
 from loopfast.rewards.models.pretrained import Placement
-from loopfast.rewards.models.weights import load_config, load_pretrained, load_tokenizer
+from loopfast.rewards.models.weights import Source
 from loopfast.system.memory import to_device
 
-__all__ = ["OWLV2", "Box", "Detection", "Detector", "check_threshold", "load_detector", "without_overlaps"]
+__all__ = ["OWLV2", "Box", "Detection", "Detector", "check_threshold", "without_overlaps"]
 
 OWLV2 = "google/owlv2-base-patch16-ensemble"
 """The default detector: Apache-2.0, 155 million parameters, images of 960 × 960."""
@@ -82,19 +81,30 @@ def without_overlaps(found: Sequence[Detection]) -> list[Detection]:
 
 
 class Detector:
-    """A detector that finds objects by their names.
+    """An OWL-ViT or OWLv2 model that finds objects by their names.
 
     Args:
         place: device and type of the model.
-        model: an ``OwlViTForObjectDetection`` or ``Owlv2ForObjectDetection`` on that device, in that type.
-        tokenizer: tokenizer of the model.
+        source: its weights.
         threshold: detections of a lower confidence do not count.
+
+    Raises:
+        ConfigError: the weights cannot be found or read, or are another model's.
     """
 
-    def __init__(self, place: Placement, model: Any, tokenizer: Any, threshold: float) -> None:
-        self._place, self._model, self._tokenizer, self._threshold = place, model, tokenizer, threshold
-        self._size: int = model.config.vision_config.image_size
-        self._squared = model.config.model_type == "owlv2"
+    def __init__(self, place: Placement, source: Source, threshold: float) -> None:
+        import transformers
+
+        kind = source.load_config(transformers.AutoConfig).model_type
+        if kind not in _CLASSES:
+            raise ConfigError(
+                f"{source}: found a model of type {kind!r}, expected a detector of type {' or '.join(_CLASSES)}"
+            )
+        self._place, self._threshold = place, threshold
+        self._model = source.load_model(getattr(transformers, _CLASSES[kind])).to(place.device, place.dtype)
+        self._tokenizer = source.load_tokenizer()
+        self._size: int = self._model.config.vision_config.image_size
+        self._squared = kind == "owlv2"
 
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Detection]]:
@@ -156,32 +166,6 @@ class Detector:
         if tuple(images.shape[-2:]) != (self._size, self._size):
             images = interpolate(images, (self._size, self._size), mode="bilinear", antialias=True)
         return normalized(images, OPENAI_MEAN, OPENAI_STD).to(self._place.dtype)
-
-
-def load_detector(place: Placement, weights: str, revision: str | None, threshold: float) -> Detector:
-    """Loads an OWL-ViT or OWLv2 detector.
-
-    Args:
-        place: device and type of the model.
-        weights: a folder or a hub name.
-        revision: branch, tag or commit on the hub.
-        threshold: detections of a lower confidence do not count.
-
-    Raises:
-        ConfigError: the detector cannot be found or read, or the weights are another model's.
-    """
-    import transformers
-
-    kind = load_config(place.reward, transformers.AutoConfig, weights, revision=revision).model_type
-    if kind not in _CLASSES:
-        raise ConfigError(
-            f"reward {place.reward!r}: weights {weights!r}: found a model of type {kind!r}, expected a detector of "
-            f"type {' or '.join(_CLASSES)}"
-        )
-    model = load_pretrained(
-        place.reward, getattr(transformers, _CLASSES[kind]), weights, revision=revision
-    ).to(place.device, place.dtype)
-    return Detector(place, model, load_tokenizer(place.reward, weights, revision=revision), threshold)
 
 
 def check_threshold(reward: str, threshold: float) -> None:

@@ -7,16 +7,14 @@ transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.base import Reward
 from loopfast.rewards.models.clip_score import clip_similarity
-from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, number, placement
-from loopfast.rewards.models.sources import is_file, require_file, require_folder
-from loopfast.rewards.models.weights import load_config, load_pretrained, read_state
+from loopfast.rewards.models.pretrained import Placement, ScoreBatch, number, pretrained
+from loopfast.rewards.models.weights import is_file, require_file, require_folder
 
 __all__ = ["from_open_clip", "hps_v2"]
 
@@ -48,15 +46,14 @@ _LAYER_NAMES = {
 _LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
 
 
+@pretrained
 def hps_v2(
+    place: Placement,
     weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt",
     processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     scale: float = 1.0,
     revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+) -> Callable[[], ScoreBatch]:
     """Human preference score v2.1: the cosine similarity of image and prompt, in [-1, 1] times scale.
 
     Args:
@@ -65,33 +62,28 @@ def hps_v2(
         processor: configuration, tokenizer and image processor of CLIP ViT-H/14, a folder or a hub name; with a model
             of transformers as weights, its tokenizer and image processor.
         scale: factor of the similarity; the benchmark's tables take 100.
-        revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
-        dtype: float32, float16 or bfloat16.
-        batch_size: images per model call.
     """
-    place = placement("hps_v2", device, dtype, batch_size)
     as_file = is_file(weights)
-    weights = (require_file if as_file else require_folder)("hps_v2", "weights", weights)
-    processor = require_folder("hps_v2", "processor", processor, "config.json", "preprocessor_config.json")
-    factor = number("hps_v2", "scale", scale)
+    source = (require_file if as_file else require_folder)(place.reward, "weights", weights, revision)
+    base = require_folder(
+        place.reward, "processor", processor, files=("config.json", "preprocessor_config.json")
+    )
+    factor = number(place.reward, "scale", scale)
 
     def load() -> ScoreBatch:
         from transformers import CLIPConfig, CLIPModel
 
         if as_file:
-            config = load_config("hps_v2", CLIPConfig, processor)
-            state = read_state("hps_v2", "weights", weights, revision=revision)
+            config = base.load_config(CLIPConfig)
+            state = source.read_state()
             if "visual.proj" not in state:
-                raise ConfigError(
-                    f"reward 'hps_v2': weights {weights!r} is no CLIP model of open_clip: without visual.proj"
-                )
-            model = load_pretrained("hps_v2", CLIPModel, weights, config=config, state=from_open_clip(state))
+                raise ConfigError(f"{source} is no CLIP model of open_clip: without visual.proj")
+            model = source.load_model(CLIPModel, from_open_clip(state), config=config)
         else:
-            model = load_pretrained("hps_v2", CLIPModel, weights, revision=revision)
-        return clip_similarity(place, model, processor, factor)
+            model = source.load_model(CLIPModel)
+        return clip_similarity(place, model, base, factor)
 
-    return PretrainedReward(place, load)
+    return load
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

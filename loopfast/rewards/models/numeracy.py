@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loopfast.errors import ConfigError, RewardError
-from loopfast.rewards.base import Reward, shown
-from loopfast.rewards.models.detection import OWLV2, Detection, check_threshold, load_detector
-from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
-from loopfast.rewards.models.sources import require_folder
+from loopfast.rewards.base import shown
+from loopfast.rewards.models.detection import OWLV2, Detection, Detector, check_threshold
+from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
+from loopfast.rewards.models.weights import require_folder
 
 __all__ = ["OBJECTS", "count_objects", "count_score", "counted_objects", "numeracy"]
 
@@ -104,15 +104,14 @@ def count_score(wanted: Sequence[tuple[str, int]], counts: Mapping[str, int]) ->
     return points / len(wanted)
 
 
+@pretrained
 def numeracy(
+    place: Placement,
     weights: str = OWLV2,
     revision: str | None = None,
     threshold: float = 0.2,
     objects: Sequence[str] = (),
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+) -> Callable[[], ScoreBatch]:
     """Score of the objects that the prompt counts, in [0, 1]: whether they are in the image, and in that number.
 
     The objects are read from the metadata's ``objects``, such as ``{zebra: 2}``, if given, else from the prompt.
@@ -120,22 +119,17 @@ def numeracy(
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
-        revision: branch, tag or commit on the hub.
         threshold: detections of a lower confidence do not count.
         objects: names, in the singular, to count besides the benchmark's nouns.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``float32``, ``float16`` or ``bfloat16``.
-        batch_size: images per model call.
     """
-    place = placement("numeracy", device, dtype, batch_size)
-    check_threshold("numeracy", threshold)
+    check_threshold(place.reward, threshold)
     if isinstance(objects, str) or not all(isinstance(name, str) and name.strip() for name in objects):
         raise ConfigError(f"reward 'numeracy': objects: found {objects!r}, allowed: a list of nouns")
-    source = require_folder("numeracy", "weights", weights)
+    source = require_folder(place.reward, "weights", weights, revision)
     known = (*OBJECTS, *(name.strip().lower() for name in objects))
 
     def load() -> ScoreBatch:
-        detector = load_detector(place, source, revision, threshold)
+        detector = Detector(place, source, threshold)
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             wanted = [_required(p, entry, known) for p, entry in zip(prompts, metadata, strict=True)]
@@ -149,7 +143,7 @@ def numeracy(
 
         return score
 
-    return PretrainedReward(place, load)
+    return load
 
 
 def _required(prompt: str, entry: Mapping[str, Any], known: Iterable[str]) -> list[tuple[str, int]]:

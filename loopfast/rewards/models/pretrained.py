@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
@@ -17,10 +19,28 @@ from loopfast.rewards.fitting import ImagesPerCall, RewardMemoryError, shortage
 from loopfast.system.device import torch_device
 from loopfast.system.memory import is_out_of_memory, to_device
 
-__all__ = ["Placement", "PretrainedReward", "ScoreBatch", "number", "placement"]
+__all__ = [
+    "COMMON_OPTIONS",
+    "Placement",
+    "PretrainedReward",
+    "ScoreBatch",
+    "number",
+    "placement",
+    "pretrained",
+]
+
+Options = ParamSpec("Options")
 
 ScoreBatch = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor]
 """Returns the scores ``[B]`` of images ``[B, 3, H, W]``, float32 in [0, 1] on the reward's device."""
+
+COMMON_OPTIONS = {
+    "revision": "branch, tag or commit of the weights on the hub.",
+    "device": "auto (cuda if available, else cpu), cpu, cuda or cuda:N.",
+    "dtype": "float32, float16 or bfloat16.",
+    "batch_size": "images per model call.",
+}
+"""The meanings of options that rewards with weights share, where their docstrings do not give others."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -43,16 +63,10 @@ class Placement:
 
 
 def placement(reward: str, device: str, dtype: str, batch_size: int) -> Placement:
-    """Checks the options that every reward with weights has.
-
-    Args:
-        reward: name of the reward.
-        device: ``auto`` (cuda if available, else cpu), ``cpu``, ``cuda`` (the current GPU) or ``cuda:N``.
-        dtype: ``float32``, ``float16`` or ``bfloat16``.
-        batch_size: images per model call, at least 1.
+    """Checks the options that every reward with weights has; see `COMMON_OPTIONS`.
 
     Raises:
-        ConfigError: an option has another value, or this machine has no such device.
+        ConfigError: an option has a value that is not allowed, or this machine has no such device.
     """
     key = f"reward {reward!r}: "
     if dtype not in _DTYPES:
@@ -141,3 +155,25 @@ class PretrainedReward:
             return torch.cat(parts).cpu() if parts else torch.zeros(0)
 
         return self._calls.with_oom_fallback(len(prompts), place.device, attempt)
+
+
+def pretrained(
+    build: Callable[Concatenate[Placement, Options], Callable[[], ScoreBatch]],
+) -> Callable[..., PretrainedReward]:
+    """Decorator that makes a reward with weights, which also has the options device, dtype and batch_size.
+
+    ``build`` has the reward's name. It checks the other options, and returns the function ``load`` of
+    `PretrainedReward`.
+    """
+
+    @functools.wraps(build)
+    def make(
+        *args: Any, device: str = "auto", dtype: str = "float32", batch_size: int = 8, **options: Any
+    ) -> PretrainedReward:
+        place = placement(build.__name__, device, dtype, batch_size)
+        return PretrainedReward(place, build(place, *args, **options))
+
+    own, common = (inspect.signature(function, follow_wrapped=False) for function in (build, make))
+    parameters = [*own.parameters.values()][1:] + [*common.parameters.values()][1:-1]
+    make.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return make

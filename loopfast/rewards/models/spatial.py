@@ -17,19 +17,12 @@ import torch
 from torch import Tensor
 
 from loopfast.errors import RewardError
-from loopfast.rewards.base import Reward, shown
+from loopfast.rewards.base import shown
 from loopfast.rewards.models.depth import DEPTH_ANYTHING, load_depth
-from loopfast.rewards.models.detection import (
-    OWLV2,
-    Box,
-    Detection,
-    Detector,
-    check_threshold,
-    load_detector,
-)
+from loopfast.rewards.models.detection import OWLV2, Box, Detection, Detector, check_threshold
 from loopfast.rewards.models.noun_phrases import rule_phrases
-from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
-from loopfast.rewards.models.sources import require_folder
+from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
+from loopfast.rewards.models.weights import require_folder
 
 __all__ = [
     "Relation",
@@ -171,14 +164,13 @@ def pair_score(
     return score if score >= least else 0.0
 
 
+@pretrained
 def spatial(
+    place: Placement,
     weights: str = OWLV2,
     revision: str | None = None,
     threshold: float = 0.1,
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+) -> Callable[[], ScoreBatch]:
     """Score of two objects that are left, right, on top, below or near each other as the prompt says, in [0, 1].
 
     The relation is read from the metadata's ``relation``, such as ``[cat, left, dog]``, with left, right, top, bottom
@@ -186,18 +178,13 @@ def spatial(
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
-        revision: branch, tag or commit on the hub.
         threshold: detections of a lower confidence do not count.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``float32``, ``float16`` or ``bfloat16``.
-        batch_size: images per model call.
     """
-    place = placement("spatial", device, dtype, batch_size)
-    check_threshold("spatial", threshold)
-    source = require_folder("spatial", "weights", weights)
+    check_threshold(place.reward, threshold)
+    source = require_folder(place.reward, "weights", weights, revision)
 
     def load() -> ScoreBatch:
-        detector = load_detector(place, source, revision, threshold)
+        detector = Detector(place, source, threshold)
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             agreement = partial(position_agreement, side=max(images.shape[-2:]))
@@ -210,19 +197,18 @@ def spatial(
 
         return score
 
-    return PretrainedReward(place, load)
+    return load
 
 
+@pretrained
 def spatial_3d(
+    place: Placement,
     weights: str = OWLV2,
     depth_weights: str = DEPTH_ANYTHING,
     revision: str | None = None,
     depth_revision: str | None = None,
     threshold: float = 0.1,
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+) -> Callable[[], ScoreBatch]:
     """Score of one object that is in front of, behind or hidden by the other as the prompt says, in [0, 1].
 
     The relation is read from the metadata's ``relation``, such as ``[cat, front, dog]``, with front or behind, if
@@ -233,20 +219,15 @@ def spatial_3d(
         depth_weights: a DPT or Depth Anything model of relative depth, a folder or a hub name.
         revision, depth_revision: branch, tag or commit of each on the hub.
         threshold: detections of a lower confidence do not count.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``float32``, ``float16`` or ``bfloat16``.
-        batch_size: images per model call.
     """
-    place = placement("spatial_3d", device, dtype, batch_size)
-    check_threshold("spatial_3d", threshold)
-    source = require_folder("spatial_3d", "weights", weights)
-    depth_source = require_folder(
-        "spatial_3d", "depth_weights", depth_weights, "config.json", "preprocessor_config.json"
-    )
+    check_threshold(place.reward, threshold)
+    source = require_folder(place.reward, "weights", weights, revision)
+    files = "config.json", "preprocessor_config.json"
+    depth_source = require_folder(place.reward, "depth_weights", depth_weights, depth_revision, files)
 
     def load() -> ScoreBatch:
-        detector = load_detector(place, source, revision, threshold)
-        depth = load_depth(place, depth_source, depth_revision)
+        detector = Detector(place, source, threshold)
+        depth = load_depth(place, depth_source)
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             pairs = _detected(detector, images, prompts, metadata, depth=True)
@@ -259,7 +240,7 @@ def spatial_3d(
 
         return score
 
-    return PretrainedReward(place, load)
+    return load
 
 
 def relation_of(prompt: str, entry: Mapping[str, Any], *, depth: bool = False) -> Relation | None:

@@ -12,16 +12,15 @@ The paper's own CLIP-FlanT5 is not in transformers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.base import Reward
-from loopfast.rewards.models.pretrained import Placement, PretrainedReward, ScoreBatch, placement
-from loopfast.rewards.models.sources import require_folder
-from loopfast.rewards.models.weights import load_config, load_pretrained
+from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
+from loopfast.rewards.models.weights import require_folder
 
 __all__ = ["vqa_score"]
 
@@ -35,15 +34,14 @@ _BLIP_WORDS = ('Question: Does this figure show "{text}"? Please answer yes or n
 _CHAT_WORDS = ('Does this figure show "{text}"? Please answer yes or no.', "Yes")
 
 
+@pretrained
 def vqa_score(
+    place: Placement,
     weights: str = "Salesforce/instructblip-flan-t5-xl",
     question: str | None = None,
     answer: str | None = None,
     revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+) -> Callable[[], ScoreBatch]:
     """The probability of "yes" to the question whether the image shows its prompt, in [0, 1].
 
     Args:
@@ -52,30 +50,25 @@ def vqa_score(
         question: the question, with ``{text}`` in place of the prompt; None takes the reference code's for this kind
             of model.
         answer: the answer whose probability is the score; None takes the reference code's for this kind of model.
-        revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
-        dtype: float32, float16 or bfloat16.
-        batch_size: images per model call.
     """
-    place = placement("vqa_score", device, dtype, batch_size)
-    folder = require_folder("vqa_score", "weights", weights)
+    source = require_folder(place.reward, "weights", weights, revision)
     if question is not None and _TEXT not in question:
         raise ConfigError(f"reward 'vqa_score': question: found {question!r}, expected: a text with {_TEXT}")
 
     def load() -> ScoreBatch:
         import transformers
 
-        config = load_config("vqa_score", transformers.AutoConfig, folder, revision=revision)
-        processor = load_config("vqa_score", transformers.AutoProcessor, folder, revision=revision)
+        config = source.load_config(transformers.AutoConfig)
+        processor = source.load_config(transformers.AutoProcessor)
         encoder_decoder = config.model_type in _ENCODER_DECODERS
         words = _BLIP_WORDS if encoder_decoder else _CHAT_WORDS
         template, reply = question or words[0], answer or words[1]
         check = _check_encoder_decoder if encoder_decoder else _check_chat_model
         problem = check(config, processor, reply)
         if problem:
-            raise ConfigError(f"reward 'vqa_score': weights {weights!r}: {problem}")
+            raise ConfigError(f"{source}: {problem}")
         cls = getattr(transformers, _ENCODER_DECODERS.get(config.model_type, "AutoModelForImageTextToText"))
-        model = load_pretrained("vqa_score", cls, folder, revision=revision).to(place.device, place.dtype)
+        model = source.load_model(cls).to(place.device, place.dtype)
         probability = _by_encoder_decoder if encoder_decoder else _by_chat_model
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
@@ -84,7 +77,7 @@ def vqa_score(
 
         return score
 
-    return PretrainedReward(place, load)
+    return load
 
 
 def _check_encoder_decoder(config: Any, processor: Any, answer: str) -> str | None:
