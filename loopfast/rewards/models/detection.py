@@ -7,8 +7,9 @@ its own. Scores are for comparing models with each other, not with published num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ from torch.nn.functional import interpolate, pad
 from loopfast.errors import ConfigError
 from loopfast.rewards.models.preprocessing import OPENAI_MEAN, OPENAI_STD, normalized
 from loopfast.rewards.models.pretrained import Placement
-from loopfast.rewards.models.weights import Source
+from loopfast.rewards.models.weights import Source, require_folder
 from loopfast.system.memory import to_device
 
-__all__ = ["OWLV2", "Box", "Detection", "Detector", "check_threshold", "without_overlaps"]
+__all__ = ["OWLV2", "Box", "Detection", "Detector", "detector_loader", "without_overlaps", "without_same"]
 
 OWLV2 = "google/owlv2-base-patch16-ensemble"
 """The default detector: Apache-2.0, 155 million parameters, images of 960 × 960."""
@@ -73,9 +74,15 @@ class Detection:
 
 def without_overlaps(found: Sequence[Detection]) -> list[Detection]:
     """Sorts detections by falling confidence; drops those that overlap one of their name by an IoU above 0.5."""
+    found = sorted(found, key=lambda detection: -detection.score)
+    return without_same(found, lambda a, b: a.iou(b) > _SAME_OBJECT)
+
+
+def without_same(found: Sequence[Detection], same: Callable[[Box, Box], bool]) -> list[Detection]:
+    """Drops detections whose box is the ``same`` as that of an earlier one of their name."""
     kept: list[Detection] = []
-    for one in sorted(found, key=lambda detection: -detection.score):
-        if not any(one.name == other.name and one.box.iou(other.box) > _SAME_OBJECT for other in kept):
+    for one in found:
+        if not any(one.name == other.name and same(one.box, other.box) for other in kept):
             kept.append(one)
     return kept
 
@@ -112,12 +119,13 @@ class Detector:
 
         Args:
             images: float32 ``[B, 3, H, W]`` in [0, 1] on the model's device.
-            names: the names to look for in each of the B images, at least one.
+            names: the names to look for in each of the B images, at least one; the same name twice counts once.
 
         Returns:
             The detections in each image, highest confidence first, no object twice under one name, with boxes in pixels
             of the images.
         """
+        names = [list(dict.fromkeys(wanted)) for wanted in names]
         ids, mask, count = self._queries(names)
         output = self._model(input_ids=ids, attention_mask=mask, pixel_values=self._prepared(images))
         best = output.logits.float().view(len(names), -1, count).max(-1)
@@ -168,14 +176,19 @@ class Detector:
         return normalized(images, OPENAI_MEAN, OPENAI_STD).to(self._place.dtype)
 
 
-def check_threshold(reward: str, threshold: float) -> None:
-    """Checks the option ``threshold`` of a reward.
+def detector_loader(
+    place: Placement, weights: str, revision: str | None, threshold: float
+) -> Callable[[], Detector]:
+    """Checks the options of a reward with a detector, and returns the function that loads the detector.
 
     Raises:
-        ConfigError: the value is no number in [0, 1).
+        ConfigError: ``weights`` are not there, or ``threshold`` is no number in [0, 1).
     """
     if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold < 1:
-        raise ConfigError(f"reward {reward!r}: threshold: found {threshold!r}, allowed: from 0 to below 1")
+        raise ConfigError(
+            f"reward {place.reward!r}: threshold: found {threshold!r}, allowed: from 0 to below 1"
+        )
+    return partial(Detector, place, require_folder(place.reward, "weights", weights, revision), threshold)
 
 
 def _corners(box: Sequence[float], width: int, height: int) -> Box:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from loopfast.errors import ConfigError, RewardError
 from loopfast.rewards.base import shown
-from loopfast.rewards.models.detection import OWLV2, Detection, Detector, check_threshold
+from loopfast.rewards.models.detection import OWLV2, Detection, detector_loader, without_same
 from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
-from loopfast.rewards.models.weights import require_folder
 
 __all__ = ["OBJECTS", "count_objects", "count_score", "counted_objects", "numeracy"]
 
@@ -86,15 +85,7 @@ def count_objects(found: Sequence[Detection]) -> dict[str, int]:
     Args:
         found: detections, highest confidence first.
     """
-    kept: list[Detection] = []
-    for one in found:
-        inside = any(
-            one.name == other.name
-            and one.box.overlap(other.box) > _CONTAINED * min(one.box.area, other.box.area)
-            for other in kept
-        )
-        if not inside:
-            kept.append(one)
+    kept = without_same(found, lambda a, b: a.overlap(b) > _CONTAINED * min(a.area, b.area))
     return Counter(one.name for one in kept)
 
 
@@ -119,21 +110,19 @@ def numeracy(
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
-        threshold: detections of a lower confidence do not count.
         objects: names, in the singular, to count besides the benchmark's nouns.
     """
-    check_threshold(place.reward, threshold)
     if isinstance(objects, str) or not all(isinstance(name, str) and name.strip() for name in objects):
         raise ConfigError(f"reward 'numeracy': objects: found {objects!r}, allowed: a list of nouns")
-    source = require_folder(place.reward, "weights", weights, revision)
+    load_detector = detector_loader(place, weights, revision, threshold)
     known = (*OBJECTS, *(name.strip().lower() for name in objects))
 
     def load() -> ScoreBatch:
-        detector = Detector(place, source, threshold)
+        detector = load_detector()
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             wanted = [_required(p, entry, known) for p, entry in zip(prompts, metadata, strict=True)]
-            found = detector(images, [list(dict.fromkeys(name for name, _ in pairs)) for pairs in wanted])
+            found = detector(images, [[name for name, _ in pairs] for pairs in wanted])
             return torch.tensor(
                 [
                     count_score(pairs, count_objects(detections))

@@ -36,6 +36,7 @@ ScoreBatch = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor]
 
 COMMON_OPTIONS = {
     "revision": "branch, tag or commit of the weights on the hub.",
+    "threshold": "detections of a lower confidence do not count.",
     "device": "auto (cuda if available, else cpu), cpu, cuda or cuda:N.",
     "dtype": "float32, float16 or bfloat16.",
     "batch_size": "images per model call.",

@@ -8,7 +8,7 @@ their boxes. The detector is another one, see `loopfast.rewards.models.detection
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from loopfast.errors import RewardError
 from loopfast.rewards.base import shown
 from loopfast.rewards.models.depth import DEPTH_ANYTHING, load_depth
-from loopfast.rewards.models.detection import OWLV2, Box, Detection, Detector, check_threshold
+from loopfast.rewards.models.detection import OWLV2, Box, Detection, Detector, detector_loader
 from loopfast.rewards.models.noun_phrases import rule_phrases
 from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
 from loopfast.rewards.models.weights import require_folder
@@ -55,9 +55,7 @@ _IN_DEPTH = {"in front of": "front", "behind": "behind", "hidden by": "behind", 
 
 _OVERLAP = 0.1  # IoU up to which boxes count as beside each other
 _DEPTH_OVERLAP = 0.5  # IoU from which on boxes count as in front of each other
-_DISTANCE = (
-    150 / 512
-)  # distance of "near" over the image's larger side: the benchmark's 150 of its 512 pixels
+_DISTANCE = 150 / 512  # distance of "near" over the image's larger side
 _LEAST = 0.5  # 2D scores below this are 0
 _ARTICLE = re.compile(r"(?:a|an|the)\s+", re.IGNORECASE)
 
@@ -166,10 +164,7 @@ def pair_score(
 
 @pretrained
 def spatial(
-    place: Placement,
-    weights: str = OWLV2,
-    revision: str | None = None,
-    threshold: float = 0.1,
+    place: Placement, weights: str = OWLV2, revision: str | None = None, threshold: float = 0.1
 ) -> Callable[[], ScoreBatch]:
     """Score of two objects that are left, right, on top, below or near each other as the prompt says, in [0, 1].
 
@@ -178,26 +173,9 @@ def spatial(
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
-        threshold: detections of a lower confidence do not count.
     """
-    check_threshold(place.reward, threshold)
-    source = require_folder(place.reward, "weights", weights, revision)
-
-    def load() -> ScoreBatch:
-        detector = Detector(place, source, threshold)
-
-        def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            agreement = partial(position_agreement, side=max(images.shape[-2:]))
-            return torch.tensor(
-                [
-                    pair_score(relation, found, partial(agreement, relation.kind), _LEAST)
-                    for relation, found in _detected(detector, images, prompts, metadata, depth=False)
-                ]
-            )
-
-        return score
-
-    return load
+    load_detector = detector_loader(place, weights, revision, threshold)
+    return lambda: _pair_scores(load_detector())
 
 
 @pretrained
@@ -218,29 +196,39 @@ def spatial_3d(
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
         depth_weights: a DPT or Depth Anything model of relative depth, a folder or a hub name.
         revision, depth_revision: branch, tag or commit of each on the hub.
-        threshold: detections of a lower confidence do not count.
     """
-    check_threshold(place.reward, threshold)
-    source = require_folder(place.reward, "weights", weights, revision)
+    load_detector = detector_loader(place, weights, revision, threshold)
     files = "config.json", "preprocessor_config.json"
     depth_source = require_folder(place.reward, "depth_weights", depth_weights, depth_revision, files)
+    return lambda: _pair_scores(load_detector(), load_depth(place, depth_source))
 
-    def load() -> ScoreBatch:
-        detector = Detector(place, source, threshold)
-        depth = load_depth(place, depth_source)
 
-        def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            pairs = _detected(detector, images, prompts, metadata, depth=True)
-            return torch.tensor(
-                [
-                    pair_score(relation, found, partial(depth_agreement, relation.kind, nearness=nearness))
-                    for (relation, found), nearness in zip(pairs, depth(images).cpu(), strict=True)
-                ]
-            )
+def _pair_scores(detector: Detector, depth: Callable[[Tensor], Tensor] | None = None) -> ScoreBatch:
+    """Returns the function that scores by relations in the plane, or with ``depth`` by relations in depth."""
 
-        return score
+    def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        relations = []
+        for prompt, entry in zip(prompts, metadata, strict=True):
+            relation = relation_of(prompt, entry, depth=depth is not None)
+            if relation is None:
+                words = ", ".join(_IN_THE_PLANE if depth is None else _IN_DEPTH)
+                raise RewardError(f"no relation of two objects in the prompt {shown(prompt)}; known: {words}")
+            relations.append(relation)
+        found = detector(images, [[relation.first, relation.second] for relation in relations])
+        agreements: Iterable[Callable[[str, Box, Box], float]]
+        if depth is None:
+            agreements = [partial(position_agreement, side=max(images.shape[-2:]))] * len(relations)
+        else:
+            agreements = [partial(depth_agreement, nearness=nearness) for nearness in depth(images).cpu()]
+        least = _LEAST if depth is None else 0.0
+        return torch.tensor(
+            [
+                pair_score(relation, detections, partial(agreement, relation.kind), least)
+                for relation, detections, agreement in zip(relations, found, agreements, strict=True)
+            ]
+        )
 
-    return load
+    return score
 
 
 def relation_of(prompt: str, entry: Mapping[str, Any], *, depth: bool = False) -> Relation | None:
@@ -260,21 +248,6 @@ def relation_of(prompt: str, entry: Mapping[str, Any], *, depth: bool = False) -
             f"{', '.join(kinds)}, a name"
         )
     return Relation(*found)
-
-
-def _detected(
-    detector: Detector, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]], *, depth: bool
-) -> list[tuple[Relation, list[Detection]]]:
-    """Returns each prompt's relation, and the detections of its objects."""
-    relations = []
-    for prompt, entry in zip(prompts, metadata, strict=True):
-        relation = relation_of(prompt, entry, depth=depth)
-        if relation is None:
-            words = ", ".join(_IN_DEPTH if depth else _IN_THE_PLANE)
-            raise RewardError(f"no relation of two objects in the prompt {shown(prompt)}; known: {words}")
-        relations.append(relation)
-    names = [list(dict.fromkeys((relation.first, relation.second))) for relation in relations]
-    return [*zip(relations, detector(images, names), strict=True)]
 
 
 def _mean_inside(values: Tensor, box: Box) -> float:
