@@ -60,16 +60,15 @@ def vqa_score(
 
         config = source.load_config(transformers.AutoConfig)
         processor = source.load_config(transformers.AutoProcessor)
-        encoder_decoder = config.model_type in _ENCODER_DECODERS
-        words = _BLIP_WORDS if encoder_decoder else _CHAT_WORDS
+        if config.model_type in _ENCODER_DECODERS:
+            words, probability = _BLIP_WORDS, _by_encoder_decoder
+        else:
+            words, probability = _CHAT_WORDS, _by_chat_model
         template, reply = question or words[0], answer or words[1]
-        check = _check_encoder_decoder if encoder_decoder else _check_chat_model
-        problem = check(config, processor, reply)
-        if problem:
+        if problem := _problem(config, processor, reply):
             raise ConfigError(f"{source}: {problem}")
         cls = getattr(transformers, _ENCODER_DECODERS.get(config.model_type, "AutoModelForImageTextToText"))
         model = source.load_model(cls).to(place.device, place.dtype)
-        probability = _by_encoder_decoder if encoder_decoder else _by_chat_model
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             questions = [template.replace(_TEXT, prompt) for prompt in prompts]
@@ -80,37 +79,31 @@ def vqa_score(
     return load
 
 
-def _check_encoder_decoder(config: Any, processor: Any, answer: str) -> str | None:
+def _problem(config: Any, processor: Any, answer: str) -> str | None:
     """Returns the problem of a model or answer; None if both can be used."""
-    if config.use_decoder_only_language_model:
+    chat = config.model_type not in _ENCODER_DECODERS
+    if chat and not getattr(processor, "chat_template", None):
+        return f"a {config.model_type} without a chat template; allowed: {', '.join(_ENCODER_DECODERS)} or chat models"
+    if not chat and config.use_decoder_only_language_model:
         found = config.text_config.model_type
         return f"found a {config.model_type} with {found!r}, expected: one with an encoder-decoder such as Flan-T5"
-    for_images = getattr(processor, "qformer_tokenizer", None)
+    for_images = None if chat else getattr(processor, "qformer_tokenizer", None)
     if for_images is not None and for_images.get_vocab() == processor.tokenizer.get_vocab():
         # transformers takes the language model's tokenizer if this one is missing
         return "no tokenizer in its folder qformer_tokenizer"
-    return None if _tokens(processor, answer) else _unknown(answer)
-
-
-def _check_chat_model(config: Any, processor: Any, answer: str) -> str | None:
-    """Returns the problem of a model or answer; None if both can be used."""
-    if not getattr(processor, "chat_template", None):
-        return f"a {config.model_type} without a chat template; allowed: {', '.join(_ENCODER_DECODERS)} or chat models"
     tokens = _tokens(processor, answer)
-    if len(tokens) > 1:
+    if not tokens or processor.tokenizer.unk_token_id in tokens:
+        # transformers makes an empty tokenizer if its files are missing
+        return f"its tokenizer does not know the answer {answer!r}; are the tokenizer's files there?"
+    if chat and len(tokens) > 1:
         return f"the answer {answer!r} is {len(tokens)} of its tokens, expected: 1"
-    return None if tokens else _unknown(answer)
+    return None
 
 
 def _tokens(processor: Any, answer: str) -> list[int]:
-    """Returns the answer's tokens, without those that begin or end a text; empty if one is unknown."""
+    """Returns the answer's tokens, without those that begin or end a text."""
     tokens: list[int] = processor.tokenizer.encode(answer, add_special_tokens=False)
-    return [] if processor.tokenizer.unk_token_id in tokens else tokens
-
-
-def _unknown(answer: str) -> str:
-    # transformers makes an empty tokenizer if its files are missing
-    return f"its tokenizer does not know the answer {answer!r}; are the tokenizer's files there?"
+    return tokens
 
 
 def _by_encoder_decoder(
