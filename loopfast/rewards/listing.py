@@ -64,12 +64,8 @@ def options_of(make: Callable[..., Any]) -> list[tuple[str, str, str]]:
     """Returns each option of a reward: name, default as YAML, and meaning from the docstring of ``make``."""
     meanings = COMMON_OPTIONS | _arguments(inspect.getdoc(make) or "")
     return [
-        (
-            parameter.name,
-            "required" if parameter.default is parameter.empty else json.dumps(parameter.default),
-            meanings.get(parameter.name, ""),
-        )
-        for parameter in inspect.signature(make).parameters.values()
+        (name, "required" if option.default is option.empty else json.dumps(option.default), meanings[name])
+        for name, option in inspect.signature(make).parameters.items()
     ]
 
 

@@ -185,24 +185,17 @@ def require_folder(
     Raises:
         ConfigError: ``source`` is neither a hub name nor a folder with these files.
     """
-    where = f"reward {reward!r}: {key}: "
+    problem = None
     if not isinstance(source, str) or not source:
-        raise ConfigError(f"{where}found {source!r}, allowed: a folder or a hub name")
-    if not _is_local(source):
+        problem = f"found {source!r}, allowed: a folder or a hub name"
+    elif not _is_local(source):
         if source.count("/") > 1:
-            raise ConfigError(f"{where}{source!r} is neither a folder nor a hub name such as owner/name")
-        return Source(reward, key, source, revision)
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{where}{source!r} is not there; expected: a folder with a model's files, or a hub name"
-        )
-    missing = [name for name in files if not any(folder.glob(name))]
-    if missing:
-        raise ConfigError(
-            f"{where}{source!r}: no {', '.join(missing)} in this folder; expected: a transformers model"
-        )
-    return Source(reward, key, str(folder), revision)
+            problem = f"{source!r} is neither a folder nor a hub name such as owner/name"
+    elif not Path(source).expanduser().is_dir():
+        problem = f"{source!r} is not there; expected: a folder with a model's files, or a hub name"
+    elif missing := [name for name in files if not any(Path(source).expanduser().glob(name))]:
+        problem = f"{source!r}: no {', '.join(missing)} in this folder; expected: a transformers model"
+    return _source(reward, key, source, revision, problem)
 
 
 def require_file(reward: str, key: str, source: str, revision: str | None = None) -> Source:
@@ -211,16 +204,19 @@ def require_file(reward: str, key: str, source: str, revision: str | None = None
     Raises:
         ConfigError: ``source`` is neither.
     """
-    where = f"reward {reward!r}: {key}: "
+    problem = None
     if not isinstance(source, str) or not source:
-        raise ConfigError(f"{where}found {source!r}, allowed: a file, or owner/name/file on the hub")
-    path = Path(source).expanduser()
-    if _is_local(source):
-        if not path.is_file():
-            raise ConfigError(f"{where}{source!r} is not there; expected: a file of weights")
-        return Source(reward, key, str(path), revision)
-    if source.count("/") < 2:
-        raise ConfigError(
-            f"{where}{source!r} is not there, and is no file on the hub, such as owner/name/file"
-        )
-    return Source(reward, key, source, revision)
+        problem = f"found {source!r}, allowed: a file, or owner/name/file on the hub"
+    elif _is_local(source):
+        if not Path(source).expanduser().is_file():
+            problem = f"{source!r} is not there; expected: a file of weights"
+    elif source.count("/") < 2:
+        problem = f"{source!r} is not there, and is no file on the hub, such as owner/name/file"
+    return _source(reward, key, source, revision, problem)
+
+
+def _source(reward: str, key: str, source: str, revision: str | None, problem: str | None) -> Source:
+    if problem:
+        raise ConfigError(f"reward {reward!r}: {key}: {problem}")
+    name = str(Path(source).expanduser()) if _is_local(source) else source
+    return Source(reward, key, name, revision)
