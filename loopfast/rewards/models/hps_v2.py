@@ -6,7 +6,6 @@ transformers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
@@ -14,36 +13,30 @@ from torch import Tensor
 from loopfast.errors import ConfigError
 from loopfast.rewards.models.clip_score import clip_similarity
 from loopfast.rewards.models.pretrained import Placement, ScoreBatch, number, pretrained
-from loopfast.rewards.models.weights import is_file, require_file, require_folder
+from loopfast.rewards.models.weights import is_file, renamed, require_file, require_folder
 
 __all__ = ["from_open_clip", "hps_v2"]
 
-# open_clip's names outside of the layers, and those of transformers
-_NAMES = {
-    "logit_scale": "logit_scale",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "text_projection": "text_projection.weight",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "visual.proj": "visual_projection.weight",
-}
-_TRANSPOSED = ("text_projection", "visual.proj")
-_LAYER_NAMES = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-_LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+# open_clip's names, and those of transformers
+_NAMES = (
+    (r"token_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
+    (r"positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"ln_final\.(\w+)", r"text_model.final_layer_norm.\1"),
+    (r"text_projection", "text_projection.weight"),
+    (r"visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight"),
+    (r"visual\.ln_pre\.(\w+)", r"vision_model.pre_layrnorm.\1"),
+    (r"visual\.ln_post\.(\w+)", r"vision_model.post_layernorm.\1"),
+    (r"visual\.proj", "visual_projection.weight"),
+    (r"transformer\.resblocks\.(.+)", r"text_model.encoder.layers.\1"),
+    (r"visual\.transformer\.resblocks\.(.+)", r"vision_model.encoder.layers.\1"),
+    (r"(.+\.layers\.\d+)\.ln_(\d\.\w+)", r"\1.layer_norm\2"),
+    (r"(.+\.layers\.\d+)\.attn\.in_proj_(\w+)", r"\1.self_attn.qkv_proj.\2"),
+    (r"(.+\.layers\.\d+)\.attn\.out_proj\.(\w+)", r"\1.self_attn.out_proj.\2"),
+    (r"(.+\.layers\.\d+)\.mlp\.c_fc\.(\w+)", r"\1.mlp.fc1.\2"),
+    (r"(.+\.layers\.\d+)\.mlp\.c_proj\.(\w+)", r"\1.mlp.fc2.\2"),
+)
 
 
 @pretrained
@@ -94,17 +87,10 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     converted = {}
     for name, value in state.items():
-        layer = _LAYER.fullmatch(name)
-        if name in _NAMES:
-            converted[_NAMES[name]] = value.T.contiguous() if name in _TRANSPOSED else value
-        elif layer is None:
-            converted[name] = value
+        new = renamed(name, _NAMES)
+        if ".qkv_proj." in new:
+            for letter, third in zip("qkv", value.chunk(3), strict=True):
+                converted[new.replace(".qkv_", f".{letter}_")] = third.contiguous()
         else:
-            part, kind = layer[3], layer[4]
-            stem = f"{'vision' if layer[1] else 'text'}_model.encoder.layers.{layer[2]}"
-            if part == "attn.in_proj":
-                for letter, third in zip("qkv", value.chunk(3), strict=True):
-                    converted[f"{stem}.self_attn.{letter}_proj.{kind}"] = third.contiguous()
-            else:
-                converted[f"{stem}.{_LAYER_NAMES.get(part, part)}.{kind}"] = value
+            converted[new] = value.T.contiguous() if name in ("text_projection", "visual.proj") else value
     return converted

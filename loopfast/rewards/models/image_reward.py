@@ -7,7 +7,6 @@ names of BLIP's own code; they are read into BLIP of transformers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from loopfast.errors import ConfigError
 from loopfast.rewards.models.aesthetic import ScoreHead
 from loopfast.rewards.models.preprocessing import OPENAI_MEAN, OPENAI_STD, ImagePreprocessing
 from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
-from loopfast.rewards.models.weights import Source, require_file, require_folder
+from loopfast.rewards.models.weights import Source, renamed, require_file, require_folder
 from loopfast.system.memory import to_device
 
 __all__ = ["from_blip", "image_reward"]
@@ -114,19 +113,11 @@ def from_blip(source: Source) -> list[dict[str, Tensor]]:
         for prefix, part in parts.items():
             if name.startswith(prefix) and not name.endswith("position_ids"):
                 own = name.removeprefix(prefix)
-                part[_vision_name(own) if prefix == _VISION else own] = value
+                part[renamed(own, _VISION_NAMES) if prefix == _VISION else own] = value
     for prefix, name in _REQUIRED:
         if name not in parts[prefix]:
             raise ConfigError(f"{source} is no ImageReward: without {name} under {prefix}*")
     return list(parts.values())
-
-
-def _vision_name(name: str) -> str:
-    for pattern, replacement in _VISION_NAMES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(replacement)
-    return name
 
 
 def _vision_config(state: Mapping[str, Tensor]) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from loopfast.errors import ConfigError, first_line
 
-__all__ = ["Source", "is_file", "require_file", "require_folder"]
+__all__ = ["Source", "is_file", "renamed", "require_file", "require_folder"]
 
 _MODEL_FILES = ("config.json", "*.safetensors")
 _KEYS_SHOWN = 3
@@ -158,6 +159,13 @@ def _some(names: Collection[str]) -> str:
     """Lists the first names, and how many more there are."""
     more = len(names) - _KEYS_SHOWN
     return ", ".join(sorted(names)[:_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def renamed(name: str, names: Iterable[tuple[str, str]]) -> str:
+    """Replaces a weight's name by each pair of pattern and replacement whose pattern is the whole name, in turn."""
+    for pattern, replacement in names:
+        name = re.sub(rf"^(?:{pattern})$", replacement, name)
+    return name
 
 
 def _is_local(source: str) -> bool:
