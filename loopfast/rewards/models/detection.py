@@ -88,12 +88,7 @@ def without_same(found: Sequence[Detection], same: Callable[[Box, Box], bool]) -
 
 
 class Detector:
-    """An OWL-ViT or OWLv2 model that finds objects by their names.
-
-    Args:
-        place: device and type of the model.
-        source: its weights.
-        threshold: detections of a lower confidence do not count.
+    """An OWL-ViT or OWLv2 model that finds objects by their names; see `detector_loader`.
 
     Raises:
         ConfigError: the weights cannot be found or read, or are another model's.
@@ -137,14 +132,9 @@ class Detector:
         found = []
         for index, wanted in enumerate(names):
             kept = (scores[index] > self._threshold).nonzero().flatten()
+            rows = zip(*(values[index, kept].tolist() for values in (labels, scores, boxes)), strict=True)
             detections = [
-                Detection(wanted[label], score, _corners(box, width, height))
-                for score, label, box in zip(
-                    scores[index, kept].tolist(),
-                    labels[index, kept].tolist(),
-                    boxes[index, kept].tolist(),
-                    strict=True,
-                )
+                Detection(wanted[label], score, _corners(box, width, height)) for label, score, box in rows
             ]
             # OWLv2 may find something in the padding
             found.append(without_overlaps([one for one in detections if one.box.area > 0]))

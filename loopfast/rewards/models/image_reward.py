@@ -17,7 +17,7 @@ from loopfast.errors import ConfigError
 from loopfast.rewards.models.aesthetic import ScoreHead
 from loopfast.rewards.models.preprocessing import OPENAI_MEAN, OPENAI_STD, ImagePreprocessing
 from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
-from loopfast.rewards.models.weights import Source, renamed, require_file, require_folder
+from loopfast.rewards.models.weights import renamed, require_file, require_folder
 from loopfast.system.memory import to_device
 
 __all__ = ["from_blip", "image_reward"]
@@ -38,15 +38,6 @@ _VISION_NAMES = (
     (r"blocks\.(\d+)\.mlp\.(\w+)\.(\w+)", r"encoder.layers.\1.mlp.\2.\3"),
 )
 _VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
-# weights that tell the sizes of the models
-_REQUIRED = (
-    (_VISION, "embeddings.patch_embedding.weight"),
-    (_VISION, "embeddings.position_embedding"),
-    (_VISION, "encoder.layers.0.mlp.fc1.weight"),
-    (_TEXT, "embeddings.word_embeddings.weight"),
-    (_TEXT, "embeddings.position_embeddings.weight"),
-    (_TEXT, "encoder.layer.0.intermediate.dense.weight"),
-)
 
 
 @pretrained
@@ -70,15 +61,18 @@ def image_reward(
         from transformers import BlipTextModel, BlipVisionModel
 
         tokenize = words.load_tokenizer()
-        vision_state, text_state, head_state = from_blip(source)
-        config = _vision_config(vision_state)
-        vision = source.load_model(BlipVisionModel, vision_state, config=config)
-        config = _text_config(text_state, vision.config.hidden_size)
-        text = source.load_model(BlipTextModel, text_state, config=config, add_pooling_layer=False)
+        vision_state, text_state, head_state = from_blip(source.read_state())
+        try:
+            vision_config = _vision_config(vision_state)
+            text_config = _text_config(text_state, vision_config.hidden_size)
+        except KeyError as error:
+            raise ConfigError(f"{source} is no ImageReward: without {error.args[0]}") from None
+        vision = source.load_model(BlipVisionModel, vision_state, config=vision_config)
+        text = source.load_model(BlipTextModel, text_state, config=text_config, add_pooling_layer=False)
         head = source.fill(ScoreHead(text.config.hidden_size), head_state).to(place.device)
         vision.to(place.device, place.dtype)
         text.to(place.device, place.dtype)
-        size = vision.config.image_size
+        size = vision_config.image_size
         preprocess = ImagePreprocessing(size, (size, size), OPENAI_MEAN, OPENAI_STD)
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
@@ -100,23 +94,17 @@ def image_reward(
     return load
 
 
-def from_blip(source: Source) -> list[dict[str, Tensor]]:
-    """Reads the weights of ImageReward by transformers' names: of its vision model, its text model, and its head.
+def from_blip(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Renames the weights of ImageReward as transformers names them: of its vision model, its text model, and its head.
 
     BLIP's projections for contrastive learning, which the score does not use, are dropped.
-
-    Raises:
-        ConfigError: weights that tell the sizes of the models are missing.
     """
     parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in (_VISION, _TEXT, _HEAD)}
-    for name, value in source.read_state().items():
+    for name, value in state.items():
         for prefix, part in parts.items():
             if name.startswith(prefix) and not name.endswith("position_ids"):
                 own = name.removeprefix(prefix)
                 part[renamed(own, _VISION_NAMES) if prefix == _VISION else own] = value
-    for prefix, name in _REQUIRED:
-        if name not in parts[prefix]:
-            raise ConfigError(f"{source} is no ImageReward: without {name} under {prefix}*")
     return list(parts.values())
 
 

@@ -32,25 +32,10 @@ table television tent tomato toy train truck turtle vase woman
 OBJECTS: tuple[str, ...] = tuple(_OBJECTS.split())
 """The nouns that the benchmark counts, in the singular."""
 
-_NUMBERS: dict[str, int] = {
-    word: number
-    for number, words in enumerate(
-        ("a an one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"), start=1
-    )
-    for word in words.split()
-}
-_IRREGULAR = {
-    "deer": "deer",
-    "fish": "fish",
-    "goldfish": "goldfish",
-    "knife": "knives",
-    "man": "men",
-    "mouse": "mice",
-    "person": "people",
-    "sheep": "sheep",
-    "shrimp": "shrimp",
-    "woman": "women",
-}
+_DIGITS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"a": 1, "an": 1, **{word: number for number, word in enumerate(_DIGITS, start=1)}}
+_IRREGULAR = {"knife": "knives", "man": "men", "mouse": "mice", "person": "people", "woman": "women"}
+_IRREGULAR |= {name: name for name in ("deer", "fish", "goldfish", "sheep", "shrimp")}
 _CONTAINED = 0.9  # share of a box's area in another box of its name from which they are one object
 
 
@@ -58,11 +43,7 @@ def counted_objects(prompt: str, objects: Iterable[str] = OBJECTS) -> list[tuple
     """Returns the objects that a prompt counts, in the singular, each with its number, in their order.
 
     An object is counted if its name, of one or two words, follows a number in words or digits, or an article. Other
-    nouns after an article ("created a relaxing atmosphere") are not counted.
-
-    Args:
-        prompt: the text.
-        objects: names in the singular.
+    nouns after an article ("created a relaxing atmosphere") are not counted. ``objects`` are names in the singular.
     """
     names = {form: name for name in objects for form in (name, _plural(name))}
     words = re.findall(r"[\w'-]+", prompt.lower())
@@ -80,11 +61,7 @@ def counted_objects(prompt: str, objects: Iterable[str] = OBJECTS) -> list[tuple
 
 
 def count_objects(found: Sequence[Detection]) -> dict[str, int]:
-    """Returns the number of objects of each name, without boxes that lie within another box of their name.
-
-    Args:
-        found: detections, highest confidence first.
-    """
+    """Returns the number of objects of each name, without boxes that lie within a more certain one of their name."""
     kept = without_same(found, lambda a, b: a.overlap(b) > _CONTAINED * min(a.area, b.area))
     return Counter(one.name for one in kept)
 

@@ -109,27 +109,24 @@ class PretrainedReward:
 
     def __init__(self, place: Placement, load: Callable[[], ScoreBatch]) -> None:
         self.place = place
-        self._load = load
+        self._read = load
         self._score: ScoreBatch | None = None
         self._lock = threading.Lock()
         self._calls = ImagesPerCall(
             place.reward, place.batch_size, advice="its options dtype=float16 and a smaller batch_size, "
         )
 
-    def load(self) -> None:
-        """Reads the weights, unless they are read already.
+    def load(self) -> ScoreBatch:
+        """Reads the weights, unless they are read already, and returns the function that scores a batch.
 
         Raises:
             ConfigError: they cannot be found or are not those of the expected model.
             RewardMemoryError: they do not fit into a GPU's memory.
         """
-        self._loaded()
-
-    def _loaded(self) -> ScoreBatch:
         with self._lock:
             if self._score is None:
                 try:
-                    self._score = self._load()
+                    self._score = self._read()
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
@@ -142,7 +139,7 @@ class PretrainedReward:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Returns the scores, float32 ``[N]`` on the CPU; see `loopfast.rewards.base.Reward`."""
-        score, place = self._loaded(), self.place
+        score, place = self.load(), self.place
 
         def attempt(size: int) -> Tensor:
             parts = []

@@ -75,9 +75,7 @@ class Relation:
 def find_relation(prompt: str, *, depth: bool = False) -> Relation | None:
     """Returns the first relation of a prompt, between the noun phrases right before and after it; None without one.
 
-    Args:
-        prompt: the text.
-        depth: looks for relations in depth (in front of, behind, hidden by), not for those in the image's plane.
+    With ``depth`` it is one in depth (in front of, behind, hidden by), else one in the image's plane.
     """
     words = _IN_DEPTH if depth else _IN_THE_PLANE
     match = re.search(rf"\b({'|'.join(sorted(words, key=len, reverse=True))})\b", prompt, re.IGNORECASE)
@@ -95,12 +93,8 @@ def position_agreement(kind: str, first: Box, second: Box, side: float) -> float
 
     Left, right, top and bottom: 1 if the centers differ in that direction, and more than in the other, else 0; boxes
     that overlap by an IoU above 0.1 count 0.1 / IoU. Near: 1 if the centers are less than 150 of 512 pixels apart in x
-    or in y, else that distance over the larger of the two.
-
-    Args:
-        kind: left, right, top, bottom or near.
-        first, second: boxes in pixels.
-        side: the image's larger side in pixels. The benchmark's images have 512; its distance is scaled to others.
+    or in y, else that distance over the larger of the two. ``side`` is the image's larger side in pixels: the
+    benchmark's images have 512; its distance is scaled to others.
     """
     across, down = (b - a for a, b in zip(first.center, second.center, strict=True))
     if kind == "near":
@@ -124,12 +118,8 @@ def depth_agreement(kind: str, first: Box, second: Box, nearness: Tensor) -> flo
     """Returns how well two boxes agree with a relation in depth, in [0, 1].
 
     IoU / 0.5, at most 1, if the mean nearness inside the first box is larger (front) or smaller (behind) than inside
-    the second, else 0. The benchmark's code takes rows of the depth map for columns; this code does not.
-
-    Args:
-        kind: front or behind.
-        first, second: boxes in pixels.
-        nearness: ``[H, W]``, larger is nearer.
+    the second, else 0. The benchmark's code takes rows of the depth map for columns; this code does not. ``nearness``
+    is ``[H, W]``, larger is nearer.
     """
     difference = _mean_inside(nearness, first) - _mean_inside(nearness, second)
     if (difference if kind == "front" else -difference) <= 0:
@@ -146,8 +136,7 @@ def pair_score(
     highest.
 
     Args:
-        relation: the relation of the two objects.
-        found: detections, highest confidence first.
+        relation, found: the objects' relation, and detections, highest confidence first.
         agreement: returns how well two boxes agree with the relation, in [0, 1].
         least: lower scores become 0.
     """

@@ -91,19 +91,13 @@ def _problem(config: Any, processor: Any, answer: str) -> str | None:
     if for_images is not None and for_images.get_vocab() == processor.tokenizer.get_vocab():
         # transformers takes the language model's tokenizer if this one is missing
         return "no tokenizer in its folder qformer_tokenizer"
-    tokens = _tokens(processor, answer)
+    tokens = processor.tokenizer.encode(answer, add_special_tokens=False)
     if not tokens or processor.tokenizer.unk_token_id in tokens:
         # transformers makes an empty tokenizer if its files are missing
         return f"its tokenizer does not know the answer {answer!r}; are the tokenizer's files there?"
     if chat and len(tokens) > 1:
         return f"the answer {answer!r} is {len(tokens)} of its tokens, expected: 1"
     return None
-
-
-def _tokens(processor: Any, answer: str) -> list[int]:
-    """Returns the answer's tokens, without those that begin or end a text."""
-    tokens: list[int] = processor.tokenizer.encode(answer, add_special_tokens=False)
-    return tokens
 
 
 def _by_encoder_decoder(
@@ -135,7 +129,7 @@ def _by_chat_model(
     last = inputs["attention_mask"].sum(-1) - 1
     logits = model(**inputs, use_cache=False).logits
     first = logits[torch.arange(len(questions), device=last.device), last]
-    (token,) = _tokens(processor, answer)
+    (token,) = processor.tokenizer.encode(answer, add_special_tokens=False)
     return first.float().softmax(-1)[:, token]
 
 
