@@ -11,7 +11,7 @@ from loopfast.errors import ConfigError, first_line
 from loopfast.policies.base import Policy
 from loopfast.policies.families import Family, family_of, supported
 from loopfast.policies.resolution import latent_size
-from loopfast.policies.schedulers import Choice, choose_scheduler
+from loopfast.policies.schedulers import choose_scheduler
 from loopfast.policies.source import check_weights, find_source, locate, not_on_the_hub
 from loopfast.schedules import TransitionSchedule, resolution_shift, transition_schedule
 
@@ -82,7 +82,7 @@ def load_scheduler(config: ModelConfig) -> Any:
     Raises:
         ConfigError: the model cannot be found, or its scheduler describes another process.
     """
-    return _choice(config).scheduler
+    return _choice(config)[0]
 
 
 def scheduler_notes(config: ModelConfig) -> tuple[str, ...]:
@@ -91,10 +91,10 @@ def scheduler_notes(config: ModelConfig) -> tuple[str, ...]:
     Raises:
         ConfigError: as `load_scheduler` does.
     """
-    return _choice(config).notes
+    return _choice(config)[1]
 
 
-def _choice(config: ModelConfig) -> Choice:
+def _choice(config: ModelConfig) -> tuple[Any, tuple[str, ...]]:
     entry = _index(config).get("scheduler")
     name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
     return choose_scheduler(config, load_family(config), name, lambda: component_config(config, "scheduler"))
@@ -149,33 +149,19 @@ def load_schedule(config: ModelConfig, rollout: RolloutConfig) -> TransitionSche
     if not flow and rollout.noise_level is not None:
         raise ConfigError("rollout.noise_level belongs to flow-matching models; DDIM takes rollout.eta")
     scheduler = load_scheduler(config)
+    options: dict[str, Any] = {"eta": rollout.eta, "noise_level": rollout.noise_level}
+    if "FluxPipeline" in family.pipelines and not scheduler.config.get("use_flow_sigmas"):
+        # FLUX's pipeline gives its scheduler the noise levels before the shift
+        options["sigmas"] = [1.0 - step / rollout.steps for step in range(rollout.steps)]
     try:
-        return transition_schedule(
-            scheduler,
-            rollout.steps,
-            eta=rollout.eta,
-            noise_level=rollout.noise_level,
-            sigmas=_sigmas(family, scheduler, rollout.steps),
-            mu=_mu(config, family, scheduler),
-        )
+        if scheduler.config.get("use_dynamic_shifting"):
+            denoiser, vae = (component_config(config, name) for name in (family.denoiser, "vae"))
+            height, width = latent_size(config, family, denoiser, vae)
+            tokens = height // family.patch * (width // family.patch)
+            options["mu"] = resolution_shift(scheduler.config, tokens)
+        return transition_schedule(scheduler, rollout.steps, **options)
     except ValueError as error:
         raise ConfigError(f"the scheduler of {config.pretrained!r} cannot be used: {error}") from error
-
-
-def _sigmas(family: Family, scheduler: Any, steps: int) -> list[float] | None:
-    """Returns the noise levels before the shift; None if the family's pipeline takes its scheduler's."""
-    if "FluxPipeline" not in family.pipelines or scheduler.config.get("use_flow_sigmas"):
-        return None
-    return [1.0 - step / steps for step in range(steps)]
-
-
-def _mu(config: ModelConfig, family: Family, scheduler: Any) -> float | None:
-    """Returns the scheduler's shift if it depends on the resolution."""
-    if not scheduler.config.get("use_dynamic_shifting"):
-        return None
-    denoiser, vae = component_config(config, family.denoiser), component_config(config, "vae")
-    height, width = latent_size(config, family, denoiser, vae)
-    return resolution_shift(scheduler.config, height // family.patch * (width // family.patch))
 
 
 def trained_steps(schedule: TransitionSchedule, spec: str) -> tuple[int, ...]:
@@ -204,16 +190,17 @@ def _index(config: ModelConfig) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = first_line(error)
         if isinstance(place, str):
-            reason += not_on_the_hub(place) if source.file is None else _DESCRIBED
+            reason += (
+                not_on_the_hub(place)
+                if source.file is None
+                else (
+                    "; it describes the single file that model.pretrained names; a folder with such a pipeline's "
+                    "configuration files can be given as model.config"
+                )
+            )
         raise ConfigError(f"model.pretrained: no diffusers pipeline at {str(place)!r}: {reason}") from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ConfigError(
             f"model.pretrained: {str(place)!r} is no diffusers pipeline: no _class_name in model_index.json"
         )
     return index
-
-
-_DESCRIBED = (
-    "; it describes the single file that model.pretrained names; a folder with such a pipeline's configuration files "
-    "can be given as model.config"
-)

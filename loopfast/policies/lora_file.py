@@ -236,7 +236,7 @@ def _downloaded(name: str) -> Path:
 def _of_diffusers(config: ModelConfig, family: Family, file: Path) -> Lora:
     """Reads a file as the pipeline's ``load_lora_weights`` does: diffusers', kohya's and others' formats."""
     skeleton = _denoiser(config, family)
-    pipeline_class = family.policy_class().pipeline_class
+    pipeline_class = family.pipeline_class()
     if not hasattr(pipeline_class, "lora_state_dict"):
         raise ConfigError(
             f"{KEY}: {str(file)!r}: a LoRA for {family.title} is a folder in peft's form, with adapter_config.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from typing_extensions import override
 
@@ -27,9 +27,8 @@ from loopfast.policies.base import Conditioning, ForwardWrapper, Policy, call_de
 from loopfast.policies.families import Family
 from loopfast.policies.fast.guided_unet import shares_trunk
 from loopfast.policies.fast.switches import (
-    compile_blocks,
-    compile_calls,
     decoder_precision,
+    prepare_compiling,
     set_arithmetic,
     set_attention,
     set_layers,
@@ -83,8 +82,6 @@ class PipelinePolicy(Policy):
             ``model`` asks for something that this model or machine does not have.
     """
 
-    pipeline_class: ClassVar[Any]
-    """The diffusers class, or ``DiffusionPipeline``, which chooses it by ``model_index.json``."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
     """Ends of the names of the modules that get an adapter, if the configuration names none."""
     load_options: ClassVar[dict[str, Any]] = {}
@@ -189,13 +186,13 @@ class PipelinePolicy(Policy):
         try:
             if source.file is not None:
                 loaded = load_single_file(
-                    cls.pipeline_class, source.file, source.pipeline, config.revision, options
+                    family.pipeline_class(), source.file, source.pipeline, config.revision, options
                 )
                 for name, part in loaded.components.items():
                     if isinstance(part, torch.nn.Module):
                         part.to(types.get(name, dtype))
                 return loaded
-            return cls.pipeline_class.from_pretrained(
+            return DiffusionPipeline.from_pretrained(
                 source.pipeline,
                 revision=config.revision,
                 variant=config.variant,
@@ -238,14 +235,18 @@ class PipelinePolicy(Policy):
             "decoder": self._precision_of_decoder,
             "deterministic": config.deterministic,
         }
+        if config.compile != "off":
+            prepare_compiling(self.device)
         if config.compile == "blocks":
-            compile_blocks(self._denoiser, self.device)
+            # all calls of a run have one batch size
+            self._denoiser.compile_repeated_blocks(dynamic=False)
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function of a denoiser and its inputs, compiled if ``model.compile`` says so."""
         if self._config.compile == "whole":
-            return compile_calls(function, self.device)
-        return with_one_graph(function) if self._config.compile == "blocks" else function
+            # at its first calls, once for each shape
+            function = torch.compile(function, dynamic=False)
+        return function if self._config.compile == "off" else with_one_graph(function)
 
     def _add_adapter(self, seed: int, dtype: torch.dtype) -> None:
         if self._config.lora.from_ is not None:

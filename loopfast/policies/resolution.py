@@ -21,8 +21,9 @@ def latent_size(
     """
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
     step = scale * family.patch
+    size = family.size or denoiser["sample_size"]
     sides = []
-    for key, own in zip(("height", "width"), family.latent_size(denoiser), strict=True):
+    for key, own in zip(("height", "width"), (size, size) if isinstance(size, int) else size, strict=True):
         pixels = getattr(config, key) or own * scale
         if pixels % step:
             raise ConfigError(f"model.{key}: found {pixels}, allowed: a multiple of {step} with this model")

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError
@@ -30,33 +30,10 @@ _CLIPPING = ("DDIMScheduler", "DDPMScheduler")
 _FILE = "scheduler_config.json"
 
 
-class Choice(NamedTuple):
-    """A scheduler, and a line for each difference from its file."""
-
-    scheduler: Any
-    notes: tuple[str, ...]
-
-
-class _Given(NamedTuple):
-    """A scheduler's configuration.
-
-    Attributes:
-        name: the scheduler's class; None if the model names none.
-        settings: the content of its file.
-        written_for: the class whose defaults apply to options that the file lacks.
-        source: the scheduler's name in messages.
-    """
-
-    name: Any
-    settings: dict[str, Any]
-    written_for: Any
-    source: str
-
-
 def choose_scheduler(
     config: ModelConfig, family: Family, name: str | None, settings: Callable[[], dict[str, Any]]
-) -> Choice:
-    """Returns the scheduler whose transitions are sampled; see `loopfast.policies.load_scheduler`.
+) -> tuple[Any, tuple[str, ...]]:
+    """Returns the scheduler whose transitions are sampled, and a line for each difference from its file.
 
     Only the configuration of the model's own scheduler is read: its class may need packages that are not installed.
 
@@ -73,58 +50,63 @@ def choose_scheduler(
 
     flow = family.process == "flow"
     usable = _FLOW if flow else _DIFFUSION
-    given = _given(config, name, settings)
-    if given.name not in usable:
+    kind, given, written_for, source = _given(config, name, settings)
+    if kind not in usable:
         raise ConfigError(
-            f"{'' if config.scheduler else 'model.pretrained: '}{given.source} is {given.name}; supported: "
+            f"{'' if config.scheduler else 'model.pretrained: '}{source} is {kind}; supported: "
             f"{', '.join(usable)}{'' if config.scheduler else '; model.scheduler chooses another'}"
         )
-    options = {option: value for option, value in given.settings.items() if not option.startswith("_")}
+    options = {option: value for option, value in given.items() if not option.startswith("_")}
     notes = []
     for option, value in family.scheduler_options:
         if options.get(option) not in (None, value):
             notes.append(
-                f"{given.source} says {option}={options[option]!r}; {family.pipelines[0]} takes {value} instead, and "
+                f"{source} says {option}={options[option]!r}; {family.pipelines[0]} takes {value} instead, and "
                 "so does training"
             )
         options[option] = value
     if not flow:
         # other samplers never clip by default
-        options.setdefault("clip_sample", given.written_for in _CLIPPING)
+        options.setdefault("clip_sample", written_for in _CLIPPING)
     try:
-        refuse_unmapped(options, given.name)
+        refuse_unmapped(options, kind)
     except ValueError as error:
         advice = "" if config.scheduler else "; model.scheduler overrides options"
-        raise ConfigError(f"{given.source} cannot be used: {error}{advice}") from error
-    if replaced := replaced_by_ddim(options, given.name):
+        raise ConfigError(f"{source} cannot be used: {error}{advice}") from error
+    if replaced := replaced_by_ddim(options, kind):
         shown = ", ".join(f"{option}={value}" for option, value in replaced.items())
         notes.append(
-            f"{given.source}, {given.name}, samples with {shown}; training samples with DDIM, by the noise schedule of "
+            f"{source}, {kind}, samples with {shown}; training samples with DDIM, by the noise schedule of "
             "the same process"
         )
-    kind: Any = diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDIMScheduler
+    sampler: Any = diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDIMScheduler
     # diffusers warns about unknown options
-    known = kind().config
+    known = sampler().config
     options = {
         option: value for option, value in options.items() if option in known or value not in (None, False)
     }
-    return Choice(kind.from_config(options), tuple(notes))
+    return sampler.from_config(options), tuple(notes)
 
 
-def _given(config: ModelConfig, name: str | None, settings: Callable[[], dict[str, Any]]) -> _Given:
-    chosen = config.scheduler
-    own = f"the scheduler of {config.pretrained!r}"
+def _given(
+    config: ModelConfig, name: str | None, settings: Callable[[], dict[str, Any]]
+) -> tuple[Any, dict[str, Any], Any, str]:
+    """Returns a scheduler's class (None if the model names none), its options, and its name in messages.
+
+    The third result, before the name, is the class whose defaults apply to options that are not given.
+    """
+    chosen, known = config.scheduler, (*_DIFFUSION, *_FLOW)
     if chosen is None:
-        return _Given(name, settings() if name in (*_DIFFUSION, *_FLOW) else {}, name, own)
+        own = f"the scheduler of {config.pretrained!r}"
+        return name, settings() if name in known else {}, name, own
     if isinstance(chosen, dict):
-        written_for = chosen.get("_class_name", name)
-        return _Given(written_for, {**settings(), **chosen}, name, "model.scheduler")
-    if chosen in (*_DIFFUSION, *_FLOW):
-        return _Given(chosen, settings(), name, "model.scheduler")
+        return chosen.get("_class_name", name), {**settings(), **chosen}, name, "model.scheduler"
+    if chosen in known:
+        return chosen, settings(), name, "model.scheduler"
     file = _file(chosen)
     found = _read(file)
-    written_for = found.get("_class_name", name)
-    return _Given(written_for, found, written_for, f"model.scheduler: {file}")
+    kind = found.get("_class_name", name)
+    return kind, found, kind, f"model.scheduler: {file}"
 
 
 def _file(given: str) -> Path:

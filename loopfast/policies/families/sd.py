@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from typing_extensions import override
 
@@ -36,7 +35,6 @@ class StableDiffusionPolicy(PipelinePolicy):
     call encodes them anew.
     """
 
-    pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     load_options: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -248,27 +248,6 @@ def use_tf32_convolutions(vae: nn.Module) -> None:
             module.__class__ = Tf32Conv2d
 
 
-def compile_blocks(unet: Any, device: torch.device) -> None:
-    """Compiles a UNet's repeated blocks, in place; no name in its state dict changes.
-
-    Raises:
-        ConfigError: there is no compiler for the device.
-    """
-    _prepare_compiling(device)
-    # all calls of a run have one batch size
-    unet.compile_repeated_blocks(dynamic=False)
-
-
-def compile_calls(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Returns a function of a UNet and its inputs that is compiled at its first calls, once for each shape.
-
-    Raises:
-        ConfigError: there is no compiler for the device.
-    """
-    _prepare_compiling(device)
-    return with_one_graph(torch.compile(function, dynamic=False))
-
-
 def with_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a compiled function whose calls with and without gradients give the same bits.
 
@@ -292,7 +271,12 @@ def _forget(saved: Any) -> Any:
     """Replaces a tensor that autograd saves by None."""
 
 
-def _prepare_compiling(device: torch.device) -> None:
+def prepare_compiling(device: torch.device) -> None:
+    """Lets torch.compile keep the variants of a run.
+
+    Raises:
+        ConfigError: there is no compiler for the device.
+    """
     if device.type != "cuda":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
