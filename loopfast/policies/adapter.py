@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from loopfast.config import LoraConfig as LoraSettings
-from loopfast.errors import ConfigError, first_line
+from loopfast.errors import as_config_error
 from loopfast.policies.signature import ADAPTER, layers_with_adapter, remove_adapter_layers
 from loopfast.seeds import derive
 
@@ -70,10 +70,8 @@ def add_adapter(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "adapter"))
-        try:
+        with as_config_error(f"model.lora.targets: {list(targets)}", ValueError):
             inject_adapter_in_model(lora_config(settings, targets), module, adapter_name=ADAPTER)
-        except ValueError as error:
-            raise ConfigError(f"model.lora.targets: {list(targets)}: {first_line(error)}") from error
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

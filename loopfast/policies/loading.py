@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loopfast.config import ModelConfig, RolloutConfig
-from loopfast.errors import ConfigError, first_line
+from loopfast.config import ModelConfig
+from loopfast.errors import ConfigError, as_config_error, first_line
 from loopfast.policies.base import Policy
 from loopfast.policies.families import Family, family_of, supported
-from loopfast.policies.resolution import latent_size
-from loopfast.policies.schedulers import choose_scheduler
 from loopfast.policies.source import check_weights, find_source, locate, not_on_the_hub
-from loopfast.schedules import TransitionSchedule, resolution_shift, transition_schedule
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 """Names that pipelines give their text encoders."""
@@ -47,7 +44,6 @@ def load_policy(
     return family.policy_class()(
         config,
         family,
-        load_scheduler(config),
         seed=seed,
         keep_reference=keep_reference,
         cast=cast,
@@ -61,7 +57,7 @@ def load_family(config: ModelConfig) -> Family:
     Raises:
         ConfigError: the model cannot be found, or no such family is supported.
     """
-    index = _index(config)
+    index = model_index(config)
     name = index["_class_name"]
     family = family_of(name)
     if family is None:
@@ -70,39 +66,9 @@ def load_family(config: ModelConfig) -> Family:
     return family
 
 
-def load_scheduler(config: ModelConfig) -> Any:
-    """Returns the scheduler whose transitions are sampled, without loading the model.
-
-    A diffusion pipeline with another sampler of the same process gets DDIM with that process's schedule, as in DDPO and
-    in diffusers' documentation.
-
-    Returns:
-        A ``DDIMScheduler``, or for a flow a ``FlowMatchEulerDiscreteScheduler``.
-
-    Raises:
-        ConfigError: the model cannot be found, or its scheduler describes another process.
-    """
-    return _choice(config)[0]
-
-
-def scheduler_notes(config: ModelConfig) -> tuple[str, ...]:
-    """Returns a line for each difference between the sampler of training and the model's own scheduler.
-
-    Raises:
-        ConfigError: as `load_scheduler` does.
-    """
-    return _choice(config)[1]
-
-
-def _choice(config: ModelConfig) -> tuple[Any, tuple[str, ...]]:
-    entry = _index(config).get("scheduler")
-    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    return choose_scheduler(config, load_family(config), name, lambda: component_config(config, "scheduler"))
-
-
 def absent_components(config: ModelConfig) -> list[str]:
     """Returns the components that ``model_index.json`` lists as absent."""
-    return [name for name, entry in _index(config).items() if entry == [None, None]]
+    return [name for name, entry in model_index(config).items() if entry == [None, None]]
 
 
 def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
@@ -113,7 +79,7 @@ def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
     """
     import diffusers
 
-    entry = _index(config).get(component)
+    entry = model_index(config).get(component)
     kind = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) and len(entry) == 2 else None
     if component == "scheduler":
         # any scheduler's class reads the file; the model's own may need packages that are not installed
@@ -123,12 +89,9 @@ def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
             f"model.pretrained: model_index.json of {config.pretrained!r} says {entry!r} of its {component}, which is "
             "no class of diffusers"
         )
-    try:
+    failed = f"model.pretrained: cannot load the {component} of {config.pretrained!r}"
+    with as_config_error(failed, OSError, ValueError):
         settings = kind.load_config(str(locate(config)), subfolder=component, revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.pretrained: cannot load the {component} of {config.pretrained!r}: {first_line(error)}"
-        ) from error
     if not isinstance(settings, dict):
         raise ConfigError(
             f"model.pretrained: the configuration of {config.pretrained!r}'s {component} is no object"
@@ -136,47 +99,7 @@ def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
     return dict(settings)
 
 
-def load_schedule(config: ModelConfig, rollout: RolloutConfig) -> TransitionSchedule:
-    """Returns the transition schedule of a model with the sampler's settings of a configuration.
-
-    Raises:
-        ConfigError: the scheduler or a setting cannot be expressed as a transition table.
-    """
-    family = load_family(config)
-    flow = family.process == "flow"
-    if flow and rollout.eta is not None:
-        raise ConfigError("rollout.eta belongs to DDIM; flow-matching models take rollout.noise_level")
-    if not flow and rollout.noise_level is not None:
-        raise ConfigError("rollout.noise_level belongs to flow-matching models; DDIM takes rollout.eta")
-    scheduler = load_scheduler(config)
-    options: dict[str, Any] = {"eta": rollout.eta, "noise_level": rollout.noise_level}
-    if "FluxPipeline" in family.pipelines and not scheduler.config.get("use_flow_sigmas"):
-        # FLUX's pipeline gives its scheduler the noise levels before the shift
-        options["sigmas"] = [1.0 - step / rollout.steps for step in range(rollout.steps)]
-    try:
-        if scheduler.config.get("use_dynamic_shifting"):
-            denoiser, vae = (component_config(config, name) for name in (family.denoiser, "vae"))
-            height, width = latent_size(config, family, denoiser, vae)
-            tokens = height // family.patch * (width // family.patch)
-            options["mu"] = resolution_shift(scheduler.config, tokens)
-        return transition_schedule(scheduler, rollout.steps, **options)
-    except ValueError as error:
-        raise ConfigError(f"the scheduler of {config.pretrained!r} cannot be used: {error}") from error
-
-
-def trained_steps(schedule: TransitionSchedule, spec: str) -> tuple[int, ...]:
-    """Returns the transitions that ``train.steps`` selects.
-
-    Raises:
-        ConfigError: it selects none.
-    """
-    try:
-        return schedule.trained_steps(spec)
-    except ValueError as error:
-        raise ConfigError(f"train.steps: {error}") from error
-
-
-def _index(config: ModelConfig) -> dict[str, Any]:
+def model_index(config: ModelConfig) -> dict[str, Any]:
     """Reads the pipeline's ``model_index.json``."""
     source = find_source(config)
     place = source.pipeline

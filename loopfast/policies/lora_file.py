@@ -220,9 +220,8 @@ def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(
-            snapshot_download(name, allow_patterns=["adapter_config.json", *_PEFT_FILES, *LORA_FILES])
-        )
+        files = ["adapter_config.json", *_PEFT_FILES, *LORA_FILES]
+        folder = Path(snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{KEY}: no LoRA at {name!r}: {first_line(error)}{not_on_the_hub(name)}") from error
     if not is_lora(folder):

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from loopfast.config import ModelConfig
-from loopfast.errors import ConfigError, first_line
+from loopfast.errors import ConfigError, as_config_error
 from loopfast.policies.adapter import (
     add_adapter,
     exported_adapter,
@@ -39,6 +39,7 @@ from loopfast.policies.loading import TEXT_ENCODERS, absent_components
 from loopfast.policies.lora_file import Lora, load_lora, read_lora
 from loopfast.policies.portable import save_portable
 from loopfast.policies.resolution import decoder_rows, latent_size
+from loopfast.policies.schedulers import load_scheduler
 from loopfast.policies.single_file import load_single_file
 from loopfast.policies.source import find_source
 from loopfast.policies.text_limits import TOKENIZERS, TextLimit, encoder_of
@@ -73,7 +74,6 @@ class PipelinePolicy(Policy):
     Args:
         config: the section ``model``.
         family: the pipeline's family.
-        scheduler: the scheduler whose transitions are sampled.
         seed: the seed of the adapter's initial weights.
         keep_reference, cast, sharded: as for `loopfast.policies.load_policy`.
 
@@ -97,14 +97,13 @@ class PipelinePolicy(Policy):
         self,
         config: ModelConfig,
         family: Family,
-        scheduler: Any,
         *,
         seed: int,
         keep_reference: bool,
         cast: bool = False,
         sharded: bool = False,
     ) -> None:
-        self.scheduler = scheduler
+        self.scheduler = load_scheduler(config)
         self.device = torch_device(config.device)
         self.dtype = getattr(torch, config.dtype)
         self._config, self._family = config, family
@@ -112,7 +111,7 @@ class PipelinePolicy(Policy):
         set_arithmetic(config, self.device)
         trained = self.dtype if cast else torch.float32
         self.pipeline = self.load_pipeline(config, family)
-        self.pipeline.register_modules(scheduler=scheduler)
+        self.pipeline.register_modules(scheduler=self.scheduler)
         self._denoiser = getattr(self.pipeline, family.denoiser).requires_grad_(False).eval()
         for name in self._text_encoders():
             getattr(self.pipeline, name).requires_grad_(False).eval().to(self.device)
@@ -183,7 +182,8 @@ class PipelinePolicy(Policy):
         absent = (*absent_components(config), *without, "scheduler")
         options = {**dict.fromkeys(absent), **cls.load_options}
         source = find_source(config)
-        try:
+        failed = f"model.pretrained: cannot load {config.pretrained!r}"
+        with as_config_error(failed, OSError, ValueError, KeyError, RuntimeError):
             if source.file is not None:
                 loaded = load_single_file(
                     family.pipeline_class(), source.file, source.pipeline, config.revision, options
@@ -201,10 +201,6 @@ class PipelinePolicy(Policy):
                 torch_dtype=types,
                 **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ConfigError(
-                f"model.pretrained: cannot load {config.pretrained!r}: {first_line(error)}"
-            ) from error
 
     def _decoder(self) -> Any:
         """Returns the autoencoder that decodes: the pipeline's, or a copy in the denoiser's type, never exported."""

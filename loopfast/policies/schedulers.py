@@ -1,17 +1,23 @@
-"""The scheduler whose transitions are sampled: the model's own, or what ``model.scheduler`` names."""
+"""The scheduler whose transitions are sampled, the model's own or what ``model.scheduler`` names, and its schedule."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loopfast.config import ModelConfig
-from loopfast.errors import ConfigError
-from loopfast.policies.families import Family
-from loopfast.schedules import refuse_unmapped, replaced_by_ddim
+from loopfast.config import ModelConfig, RolloutConfig
+from loopfast.errors import ConfigError, as_config_error
+from loopfast.policies.loading import component_config, load_family, model_index
+from loopfast.policies.resolution import latent_size
+from loopfast.schedules import (
+    TransitionSchedule,
+    refuse_unmapped,
+    replaced_by_ddim,
+    resolution_shift,
+    transition_schedule,
+)
 
 # Samplers of one diffusion process: their training schedule defines DDIM's transition, too.
 _DIFFUSION = (
@@ -30,27 +36,75 @@ _CLIPPING = ("DDIMScheduler", "DDPMScheduler")
 _FILE = "scheduler_config.json"
 
 
-def choose_scheduler(
-    config: ModelConfig, family: Family, name: str | None, settings: Callable[[], dict[str, Any]]
-) -> tuple[Any, tuple[str, ...]]:
-    """Returns the scheduler whose transitions are sampled, and a line for each difference from its file.
+def load_scheduler(config: ModelConfig) -> Any:
+    """Returns the scheduler whose transitions are sampled, without loading the model.
 
-    Only the configuration of the model's own scheduler is read: its class may need packages that are not installed.
+    A diffusion pipeline with another sampler of the same process gets DDIM with that process's schedule, as in DDPO and
+    in diffusers' documentation.
 
-    Args:
-        config: the section ``model``.
-        family: the model's family.
-        name: the class of the model's own scheduler.
-        settings: reads the configuration of the model's own scheduler.
+    Returns:
+        A ``DDIMScheduler``, or for a flow a ``FlowMatchEulerDiscreteScheduler``.
 
     Raises:
-        ConfigError: the scheduler describes another process, or its configuration is wrong.
+        ConfigError: the model cannot be found, its scheduler describes another process, or the scheduler's
+            configuration is wrong.
     """
+    return _choose(config)[0]
+
+
+def scheduler_notes(config: ModelConfig) -> tuple[str, ...]:
+    """Returns a line for each difference between the sampler of training and the model's own scheduler.
+
+    Raises:
+        ConfigError: as `load_scheduler` does.
+    """
+    return _choose(config)[1]
+
+
+def load_schedule(config: ModelConfig, rollout: RolloutConfig) -> TransitionSchedule:
+    """Returns the transition schedule of a model with the sampler's settings of a configuration.
+
+    Raises:
+        ConfigError: the scheduler or a setting cannot be expressed as a transition table.
+    """
+    family = load_family(config)
+    flow = family.process == "flow"
+    if flow and rollout.eta is not None:
+        raise ConfigError("rollout.eta belongs to DDIM; flow-matching models take rollout.noise_level")
+    if not flow and rollout.noise_level is not None:
+        raise ConfigError("rollout.noise_level belongs to flow-matching models; DDIM takes rollout.eta")
+    scheduler = load_scheduler(config)
+    options: dict[str, Any] = {"eta": rollout.eta, "noise_level": rollout.noise_level}
+    if "FluxPipeline" in family.pipelines and not scheduler.config.get("use_flow_sigmas"):
+        # FLUX's pipeline gives its scheduler the noise levels before the shift
+        options["sigmas"] = [1.0 - step / rollout.steps for step in range(rollout.steps)]
+    with as_config_error(f"the scheduler of {config.pretrained!r} cannot be used", ValueError):
+        if scheduler.config.get("use_dynamic_shifting"):
+            denoiser, vae = (component_config(config, name) for name in (family.denoiser, "vae"))
+            height, width = latent_size(config, family, denoiser, vae)
+            tokens = height // family.patch * (width // family.patch)
+            options["mu"] = resolution_shift(scheduler.config, tokens)
+        return transition_schedule(scheduler, rollout.steps, **options)
+
+
+def trained_steps(schedule: TransitionSchedule, spec: str) -> tuple[int, ...]:
+    """Returns the transitions that ``train.steps`` selects.
+
+    Raises:
+        ConfigError: it selects none.
+    """
+    with as_config_error("train.steps", ValueError):
+        return schedule.trained_steps(spec)
+
+
+def _choose(config: ModelConfig) -> tuple[Any, tuple[str, ...]]:
+    """Returns the scheduler whose transitions are sampled, and a line for each difference from its file."""
     import diffusers
 
+    family = load_family(config)
     flow = family.process == "flow"
     usable = _FLOW if flow else _DIFFUSION
-    kind, given, written_for, source = _given(config, name, settings)
+    kind, given, written_for, source = _given(config)
     if kind not in usable:
         raise ConfigError(
             f"{'' if config.scheduler else 'model.pretrained: '}{source} is {kind}; supported: "
@@ -88,21 +142,23 @@ def choose_scheduler(
     return sampler.from_config(options), tuple(notes)
 
 
-def _given(
-    config: ModelConfig, name: str | None, settings: Callable[[], dict[str, Any]]
-) -> tuple[Any, dict[str, Any], Any, str]:
+def _given(config: ModelConfig) -> tuple[Any, dict[str, Any], Any, str]:
     """Returns a scheduler's class (None if the model names none), its options, and its name in messages.
 
-    The third result, before the name, is the class whose defaults apply to options that are not given.
+    The third result, before the name, is the class whose defaults apply to options that are not given. Only the
+    configuration of the model's own scheduler is read: its class may need packages that are not installed.
     """
+    entry = model_index(config).get("scheduler")
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
     chosen, known = config.scheduler, (*_DIFFUSION, *_FLOW)
     if chosen is None:
         own = f"the scheduler of {config.pretrained!r}"
-        return name, settings() if name in known else {}, name, own
+        return name, component_config(config, "scheduler") if name in known else {}, name, own
     if isinstance(chosen, dict):
-        return chosen.get("_class_name", name), {**settings(), **chosen}, name, "model.scheduler"
+        options = {**component_config(config, "scheduler"), **chosen}
+        return chosen.get("_class_name", name), options, name, "model.scheduler"
     if chosen in known:
-        return chosen, settings(), name, "model.scheduler"
+        return chosen, component_config(config, "scheduler"), name, "model.scheduler"
     file = _file(chosen)
     found = _read(file)
     kind = found.get("_class_name", name)
@@ -124,10 +180,8 @@ def _file(given: str) -> Path:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
+    with as_config_error(f"model.scheduler: cannot read {file}", OSError, ValueError, RecursionError):
         found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"model.scheduler: cannot read {file}: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"model.scheduler: {file} holds no object")
     return found

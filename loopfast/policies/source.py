@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loopfast.config import ModelConfig
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, as_config_error
 from loopfast.policies.single_file import described_by, shapes
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
@@ -88,12 +88,10 @@ def local_path(key: str, name: str) -> Path | None:
     Raises:
         ConfigError: the path does not exist, or the name can be neither a path nor a name on the hub.
     """
-    try:
+    with as_config_error(f"{key}: {name!r} cannot be read", OSError, RuntimeError, ValueError):
         path = Path(name).expanduser()
         if path.exists():
             return path
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{key}: {name!r} cannot be read: {error}") from error
     link = re.match(r"https?://(?:huggingface\.co/)?([^?#]*)", name)
     if link:
         repository = "/".join(link.group(1).split("/")[:2])
@@ -186,11 +184,9 @@ def _place(key: str, name: str) -> Path | str:
 
 
 def _require_pipeline(key: str, folder: Path) -> None:
-    try:
+    with as_config_error(f"{key}: {str(folder)!r} cannot be read", OSError):
         if not (folder / "model_index.json").is_file():
             raise ConfigError(f"{key}: {str(folder)!r} {_kind_of_folder(folder)}")
-    except OSError as error:
-        raise ConfigError(f"{key}: {str(folder)!r} cannot be read: {error}") from error
 
 
 def _kind_of_run(run: Path) -> str:

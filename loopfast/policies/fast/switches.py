@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
 from loopfast.config import ModelConfig
-from loopfast.errors import ConfigError, first_line
+from loopfast.errors import ConfigError, as_config_error, first_line
 from loopfast.policies.fast.layers import ShortAttnProcessor, use_fast_layers
 from loopfast.system.device import CUBLAS_WORKSPACE, CUBLAS_WORKSPACES
 from loopfast.system.xformers_build import why_unusable
@@ -65,12 +65,9 @@ def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: t
     if reason is not None:
         raise ConfigError(f"model.attention: {name} cannot be used here: {reason}")
     if name == "xformers":
-        try:
+        refused = "model.attention: xformers cannot be used here"
+        with as_config_error(refused, ImportError, RuntimeError, ValueError):
             unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
-            raise ConfigError(
-                f"model.attention: xformers cannot be used here: {first_line(error)}"
-            ) from error
     else:
         unet.set_attn_processor(_PROCESSORS[name]())
     return name
