@@ -72,11 +72,7 @@ def absent_components(config: ModelConfig) -> list[str]:
 
 
 def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
-    """Reads the configuration of a component in ``model_index.json``, which must be of a diffusers class.
-
-    Raises:
-        ConfigError: the configuration cannot be found or read.
-    """
+    """Reads the configuration of a component in ``model_index.json``, which must be of a diffusers class."""
     import diffusers
 
     entry = model_index(config).get(component)

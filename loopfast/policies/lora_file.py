@@ -56,11 +56,7 @@ class Lora:
 
 
 def read_lora(config: ModelConfig, family: Family) -> Lora:
-    """Reads the LoRA that ``model.lora.from`` names.
-
-    Raises:
-        ConfigError: there is no such LoRA, or it does not fit the model.
-    """
+    """Reads the LoRA that ``model.lora.from`` names; it is a `ConfigError` if it does not fit the model."""
     file = lora_weights(config)
     names = read_shapes(KEY, file)
     if any("dora_scale" in name for name in names):

@@ -168,11 +168,7 @@ class PipelinePolicy(Policy):
 
     @classmethod
     def load_pipeline(cls, config: ModelConfig, family: Family, *without: str) -> Any:
-        """Loads the pipeline before training, without its scheduler and the components named in ``without``.
-
-        Raises:
-            ConfigError: the pipeline cannot be loaded.
-        """
+        """Loads the pipeline before training, without its scheduler and the components named in ``without``."""
         # the base of an adapter is loaded in its final type; the autoencoder computes in float32 anyway
         dtype = getattr(torch, config.dtype)
         types = {"vae": torch.float32, "default": dtype}

@@ -80,10 +80,7 @@ def local_path(key: str, name: str) -> Path | None:
     """Returns the file or folder of a name; None for a name on the hub.
 
     A name that begins with ``/``, ``./``, ``../`` or ``~``, or ends like a file of weights, is never on the hub.
-
-    Args:
-        key: the configuration's key, for messages.
-        name: its value.
+    ``key`` is the configuration's key, for messages.
 
     Raises:
         ConfigError: the path does not exist, or the name can be neither a path nor a name on the hub.
@@ -115,11 +112,9 @@ def not_on_the_hub(name: str) -> str:
 
 
 def check_weights(config: ModelConfig, parts: Sequence[str]) -> None:
-    """Checks the names of a folder's weight files for the components in ``parts``.
+    """Raises `ConfigError` if a component in ``parts`` has only pickled weights, or only weights of a variant.
 
-    Raises:
-        ConfigError: all files are pickled, and ``model.allow_pickle`` is false; or all belong to a variant, and the
-            configuration names none.
+    ``model.allow_pickle`` allows the former, and ``model.variant`` the latter.
     """
     source = find_source(config)
     folder = source.pipeline

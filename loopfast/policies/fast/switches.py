@@ -39,10 +39,7 @@ class FlashAttention(AttnProcessor2_0):
 
 
 def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Gives a UNet the attention of ``model.attention``; a transformer keeps PyTorch's.
-
-    Returns:
-        The implementation in use: ``sdpa``, ``matmul``, ``xformers`` or ``flash``.
+    """Gives a UNet the attention of ``model.attention``, and returns its name; a transformer keeps PyTorch's.
 
     Raises:
         ConfigError: the implementation that the configuration names cannot work here.
@@ -139,11 +136,7 @@ def _attentions(unet: Any) -> list[Any]:
 
 
 def set_layers(models: Sequence[Any], fast_layers: str, channels_last: str, device: str) -> dict[str, bool]:
-    """Gives models on a kind of device the layers and the memory format of these two keys of ``model``.
-
-    Returns:
-        Whether each of the two is in use, by its name.
-    """
+    """Gives models on a kind of device the layers and the memory format of these keys, and returns which are in use."""
     fast = fast_layers == "on" or (fast_layers == "auto" and device == "cpu")
     last = channels_last == "on" or (channels_last == "auto" and fast and device == "cpu")
     for model in models:
@@ -220,11 +213,7 @@ class Tf32Conv2d(nn.Conv2d):
 
 
 def decoder_precision(config: ModelConfig, device: torch.device, vae: Any) -> str:
-    """Returns the decoder's precision by ``model.decoder_precision``: ``float32``, ``tf32`` or ``model``.
-
-    Raises:
-        ConfigError: the precision that the configuration names cannot work here.
-    """
+    """Returns ``model.decoder_precision``, with ``auto`` resolved; it is a `ConfigError` if it cannot work here."""
     name: str = config.decoder_precision
     if name == "auto":
         return "float32" if _without_tf32(device) else "tf32"
@@ -269,11 +258,7 @@ def _forget(saved: Any) -> Any:
 
 
 def prepare_compiling(device: torch.device) -> None:
-    """Lets torch.compile keep the variants of a run.
-
-    Raises:
-        ConfigError: there is no compiler for the device.
-    """
+    """Lets torch.compile keep the variants of a run; it is a `ConfigError` if the device has no compiler."""
     if device.type != "cuda":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
