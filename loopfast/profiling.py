@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import nvtx
@@ -123,15 +122,13 @@ class _Range:
         if self.meter is not None:
             self.begin = self.meter.mark(self.device)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self.begin is not None and self.meter is not None:
             self.meter.add(self.name, self.called, self.begin, self.meter.mark(self.device))
         if self.record is not None:
-            self.record.__exit__(kind, error, traceback)
+            self.record.__exit__(*error)
         if self.annotation is not None:
-            self.annotation.__exit__(kind, error, traceback)
+            self.annotation.__exit__(*error)
 
 
 @dataclass(frozen=True)

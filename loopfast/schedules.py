@@ -332,7 +332,8 @@ def transition_schedule(
         for argument, value in given.items():
             if value is not None:
                 raise ValueError(f"{argument} belongs to flow matching; a DDIMScheduler takes eta")
-        prepared = _with_timesteps(scheduler, num_steps)
+        _refuse(scheduler.config, ("clip_sample", "thresholding", "prediction_type"), _DIFFUSION_RULES)
+        prepared = _prepared(scheduler, num_steps)
         timesteps = prepared.timesteps.to("cpu", torch.int64)
         table = _ddim(prepared, 1.0 if eta is None else eta)
         noiseless = _ddim(prepared, 0.0)
@@ -359,18 +360,13 @@ def transition_schedule(
     )
 
 
-def _check_count(scheduler: Any, num_steps: int) -> None:
+def _prepared(scheduler: Any, num_steps: int, **given: Any) -> Any:
+    """Returns a copy of a scheduler, set to its steps."""
     limit = scheduler.config["num_train_timesteps"]
     if not 1 <= num_steps <= limit:
         raise ValueError(f"num_steps must lie between 1 and {limit}, got {num_steps}")
-
-
-def _with_timesteps(scheduler: Any, num_steps: int) -> Any:
-    """Returns a copy of a DDIM scheduler, set to its steps."""
-    _refuse(scheduler.config, ("clip_sample", "thresholding", "prediction_type"), _DIFFUSION_RULES)
-    _check_count(scheduler, num_steps)
     prepared = copy.deepcopy(scheduler)
-    prepared.set_timesteps(num_steps)
+    prepared.set_timesteps(num_steps, **given)
     if len(prepared.timesteps) != num_steps:
         # Trailing spacing counts in floating point; 61 steps of 1000 come out as 62.
         raise ValueError(
@@ -384,7 +380,6 @@ def _with_sigmas(scheduler: Any, num_steps: int, sigmas: Sequence[float] | None,
     """Returns a copy of a flow-matching scheduler, set to its steps."""
     sampling = ("invert_sigmas", "stochastic_sampling", "use_beta_sigmas", "time_shift_type")
     _refuse(scheduler.config, sampling, _FLOW_RULES)
-    _check_count(scheduler, num_steps)
     if scheduler.config.get("use_dynamic_shifting") and mu is None:
         raise ValueError(
             "the scheduler's option use_dynamic_shifting=True makes the steps depend on the resolution: "
@@ -395,8 +390,7 @@ def _with_sigmas(scheduler: Any, num_steps: int, sigmas: Sequence[float] | None,
         if len(sigmas) != num_steps:
             raise ValueError(f"sigmas must be as many as the steps, {num_steps}; got {len(sigmas)}")
         _check_falling("sigmas", [*sigmas, 0.0])
-    prepared = copy.deepcopy(scheduler)
-    prepared.set_timesteps(num_steps, sigmas=sigmas, mu=mu)
+    prepared = _prepared(scheduler, num_steps, sigmas=sigmas, mu=mu)
     _check_falling(f"the scheduler's sigmas for num_steps={num_steps}", prepared.sigmas.tolist())
     return prepared
 

@@ -42,12 +42,7 @@ def load_policy(
         config = config.model_copy(update={"lora": config.lora.model_copy(update={"from_": None})})
     family = load_family(config)
     return family.policy_class()(
-        config,
-        family,
-        seed=seed,
-        keep_reference=keep_reference,
-        cast=cast,
-        sharded=sharded,
+        config, family, seed=seed, keep_reference=keep_reference, cast=cast, sharded=sharded
     )
 
 

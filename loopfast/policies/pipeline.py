@@ -17,24 +17,11 @@ from typing_extensions import override
 
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError, as_config_error
-from loopfast.policies.adapter import (
-    add_adapter,
-    exported_adapter,
-    merge_adapter,
-    without_adapter,
-)
+from loopfast.policies.adapter import add_adapter, exported_adapter, merge_adapter, without_adapter
 from loopfast.policies.base import Conditioning, ForwardWrapper, Policy, call_denoiser
 from loopfast.policies.families import Family
+from loopfast.policies.fast import switches
 from loopfast.policies.fast.guided_unet import shares_trunk
-from loopfast.policies.fast.switches import (
-    decoder_precision,
-    prepare_compiling,
-    set_arithmetic,
-    set_attention,
-    set_layers,
-    use_tf32_convolutions,
-    with_one_graph,
-)
 from loopfast.policies.loading import TEXT_ENCODERS, absent_components
 from loopfast.policies.lora_file import Lora, load_lora, read_lora
 from loopfast.policies.portable import save_portable
@@ -108,7 +95,7 @@ class PipelinePolicy(Policy):
         self.dtype = getattr(torch, config.dtype)
         self._config, self._family = config, family
         self._refuse()
-        set_arithmetic(config, self.device)
+        switches.set_arithmetic(config, self.device)
         trained = self.dtype if cast else torch.float32
         self.pipeline = self.load_pipeline(config, family)
         self.pipeline.register_modules(scheduler=self.scheduler)
@@ -155,7 +142,7 @@ class PipelinePolicy(Policy):
 
     def _refuse(self) -> None:
         """Raises `ConfigError` if the configuration asks for something that this family does not have."""
-        if self._config.lora.text_encoder:
+        if self._config.lora.text_encoder and not self._family.lora_of_text:
             raise ConfigError(
                 f"model.lora.text_encoder: found true, allowed: false with {self._family.title}; adapters of text "
                 "encoders are for Stable Diffusion 1.x and 2.x"
@@ -201,7 +188,7 @@ class PipelinePolicy(Policy):
     def _decoder(self) -> Any:
         """Returns the autoencoder that decodes: the pipeline's, or a copy in the denoiser's type, never exported."""
         vae = self.pipeline.vae.requires_grad_(False).eval()
-        self._precision_of_decoder = decoder_precision(self._config, self.device, vae.config)
+        self._precision_of_decoder = switches.decoder_precision(self._config, self.device, vae.config)
         if self._precision_of_decoder == "model" and self.dtype != torch.float32:
             return copy.deepcopy(vae).to(self.device, self.dtype)
         return vae.to(self.device, torch.float32)
@@ -212,11 +199,11 @@ class PipelinePolicy(Policy):
         if config.vae_tiling:
             self._vae.enable_tiling()
         is_unet = isinstance(self._denoiser, UNet2DConditionModel)
-        attention = set_attention(self._denoiser, config, self.device, self.dtype)
+        attention = switches.set_attention(self._denoiser, config, self.device, self.dtype)
         networks = (self._denoiser, self._vae) if is_unet else (self._vae,)
-        layers = set_layers(networks, config.fast_layers, config.channels_last, self.device.type)
+        layers = switches.set_layers(networks, config.fast_layers, config.channels_last, self.device.type)
         if self._precision_of_decoder == "tf32":
-            use_tf32_convolutions(self._vae)
+            switches.use_tf32_convolutions(self._vae)
         self.performance_options = {
             "attention": attention + (" (auto)" if config.attention == "auto" else ""),
             "shared trunk": config.shared_trunk and shares_trunk(self._denoiser),
@@ -228,7 +215,7 @@ class PipelinePolicy(Policy):
             "deterministic": config.deterministic,
         }
         if config.compile != "off":
-            prepare_compiling(self.device)
+            switches.prepare_compiling(self.device)
         if config.compile == "blocks":
             # all calls of a run have one batch size
             self._denoiser.compile_repeated_blocks(dynamic=False)
@@ -238,7 +225,7 @@ class PipelinePolicy(Policy):
         if self._config.compile == "whole":
             # at its first calls, once for each shape
             function = torch.compile(function, dynamic=False)
-        return function if self._config.compile == "off" else with_one_graph(function)
+        return function if self._config.compile == "off" else switches.with_one_graph(function)
 
     def _add_adapter(self, seed: int, dtype: torch.dtype) -> None:
         if self._config.lora.from_ is not None:

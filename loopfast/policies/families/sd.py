@@ -42,11 +42,6 @@ class StableDiffusionPolicy(PipelinePolicy):
         self._guided = self._compiled(_guided)
 
     @override
-    def _refuse(self) -> None:
-        if not self._config.lora.text_encoder:
-            super()._refuse()
-
-    @override
     def _add_adapter(self, seed: int, dtype: torch.dtype) -> None:
         super()._add_adapter(seed, dtype)
         if self._config.lora.text_encoder:
