@@ -261,17 +261,14 @@ def _cause(error: BaseException) -> str:
 
 
 def _require_url(url: object) -> None:
-    allowed = "http://HOST:PORT or https://..., without a query"
-    if not isinstance(url, str):
-        raise ValueError(f"url: found {url!r}, allowed: {allowed}")
-    parts = urlsplit(url)
+    parts = urlsplit(url if isinstance(url, str) else "")
     if parts.username is not None or parts.password is not None:
         raise ValueError("url: found one with a password in it, allowed: token_env for what is secret")
     _require(
         parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment,
         "url",
         url,
-        allowed,
+        "http://HOST:PORT or https://..., without a query",
     )
 
 

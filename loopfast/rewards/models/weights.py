@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from loopfast.errors import ConfigError, first_line
+from loopfast.rewards.base import listed
 
 __all__ = ["Source", "is_file", "renamed", "require_file", "require_folder"]
 
 _MODEL_FILES = ("config.json", "*.safetensors")
-_KEYS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -149,16 +149,10 @@ class Source:
 
 
 def _require_same(wrong: str, missing: Collection[str], unknown: Collection[str]) -> None:
-    parts = [f"without {_some(missing)}"] if missing else []
-    parts += [f"with {_some(unknown)}, which it does not have"] if unknown else []
+    parts = [f"without {listed(sorted(missing))}"] if missing else []
+    parts += [f"with {listed(sorted(unknown))}, which it does not have"] if unknown else []
     if parts:
         raise ConfigError(f"{wrong}: {'; '.join(parts)}")
-
-
-def _some(names: Collection[str]) -> str:
-    """Lists the first names, and how many more there are."""
-    more = len(names) - _KEYS_SHOWN
-    return ", ".join(sorted(names)[:_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def renamed(name: str, names: Iterable[tuple[str, str]]) -> str:
