@@ -44,8 +44,7 @@ def clip_similarity(place: Placement, model: Any, processor: Source, scale: floa
     """Makes the function that scores images by their similarity with their prompts, whose ends it cuts off if long.
 
     Args:
-        place: device and type of the model, which is moved there.
-        model: a ``CLIPModel`` of transformers, with its weights.
+        place, model: a ``CLIPModel`` of transformers, and the device and type it gets.
         processor: source of its tokenizer and image processor.
         scale: factor of the cosine similarity.
 
