@@ -114,10 +114,7 @@ class _Client:
     def require_health(self, batch_size: int) -> None:
         """Raises a `RewardError` unless the server answers and takes ``batch_size`` images in a request."""
         answer = self._ask("GET", "/health", None, threading.Event())
-        try:
-            most = answer.json().get("max_batch")
-        except (ValueError, AttributeError):  # a server need not say anything about itself
-            return
+        most = _field(answer, "max_batch")  # a server need not have one
         if isinstance(most, int) and batch_size > most:
             raise RewardError(
                 f"reward server {self.url}: batch_size: found {batch_size}, allowed: at most {most}, as it says"
@@ -142,11 +139,7 @@ class _Client:
         except TypeError as error:
             raise RewardError(f"the prompts' metadata cannot be sent as JSON: {error}") from None
         answer = self._ask("POST", "/score", body, stop)
-        try:
-            found = answer.json()
-        except ValueError:
-            found = None
-        scores = found.get("scores") if isinstance(found, dict) else None
+        scores = _field(answer, "scores")
         if not isinstance(scores, list) or not all(
             score is None or type(score) in (int, float) for score in scores
         ):
@@ -186,7 +179,8 @@ class _Client:
             else:
                 if answer.status_code == 200:
                     return answer
-                problem = f"it answered {answer.status_code} {answer.reason}: {one_line(_reason(answer))!r}"
+                reason = one_line(_field(answer, "error") or answer.text)
+                problem = f"it answered {answer.status_code} {answer.reason}: {reason!r}"
                 if answer.status_code != 429 and answer.status_code < 500:
                     raise RewardError(f"reward server {self.url}{path}: {problem}{self._hint(answer)}")
                 retry_after = _retry_after(answer.headers.get("Retry-After"))
@@ -245,12 +239,12 @@ def _retry_after(header: str | None) -> float:
     return min(max(seconds, 0.0), LONGEST_ASKED)
 
 
-def _reason(answer: requests.Response) -> str:
-    """Returns the error message of a server's answer."""
+def _field(answer: requests.Response, name: str) -> Any:
+    """Returns a value of an answer that is a JSON object; None if it has none of this name, or is something else."""
     try:
-        return str(answer.json()["error"])
+        return answer.json()[name]
     except (ValueError, KeyError, TypeError):
-        return answer.text
+        return None
 
 
 def _cause(error: BaseException) -> str:
@@ -261,17 +255,14 @@ def _cause(error: BaseException) -> str:
 
 
 def _require_url(url: object) -> None:
-    allowed = "http://HOST:PORT or https://..., without a query"
-    if not isinstance(url, str):
-        raise ValueError(f"url: found {url!r}, allowed: {allowed}")
-    parts = urlsplit(url)
+    parts = urlsplit(url if isinstance(url, str) else "")
     if parts.username is not None or parts.password is not None:
         raise ValueError("url: found one with a password in it, allowed: token_env for what is secret")
     _require(
         parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment,
         "url",
         url,
-        allowed,
+        "http://HOST:PORT or https://..., without a query",
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hmac
 import io
 import json
@@ -206,8 +205,6 @@ def _pixels(text: str, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
             data = base64.b64decode(text, validate=True)
             with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
                 return np.asarray(image.convert("RGB"))
-    except (binascii.Error, OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, RuntimeWarning) as error:
         reason = f"{type(error).__name__}: {error}"
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = str(error)
-    raise _Refused(400, f"images: number {index} is not a PNG in base64 ({reason})")
+        raise _Refused(400, f"images: number {index} is not a PNG in base64 ({reason})") from None

@@ -36,10 +36,7 @@ _REMOVED = re.compile(r"[.!\"()*#:;~]")
 
 @pretrained
 def blip_vqa(
-    place: Placement,
-    weights: str = _WEIGHTS,
-    phrases: str = "rules",
-    revision: str | None = None,
+    place: Placement, weights: str = _WEIGHTS, phrases: str = "rules", revision: str | None = None
 ) -> Callable[[], ScoreBatch]:
     """Score of the attributes of a prompt's objects, in [0, 1]: the product of the yes-probabilities.
 
@@ -91,12 +88,7 @@ def _metadata_phrases(prompt: str, entry: Mapping[str, Any]) -> list[str]:
 
 
 class _Questioner:
-    """BLIP, which answers yes-or-no questions about images.
-
-    Args:
-        place: device and type of the model.
-        source: weights of the model.
-    """
+    """BLIP, which answers yes-or-no questions about images."""
 
     def __init__(self, place: Placement, source: Source) -> None:
         from transformers import BlipForQuestionAnswering
@@ -128,29 +120,26 @@ class _Questioner:
         pixels = self._preprocess(images).to(self._place.dtype)
         seen = self._model.vision_model(pixel_values=pixels).last_hidden_state
         yes = torch.empty(len(questions), device=self._place.device)
-        # Questions of one length share a call, so that none is padded: transformers (5.23) does not mask the padding
-        # where the decoder attends to the question.
-        for rows, ids in self._by_length(questions):
-            for start in range(0, len(rows), size):
-                chunk = rows[start : start + size]
-                about = seen[[image_rows[row] for row in chunk]]
-                found = self._ask(pad_rows(about, size), pad_rows(ids[start : start + size], size))
-                yes[chunk] = found[: len(chunk)]
-        return yes
-
-    def _by_length(self, questions: list[str]) -> list[tuple[list[int], Tensor]]:
-        """Groups questions by length; returns the rows of each group, and their tokens ``[R, L]``."""
-        rows: dict[int, list[int]] = {}
         tokens = []
+        by_length: dict[int, list[int]] = {}
         for row, question in enumerate(questions):
             text = _REMOVED.sub("", question.lower())
             ids = self._tokenizer(text, truncation=True, max_length=_QUESTION_TOKENS).input_ids
             tokens.append([self._question_start, *ids[1:]])
-            rows.setdefault(len(ids), []).append(row)
-        device = self._place.device
-        return [
-            (found, torch.tensor([tokens[row] for row in found], device=device)) for found in rows.values()
+            by_length.setdefault(len(ids), []).append(row)
+        groups = [
+            (rows, torch.tensor([tokens[row] for row in rows], device=yes.device))
+            for rows in by_length.values()
         ]
+        # Questions of one length share a call, so that none is padded: transformers (5.23) does not mask the padding
+        # where the decoder attends to the question.
+        for rows, asked in groups:
+            for start in range(0, len(rows), size):
+                chunk = rows[start : start + size]
+                about = seen[[image_rows[row] for row in chunk]]
+                found = self._ask(pad_rows(about, size), pad_rows(asked[start : start + size], size))
+                yes[chunk] = found[: len(chunk)]
+        return yes
 
     def _ask(self, seen: Tensor, ids: Tensor) -> Tensor:
         """Returns P(yes), float32 ``[R]``, of questions ``ids`` ``[R, L]`` about encoded images ``[R, S, D]``."""

@@ -41,16 +41,12 @@ def clip_score(
 
 
 def clip_similarity(place: Placement, model: Any, processor: Source, scale: float) -> ScoreBatch:
-    """Makes the function that scores images by their cosine similarity with their prompts.
+    """Makes the function that scores images by their similarity with their prompts, whose ends it cuts off if long.
 
     Args:
-        place: device and type of the model, which is moved there.
-        model: a ``CLIPModel`` of transformers, with its weights.
+        place, model: a ``CLIPModel`` of transformers, and the device and type it gets.
         processor: source of its tokenizer and image processor.
-        scale: factor of the similarity.
-
-    Returns:
-        A function that returns float32 ``[B]`` in [-1, 1] times ``scale``. It cuts off the end of long prompts.
+        scale: factor of the cosine similarity.
 
     Raises:
         ConfigError: the tokenizer or the image processor cannot be loaded.

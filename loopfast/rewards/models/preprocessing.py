@@ -85,9 +85,7 @@ def _channels(values: tuple[float, float, float], device: torch.device) -> Tenso
 def load_preprocessing(source: Source, kind: str = "CLIP") -> ImagePreprocessing:
     """Makes the preprocessing that a model's ``preprocessor_config.json`` describes.
 
-    Args:
-        source: folder or hub name of the model.
-        kind: ``CLIP`` or ``BLIP``, whose defaults hold for keys that the file does not have.
+    ``kind`` is ``CLIP`` or ``BLIP``, whose defaults hold for keys that the file does not have.
 
     Raises:
         ConfigError: the file cannot be found or read, or describes another kind of preprocessing.

@@ -36,20 +36,11 @@ __all__ = [
 ]
 
 _IN_THE_PLANE = {
-    "on the left of": "left",
-    "to the left of": "left",
-    "on the right of": "right",
-    "to the right of": "right",
-    "on the top of": "top",
-    "on top of": "top",
-    "above": "top",
-    "on the bottom of": "bottom",
-    "on bottom of": "bottom",
-    "below": "bottom",
-    "next to": "near",
-    "on side of": "near",
-    "on the side of": "near",
-    "near": "near",
+    **dict.fromkeys(("on the left of", "to the left of"), "left"),
+    **dict.fromkeys(("on the right of", "to the right of"), "right"),
+    **dict.fromkeys(("on the top of", "on top of", "above"), "top"),
+    **dict.fromkeys(("on the bottom of", "on bottom of", "below"), "bottom"),
+    **dict.fromkeys(("next to", "on side of", "on the side of", "near"), "near"),
 }
 _IN_DEPTH = {"in front of": "front", "behind": "behind", "hidden by": "behind", "hidden behind": "behind"}
 

@@ -57,6 +57,7 @@ def vqa_score(
 
     def load() -> ScoreBatch:
         import transformers
+        from PIL import Image
 
         config = source.load_config(transformers.AutoConfig)
         processor = source.load_config(transformers.AutoProcessor)
@@ -72,7 +73,10 @@ def vqa_score(
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             questions = [template.replace(_TEXT, prompt) for prompt in prompts]
-            return probability(place, model, processor, _pictures(images), questions, reply)
+            pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+            # every model's own processor takes PIL images
+            pictures = [Image.fromarray(picture.numpy()) for picture in pixels]
+            return probability(place, model, processor, pictures, questions, reply)
 
         return score
 
@@ -131,11 +135,3 @@ def _by_chat_model(
     first = logits[torch.arange(len(questions), device=last.device), last]
     (token,) = processor.tokenizer.encode(answer, add_special_tokens=False)
     return first.float().softmax(-1)[:, token]
-
-
-def _pictures(images: Tensor) -> list[Any]:
-    """Converts images float32 ``[B, 3, H, W]`` in [0, 1] to PIL images, which every model's own processor takes."""
-    from PIL import Image
-
-    pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    return [Image.fromarray(picture.numpy()) for picture in pixels]

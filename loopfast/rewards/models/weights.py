@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from loopfast.errors import ConfigError, first_line
+from loopfast.rewards.base import listed
 
 __all__ = ["Source", "is_file", "renamed", "require_file", "require_folder"]
 
 _MODEL_FILES = ("config.json", "*.safetensors")
-_KEYS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,9 @@ class Source:
         return f"reward {self.reward!r}: {self.key} {self.name!r}"
 
     def load_model(self, cls: Any, state: Mapping[str, Tensor] | None = None, **options: Any) -> Any:
-        """Loads a transformers model from safetensors, for scoring only.
+        """Loads a transformers model of class ``cls``, for scoring only, on the CPU and in the type it was saved in.
 
-        Args:
-            cls: class of the model.
-            state: tensors by the model's own names, and no others, in place of those of the folder.
-            options: further arguments of ``cls.from_pretrained``, such as ``config`` with ``state``.
-
-        Returns:
-            The model on the CPU, in the type it was saved in, in evaluation mode and without gradients.
+        Its weights are safetensors, or with a ``config`` the tensors of ``state``, by the model's names and no others.
         """
         if state is None:
             options |= {"use_safetensors": True, "revision": self.revision}
@@ -149,16 +143,10 @@ class Source:
 
 
 def _require_same(wrong: str, missing: Collection[str], unknown: Collection[str]) -> None:
-    parts = [f"without {_some(missing)}"] if missing else []
-    parts += [f"with {_some(unknown)}, which it does not have"] if unknown else []
+    parts = [f"without {listed(sorted(missing))}"] if missing else []
+    parts += [f"with {listed(sorted(unknown))}, which it does not have"] if unknown else []
     if parts:
         raise ConfigError(f"{wrong}: {'; '.join(parts)}")
-
-
-def _some(names: Collection[str]) -> str:
-    """Lists the first names, and how many more there are."""
-    more = len(names) - _KEYS_SHOWN
-    return ", ".join(sorted(names)[:_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def renamed(name: str, names: Iterable[tuple[str, str]]) -> str:
@@ -183,12 +171,7 @@ def is_file(source: str) -> bool:
 def require_folder(
     reward: str, key: str, source: str, revision: str | None = None, files: Collection[str] = _MODEL_FILES
 ) -> Source:
-    """Returns the source of a model: a local folder, or a hub name, which is not looked up.
-
-    Args:
-        reward, key, source: names of the reward and its option, and the option's value.
-        revision: branch, tag or commit on the hub.
-        files: patterns of files that a local folder must hold.
+    """Returns the source of a model: a local folder with ``files``, or a hub name, which is not looked up.
 
     Raises:
         ConfigError: ``source`` is neither a hub name nor a folder with these files.
