@@ -39,13 +39,9 @@ def sample_images(
 
     Args:
         target: a run's folder, an exported LoRA's, a pipeline's, ``embedded``, or a hub name.
-        prompts: P texts.
         pretrained: the base model of a LoRA; None stands for the one that its card names.
-        count: the number of images of each prompt.
         seed: the seed of the noise; the same seed gives the same images.
         base: for a run or a LoRA, draw with the base model, too, from the same noise, and show both in a grid.
-        output: the folder for the images.
-        display: where progress is shown.
         rollout: keys of the section ``rollout``. None stands for the run's setting, and for a model without a run for
             50 deterministic steps with a guidance scale of 7.5.
 

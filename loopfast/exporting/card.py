@@ -25,17 +25,12 @@ PICTURE = "training.png"
 
 
 def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, full: bool) -> Path:
-    """Writes the card. If the run kept images of two evaluations, it also draws the run in a picture.
+    """Writes the card, and a picture of the run if it kept images of two evaluations. Returns the card's file.
 
     Args:
         run: the run's folder.
         to: the folder of the exported model.
-        config: the run's configuration.
-        checkpoint: the exported checkpoint.
         full: a whole pipeline was exported, not an adapter.
-
-    Returns:
-        The card's file.
     """
     metrics = read_metrics(run / "metrics.jsonl")
     metrics = [line for line in metrics if line["iteration"] <= checkpoint.iteration]

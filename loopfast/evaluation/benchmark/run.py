@@ -74,13 +74,8 @@ class SamplingPlan:
 def image_seed(seed: int, prompt: str, occurrence: int, image: int) -> int:
     """The seed of an image's noise, in [0, 2⁶³).
 
-    It is the same for every model and in every category, and does not depend on the other prompts and images.
-
-    Args:
-        seed: the benchmark's seed.
-        prompt: the text.
-        occurrence: 0 for the first time that a category has this text, 1 for the second.
-        image: the image's index among the prompt's images.
+    It is the same for every model and in every category, and does not depend on the other prompts and images. The
+    ``occurrence`` is 0 for the first time that a category has this text, and 1 for the second.
     """
     return derive(seed, "benchmark", prompt, occurrence, image)
 
@@ -95,12 +90,9 @@ def run_benchmark(
     """Draws and scores the images that the folder has no scores of yet.
 
     Args:
-        models: the models, with names that differ.
-        categories: the categories, with names that differ.
-        plan: the number of images and their noise.
+        models, categories: each with names that differ.
         folder: the folder for scores, ``scores/<model>-<category>.jsonl``, and images,
             ``images/<model>/<category>/samples/<prompt>_<number>.png``, which T2I-CompBench's own programs can read.
-        display: where progress is shown.
 
     Returns:
         Scores float64 ``[P, K]`` by model and category.
