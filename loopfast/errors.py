@@ -6,7 +6,8 @@ The command line prints ``error: <message>`` and exits with ``exit_code``. So it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "RewardError",
     "RunExistsError",
     "WriteError",
+    "as_config_error",
     "first_line",
     "one_line",
     "short",
@@ -62,6 +64,15 @@ class ConfigError(LoopfastError):
     """The configuration or the command line cannot be used as given."""
 
     exit_code = 2
+
+
+@contextmanager
+def as_config_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Context that turns a library's error of these kinds into a `ConfigError`: the message and the error's line."""
+    try:
+        yield
+    except kinds as error:
+        raise ConfigError(f"{message}: {first_line(error)}") from error
 
 
 class RunExistsError(ConfigError):

@@ -55,15 +55,10 @@ def _broken_rules(config: Config) -> Iterator[tuple[str, str]]:
     wrong, stochastic = _stochastic(rollout, train.steps)
     if wrong:
         yield "rollout.stochastic_steps", wrong
-    for key, wanted in (
-        ("dtype", rollout.dtype is not None),
-        ("device", rollout.device is not None),
-        ("merge_lora", rollout.merge_lora),
-    ):
-        if wanted and rollout.replica == "none":
-            reason = f"rollout.{key}, which needs a copy of the denoiser"
-            yield "rollout.replica", f"auto, resident or gathered beside {reason}"
-            break
+    copied = [key for key in ("dtype", "device", "merge_lora") if getattr(rollout, key)]
+    if copied and rollout.replica == "none":
+        reason = f"rollout.{copied[0]}, which needs a copy of the denoiser"
+        yield "rollout.replica", f"auto, resident or gathered beside {reason}"
     if rollout.replica == "gathered" and rollout.merge_lora:
         yield "rollout.replica", "auto or resident with rollout.merge_lora, which changes a lasting copy"
     yield from _distributed(config)

@@ -114,13 +114,10 @@ def expand(conditioning: Conditioning, rows: Tensor) -> Conditioning:
 def call_denoiser(
     denoiser: Any, sample: Tensor, timestep: Tensor, conditioning: Conditioning, added: tuple[str, ...] = ()
 ) -> Tensor:
-    """Returns a diffusers denoiser's output for M latents.
+    """Returns a diffusers denoiser's output for latents ``[M, *L]`` at timesteps ``[M]``.
 
-    Args:
-        denoiser: the network.
-        sample, timestep: ``[M, *L]`` and ``[M]``.
-        conditioning: each row's; the denoiser's arguments by name.
-        added: the names that the denoiser takes in its argument ``added_cond_kwargs``; a missing one is None.
+    The conditioning holds its arguments by name. It takes those named in ``added`` in its argument
+    ``added_cond_kwargs``, where a missing one is None.
     """
     options: dict[str, Any] = dict(conditioning)
     if added:

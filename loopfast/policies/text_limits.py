@@ -59,14 +59,7 @@ class TextLimit:
 
 @dataclass(frozen=True)
 class Cut:
-    """A prompt that a text encoder does not read to its end.
-
-    Attributes:
-        index: the prompt's position.
-        limit: the text encoder's limit.
-        prompt: the prompt's text.
-        tokens: the number of its tokens.
-    """
+    """A prompt at a position that a text encoder does not read to its end, with the number of its tokens."""
 
     index: int
     limit: TextLimit

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import setitem
 from typing import Any
 
 VERBOSITY = {"diffusers": "DIFFUSERS_VERBOSITY", "transformers": "TRANSFORMERS_VERBOSITY"}
@@ -43,8 +44,8 @@ def undisturbed() -> Iterator[None]:
         after.callback(_restore_environment, dict(os.environ))
         root = logging.getLogger()
         after.callback(root.setLevel, root.level)
-        after.callback(_restore_list, root.handlers, list(root.handlers))
-        after.callback(_restore_list, sys.path, list(sys.path))
+        for settings in (root.handlers, sys.path):
+            after.callback(setitem, settings, slice(None), list(settings))
         for library, variable in VERBOSITY.items():
             if f"{library}.utils.logging" in sys.modules:
                 log = _logging_of(library)
@@ -69,10 +70,6 @@ def _set_verbosity(library: str, level: int, loading_bars: bool) -> None:
     log = _logging_of(library)
     log.set_verbosity(level)
     (log.enable_progress_bar if loading_bars else log.disable_progress_bar)()
-
-
-def _restore_list(now: list[Any], before: list[Any]) -> None:
-    now[:] = before
 
 
 def _restore_environment(before: dict[str, str]) -> None:
