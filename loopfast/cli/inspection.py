@@ -63,14 +63,9 @@ def schedule(
     Console().print(table)
     for note in scheduler_notes(settings.model):
         print(note)
-    print(
-        f"train.steps {settings.train.steps}: {len(trained)} of {settings.rollout.steps} steps are trained on"
-        + (
-            f", {steps.window} in a row of them in an iteration, the others without noise"
-            if steps.window
-            else ""
-        )
-    )
+    counts = f"{len(trained)} of {settings.rollout.steps} steps are trained on"
+    window = f", {steps.window} in a row of them in an iteration, the others without noise"
+    print(f"train.steps {settings.train.steps}: {counts}{window if steps.window else ''}")
     if plot is not None:
         from loopfast.reporting import schedule_plot
 

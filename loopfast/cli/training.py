@@ -83,13 +83,8 @@ def launch(
 def _arguments(name: str, overrides: list[str] | None, resume: str | None, quiet: bool) -> list[str]:
     """Returns the part of a command line that selects the run."""
     sets = [part for override in overrides or [] for part in ("--set", override)]
-    return [
-        "--config",
-        name,
-        *sets,
-        *(["--resume", resume] if resume else []),
-        *(["--quiet"] if quiet else []),
-    ]
+    resumed = ["--resume", resume] if resume else []
+    return ["--config", name, *sets, *resumed, *(["--quiet"] if quiet else [])]
 
 
 @contextmanager

@@ -34,9 +34,7 @@ def evaluate_checkpoint(
         pretrained: the base model of a LoRA; None stands for the one that its card names.
         prompts: the source of the prompts; None stands for those of the run's evaluations.
         images_per_prompt: the number of images; None stands for that of the run's evaluations.
-        seed: the seed of the noise.
         output: the file for the result as JSON. None writes nothing.
-        display: where progress is shown.
 
     Returns:
         ``reward``, ``parts``, ``by_category`` and ``items``, as in a run's ``evaluation/*.json``.

@@ -56,8 +56,6 @@ def find_trained(
     """Finds a run's configuration and its newest good checkpoint, or the configuration of an exported LoRA.
 
     Args:
-        target: the run's folder, or a LoRA's.
-        display: where damaged checkpoints are reported.
         pretrained: the base model of a LoRA; None stands for the one that its card names.
         recipe: a LoRA must come with the rewards of its run.
 

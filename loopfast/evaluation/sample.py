@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -39,13 +40,9 @@ def sample_images(
 
     Args:
         target: a run's folder, an exported LoRA's, a pipeline's, ``embedded``, or a hub name.
-        prompts: P texts.
         pretrained: the base model of a LoRA; None stands for the one that its card names.
-        count: the number of images of each prompt.
         seed: the seed of the noise; the same seed gives the same images.
         base: for a run or a LoRA, draw with the base model, too, from the same noise, and show both in a grid.
-        output: the folder for the images.
-        display: where progress is shown.
         rollout: keys of the section ``rollout``. None stands for the run's setting, and for a model without a run for
             50 deterministic steps with a guidance scale of 7.5.
 
@@ -65,16 +62,13 @@ def sample_images(
     config = with_rollout(config, **rollout)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    if is_pipeline:
-        sampler = sampler_of(config, load_policy(config.model))
-        warn_of_cut(sampler, prompts, display)
-        return _write(_draw(sampler, prompts, count, seed, display), prompts, count, output)
     models = RunModels(config, checkpoint)
-    with models.trained() as sampler:
+    plain = nullcontext(sampler_of(config, load_policy(config.model))) if is_pipeline else None
+    with plain or models.trained() as sampler:
         warn_of_cut(sampler, prompts, display)
         trained = _draw(sampler, prompts, count, seed, display)
     paths = _write(trained, prompts, count, output)
-    if base:
+    if base and not is_pipeline:
         display.message("the same with the model before training")
         shown = list(prompts[:GRID_PROMPTS])
         with models.base() as sampler:

@@ -34,12 +34,9 @@ def ddim_steps(
     Args:
         scheduler: diffusers' ``DDIMScheduler`` after ``set_timesteps``.
         timestep: int64 ``[]``, ``[1]`` or ``[rows]``, on any device.
-        rows: number of rows.
+        rows: the number of rows.
         eta: DDIM's noise, 0 to 1.
-        device: the samples' device.
-
-    Returns:
-        The transitions and int64 ``[rows]``, both on `device`.
+        device: the samples' device, and that of the transitions and the positions, int64 ``[rows]``.
 
     Raises:
         ValueError: the scheduler or one of its options has no Gaussian transition, ``set_timesteps`` was not called, or

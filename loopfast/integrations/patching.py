@@ -66,12 +66,7 @@ def _rebind(old: Function, new: Function, owner: type | None) -> None:
 
 
 def import_target(feature: str, name: str, needs: str) -> ModuleType:
-    """Imports a module of the codebase to patch.
-
-    Args:
-        feature: the calling function, for the message.
-        name: the module's full name.
-        needs: the package that has to be installed, for the message.
+    """Imports a module of the codebase to patch. The message of an error names the feature and the needed package.
 
     Raises:
         LoopfastError: it cannot be imported.
@@ -112,10 +107,6 @@ def find_original(feature: str, holder: Any, name: str, parameters: str) -> Func
 
 
 def check_noise(noise: str) -> None:
-    """Checks the option ``noise`` of a patch.
-
-    Raises:
-        ValueError: the option is not one of `NOISES`.
-    """
+    """Raises `ValueError` if a patch's option ``noise`` is not one of `NOISES`."""
     if noise not in NOISES:
         raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")

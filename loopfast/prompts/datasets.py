@@ -71,12 +71,10 @@ def _load(where: str, split: str | None) -> Dataset:
     if not folder.is_dir() and where.startswith(("/", "./", "../", "~")):
         raise ConfigError(f"there is no folder {where!r}")
     try:
-        if not folder.is_dir():
-            found: Any = load_dataset(where, split=split or "train")
-        elif any((folder / file).is_file() for file in _SAVED):
-            found = load_from_disk(str(folder))
+        if any((folder / file).is_file() for file in _SAVED):
+            found: Any = load_from_disk(str(folder))
         else:
-            found = load_dataset(str(folder), split=split or "train")
+            found = load_dataset(str(folder) if folder.is_dir() else where, split=split or "train")
     # readers of files, the network and the hub raise errors of many kinds
     except Exception as error:
         reason = first_line(error.__cause__ or error)

@@ -18,15 +18,12 @@ _TRAIN, _HELDOUT, _RULE = "#9a948a", "#4338ca", "#e4e0d8"
 
 
 def run_picture(run_directory: Path, path: Path, *, prompts: int = 8) -> Path:
-    """Draws a run for a README, a slide or a paper.
+    """Draws a run for a README, a slide or a paper, and returns ``path``.
 
     Args:
         run_directory: the run's folder, with at least two evaluations.
         path: the file to write; the suffix selects the format (png, svg, pdf).
         prompts: the largest number of prompts to show.
-
-    Returns:
-        ``path``.
 
     Raises:
         LoopfastError: the run has no two evaluations with preview images, or the file cannot be written.

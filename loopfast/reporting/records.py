@@ -63,7 +63,10 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The files of a run that reports are made from; those that are not written yet are empty."""
+    """The files of a run that reports are made from; those that are not written yet are empty.
+
+    ``last`` has the last line of the metrics: the complete iterations, the images sampled and the seconds until then.
+    """
 
     directory: Path
     config: dict[str, Any]
@@ -71,6 +74,7 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     evaluations: list[EvaluationRecord]
     summary: dict[str, Any]
+    last: dict[str, Any]
 
     @classmethod
     def read(cls, directory: Path) -> RunRecord:
@@ -94,7 +98,9 @@ class RunRecord:
                 evaluations.append(EvaluationRecord.read(file))
         except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
             raise LoopfastError(f"{file} is damaged: {one_line(error)}") from error
-        return cls(directory, config, text, read_metrics(metrics_file), evaluations, summary)
+        metrics = read_metrics(metrics_file)
+        last = {"iteration": 0, "images": 0, "seconds": 0.0, **(metrics[-1] if metrics else {})}
+        return cls(directory, config, text, metrics, evaluations, summary, last)
 
     def setting(self, section: str, key: str) -> Any:
         """The value of a key of the configuration, or None."""
@@ -112,34 +118,9 @@ class RunRecord:
         return str(self.setting("run", "name") or self.directory.name)
 
     @property
-    def iteration(self) -> int:
-        """The number of complete iterations."""
-        return self.metrics[-1]["iteration"] if self.metrics else 0
-
-    @property
-    def total(self) -> int | None:
-        """The number of iterations of the whole run."""
-        return self.setting("train", "iterations")
-
-    @property
-    def images(self) -> int:
-        """The number of images sampled for training."""
-        return int(self.metrics[-1].get("images", 0)) if self.metrics else 0
-
-    @property
-    def seconds(self) -> float:
-        """The wall-clock seconds of the run."""
-        return float(self.metrics[-1].get("seconds") or 0.0) if self.metrics else 0.0
-
-    @property
     def algorithm(self) -> str:
         """The algorithm's name in capitals."""
         return str(self.setting("algorithm", "name") or "").upper()
-
-    @property
-    def first_and_last(self) -> tuple[EvaluationRecord, EvaluationRecord] | None:
-        """The first and the last evaluation, which may be one."""
-        return (self.evaluations[0], self.evaluations[-1]) if self.evaluations else None
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def stats(run: RunRecord) -> list[dict[str, Any]]:
     _, training = run.column("reward_mean")
     if held_out:
         notes = []
-        if run.first_and_last and (error := _paired_error(*run.first_and_last, None)) is not None:
+        ends = run.evaluations[:1] + run.evaluations[-1:]
+        if ends and (error := _paired_error(*ends, None)) is not None:
             notes.append(f"± {format_score(error)} standard error")
         if max(held_out) > held_out[-1]:
             notes.append(f"highest {format_score(max(held_out))}")
@@ -104,8 +105,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     add("Sampling steps", run.setting("rollout", "steps"))
     add("Learning rate", run.setting("train", "learning_rate"))
     add("Seed", run.setting("run", "seed"))
-    if run.images:
-        add("Images sampled", run.images, "{:,}")
+    add("Images sampled", run.last["images"] or None, "{:,}")
     for metric, name in _MEMORY.items():
         if memory := [row[metric] for row in run.metrics if row.get(metric)]:
             add(name, max(memory) / 2**20, "{:,.0f} MiB")
@@ -156,9 +156,9 @@ def categories(run: RunRecord) -> dict[str, Any] | None:
 
     The ``scores`` of a row are (before, after) of the reward and then of each part.
     """
-    if run.first_and_last is None:
+    if not run.evaluations:
         return None
-    first, last = run.first_and_last
+    first, last = run.evaluations[0], run.evaluations[-1]
     parts = _parts(run)
     everything = {**last.means, "count": len(last.items)}
     before = {**first.by_category, "all prompts": first.means}
@@ -188,9 +188,9 @@ def categories(run: RunRecord) -> dict[str, Any] | None:
 
 def pairs(run: RunRecord) -> list[dict[str, Any]]:
     """The preview's images of the first and the last evaluation, where prompt and seed are the same."""
-    if run.first_and_last is None or len(run.evaluations) < 2:
+    if len(run.evaluations) < 2:
         return []
-    first, last = run.first_and_last
+    first, last = run.evaluations[0], run.evaluations[-1]
     return [
         {
             "caption": last.items[index]["prompt"],
@@ -249,7 +249,7 @@ def phases(run: RunRecord) -> list[dict[str, Any]]:
     measured = sum(seconds for _, _, seconds, _ in sums)
     if measured <= 0:
         return []
-    total = max(measured, run.seconds)
+    total = max(measured, run.last["seconds"] or 0.0)
     if total - measured > 0.005 * total:
         sums.append(("Other", "phase-5", total - measured, len(run.metrics)))
     return [

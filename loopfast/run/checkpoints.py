@@ -163,13 +163,7 @@ class CheckpointStore:
         return final
 
     def load(self, path: Path) -> Checkpoint:
-        """Reads a checkpoint and checks every file against its manifest.
-
-        Args:
-            path: the checkpoint's folder. It may belong to another store.
-
-        Returns:
-            The checkpoint, with its tensors on the CPU.
+        """Reads a checkpoint, also of another store, to the CPU, and checks every file against its manifest.
 
         Raises:
             CheckpointError: a file is missing, truncated or altered; the message names it.
@@ -192,8 +186,7 @@ class CheckpointStore:
     def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Loads the newest checkpoint that is undamaged, or returns None if there is none.
 
-        Args:
-            warn: called with one line for each damaged checkpoint that is skipped: its path and its fault.
+        It calls ``warn`` with one line for each damaged checkpoint that is skipped: its path and its fault.
         """
         for path in reversed(self.paths()):
             try:

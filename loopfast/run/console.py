@@ -102,11 +102,7 @@ class Display:
         self._phase = name
 
     def advance(self, metrics: Mapping[str, Any]) -> None:
-        """Reports an iteration.
-
-        Args:
-            metrics: its numbers by the names of `loopfast.run.tracking.METRICS`; ``iteration`` is required.
-        """
+        """Reports an iteration: its numbers by the names of `loopfast.run.tracking.METRICS`, with ``iteration``."""
         self._note(metrics)
         if self._live is None or metrics.get("eval_reward") is not None:
             self.message(self._summary(metrics))

@@ -251,9 +251,9 @@ class Tracker:
         """
         numbers = {name: _number(value) for name, value in metrics.items() if value is not None}
         iteration = int(metrics["iteration"])
-        for name in numbers:
-            describe(name)
-        finite = {name: value for name, value in numbers.items() if value is not None and name != "iteration"}
+        titled = {f"{describe(name).section}/{name}": value for name, value in numbers.items()}
+        finite = {name: value for name, value in titled.items() if value is not None}
+        del finite["run/iteration"]
         with writing(self._path.parent, "the metrics "):
             self._file.write(json.dumps(numbers) + "\n")
             self._file.flush()
@@ -307,7 +307,7 @@ class _TensorBoard:
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(f"{describe(name).section}/{name}", value, iteration)
+            self._writer.add_scalar(name, value, iteration)
         self._writer.flush()
 
     def image(self, tag: str, iteration: int, image: Image.Image) -> None:
@@ -348,8 +348,7 @@ class _WandB:
         marker.write_text(self._run.id, encoding="utf-8")
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
-        named = {f"{describe(name).section}/{name}": value for name, value in values.items()}
-        self._run.log({"iteration": iteration, **named})
+        self._run.log({"iteration": iteration, **values})
 
     def image(self, tag: str, iteration: int, image: Image.Image) -> None:
         self._run.log({"iteration": iteration, tag: self._wandb.Image(image)})

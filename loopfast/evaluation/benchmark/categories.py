@@ -37,13 +37,9 @@ _METRICS: dict[str, RewardConfig] = {
 
 
 def t2i_compbench(directory: Path, names: Sequence[str] = CATEGORIES) -> list[Category]:
-    """Reads categories with the 300 prompts of their evaluation split and the benchmark's metrics.
+    """Reads categories from the folder of the prompt files: their 300 prompts to evaluate on, and their metrics.
 
     `spatial`, `spatial_3d` and `numeracy` use another detector than the benchmark. The other metrics are the same.
-
-    Args:
-        directory: the folder of the benchmark's prompt files.
-        names: the categories.
 
     Raises:
         ConfigError: a file is missing or cannot be used.

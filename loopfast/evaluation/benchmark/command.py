@@ -118,13 +118,9 @@ def evaluate_benchmark(
     """Measures a run's newest good checkpoint, or an exported LoRA, and the model before training, on a benchmark.
 
     Args:
-        target: the run's folder, or a LoRA's.
-        choice: the benchmark, its categories and their metrics.
-        plan: the number of images and the seed of their noise.
         pretrained: the base model of a LoRA; None stands for the one that its card names.
         base: measure the model before training, too.
         output: the folder for scores and results; None stands for ``benchmarks/<name>`` in the run's folder.
-        display: where progress is shown.
         rollout: keys of the section ``rollout``; None stands for the run's setting.
 
     Returns:

@@ -36,10 +36,7 @@ def summarize(
     """Collects the results of a benchmark in a form that JSON can hold.
 
     Args:
-        benchmark: the benchmark's name.
         models: the models. With two models, the second's difference from the first is computed, too.
-        categories: the measured categories.
-        plan: the number of images and their noise.
         scores: float64 ``[P, K]`` by model and category.
 
     Returns:
