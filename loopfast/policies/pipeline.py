@@ -100,17 +100,13 @@ class PipelinePolicy(Policy):
         self.pipeline = self.load_pipeline(config, family)
         self.pipeline.register_modules(scheduler=self.scheduler)
         self._denoiser = getattr(self.pipeline, family.denoiser).requires_grad_(False).eval()
-        for name in self._text_encoders():
+        encoders = self._text_encoders()
+        for name in encoders:
             getattr(self.pipeline, name).requires_grad_(False).eval().to(self.device)
-        self.text_limits = self.limits_of(
-            config,
-            type(self.pipeline).__name__,
-            {
-                name: getattr(self.pipeline, name)
-                for name in TOKENIZERS
-                if encoder_of(name) in self._text_encoders()
-            },
-        )
+        tokenizers = {
+            name: getattr(self.pipeline, name) for name in TOKENIZERS if encoder_of(name) in encoders
+        }
+        self.text_limits = self.limits_of(config, type(self.pipeline).__name__, tokenizers)
         self._vae = self._decoder()
         size = latent_size(config, family, self._denoiser.config, self._vae.config)
         self.latent_shape: tuple[int, ...] = (self._denoiser.config.in_channels, *size)
@@ -118,18 +114,18 @@ class PipelinePolicy(Policy):
         self._accelerate()
 
         self._start: Lora | None = None
-        self._base: torch.nn.Module | None = None
+        self.reference_denoiser = None
         self._wrapper: ForwardWrapper | None = None
         home = torch.device("cpu") if sharded else self.device
         if config.tune == "full":
             if keep_reference:
-                self._base = copy.deepcopy(self._denoiser).to(home, self.dtype)
+                self.reference_denoiser = copy.deepcopy(self._denoiser).to(home, self.dtype)
             self._denoiser.requires_grad_(True)
             self._denoiser.to(home, trained)
         else:
             self._denoiser.to(home, self.dtype)
             self._add_adapter(seed, trained)
-        self._active: torch.nn.Module = self._denoiser
+        self.denoiser = self._denoiser
         # counted here, before an engine shards them
         self._parameters = (
             sum(parameter.numel() for parameter in self.trainable().values()),
@@ -307,16 +303,6 @@ class PipelinePolicy(Policy):
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self._denoiser.named_parameters() if p.requires_grad}
 
-    @property
-    @override
-    def denoiser(self) -> torch.nn.Module:
-        return self._active
-
-    @property
-    @override
-    def reference_denoiser(self) -> torch.nn.Module | None:
-        return self._base
-
     @override
     def attach_engine(self, wrapper: ForwardWrapper) -> None:
         self._wrapper = wrapper
@@ -327,7 +313,7 @@ class PipelinePolicy(Policy):
     ) -> PipelinePolicy:
         unconditional = self._unconditional
         twin = copy.copy(self)
-        twin._denoiser = twin._active = denoiser
+        twin._denoiser = twin.denoiser = denoiser
         twin.device, twin.dtype, twin._autocast, twin._wrapper = device, dtype, autocast, None
         twin._unconditional = {name: _moved(value, device, dtype) for name, value in unconditional.items()}
         return twin
@@ -398,8 +384,8 @@ class PipelinePolicy(Policy):
             autocast = torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
         with autocast:
             if self._wrapper is None:
-                return function(self._active, *inputs)
-            return self._wrapper.call(self._active, function, *inputs)
+                return function(self.denoiser, *inputs)
+            return self._wrapper.call(self.denoiser, function, *inputs)
 
     @override
     @contextmanager
@@ -408,13 +394,13 @@ class PipelinePolicy(Policy):
             with without_adapter(self._denoiser):
                 yield
             return
-        if self._base is None:
+        if self.reference_denoiser is None:
             raise RuntimeError("the policy was loaded with keep_reference=False")
-        self._active = self._base
+        self.denoiser = self.reference_denoiser
         try:
             yield
         finally:
-            self._active = self._denoiser
+            self.denoiser = self._denoiser
 
     @cached_property
     def _channel_statistics(self) -> tuple[Tensor, Tensor] | None:
