@@ -22,7 +22,7 @@ from loopfast.policies.base import Conditioning, ForwardWrapper, Policy, call_de
 from loopfast.policies.families import Family
 from loopfast.policies.fast import switches
 from loopfast.policies.fast.guided_unet import shares_trunk
-from loopfast.policies.loading import TEXT_ENCODERS, absent_components
+from loopfast.policies.loading import TEXT_ENCODERS, model_index
 from loopfast.policies.lora_file import Lora, load_lora, read_lora
 from loopfast.policies.portable import save_portable
 from loopfast.policies.resolution import decoder_rows, latent_size
@@ -158,8 +158,8 @@ class PipelinePolicy(Policy):
         if config.tune == "full":
             types[family.denoiser] = torch.float32
         # the model's own scheduler is replaced, and its class may need packages that are not installed
-        absent = (*absent_components(config), *without, "scheduler")
-        options = {**dict.fromkeys(absent), **cls.load_options}
+        absent = [name for name, entry in model_index(config).items() if entry == [None, None]]
+        options = {**dict.fromkeys((*absent, *without, "scheduler")), **cls.load_options}
         source = find_source(config)
         failed = f"model.pretrained: cannot load {config.pretrained!r}"
         with as_config_error(failed, OSError, ValueError, KeyError, RuntimeError):
@@ -284,20 +284,15 @@ class PipelinePolicy(Policy):
     @override
     def describe(self) -> str:
         count, total = self._parameters
-        what = self._family.denoiser.replace("unet", "UNet")
+        lora, what = self._config.lora, self._family.denoiser.replace("unet", "UNet")
         if self._config.tune == "lora":
-            what = f"{'DoRA' if self._config.lora.dora else 'LoRA'} rank {self._config.lora.rank}{self._origin()}"
+            what = f"{'DoRA' if lora.dora else 'LoRA'} rank {lora.rank}"
+        if self._start is not None:
+            trained = {self._family.denoiser, "text_encoder" if lora.text_encoder else ""}
+            unused = sorted({*self._start.unused, *self._start.layers} - trained)
+            without = f", without its adapter of {' and '.join(unused)}" if unused else ""
+            what += f" from {lora.from_}{without}"
         return f"{self._config.pretrained} ({what}: {count / 1e6:.2f} M of {total / 1e6:.2f} M parameters trained)"
-
-    def _origin(self) -> str:
-        """Returns the source of the adapter's first weights, and the parts of it that are not used."""
-        if self._start is None:
-            return ""
-        unused = [*self._start.unused]
-        if "text_encoder" in self._start.layers and not self._config.lora.text_encoder:
-            unused.append("text_encoder")
-        left_out = f", without its adapter of {' and '.join(sorted(unused))}" if unused else ""
-        return f" from {self._config.lora.from_}{left_out}"
 
     @override
     def trainable(self) -> dict[str, torch.nn.Parameter]:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from operator import setitem
@@ -83,9 +83,8 @@ def _keep_arithmetic(after: ExitStack) -> None:
     ]
     for owner, name in settings:
         after.callback(setattr, owner, name, getattr(owner, name))
-    restore: Callable[..., None] = torch.use_deterministic_algorithms
     after.callback(
-        restore,
+        torch.use_deterministic_algorithms,
         torch.are_deterministic_algorithms_enabled(),
         warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
     )
