@@ -58,11 +58,7 @@ class PipelinePolicy(Policy):
     A family's class implements the encoding of prompts (:meth:`_encode`), and overrides the call of the denoiser
     (:meth:`forward`) and the defaults here that are not its own.
 
-    Args:
-        config: the section ``model``.
-        family: the pipeline's family.
-        seed: the seed of the adapter's initial weights.
-        keep_reference, cast, sharded: as for `loopfast.policies.load_policy`.
+    The other arguments are those of `loopfast.policies.load_policy`.
 
     Raises:
         ConfigError: the pipeline cannot be loaded, no module matches ``model.lora.targets``, or another key of
