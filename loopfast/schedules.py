@@ -244,9 +244,7 @@ def refuse_unmapped(config: Mapping[str, Any], name: str) -> None:
     It reads the configuration as the model's authors wrote it, because ``DDIMScheduler.from_config`` silently drops
     options that DDIM does not have. `replaced_by_ddim` reports dropped options that do not change the process.
 
-    Args:
-        config: the content of ``scheduler_config.json``.
-        name: the scheduler's class: ``FlowMatchEulerDiscreteScheduler``, or a sampler that DDIM replaces.
+    Its class has the ``name`` ``FlowMatchEulerDiscreteScheduler``, or is a sampler that DDIM replaces.
 
     Raises:
         ValueError: names the option, its value and what is wrong with it. An option that is not known here is

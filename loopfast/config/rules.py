@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from loopfast.algorithms import ALGORITHMS
-from loopfast.config.document import KeyPath
+from loopfast.config.document import Document, KeyPath
 from loopfast.config.messages import allowed_values, problem, schema_at
 from loopfast.config.sections import Config, RolloutConfig
 
@@ -16,13 +15,10 @@ RESERVED_NAMES = ("mean", "std", "reward", "dropped_images")
 
 def conflicts(config: Config) -> Iterator[tuple[KeyPath, str]]:
     """Yields each key whose value does not go with that of another key, and a message about it."""
-    values = config.model_dump()
+    values = Document("", config.model_dump())
     for key, allowed in _broken_rules(config):
         path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        value: Any = values
-        for part in path:
-            value = value[part]
-        yield problem(path, value, allowed)
+        yield problem(path, values.value(path), allowed)
     if not config.reward:
         yield problem(("reward",), [], allowed_values(schema_at(("reward",))[1]))
     elif not any(term.weight for term in config.reward):

@@ -28,6 +28,8 @@ class Policy(Protocol):
 
     Attributes:
         scheduler: the diffusers scheduler whose transitions are sampled.
+        denoiser: the network that :meth:`predict` calls now: the trained one, or the one of :meth:`reference`.
+        reference_denoiser: the network before training, if it is a second one.
         latent_shape: ``*L``, the shape of one latent.
         decoder_rows: the number of latents that :meth:`decode` is given at a time.
         device, dtype: the denoiser's device and the type of its latents.
@@ -36,6 +38,8 @@ class Policy(Protocol):
     """
 
     scheduler: Any
+    denoiser: torch.nn.Module
+    reference_denoiser: torch.nn.Module | None
     latent_shape: tuple[int, ...]
     decoder_rows: int
     device: torch.device
@@ -48,14 +52,6 @@ class Policy(Protocol):
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Returns the parameters that training changes, by name."""
-
-    @property
-    def denoiser(self) -> torch.nn.Module:
-        """The network that :meth:`predict` calls now: the trained one, or the one of :meth:`reference`."""
-
-    @property
-    def reference_denoiser(self) -> torch.nn.Module | None:
-        """The network before training, if it is a second one."""
 
     def attach_engine(self, wrapper: ForwardWrapper) -> None:
         """Lets an engine, which now owns the weights, make every call of the denoisers."""

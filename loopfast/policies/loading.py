@@ -61,9 +61,9 @@ def load_family(config: ModelConfig) -> Family:
     return family
 
 
-def absent_components(config: ModelConfig) -> list[str]:
-    """Returns the components that ``model_index.json`` lists as absent."""
-    return [name for name, entry in model_index(config).items() if entry == [None, None]]
+def class_of(entry: Any) -> Any:
+    """Returns the class of a component in ``model_index.json``; None if the entry names none."""
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
@@ -71,10 +71,9 @@ def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
     import diffusers
 
     entry = model_index(config).get(component)
-    kind = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) and len(entry) == 2 else None
-    if component == "scheduler":
-        # any scheduler's class reads the file; the model's own may need packages that are not installed
-        kind = diffusers.DDIMScheduler
+    # any scheduler's class reads the file; the model's own may need packages that are not installed
+    name = "DDIMScheduler" if component == "scheduler" else class_of(entry)
+    kind = getattr(diffusers, str(name), None)
     if kind is None:
         raise ConfigError(
             f"model.pretrained: model_index.json of {config.pretrained!r} says {entry!r} of its {component}, which is "

@@ -7,7 +7,7 @@ from pathlib import Path
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError, first_line
 from loopfast.policies.families import Family
-from loopfast.policies.loading import load_family, model_index
+from loopfast.policies.loading import class_of, load_family, model_index
 from loopfast.policies.lora_file import lora_weights
 from loopfast.policies.source import local_path, locate
 from loopfast.policies.text_limits import TOKENIZERS, TextLimit, encoder_of
@@ -42,9 +42,8 @@ def local_text_limits(config: ModelConfig) -> tuple[TextLimit, ...] | None:
     policy, index = load_family(described).policy_class(), model_index(described)
     tokenizers = {}
     for name in TOKENIZERS:
-        _, kind = index.get(name) or (None, None)
-        _, encoder = index.get(encoder_of(name)) or (None, None)
-        if kind is None or encoder is None:
+        kind = class_of(index.get(name))
+        if kind is None or class_of(index.get(encoder_of(name))) is None:
             continue
         try:
             tokenizers[name] = getattr(transformers, kind).from_pretrained(

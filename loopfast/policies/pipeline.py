@@ -22,7 +22,7 @@ from loopfast.policies.base import Conditioning, ForwardWrapper, Policy, call_de
 from loopfast.policies.families import Family
 from loopfast.policies.fast import switches
 from loopfast.policies.fast.guided_unet import shares_trunk
-from loopfast.policies.loading import TEXT_ENCODERS, absent_components
+from loopfast.policies.loading import TEXT_ENCODERS, model_index
 from loopfast.policies.lora_file import Lora, load_lora, read_lora
 from loopfast.policies.portable import save_portable
 from loopfast.policies.resolution import decoder_rows, latent_size
@@ -58,11 +58,7 @@ class PipelinePolicy(Policy):
     A family's class implements the encoding of prompts (:meth:`_encode`), and overrides the call of the denoiser
     (:meth:`forward`) and the defaults here that are not its own.
 
-    Args:
-        config: the section ``model``.
-        family: the pipeline's family.
-        seed: the seed of the adapter's initial weights.
-        keep_reference, cast, sharded: as for `loopfast.policies.load_policy`.
+    The other arguments are those of `loopfast.policies.load_policy`.
 
     Raises:
         ConfigError: the pipeline cannot be loaded, no module matches ``model.lora.targets``, or another key of
@@ -100,17 +96,13 @@ class PipelinePolicy(Policy):
         self.pipeline = self.load_pipeline(config, family)
         self.pipeline.register_modules(scheduler=self.scheduler)
         self._denoiser = getattr(self.pipeline, family.denoiser).requires_grad_(False).eval()
-        for name in self._text_encoders():
+        encoders = self._text_encoders()
+        for name in encoders:
             getattr(self.pipeline, name).requires_grad_(False).eval().to(self.device)
-        self.text_limits = self.limits_of(
-            config,
-            type(self.pipeline).__name__,
-            {
-                name: getattr(self.pipeline, name)
-                for name in TOKENIZERS
-                if encoder_of(name) in self._text_encoders()
-            },
-        )
+        tokenizers = {
+            name: getattr(self.pipeline, name) for name in TOKENIZERS if encoder_of(name) in encoders
+        }
+        self.text_limits = self.limits_of(config, type(self.pipeline).__name__, tokenizers)
         self._vae = self._decoder()
         size = latent_size(config, family, self._denoiser.config, self._vae.config)
         self.latent_shape: tuple[int, ...] = (self._denoiser.config.in_channels, *size)
@@ -118,18 +110,18 @@ class PipelinePolicy(Policy):
         self._accelerate()
 
         self._start: Lora | None = None
-        self._base: torch.nn.Module | None = None
+        self.reference_denoiser = None
         self._wrapper: ForwardWrapper | None = None
         home = torch.device("cpu") if sharded else self.device
         if config.tune == "full":
             if keep_reference:
-                self._base = copy.deepcopy(self._denoiser).to(home, self.dtype)
+                self.reference_denoiser = copy.deepcopy(self._denoiser).to(home, self.dtype)
             self._denoiser.requires_grad_(True)
             self._denoiser.to(home, trained)
         else:
             self._denoiser.to(home, self.dtype)
             self._add_adapter(seed, trained)
-        self._active: torch.nn.Module = self._denoiser
+        self.denoiser = self._denoiser
         # counted here, before an engine shards them
         self._parameters = (
             sum(parameter.numel() for parameter in self.trainable().values()),
@@ -162,8 +154,8 @@ class PipelinePolicy(Policy):
         if config.tune == "full":
             types[family.denoiser] = torch.float32
         # the model's own scheduler is replaced, and its class may need packages that are not installed
-        absent = (*absent_components(config), *without, "scheduler")
-        options = {**dict.fromkeys(absent), **cls.load_options}
+        absent = [name for name, entry in model_index(config).items() if entry == [None, None]]
+        options = {**dict.fromkeys((*absent, *without, "scheduler")), **cls.load_options}
         source = find_source(config)
         failed = f"model.pretrained: cannot load {config.pretrained!r}"
         with as_config_error(failed, OSError, ValueError, KeyError, RuntimeError):
@@ -288,34 +280,19 @@ class PipelinePolicy(Policy):
     @override
     def describe(self) -> str:
         count, total = self._parameters
-        what = self._family.denoiser.replace("unet", "UNet")
+        lora, what = self._config.lora, self._family.denoiser.replace("unet", "UNet")
         if self._config.tune == "lora":
-            what = f"{'DoRA' if self._config.lora.dora else 'LoRA'} rank {self._config.lora.rank}{self._origin()}"
+            what = f"{'DoRA' if lora.dora else 'LoRA'} rank {lora.rank}"
+        if self._start is not None:
+            trained = {self._family.denoiser, "text_encoder" if lora.text_encoder else ""}
+            unused = sorted({*self._start.unused, *self._start.layers} - trained)
+            without = f", without its adapter of {' and '.join(unused)}" if unused else ""
+            what += f" from {lora.from_}{without}"
         return f"{self._config.pretrained} ({what}: {count / 1e6:.2f} M of {total / 1e6:.2f} M parameters trained)"
-
-    def _origin(self) -> str:
-        """Returns the source of the adapter's first weights, and the parts of it that are not used."""
-        if self._start is None:
-            return ""
-        unused = [*self._start.unused]
-        if "text_encoder" in self._start.layers and not self._config.lora.text_encoder:
-            unused.append("text_encoder")
-        left_out = f", without its adapter of {' and '.join(sorted(unused))}" if unused else ""
-        return f" from {self._config.lora.from_}{left_out}"
 
     @override
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self._denoiser.named_parameters() if p.requires_grad}
-
-    @property
-    @override
-    def denoiser(self) -> torch.nn.Module:
-        return self._active
-
-    @property
-    @override
-    def reference_denoiser(self) -> torch.nn.Module | None:
-        return self._base
 
     @override
     def attach_engine(self, wrapper: ForwardWrapper) -> None:
@@ -327,7 +304,7 @@ class PipelinePolicy(Policy):
     ) -> PipelinePolicy:
         unconditional = self._unconditional
         twin = copy.copy(self)
-        twin._denoiser = twin._active = denoiser
+        twin._denoiser = twin.denoiser = denoiser
         twin.device, twin.dtype, twin._autocast, twin._wrapper = device, dtype, autocast, None
         twin._unconditional = {name: _moved(value, device, dtype) for name, value in unconditional.items()}
         return twin
@@ -398,8 +375,8 @@ class PipelinePolicy(Policy):
             autocast = torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
         with autocast:
             if self._wrapper is None:
-                return function(self._active, *inputs)
-            return self._wrapper.call(self._active, function, *inputs)
+                return function(self.denoiser, *inputs)
+            return self._wrapper.call(self.denoiser, function, *inputs)
 
     @override
     @contextmanager
@@ -408,13 +385,13 @@ class PipelinePolicy(Policy):
             with without_adapter(self._denoiser):
                 yield
             return
-        if self._base is None:
+        if self.reference_denoiser is None:
             raise RuntimeError("the policy was loaded with keep_reference=False")
-        self._active = self._base
+        self.denoiser = self.reference_denoiser
         try:
             yield
         finally:
-            self._active = self._denoiser
+            self.denoiser = self._denoiser
 
     @cached_property
     def _channel_statistics(self) -> tuple[Tensor, Tensor] | None:

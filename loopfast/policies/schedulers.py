@@ -9,7 +9,7 @@ from typing import Any
 
 from loopfast.config import ModelConfig, RolloutConfig
 from loopfast.errors import ConfigError, as_config_error
-from loopfast.policies.loading import component_config, load_family, model_index
+from loopfast.policies.loading import class_of, component_config, load_family, model_index
 from loopfast.policies.resolution import latent_size
 from loopfast.schedules import (
     TransitionSchedule,
@@ -148,8 +148,7 @@ def _given(config: ModelConfig) -> tuple[Any, dict[str, Any], Any, str]:
     The third result, before the name, is the class whose defaults apply to options that are not given. Only the
     configuration of the model's own scheduler is read: its class may need packages that are not installed.
     """
-    entry = model_index(config).get("scheduler")
-    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    name = class_of(model_index(config).get("scheduler"))
     chosen, known = config.scheduler, (*_DIFFUSION, *_FLOW)
     if chosen is None:
         own = f"the scheduler of {config.pretrained!r}"

@@ -109,19 +109,15 @@ def read_prompts(limits: Sequence[TextLimit], prompts: Sequence[str]) -> Reading
     """Finds the prompts that text encoders with these limits cut."""
     whole = [limit.ids(prompts, cut=False) for limit in limits]
     # a prompt that fills an encoder may equal the read part of a longer one
-    full = sorted(
-        {
-            index
-            for limit, rows in zip(limits, whole, strict=True)
-            for index, row in enumerate(rows)
-            if len(row) >= limit.tokens
-        }
-    )
+    rows = list(zip(limits, whole, strict=True))
+    full = [
+        index for index in range(len(prompts)) if any(len(ids[index]) >= limit.tokens for limit, ids in rows)
+    ]
     texts = [prompts[index] for index in full]
     read = [dict(zip(full, limit.ids(texts, cut=True), strict=True)) for limit in limits]
     cuts = tuple(
         Cut(index, limit, prompts[index], len(all_ids[index]))
-        for limit, all_ids in zip(limits, whole, strict=True)
+        for limit, all_ids in rows
         for index in full
         if len(all_ids[index]) > limit.tokens
     )

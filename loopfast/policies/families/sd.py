@@ -78,7 +78,7 @@ class StableDiffusionPolicy(PipelinePolicy):
     def predict(
         self, sample: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
-        if guidance_scale == 1.0 or not (self._config.shared_trunk and shares_trunk(_unet(self._active))):
+        if guidance_scale == 1.0 or not (self._config.shared_trunk and shares_trunk(_unet(self.denoiser))):
             return super().predict(sample, timestep, conditioning, guidance_scale)
         empty = {name: self._unconditional[name].expand_as(value) for name, value in conditioning.items()}
         conditional, unconditional = self._call(self._guided, sample, timestep, conditioning, empty)
