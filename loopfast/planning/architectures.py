@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch.overrides import TorchFunctionMode
-from typing_extensions import override
 
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError, first_line
@@ -36,42 +32,12 @@ _PIPELINES = {
 }
 
 
-class _Uninitialized(TorchFunctionMode):
-    """A mode that skips the initialization of weights, which on ``meta`` has no effect but takes time."""
-
-    @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _INITIALIZERS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-_INITIALIZERS = {
-    torch.nn.init.constant_,
-    torch.nn.init.kaiming_uniform_,
-    torch.nn.init.normal_,
-    torch.nn.init.uniform_,
-    torch.Tensor.fill_,
-    torch.Tensor.normal_,
-    torch.Tensor.uniform_,
-    torch.Tensor.zero_,
-}
-
-
-@contextmanager
-def without_numbers() -> Iterator[None]:
-    """Context in which networks are made on the device ``meta`` and their weights are not initialized."""
-    with torch.device("meta"), _Uninitialized():
-        yield
-
-
 @dataclass(frozen=True)
 class Component:
     """A network: the name of its class in diffusers or transformers, and the configuration that it is made from."""
 
     class_name: str
-    config: dict[str, Any]
+    config: dict[str, Any] = field(hash=False)
 
     def build(self) -> torch.nn.Module:
         """Returns the network on the device ``meta``, which has shapes and types but no memory.
@@ -80,7 +46,7 @@ class Component:
             ConfigError: the libraries do not know its class, or refuse its configuration.
         """
         try:
-            with without_numbers():
+            with torch.device("meta"):
                 module = self._make()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
@@ -98,12 +64,12 @@ class Component:
 
     def parameters(self) -> int:
         """Returns the number of its parameters."""
-        return _count(self.class_name, json.dumps(self.config, sort_keys=True))
+        return _count(self)
 
 
 @cache
-def _count(class_name: str, config: str) -> int:
-    return sum(p.numel() for p in Component(class_name, json.loads(config)).build().parameters())
+def _count(component: Component) -> int:
+    return sum(parameter.numel() for parameter in component.build().parameters())
 
 
 @dataclass(frozen=True)
@@ -242,7 +208,7 @@ def load_architecture(config: ModelConfig, name: str | None = None) -> Architect
 
 def _described(config: ModelConfig) -> dict[str, Any]:
     """Returns the configuration files of a folder or a repository in the form of the package's documents."""
-    index = _read(config)
+    index = _read(config, "model_index.json")
     classes = {
         key: str(entry[1])
         for key, entry in index.items()
@@ -255,7 +221,7 @@ def _described(config: ModelConfig) -> dict[str, Any]:
         _refuse(config, f"its denoiser is a {classes[denoiser]}; supported: {', '.join(_PIPELINES)}")
 
     def part(key: str) -> dict[str, Any]:
-        return {"class": classes[key], "config": _read(config, key, classes[key])}
+        return {"class": classes[key], "config": _read(config, f"{key}/config.json")}
 
     return {
         "title": config.pretrained,
@@ -266,39 +232,24 @@ def _described(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read(config: ModelConfig, subfolder: str = "", class_name: str = "") -> dict[str, Any]:
-    """Returns the configuration of a pipeline's component, or the pipeline's index."""
-    source, file = locate(config), "config.json" if subfolder else "model_index.json"
+def _read(config: ModelConfig, file: str) -> dict[str, Any]:
+    """Returns the content of a pipeline's configuration file. From the hub, only this file is downloaded."""
+    from huggingface_hub import hf_hub_download
+
+    source = locate(config)
     try:
         if isinstance(source, Path):
-            found = json.loads((source / subfolder / file).read_text("utf-8"))
+            path = source / file
         else:
-            found = _from_hub(source, config.revision, subfolder, class_name)
+            path = Path(hf_hub_download(source, file, revision=config.revision))
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        name = f"{subfolder}/{file}" if subfolder else file
         raise ConfigError(
-            f"model.pretrained: cannot read {name} of {config.pretrained!r}: {first_line(error)}; --model takes "
+            f"model.pretrained: cannot read {file} of {config.pretrained!r}: {first_line(error)}; --model takes "
             f"one of {', '.join(known())} instead"
         ) from error
     if not isinstance(found, dict):
         _refuse(config, f"{file} holds no mapping")
-    return found
-
-
-def _from_hub(repository: str, revision: str | None, subfolder: str, class_name: str) -> dict[str, Any]:
-    """Downloads a configuration file, without the weights beside it."""
-    import diffusers
-    import transformers
-
-    if not subfolder:
-        return dict(diffusers.DiffusionPipeline.load_config(repository, revision=revision))
-    if hasattr(diffusers, class_name):
-        model = getattr(diffusers, class_name)
-        return dict(model.load_config(repository, subfolder=subfolder, revision=revision))
-    config = transformers.AutoConfig.from_pretrained(
-        repository, subfolder=subfolder, revision=revision or "main"
-    )
-    found: dict[str, Any] = config.to_dict()
     return found
 
 

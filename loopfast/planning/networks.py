@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, TypeVar
+from functools import cache, lru_cache, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from loopfast.config import Config, LoraConfig, ModelConfig
-from loopfast.planning.architectures import Architecture, without_numbers
+from loopfast.planning.architectures import Architecture
 from loopfast.planning.counting import Precision, Recorder, Trace, rows_to_trace
 from loopfast.policies.adapter import add_adapter
 from loopfast.policies.fast.guided_unet import guided_forward, shares_trunk
@@ -21,7 +20,6 @@ from loopfast.policies.fast.layers import ShortAttnProcessor
 from loopfast.policies.fast.switches import set_layers
 
 DeviceKind = Literal["cpu", "cuda"]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -101,35 +99,24 @@ class Weights:
     largest: int
 
 
-# The results by their arguments' text: architectures are not hashable, as their configurations are dictionaries.
-_TRACES: dict[tuple[Any, ...], Any] = {}
-_LATEST: dict[str, Any] = {}
-
-
-def _once(key: tuple[Any, ...], make: Callable[[], Result]) -> Result:
-    if key not in _TRACES:
-        _TRACES[key] = make()
-    found: Result = _TRACES[key]
-    return found
-
-
 def weights_of(architecture: Architecture, form: Form) -> Weights:
-    """Returns the sizes of a denoiser's weights."""
+    """Returns the sizes of a denoiser's weights; buffers count as float32 if all weights are trained."""
+    return _weights(architecture, form if form.adapter else replace(form, weights="float32"))
 
-    def counted() -> Weights:
-        module = _denoiser(architecture, form)
-        sizes = [p.numel() for p in module.parameters()]
-        trained = [p for p in module.parameters() if p.requires_grad]
-        count = sum(p.numel() for p in trained)
-        return Weights(
-            parameters=sum(sizes) - (count if form.adapter else 0),
-            trained=count,
-            buffers=sum(b.numel() * b.element_size() for b in module.buffers()),
-            images=sum(p.numel() for p in trained if p.dim() == 4),
-            largest=max(sizes),
-        )
 
-    return _once(("weights", repr(architecture.denoiser), repr(form.adapter)), counted)
+@cache
+def _weights(architecture: Architecture, form: Form) -> Weights:
+    module = _denoiser(architecture, form)
+    sizes = [p.numel() for p in module.parameters()]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    return Weights(
+        parameters=sum(sizes) - (count if form.adapter else 0),
+        trained=count,
+        buffers=sum(b.numel() * b.element_size() for b in module.buffers()),
+        images=sum(p.numel() for p in trained if p.dim() == 4),
+        largest=max(sizes),
+    )
 
 
 def training_call(architecture: Architecture, form: Form, *, accumulating: bool) -> Trace:
@@ -140,44 +127,36 @@ def training_call(architecture: Architecture, form: Form, *, accumulating: bool)
         form: its form.
         accumulating: whether gradients exist before the call, so that they are not counted, or the call makes them.
     """
-    return _denoising_call(architecture, form, backward=True, accumulating=accumulating)
+    return _trace(architecture, form, backward=True, accumulating=accumulating)
 
 
 def sampling_call(architecture: Architecture, form: Form) -> Trace:
     """Returns the trace of a forward pass without gradients. An adapter counts as float32, which is nearly the same."""
     form = replace(form, checkpointing=False, adapter_weights="float32")
-    return _denoising_call(architecture, form, backward=False, accumulating=False)
+    return _trace(architecture, form, backward=False, accumulating=False)
 
 
 def decoding_call(architecture: Architecture, config: ModelConfig, device: DeviceKind) -> Trace:
     """Returns the trace of the autoencoder's decoder."""
+    layers = config.fast_layers, config.channels_last, device
+    return _decoding(architecture, decoder_type(config), config.vae_tiling, *layers)
 
-    def trace() -> Trace:
-        dtype = getattr(torch, decoder_type(config))
-        vae: Any = torch.nn.Module.to(architecture.vae.build(), dtype)
-        set_layers((vae,), config.fast_layers, config.channels_last, device)
-        if config.vae_tiling:
-            vae.enable_tiling()
-        rows = rows_to_trace(vae, *architecture.decoded_shape, *architecture.image_shape)
-        recorder = Recorder(rows, (*vae.parameters(), *vae.buffers()))
-        latents = torch.empty(rows, *architecture.decoded_shape, device="meta")
-        with torch.no_grad(), Precision(), recorder:
-            latents = (latents / vae.config.scaling_factor).to(dtype)
-            images = vae.decode(latents, return_dict=False)[0].float()
-            images = (images / 2 + 0.5).clamp(0, 1).contiguous()
-        return recorder.trace()
 
-    key = (
-        "decode",
-        repr(architecture.vae),
-        architecture.decoded_shape,
-        config.vae_tiling,
-        config.fast_layers,
-        config.channels_last,
-        decoder_type(config),
-        device,
-    )
-    return _once(key, trace)
+@cache
+def _decoding(architecture: Architecture, dtype_name: str, tiling: bool, *layers: str) -> Trace:
+    dtype = getattr(torch, dtype_name)
+    vae: Any = torch.nn.Module.to(architecture.vae.build(), dtype)
+    set_layers((vae,), *layers)
+    if tiling:
+        vae.enable_tiling()
+    rows = rows_to_trace(vae, *architecture.decoded_shape, *architecture.image_shape)
+    recorder = Recorder(rows, (*vae.parameters(), *vae.buffers()))
+    latents = torch.empty(rows, *architecture.decoded_shape, device="meta")
+    with torch.no_grad(), Precision(), recorder:
+        latents = (latents / vae.config.scaling_factor).to(dtype)
+        images = vae.decode(latents, return_dict=False)[0].float()
+        images = (images / 2 + 0.5).clamp(0, 1).contiguous()
+    return recorder.trace()
 
 
 def decoder_type(config: ModelConfig) -> str:
@@ -185,13 +164,8 @@ def decoder_type(config: ModelConfig) -> str:
     return config.dtype if config.decoder_precision == "model" else "float32"
 
 
-def _denoising_call(architecture: Architecture, form: Form, *, backward: bool, accumulating: bool) -> Trace:
-    shape = (*architecture.latent_shape, architecture.text_tokens)
-    key = ("denoise", repr(architecture.denoiser), shape, repr(form), backward, accumulating)
-    return _once(key, lambda: _trace(architecture, form, backward, accumulating))
-
-
-def _trace(architecture: Architecture, form: Form, backward: bool, accumulating: bool) -> Trace:
+@cache
+def _trace(architecture: Architecture, form: Form, *, backward: bool, accumulating: bool) -> Trace:
     module = _denoiser(architecture, form)
     on_gpu = form.device == "cuda"
     if form.checkpointing:
@@ -227,11 +201,8 @@ def _trace(architecture: Architecture, form: Form, backward: bool, accumulating:
 
 def _denoiser(architecture: Architecture, form: Form) -> Any:
     """Returns the denoiser on ``meta``, without gradients. The latest one is reused if it is the same."""
-    same = replace(form, checkpointing=False, guided=False, compute="", adapter_weights="")
-    key = (repr(architecture.denoiser), repr(same))
-    if _LATEST.get("key") != key:
-        _LATEST.update(key=key, module=_made(architecture, form))
-    module = _LATEST["module"]
+    same = replace(form, checkpointing=False, guided=False, compute="", adapter_weights="float32")
+    module = _made(architecture, same)
     for parameter in module.parameters():
         parameter.grad = None
         if form.adapter is not None and parameter.requires_grad:
@@ -241,6 +212,7 @@ def _denoiser(architecture: Architecture, form: Form) -> Any:
     return module
 
 
+@lru_cache(maxsize=1)
 def _made(architecture: Architecture, form: Form) -> Any:
     module: Any = architecture.denoiser.build()
     short = form.attention == "matmul" or (form.attention == "auto" and form.device == "cpu")
@@ -251,7 +223,7 @@ def _made(architecture: Architecture, form: Form) -> Any:
     if form.adapter is None:
         return module.requires_grad_(True)
     targets = form.adapter.targets or architecture.family.policy_class().lora_targets
-    with without_numbers():
+    with torch.device("meta"):
         add_adapter(module, form.adapter, targets, seed=0, dtype=getattr(torch, form.adapter_weights))
     return module
 

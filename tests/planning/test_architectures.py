@@ -98,6 +98,6 @@ def test_a_repository_that_cannot_be_reached_is_an_error(monkeypatch: pytest.Mon
     def unreachable(*args: object, **kwargs: object) -> None:
         raise OSError("no network\nwith advice")
 
-    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", unreachable)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
     with pytest.raises(ConfigError, match=r"cannot read model_index.json of 'some/model': no network;"):
         load_architecture(ModelConfig(pretrained="some/model"))
