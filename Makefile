@@ -1,4 +1,4 @@
-# loopfast: `make help` lists the targets. PYTHON picks the interpreter the environment is made with.
+# loopfast: `make help` lists the targets. PYTHON selects the interpreter of the environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,21 +10,21 @@ OLDER := .venv-torch2.11
 RACE := .venv-race
 WHEEL := build/wheel
 
-# Two busy processes with two threads each slow each other down more than the second thread gains. What Python compiles is
-# kept, whatever the environment says: else it takes a third of every start.
+# Two busy processes with two threads each lose more time to each other than the second thread saves. Python keeps compiled
+# files whatever the environment says; compiling them takes a third of every start.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# A file's tests stay in one process, which makes what they share once.
+# A file's tests stay in one process, which makes their shared objects once.
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
-# A line for each tenth of a run; pytest alone gives a letter for each test, and the reason of each skip.
+# Prints a line for each tenth of a run. pytest alone prints a letter for each test, and the reason of each skip.
 BRIEF := -p tests.progress -q -r NfE
 # The tests that compute with floating-point numbers; Triton's interpreter does so in numpy on every processor.
 COMPUTING := tests/kernels tests/rollout tests/policies tests/rewards tests/evaluation tests/integrations \
   tests/exporting tests/training tests/engines/test_ema.py tests/test_schedules.py tests/test_published_logprobs.py -k 'not triton'
-# Those of them in which processors have differed, and that train little; of the ops, `test-wheel` runs them so.
+# The tests among them in which processors have differed, and that train little; `test-wheel` runs those of the ops.
 DIFFERING := tests/rewards tests/training/test_loss.py tests/training/test_update.py tests/training/test_rounding.py \
   tests/test_schedules.py tests/test_published_logprobs.py --ignore tests/rewards/test_http.py \
   --ignore tests/rewards/test_thread.py -k 'not triton'
-# Those of the ops, of the algorithm and of the configuration that start no process and train no model.
+# The tests of the ops, the algorithm and the configuration that start no process and train no model.
 each = $(addprefix tests/$(1)/test_,$(addsuffix .py,$(2)))
 FAST := $(call each,kernels,backends denoise_step group_norm_silu leave_one_out loop_loss philox reduction transition_logprob \
   validation) $(call each,rollout,capture recording trajectories) $(call each,policies,guided_unet layers loading) \
@@ -33,14 +33,14 @@ FAST := $(call each,kernels,backends denoise_step group_norm_silu leave_one_out 
   metrics microbatch pairs rounding scorer state update) \
   $(call each,system,allocator doctor interrupts memory plugins processor) \
   $(addprefix tests/test_,$(addsuffix .py,algorithms documentation layers published_logprobs)) -k 'not triton'
-# What the libraries below may use of a processor: torch's own kernels, oneDNN, MKL, and loopfast's.
-# Limited to what the processor lacks, torch ends with an illegal instruction.
-HAS = grep -qw $(1) /proc/cpuinfo || { echo "Left out: this processor has no $(1)"; exit 0; };
+# The instructions that these libraries may use: torch's own kernels, oneDNN, MKL, and loopfast's.
+# If the limit is above what the processor has, torch ends with an illegal instruction.
+HAS = grep -qw $(1) /proc/cpuinfo || { echo "Skipped: this processor has no $(1)"; exit 0; };
 AS = ATEN_CPU_CAPABILITY=$(1) ONEDNN_MAX_CPU_ISA=$(2) MKL_ENABLE_INSTRUCTIONS=$(3) LOOPFAST_ISA=$(4)
 WITHOUT_AVX := $(call AS,default,SSE41,SSE4_2,portable)
 
-# $(call install,environment,arguments of pip,folders to compile): in the log is what pip says, such as warnings about its
-# settings. pip compiles on one processor, the line after it on all. What is seldom imported is compiled when it is.
+# $(call install,environment,arguments of pip,folders to compile): the log has pip's output, such as warnings about its
+# settings. pip compiles on one processor, the next line on all. Rarely imported files are compiled when they are imported.
 SELDOM := '/(tests?|testing|pip|models|pipelines)/'
 define install
 @echo "Installing into $(1) (some minutes) ..."
@@ -62,31 +62,31 @@ test: $(VENV)/.dev ## lint and every test (ARGS="-k philox" selects)
 suite: $(VENV)/.dev ## every test
 	@$(PYTEST) $(SPREAD) $(BRIEF) $(ARGS)
 
-test-fast: $(VENV)/.dev ## what one runs while coding, in a minute: no training, no processes, nothing interpreted
+test-fast: $(VENV)/.dev ## tests to run while you write code, in a minute: no training, no processes, no interpreter
 	@$(PYTEST) $(SPREAD) $(BRIEF) $(FAST) $(ARGS)
 
-coverage: $(VENV)/.dev ## every test, with coverage of the lines, at least 93 %
+coverage: $(VENV)/.dev ## every test, with line coverage, which must be at least 93 %
 	@$(PYTEST) $(SPREAD) $(BRIEF) --cov --cov-report=term $(ARGS)
 
-test-processors: ## the five below, one after the other
+test-processors: ## the five targets below, one after the other
 	@for each in as-sse4 as-avx2 as-avx512 as-two-threads as-busy; do echo "$$each:" && $(MAKE) -s $$each || exit 1; done
 
-as-sse4: $(VENV)/.dev ## the tests that compute, as a processor without AVX runs them
+as-sse4: $(VENV)/.dev ## the tests that compute, as on a processor without AVX
 	@$(WITHOUT_AVX) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
 
-as-sse4-short: $(VENV)/.dev ## those of them in which processors have differed, as CI does
+as-sse4-short: $(VENV)/.dev ## those of as-sse4 in which processors have differed, as in CI
 	@$(WITHOUT_AVX) $(PYTEST) $(BRIEF) $(DIFFERING) $(ARGS)
 
-as-avx2: $(VENV)/.dev ## the same, with AVX2 if this processor has it
+as-avx2: $(VENV)/.dev ## the tests of as-sse4 with AVX2, if this processor has it
 	@$(call HAS,avx2) $(call AS,avx2,AVX2,AVX2,avx2) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
 
-as-avx512: $(VENV)/.dev ## the same, with AVX-512 if this processor has it
+as-avx512: $(VENV)/.dev ## the tests of as-sse4 with AVX-512, if this processor has it
 	@$(call HAS,avx512vl) $(call AS,avx512,AVX512_CORE,AVX512,avx512) $(PYTEST) $(SPREAD) $(BRIEF) $(COMPUTING) $(ARGS)
 
-as-two-threads: $(VENV)/.dev ## the same, on two threads
+as-two-threads: $(VENV)/.dev ## the tests of as-sse4 on two threads
 	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(BRIEF) $(COMPUTING) $(ARGS)
 
-as-busy: $(VENV)/.dev ## every test, with two busy loops beside them
+as-busy: $(VENV)/.dev ## every test, while two busy loops run
 	@(while :; do :; done) & one=$$!; (while :; do :; done) & two=$$!; trap "kill $$one $$two" EXIT; \
 	  $(PYTEST) $(SPREAD) $(BRIEF) $(ARGS)
 
@@ -94,13 +94,13 @@ lint: $(VENV)/.dev ## style and types
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && echo "Style: no faults"
 	@$(BIN)/mypy
 
-test-wheel: $(TRL)/.wheel ## the built wheel, installed elsewhere: what it holds, and the tests of the ops, as without AVX
+test-wheel: $(TRL)/.wheel ## the built wheel in another environment: its content, and the tests of the ops without AVX
 	cd $(WHEEL) && $(WITHOUT_AVX) env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 \
 	  $(CURDIR)/$(TRL)/bin/python -m pytest -c $(CURDIR)/pyproject.toml -o pythonpath=$(CURDIR)/$(WHEEL)/tree \
 	  -p no:cacheprovider -q -k 'not triton' tree/tests/kernels $(ARGS)
 	LOOPFAST_WHEEL=$$(echo $(CURDIR)/$(WHEEL)/*.whl) $(PYTEST) -q tests/test_packaging.py -k the_wheel
 
-test-trl: $(TRL)/.wheel $(VENV)/.dev ## TRL's trainer on the ops of the built wheel, exports in earlier libraries, and datasets
+test-trl: $(TRL)/.wheel $(VENV)/.dev ## TRL's trainer with the built wheel's ops, exports in earlier libraries, and datasets
 	LOOPFAST_TRL_PYTHON=$(CURDIR)/$(TRL)/bin/python $(PYTEST) tests/integrations/test_trl.py \
 	  tests/integrations/test_exports_elsewhere.py $(ARGS)
 	$(TRL)/bin/python -m pytest -p no:cacheprovider -q tests/prompts/test_datasets.py
@@ -121,16 +121,16 @@ bench: $(VENV)/.dev ## time the ops; results go to benchmarks/results (ARGS="-k 
 test-older: $(OLDER)/.dev ## every test with torch 2.11 and triton 3.6 (3 GB to download; ARGS="-k philox" selects)
 	OMP_NUM_THREADS=1 $(OLDER)/bin/python -m pytest -n 2 $(ARGS)
 
-race: $(TRL)/.wheel $(RACE)/.train ## TRL's trainer against ours, the same work (about 20 minutes; ARGS="--works embedded" selects)
+race: $(TRL)/.wheel $(RACE)/.train ## TRL's trainer against ours, with the same work (about 20 minutes; ARGS="--works embedded" selects)
 	$(BIN)/python -m benchmarks.race equal $(ARGS)
 
-race-sweep: $(TRL)/.wheel $(RACE)/.train ## the settings both are tried with before race-reward (an hour)
+race-sweep: $(TRL)/.wheel $(RACE)/.train ## try the settings of both trainers, before race-reward (an hour)
 	$(BIN)/python -m benchmarks.race sweep $(ARGS)
 
-race-reward: $(TRL)/.wheel $(RACE)/.train ## how soon either reaches the same held-out reward (an hour)
+race-reward: $(TRL)/.wheel $(RACE)/.train ## the time after which each reaches the same held-out reward (an hour)
 	$(BIN)/python -m benchmarks.race reward $(ARGS)
 
-gpu-check: $(VENV)/.dev ## all that one GPU can say, in 8 minutes, in stages; results go to profiles/results (ARGS="--list")
+gpu-check: $(VENV)/.dev ## every check and measurement on one GPU, in 8 minutes; results go to profiles/results (ARGS="--list")
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 ptx-report: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and write profiles/ptx.md
@@ -143,13 +143,13 @@ clean: ## remove the environment, builds and caches (runs/ stays)
 	rm -rf $(VENV) $(TRL) $(OLDER) $(RACE) build dist .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-help: ## this list
+help: ## print this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
-# Each stamp is an installed set of extras; it is older than what it was made from when that changes.
+# Each stamp is an installed set of extras; it is older than its sources when they have changed.
 $(VENV)/.train: $(PACKAGING) | $(BIN)/python
 	$(call install,$(VENV),-c constraints.txt --editable '.[train]',$(VENV)/lib loopfast)
 	@touch $@
@@ -158,8 +158,8 @@ $(VENV)/.dev: $(PACKAGING) | $(BIN)/python
 	$(call install,$(VENV),-c constraints.txt $(EVERYTHING),$(VENV)/lib loopfast kernels benchmarks)
 	@touch $@ $(VENV)/.train
 
-# An earlier torch and the triton made for it, as GPU machines have them; all else as pinned, but for numpy: loops over
-# arguments fail in triton 3.6's interpreter with numpy 2.4.
+# An earlier torch and its triton, as on GPU machines; everything else as pinned, except numpy: loops over arguments fail in
+# triton 3.6's interpreter with numpy 2.4.
 $(OLDER)/.dev: $(PACKAGING)
 	@$(PYTHON) -m venv $(OLDER)
 	@sed 's/^torch==.*/torch==2.11.0/; s/^triton==.*/triton==3.6.0/; s/^numpy==.*/numpy==2.3.5/' constraints.txt \
@@ -167,8 +167,8 @@ $(OLDER)/.dev: $(PACKAGING)
 	$(call install,$(OLDER),-c $(OLDER)/constraints.txt $(EVERYTHING),$(OLDER)/lib)
 	@touch $@
 
-# TRL's last release with a trainer for diffusion, on the libraries of its time, and loopfast as a wheel. torch, which is
-# half of both environments, is the other's: what is not installed here is looked for there.
+# TRL's last release with a trainer for diffusion, with the libraries of its time, and loopfast as a wheel. torch, which is
+# half of both environments, comes from the other one: packages that are not installed here are imported from it.
 $(TRL)/.libraries: tests/integrations/trl-constraints.txt | $(VENV)/.dev
 	@$(PYTHON) -m venv $(TRL)
 	@echo $(CURDIR)/$(VENV)/lib/python*/site-packages > $$(echo $(TRL)/lib/python*/site-packages)/of-$(VENV).pth
@@ -183,7 +183,7 @@ $(TRL)/.wheel: $(TRL)/.libraries $(VENV)/.dev $(shell git ls-files loopfast kern
 	$(TRL)/bin/python -m pip install -qq --no-deps --force-reinstall $(WHEEL)/*.whl
 	@touch $@
 
-# Ours as a user has it, without the tools of development.
+# loopfast as a user installs it, without development tools.
 $(RACE)/.train: $(PACKAGING)
 	@$(PYTHON) -m venv $(RACE)
 	$(call install,$(RACE),-c constraints.txt --editable '.[train]',$(RACE)/lib)

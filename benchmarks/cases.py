@@ -1,4 +1,4 @@
-"""What is measured: ops, latents, rows and dtypes, and the inputs they are called with."""
+"""The measured cases: ops, latents, rows and dtypes, and the inputs of each call."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Case:
     rows: int
     dtype: torch.dtype
     competitor: str
-    plain: bool = False  # in a process where nothing told glibc to keep freed memory
+    plain: bool = False  # in a process in which glibc is not configured to keep freed memory
 
     @property
     def setting(self) -> str:
-        """Everything but op and competitor, such as ``SD-16-float32``."""
+        """The case without op and competitor, such as ``SD-16-float32``."""
         return f"{self.shape}-{self.rows}-{str(self.dtype).removeprefix('torch.')}"
 
     def inputs(self, seed: int = 0) -> Inputs:
-        """Its arguments for a seed, on the device that is measured."""
+        """Makes the case's arguments for a seed, on the measured device."""
         op = OPS[self.op]
         return make_inputs(
             *(SHAPES[self.shape], self.rows, self.dtype, device()),
@@ -52,7 +52,7 @@ class Case:
 
 
 def device() -> torch.device:
-    """Where to measure: ``LOOPFAST_BENCH_DEVICE``, or the GPU if there is one."""
+    """Returns the device to measure: ``LOOPFAST_BENCH_DEVICE``, or the GPU if there is one."""
     return torch.device(
         os.environ.get("LOOPFAST_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     )
@@ -62,7 +62,7 @@ CpuGrid = Iterable[tuple[str, int, torch.dtype, tuple[str, ...]]]
 
 
 def grid(op: str, cpu: CpuGrid, shapes: Iterable[str] = ("SD", "SDXL", "SD3")) -> list[Case]:
-    """The cases of an op: everything on a GPU, what fits a few minutes on a CPU.
+    """Returns the cases of an op: all of them on a GPU, and on a CPU those that take a few minutes.
 
     Args:
         op: a key of `OPS`.
@@ -84,7 +84,7 @@ def grid(op: str, cpu: CpuGrid, shapes: Iterable[str] = ("SD", "SDXL", "SD3")) -
 
 
 class Schedule(NamedTuple):
-    """The same sampler, DDIM with eta = 1 on Stable Diffusion's noise schedule, as each competitor takes it.
+    """The same sampler, DDIM with eta = 1 on Stable Diffusion's noise schedule, in the form that each competitor needs.
 
     Attributes:
         table: float32 ``[T, 3]``, the columns a, b, sigma of ``loopfast_kernels``.
@@ -98,7 +98,7 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(device: torch.device) -> Schedule:
-    """Work the schedule out in float64."""
+    """Computes the schedule in float64."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float64).square()
     alphas = (1 - betas).cumprod(0)
     stride = TRAIN_STEPS // STEPS
@@ -115,7 +115,7 @@ def make_schedule(device: torch.device) -> Schedule:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One set of arguments; the latents are ``[N, *L]``, the rest ``[N]`` or ``[G, K]``."""
+    """One set of arguments: the latents are ``[N, *L]``, the others ``[N]`` or ``[G, K]``."""
 
     model_output: Tensor
     uncond_output: Tensor
@@ -132,7 +132,7 @@ class Inputs:
 
 GUIDANCE_SCALE = 5.0
 ADVANTAGE_CLIP = 5.0
-# Wide, so that rounding clips no row of anybody's: a clipped row is less work.
+# Wide, so that rounding clips no row of any competitor: a clipped row is less work.
 CLIP_RANGE = 0.2
 
 
@@ -146,16 +146,16 @@ def make_inputs(
     guided: bool = True,
     seed: int = 0,
 ) -> Inputs:
-    """Random arguments of an update's first pass: `prev_sample` was drawn with these outputs, every ratio is 1.
+    """Draws arguments of an update's first pass: `prev_sample` is drawn with these outputs, so every ratio is 1.
 
     Args:
         shape: ``L``.
         rows: ``N``.
-        dtype: of the latents.
-        device: of everything.
-        requires_grad: whether the model outputs do.
-        guided: whether they are combined by guidance.
-        seed: of the random numbers.
+        dtype: the latents' type.
+        device: the device of all arguments.
+        requires_grad: whether the model outputs require gradients.
+        guided: whether the model outputs are combined by guidance.
+        seed: the seed of the random numbers.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -188,14 +188,14 @@ def make_inputs(
 
 
 class Op(NamedTuple):
-    """How every competitor is called.
+    """A description of how every competitor is called.
 
     Attributes:
         function: its name in the modules of `benchmarks.competitors`.
-        arguments: of that function, positional.
-        latents: how many latents go in and out, each counted once.
+        arguments: positional arguments of that function.
+        latents: the number of latents that go in and out, each counted once.
         backward: whether the gradients of both model outputs are part of the work.
-        moves_dtype: the dtype of those latents where it isn't the inputs'.
+        moves_dtype: the type of those latents if it differs from the inputs' type.
         guided: whether there is an unconditional output.
     """
 
@@ -207,7 +207,7 @@ class Op(NamedTuple):
     guided: bool = True
 
     def bytes(self, inputs: Inputs) -> int:
-        """The least that has to be moved: every latent in and out once; a row's few numbers are left out."""
+        """Returns the bytes that must be moved: every latent in and out once, without the few numbers of each row."""
         if self.latents == 0:
             return 2 * inputs.rewards.nbytes
         return self.latents * inputs.sample.numel() * (self.moves_dtype or inputs.sample.dtype).itemsize

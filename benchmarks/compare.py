@@ -1,6 +1,6 @@
-"""``python -m benchmarks.compare A B`` says what moved from A to B; ``compare A`` how ours compares with the others.
+"""``python -m benchmarks.compare A B`` shows what changed from A to B; ``compare A`` compares ours with the others.
 
-Both print Markdown. The files are those `benchmarks.keep` wrote, or pytest-benchmark's own.
+Both print Markdown. The files were written by `benchmarks.keep` or by pytest-benchmark itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Row = Sequence[str]
 
 
 class Change(NamedTuple):
-    """A result that is in both runs; `ratio` is the new median over the old."""
+    """A result that both runs have; `ratio` is the new median over the old one."""
 
     name: str
     before_us: float
@@ -54,10 +54,10 @@ def _settings(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any
 
 
 def speedups(run: dict[str, Any]) -> str:
-    """A table of ours against each competitor, one line per op and setting; on a GPU with the host's time for ours.
+    """Returns a table of ours against each competitor, with a line for each op and setting, and on a GPU our host time.
 
     Args:
-        run: of `benchmarks.keep.load`.
+        run: a result of `benchmarks.keep.load`.
     """
     rows = []
     for op, setting, competitors in _settings(run["results"]):
@@ -88,10 +88,11 @@ def speedups(run: dict[str, Any]) -> str:
 
 
 def engine(run: dict[str, Any]) -> str:
-    """A table of the engine's competitors, one line per phase and competitor; empty if none was measured.
+    """Returns a table of the engine's competitors, with a line for each phase and competitor; empty without
+    measurements.
 
     Args:
-        run: of `benchmarks.keep.load`.
+        run: a result of `benchmarks.keep.load`.
     """
     rows = []
     for op, setting, competitors in _settings(run["results"]):
@@ -125,10 +126,10 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Runs the command.
 
     Returns:
-        1 where one of ours became slower than allowed, else 0.
+        1 if one of our medians grew more than allowed, else 0.
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",

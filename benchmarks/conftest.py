@@ -29,7 +29,7 @@ def _backend(where: torch.device) -> str:
 
 @pytest.fixture(scope="session")
 def machine() -> dict[str, Any]:
-    """What every result was measured on."""
+    """The machine of the measurements, for every result."""
     from importlib.metadata import PackageNotFoundError, version
 
     def installed(package: str) -> str | None:
@@ -41,7 +41,7 @@ def machine() -> dict[str, Any]:
     where = device()
     settle_heap()
     name = device_name(where)
-    if _backend(where) == "native":  # whose speed is that of its instruction set
+    if _backend(where) == "native":  # its speed depends on the instruction set
         name += f", {native_library.load().loopfast_isa().decode()}"
     return {
         "device": name,
@@ -56,7 +56,7 @@ def machine() -> dict[str, Any]:
 
 @pytest.fixture
 def playback(request: pytest.FixtureRequest) -> Playback:
-    """The clock of the `benchmark` fixture; it must be asked for before that."""
+    """The clock of the `benchmark` fixture. It must be requested before that fixture."""
     clock = Playback()
     request.node.add_marker(pytest.mark.benchmark(timer=clock))
     return clock
@@ -64,10 +64,10 @@ def playback(request: pytest.FixtureRequest) -> Playback:
 
 @pytest.fixture
 def time_call(playback: Playback, benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``time_call(run, make, moved, op=..., setting=..., competitor=...)`` times a call, and describes it.
+    """``time_call(run, make, moved, op=..., setting=..., competitor=...)`` times a call and describes it.
 
-    ``make`` gives the argument of ``run`` for a seed, ``moved`` the bytes that a call with it has to move.
-    ``elsewhere`` times it in another process: it makes durations of a budget in seconds.
+    ``make`` returns the argument of ``run`` for a seed, and ``moved`` the bytes that a call with it has to move.
+    ``elsewhere`` times the call in another process: it returns durations for a budget in seconds.
     """
 
     def time_call(

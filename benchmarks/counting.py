@@ -1,4 +1,4 @@
-"""What a call takes beside time: memory at its peak, kernel launches."""
+"""The costs of a call besides time: its peak memory and its kernel launches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MEMORY_EVENT = "[memory]"
 
 @contextmanager
 def _recording(*activities: ProfilerActivity, **options: Any) -> Iterator[profile]:
-    """The profiler, unnoticed: ops of ours that go a longer way to appear in its trace go their usual one."""
+    """Runs the profiler without changing our ops: they take their usual path, not the one that appears in its trace."""
     module = torch._C._autograd
     enabled = module._profiler_enabled
     module._profiler_enabled = lambda: False
@@ -28,13 +28,14 @@ def _recording(*activities: ProfilerActivity, **options: Any) -> Iterator[profil
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Run a call and say how much memory was allocated at its peak beyond what was before, its results included.
+    """Runs a call and returns the peak of the memory that it allocates, its results included.
 
-    What goes past torch's allocators is not seen, such as a buffer of a C++ function's own. Freeing older memory
-    makes no room. Blocks that our ops keep for their results are let go before, and count when they are made anew.
+    Memory that torch's allocators do not manage is not counted, such as a buffer of a C++ function. Freeing older
+    memory does not reduce the result. Blocks that our ops keep for their results are freed before the call, and count
+    when they are allocated again.
 
     Args:
-        call: what to run; it should have run before, so that caches of its first call do not count.
+        call: the function to run; it should have run before, so that caches of its first call do not count.
         device: ``cpu`` or ``cuda``; only memory of this kind of device counts.
 
     Returns:
@@ -63,7 +64,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def kernel_launches(call: Callable[[], object]) -> int:
-    """Number of kernels, copies and fills a call puts on the GPU."""
+    """Returns the number of kernels, copies and fills that a call starts on the GPU."""
     torch.cuda.synchronize()
     with _recording(ProfilerActivity.CPU, ProfilerActivity.CUDA) as profiler:
         call()

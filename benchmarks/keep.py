@@ -1,7 +1,7 @@
-"""What is kept of a run: ``python -m benchmarks.keep RAW [FOLDER]``.
+"""Keeps the results of a run: ``python -m benchmarks.keep RAW [FOLDER]``.
 
-RAW is what ``pytest benchmarks --benchmark-only --benchmark-json=RAW`` wrote. The medians and what belongs to them
-go to ``FOLDER/<device>.json``, sorted, so that a commit shows what moved.
+RAW is the output of ``pytest benchmarks --benchmark-only --benchmark-json=RAW``. The medians and their details go to
+``FOLDER/<device>.json``, sorted, so that a commit shows what has changed.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def _rounded(value: Any) -> Any:
 
 
 def slim(raw: dict[str, Any]) -> dict[str, Any]:
-    """Keep of pytest-benchmark's output what is worth keeping.
+    """Returns the part of pytest-benchmark's output that is kept.
 
     Args:
         raw: the parsed JSON.
 
     Returns:
-        ``machine`` (device, versions, date, backend), and ``results``: op → setting → competitor → median and
-        quartile distance in microseconds, rounds, bytes and what follows from them.
+        ``machine`` (device, versions, date, backend), and ``results``: op → setting → competitor → median and quartile
+        distance in microseconds, rounds, bytes and the values computed from them.
 
     Raises:
-        ValueError: there is no benchmark in it.
+        ValueError: it contains no benchmark.
     """
     benchmarks = raw["benchmarks"]
     if not benchmarks:
@@ -69,10 +69,10 @@ def slim(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read results, kept or raw.
+    """Reads results, kept or raw.
 
     Args:
-        path: of a JSON file.
+        path: a JSON file.
 
     Raises:
         ValueError: it is neither.
@@ -86,13 +86,13 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def device_slug(device: str) -> str:
-    """The name of a device as the name of a file."""
+    """Returns the name of a device as a file name."""
     plain = re.sub(r"\((R|TM|C)\)|\bCPU\b|\bProcessor\b|@.*GHz", " ", device, flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
 
 
 def main() -> None:
-    """Run the command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.keep", description=__doc__)
     parser.add_argument("raw", type=Path, metavar="RAW")
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, metavar="FOLDER")

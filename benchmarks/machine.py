@@ -1,4 +1,4 @@
-"""What a machine is called in the results."""
+"""The name of a machine in the results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def device_name(where: torch.device) -> str:
-    """The GPU's name, or the CPU's with its number of cores."""
+    """Returns the GPU's name, or the CPU's with its number of cores."""
     if where.type == "cuda":
         return torch.cuda.get_device_name(where)
     cpuinfo = Path("/proc/cpuinfo")

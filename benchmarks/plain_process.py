@@ -1,4 +1,4 @@
-"""Times a case in a new process that nobody told to keep freed memory, as a program that embeds the ops may be."""
+"""Times a case in a new process that is not configured to keep freed memory, like programs that embed the ops."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES")
 
 
 def seconds_elsewhere(case: Case, budget: float) -> list[float]:
-    """Seconds of every round of a case in a process of its own.
+    """Returns the seconds of every round of a case, measured in a separate process.
 
     Args:
-        case: on a CPU.
-        budget: as of `benchmarks.timing.durations`.
+        case: a case on a CPU.
+        budget: the same as in `benchmarks.timing.durations`.
 
     Raises:
-        subprocess.CalledProcessError: the process failed; what it printed went to stderr.
+        subprocess.CalledProcessError: the process failed; its output went to stderr.
     """
     arguments = (case.op, case.shape, str(case.rows), str(case.dtype).removeprefix("torch."), case.competitor)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(_ALLOCATOR)}
@@ -42,7 +42,7 @@ def seconds_elsewhere(case: Case, budget: float) -> list[float]:
 
 
 def main() -> None:
-    """Time what the arguments say, and print the seconds."""
+    """Times the case of the arguments, and prints the seconds."""
     op, shape, rows, dtype, competitor, budget, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     inputs = Case(op, shape, int(rows), getattr(torch, dtype), competitor).inputs()

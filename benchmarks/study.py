@@ -1,8 +1,8 @@
 """The comparison of algorithms on the embedded benchmark: ``make study``.
 
-Every method trains on the same number of images with the recipe ``tiny``. Its learning rate is chosen by a sweep on a
-seed and on prompts of their own (``embedded:color-validation``); then it runs on several seeds and is measured on the
-held-out prompts. Runs go side by side, one thread each, and a study that was stopped goes on where it was.
+Every method trains on the same number of images with the recipe ``tiny``. A sweep chooses its learning rate, with a
+separate seed and separate prompts (``embedded:color-validation``). Then it runs with several seeds and is measured on
+the held-out prompts. Runs are parallel, with one thread each, and a study that was stopped continues.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IMAGES_PER_EVALUATION = 600
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: an algorithm and its K. ``rate_of``: the method whose learning rate it shares."""
+    """A row of the table: an algorithm and its K. ``rate_of`` is the method whose learning rate it uses."""
 
     name: str
     algorithm: str
@@ -66,14 +66,14 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The run's name, which says all that sets it apart."""
+        """The run's name, which contains everything that distinguishes it from other runs."""
         split = self.prompts.rpartition("-")[2]
         return (
             f"{self.method.algorithm}-k{self.method.samples}-lr{self.learning_rate:g}-{split}-seed{self.seed}"
         )
 
     def arguments(self, directory: Path, overrides: Sequence[str]) -> list[str]:
-        """What follows ``python -m loopfast``."""
+        """The arguments after ``python -m loopfast``."""
         recipe = load_config(RECIPE, overrides)
         images = recipe.rollout.prompts_per_iteration * recipe.algorithm.samples_per_prompt
         settings = [
@@ -93,7 +93,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run measured: soft and exact held-out score before and after, and the images it was trained on."""
+    """The measurements of a run: soft and exact held-out score before and after, and the number of training images."""
 
     method: str
     learning_rate: float
@@ -109,7 +109,7 @@ class Result:
 
 
 def run(job: Job, directory: Path, overrides: Sequence[str]) -> Result:
-    """Runs a job, or goes on with it, and reads what it measured.
+    """Runs or continues a job, and reads its measurements.
 
     Raises:
         LoopfastError: the run failed.
@@ -141,13 +141,13 @@ def run(job: Job, directory: Path, overrides: Sequence[str]) -> Result:
 
 
 def run_all(jobs: Iterable[Job], directory: Path, overrides: Sequence[str], parallel: int) -> list[Result]:
-    """All jobs, ``parallel`` at a time, in their order."""
+    """Runs all jobs, ``parallel`` at a time, and returns their results in order."""
     with ThreadPoolExecutor(parallel) as pool:
         return list(pool.map(lambda job: run(job, directory, overrides), jobs))
 
 
 def best_rates(sweep: Sequence[Result]) -> dict[str, float]:
-    """Each method's learning rate with the highest validation reward."""
+    """Returns each method's learning rate with the highest validation reward."""
     best: dict[str, Result] = {}
     for result in sweep:
         if result.method not in best or result.final > best[result.method].final:
@@ -156,7 +156,7 @@ def best_rates(sweep: Sequence[Result]) -> dict[str, float]:
 
 
 def table(finals: Sequence[Result]) -> str:
-    """The results as Markdown: mean and standard deviation over seeds, best method first."""
+    """Returns the results as Markdown: mean and standard deviation over seeds, best method first."""
     groups: dict[str, list[Result]] = {}
     for result in finals:
         groups.setdefault(result.method, []).append(result)
@@ -178,7 +178,7 @@ def table(finals: Sequence[Result]) -> str:
 
 
 def plot(directory: Path, jobs: Sequence[Job], path: Path) -> None:
-    """Held-out reward by images, mean over seeds with the range between them."""
+    """Plots the held-out reward by images: the mean over seeds and the range between them."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -212,7 +212,7 @@ def study(
     parallel: int,
     overrides: Sequence[str],
 ) -> str:
-    """The whole study; writes ``results.json``, ``results.md`` and ``curves.png`` into ``output``.
+    """Runs the whole study; writes ``results.json``, ``results.md`` and ``curves.png`` into ``output``.
 
     Returns:
         The table.
@@ -247,7 +247,7 @@ def study(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of this module."""
+    """Runs the command line of this module."""
     open_streams(keep_going=True)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study",
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _evaluation(source: str) -> list[str]:
-    """Settings under which an evaluation draws about as many images whichever prompts it uses."""
+    """Returns settings with which an evaluation draws about the same number of images with any prompts."""
     each = max(1, round(IMAGES_PER_EVALUATION / len(load_prompts(source))))
     return [f"evaluation.images_per_prompt={each}", "evaluation.preview_images=8"]
 

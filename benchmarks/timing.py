@@ -1,4 +1,4 @@
-"""How long a call takes: the clock on a CPU, events on a GPU; and what a GPU's host does for it."""
+"""The time of a call: by the clock on a CPU, by events on a GPU; and the time that a GPU's host needs for it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ T = TypeVar("T")
 MIN_ROUNDS, MAX_ROUNDS = 5, 1000
 WARM_UP_SECONDS = 0.1
 
-# The GPU sleeps this long before every timed call, so that the host is done with launching before the call
-# begins: what is measured is the work, not how fast Python can ask for it.
+# The GPU sleeps this long before every timed call, so that the host has finished the launches before the call
+# begins: this measures the work, and not the speed of Python.
 _SLEEP_CYCLES = 4_000_000
 _SLEEP_SECONDS = 0.003
 _CUDA_ROUNDS = (20, 100)
@@ -26,12 +26,13 @@ _HOST_ROUNDS = 100
 
 
 def rotating(make: Callable[[int], T], moved: Callable[[T], int], device: torch.device) -> list[T]:
-    """Inputs to take in turn: one set on a CPU; on a GPU as many as exceed its L2 cache three times, 2048 at most.
+    """Returns inputs to use in turn: one set on a CPU; on a GPU as many as exceed its L2 cache three times, 2048 at
+    most.
 
     Args:
-        make: gives the set of a seed.
+        make: makes the set of a seed.
         moved: bytes that a call with a set moves.
-        device: where they are.
+        device: the device of the inputs.
     """
     inputs = [make(0)]
     if device.type == "cuda":
@@ -43,13 +44,13 @@ def rotating(make: Callable[[int], T], moved: Callable[[T], int], device: torch.
 def durations(
     run: Callable[[T], object], inputs: Sequence[T], device: torch.device, budget: float
 ) -> list[float]:
-    """Time a call, again and again, after warming it up.
+    """Times a call repeatedly, after warming it up.
 
     Args:
-        run: what is timed.
-        inputs: its argument, taken in turn.
-        device: where it runs.
-        budget: seconds to spend, warming up not counted; there are at least `MIN_ROUNDS` rounds.
+        run: the function to time.
+        inputs: its arguments, used in turn.
+        device: the device on which it runs.
+        budget: seconds to spend, without the warm-up; at least `MIN_ROUNDS` rounds are made.
 
     Returns:
         Seconds of every round.
@@ -97,11 +98,11 @@ def _cuda_durations(run: Callable[[T], object], inputs: Sequence[T], budget: flo
 
 
 def host_seconds(run: Callable[[T], object], inputs: Sequence[T]) -> float:
-    """Time until a call returns to the host of an idle GPU, the work being asked for and not awaited.
+    """Returns the time until a call returns to the host of an idle GPU, without waiting for the GPU's work.
 
     Args:
-        run: what is timed; it has run before.
-        inputs: its argument, taken in turn.
+        run: the function to time; it has run before.
+        inputs: its arguments, used in turn.
 
     Returns:
         The median of 100 calls.
@@ -119,11 +120,11 @@ def host_seconds(run: Callable[[T], object], inputs: Sequence[T]) -> float:
 
 
 def settle_heap() -> None:
-    """Bring glibc's allocator to the state it is in after a model has run.
+    """Brings glibc's allocator to the state that it has after a model has run.
 
-    Freeing a large block raises, for good, the size up to which memory is kept rather than returned to the system, to
-    32 MB at most. Before that every temporary of eager torch costs page faults, and what a case costs depends on which
-    cases ran before it.
+    Freeing a large block permanently raises the size up to which memory is kept and not returned to the system, to 32
+    MB at most. Before that, every temporary of eager torch costs page faults, and the time of a case depends on the
+    cases that ran before it.
     """
     torch.zeros(31 * 2**20, dtype=torch.uint8)
 
@@ -131,14 +132,14 @@ def settle_heap() -> None:
 class Playback:
     """A clock that plays recorded durations back, so that pytest-benchmark's table can show them.
 
-    Two readings belong to each duration; their difference is it.
+    Two readings belong to each duration, which is their difference.
     """
 
     def __init__(self) -> None:
         self._readings: Iterator[float] = iter(())
 
     def load(self, durations: Sequence[float]) -> None:
-        """Set what is played."""
+        """Sets the durations to play."""
         self._readings = chain.from_iterable((0.0, duration) for duration in durations)
 
     def __call__(self) -> float:
@@ -146,10 +147,10 @@ class Playback:
 
 
 def copy_bandwidth(device: torch.device, megabytes: int = 512) -> float:
-    """Bytes read and written per second by the copy of one large tensor.
+    """Returns the bytes read and written per second by the copy of one large tensor.
 
     Args:
-        device: where.
+        device: the device of the tensor.
         megabytes: the size of the tensor; far beyond any cache.
     """
     source = torch.ones(megabytes * 2**20 // 4, device=device)

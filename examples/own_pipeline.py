@@ -1,4 +1,4 @@
-"""Trains a LoRA for a pipeline object, here with a scheduler of its own, and draws with the result."""
+"""Trains a LoRA for a pipeline object, here with another scheduler, and draws an image with the result."""
 
 from importlib import resources
 
@@ -12,7 +12,7 @@ pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timest
 
 run = loopfast.train(
     "tiny-lora",
-    model=pipeline,  # it is copied, and stays as it is
+    model=pipeline,  # it is copied, and does not change
     reward=[{"name": "jpeg_compressibility"}, {"name": "embedded", "weight": 0.0}],
     prompts=["a red circle", "a blue square"],
     run={"name": "own-pipeline"},

@@ -4,7 +4,7 @@ import loopfast
 
 
 def redness(images, prompts, metadata):
-    """How much more red than green and blue there is in each image: images float [N, 3, H, W] in [0, 1]."""
+    """Returns how much more red than green and blue each image has: images float [N, 3, H, W] in [0, 1]."""
     red, green, blue = images.mean(dim=(2, 3)).unbind(1)
     return red - (green + blue) / 2
 

@@ -1,4 +1,6 @@
-"""The ops in a training loop of plain torch: no trainer, no diffusers. A toy denoiser learns to make bright latents."""
+"""The ops in a training loop of plain torch, without trainer and diffusers: a toy denoiser learns to make bright
+latents.
+"""
 
 import torch
 
@@ -8,7 +10,7 @@ PROMPTS, SAMPLES, STEPS, SHAPE = 8, 4, 5, (4, 8, 8)
 ROWS = PROMPTS * SAMPLES
 torch.manual_seed(0)
 
-# x_{t-1} ~ N(a x_t + b m_t, σ² I): a row (a, b, σ) for each of the T steps. A diffusers scheduler's table:
+# x_{t-1} ~ N(a x_t + b m_t, σ² I): a row (a, b, σ) for each of the T steps. The table of a diffusers scheduler:
 # loopfast.schedules.transition_schedule
 table = torch.tensor([[1.0, -0.3, 0.5]] * STEPS)
 denoiser = torch.nn.Conv2d(4, 4, 3, padding=1)
@@ -21,7 +23,7 @@ def reward(latents):
 
 
 for iteration in range(20):
-    # 1. sample K trajectories of each prompt, and keep every latent with its log-probability
+    # 1. sample K trajectories for each prompt, and keep every latent with its log-probability
     latents, logprobs = [torch.randn(ROWS, *SHAPE)], []
     seeds = torch.randint(2**62, (ROWS,))
     with torch.no_grad():

@@ -1,11 +1,11 @@
-"""Compiles every Triton kernel for several GPU architectures, without a GPU, and says what came out.
+"""Compiles every Triton kernel for several GPU architectures, without a GPU, and reports the result.
 
-``python profiles/ptx_report.py`` writes ``profiles/ptx.md``; with ``--check`` it writes nothing. Both fail, and name
-each defect, where a kernel has double precision instructions, contracted multiply-adds or register spills, or where a
-load or store of latents is not 16 bytes wide. They compile with the triton that is installed, for some minutes.
+``python profiles/ptx_report.py`` writes ``profiles/ptx.md``; with ``--check`` it writes nothing. Both name each defect,
+and fail if there is one: double precision instructions, contracted multiply-adds, register spills, or a load or store
+of latents that is not 16 bytes wide. They compile with the installed triton, which takes some minutes.
 
-The ops' own functions are called, with tensors that have no data and a driver that has no device; each launch
-stops after it was compiled. So what is compiled is what a GPU would be given.
+The program calls the ops' own functions, with tensors that have no data and a driver that has no device; each launch
+stops after its compilation. So the compiled kernels are those that a GPU would receive.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ REPORT = Path(__file__).parent / "ptx.md"
 _WIDE = 16
 _BYTES = {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "b128": 16}
 _ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.(b8|b16|b32|b64|b128)\s")
-# The library's logarithm is made of them and flushes denormals (ftz); a multiplication and an addition that were
-# paired by the compiler do not.
+# The library's logarithm consists of such instructions too, but flushes denormals (ftz). A multiplication and an
+# addition that the compiler has paired do not.
 _CONTRACTED = re.compile(r"^\s*(?:@!?%\w+ )?(?:fma|mad)\.r[nzmp]\.(?!ftz)", re.MULTILINE)
 _ELEMENT_BITS = re.compile(r"tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>")
 
@@ -65,12 +65,12 @@ class Kernel:
     """A compiled kernel.
 
     Attributes:
-        variant: which arguments it was compiled for.
+        variant: the arguments it was compiled for.
         architecture: compute capability, such as 90.
-        loads: bytes of each global load instruction, by how many instructions.
-        wide: the loads and stores of whole tensors are as few instructions of 16 bytes as can be.
-        double: there are double precision instructions.
-        contracted: multiplications and additions that the compiler has paired, which round otherwise than apart.
+        loads: the number of global load instructions for each number of bytes.
+        wide: the loads and stores of whole tensors are as few instructions of 16 bytes as possible.
+        double: it has double precision instructions.
+        contracted: the number of multiplications that the compiler has paired with additions, which changes rounding.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Kernel:
 
 
 class _NoDevice:
-    """What triton asks a driver before it launches."""
+    """The part of a driver that triton needs before it launches."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -104,7 +104,7 @@ class _NoDevice:
 
 
 def compiled_launches(architecture: int, call: Callable[[], Any]) -> list[Any]:
-    """The kernels that `call` would launch, compiled."""
+    """Returns the kernels that `call` would launch, compiled."""
     launches = []
     run = JITFunction.run
 
@@ -122,7 +122,7 @@ def compiled_launches(architecture: int, call: Callable[[], Any]) -> list[Any]:
 
 
 def _assembled(ptx: str, architecture: int) -> str:
-    """What ptxas says of a program; kept where triton keeps what it has compiled."""
+    """Returns the output of ptxas for a program; it is kept in triton's cache."""
     ptxas = get_ptxas(architecture)
     kept = get_cache_manager(hashlib.sha256(f"{ptxas.version} {ptx}".encode()).hexdigest())
     if (file := kept.get_file("ptxas.log")) is not None:
@@ -148,7 +148,7 @@ def _accesses(ptx: str, kind: str) -> dict[int, int]:
 
 
 def _is_wide(counts: dict[int, int], ttgir: str, kind: str, threads: int) -> bool:
-    """Whether the tensors that give a thread 16 bytes or more are moved 16 bytes at a time."""
+    """Returns whether tensors with 16 bytes or more for each thread are moved 16 bytes at a time."""
     moved = 0
     for line in ttgir.splitlines():
         if f"tt.{kind} " in line and (tensor := _ELEMENT_BITS.search(line)):
@@ -156,12 +156,12 @@ def _is_wide(counts: dict[int, int], ttgir: str, kind: str, threads: int) -> boo
             for dimension in tensor[1].split("x"):
                 size *= int(dimension)
             moved += size // (_WIDE * threads)
-    # Small tensors may be moved so too.
+    # Small tensors may be moved in 16 bytes too.
     return moved * _WIDE <= sum(width * count for width, count in counts.items() if width >= _WIDE)
 
 
 def inspect(kernel: Any, variant: str, architecture: int) -> Kernel:
-    """Measure a compiled kernel."""
+    """Measures a compiled kernel."""
     ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
     log = _assembled(ptx, architecture)
     warps = kernel.metadata.num_warps
@@ -189,7 +189,7 @@ def inspect(kernel: Any, variant: str, architecture: int) -> Kernel:
 def calls(
     rows: int, elements: int, dtype: torch.dtype, guided: bool
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls of every op for one shape, with what sets each apart."""
+    """Yields calls of every op for one shape, each with the words that tell it from the others."""
 
     def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -220,12 +220,12 @@ def calls(
     yield "", lambda: loss.scale_gradients_(*grads, scales, empty())
     yield "", lambda: philox.philox_normal(indices, indices, (rows, elements))
     yield "", lambda: group.leave_one_out(empty(4, 5))
-    # Partial sums of a row of a million elements.
+    # These are the partial sums of a row of a million elements.
     yield "", lambda: shorten(empty(rows, 32768))
 
 
 def image_calls(rows: int, elements: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls of the op on images, for rows of so many elements, with what sets each apart."""
+    """Yields calls of the op on images for rows of some elements, each with the words that tell it from the others."""
     size, groups = ((7, 11, 13), 7) if elements == 1001 else ((64, elements // 512, 8), 8)
 
     def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
@@ -257,7 +257,7 @@ def compile_all(
     guidance: Sequence[bool] = (False, True),
     images: bool = True,
 ) -> Iterator[Kernel]:
-    """Every kernel of every op, each variant once."""
+    """Yields every kernel of every op, each variant once."""
     seen = set()
     for size in elements:
         for dtype in dtypes:
@@ -275,7 +275,7 @@ def compile_all(
 
 
 def defects(kernel: Kernel) -> list[str]:
-    """What is wrong with a kernel."""
+    """Returns the defects of a kernel."""
     found = []
     if kernel.double:
         found.append("double precision")
@@ -283,7 +283,7 @@ def defects(kernel: Kernel) -> list[str]:
         found.append(f"{kernel.contracted} contracted multiply-adds")
     if kernel.spilled_bytes:
         found.append(f"{kernel.spilled_bytes} bytes spilled")
-    # Rows of an odd length start anywhere: nothing wider than an element is aligned.
+    # Rows of an odd length start anywhere: no access wider than an element is aligned.
     if not kernel.wide and not kernel.variant.startswith("1001"):
         found.append(f"not 16 bytes wide: loads {kernel.loads}, stores {kernel.stores}")
     return found
@@ -294,13 +294,13 @@ def _widths(counts: dict[int, int]) -> str:
 
 
 def write_report(kernels: list[Kernel]) -> None:
-    """Write `REPORT`."""
+    """Writes `REPORT`."""
     lines = [
         "# The Triton kernels, compiled",
         "",
-        f"By `python profiles/ptx_report.py` with triton {triton.__version__}; nothing here ran on a GPU. Loads and",
-        "stores are instructions of one thread. Those of 4 and 8 bytes are a row's scalars; latents move 16 bytes at a",
-        "time, except in rows of 1001 elements, which are not aligned.",
+        f"Made by `python profiles/ptx_report.py` with triton {triton.__version__}; nothing here ran on a GPU.",
+        "Loads and stores are instructions of one thread. Those of 4 and 8 bytes move a row's scalars; latents move",
+        "16 bytes at a time, except in rows of 1001 elements, which are not aligned.",
     ]
     for architecture in ARCHITECTURES:
         lines += [
@@ -320,10 +320,10 @@ def write_report(kernels: list[Kernel]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, report, and fail where there are defects.
+    """Compiles, reports, and fails if a kernel has a defect.
 
     Returns:
-        1 where there are some, else 0.
+        1 with a defect, else 0.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

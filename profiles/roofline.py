@@ -1,7 +1,7 @@
-"""How near the ops come to the memory's speed: ``python profiles/roofline.py RESULTS.json PICTURE.png``.
+"""Draws how near the ops come to the memory's speed: ``python profiles/roofline.py RESULTS.json PICTURE.png``.
 
 RESULTS.json is a file of `benchmarks/results`. Every op gets a panel: the share of the device's copy bandwidth over
-the bytes the op has to move at least. Ops that move no latents are left out.
+the least number of bytes that the op has to move. Ops that move no latents are omitted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLUMNS = 4
 
 
 def _lines(settings: dict[str, Any]) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """Points by competitor and dtype; where shapes have the same bytes, the mean of their shares."""
+    """Returns points by competitor and dtype; shapes of the same bytes give the mean of their shares."""
     shares: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for setting, competitors in settings.items():
         dtype = setting.rpartition("-")[2]
@@ -56,7 +56,7 @@ def _panel(axes: Axes, op: str, settings: dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
-    axes.xaxis.set_minor_formatter(NullFormatter())  # over less than a decade they would run into each other
+    axes.xaxis.set_minor_formatter(NullFormatter())  # over less than a decade they would overlap
     axes.yaxis.set_major_locator(FixedLocator([0.01, 0.03, 0.1, 0.3, 1, 3]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -66,7 +66,7 @@ def _panel(axes: Axes, op: str, settings: dict[str, Any]) -> None:
 
 
 def draw(run: dict[str, Any]) -> Figure:
-    """Draw the panels of a run.
+    """Draws the panels of a run.
 
     Args:
         run: a parsed file of `benchmarks/results`.
@@ -94,7 +94,7 @@ def draw(run: dict[str, Any]) -> Figure:
         _panel(axes, op, settings)
     for axes in panels[len(results) :]:
         axes.set_axis_off()
-    figure.supxlabel("bytes to be moved at least", fontsize=10)
+    figure.supxlabel("fewest bytes to move", fontsize=10)
     figure.supylabel("share of copy bandwidth", fontsize=10)
     present = {competitor for s in results.values() for entries in s.values() for competitor in entries}
     dtypes = {setting.rpartition("-")[2] for settings in results.values() for setting in settings}
@@ -121,7 +121,7 @@ def draw(run: dict[str, Any]) -> Figure:
 
 
 def main() -> None:
-    """Run the command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, metavar="RESULTS.json")
     parser.add_argument("picture", type=Path, metavar="PICTURE.png")

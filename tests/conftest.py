@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Before torch is imported: two busy processes with two threads each slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# As the command line does: else transformers names, whenever it is imported, what it does without torchvision.
+# The command line does the same: or else transformers lists at every import what does not work without torchvision.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 MakeConfig = Callable[..., "Config"]
@@ -34,7 +34,7 @@ checkpoint: {every: 1}
 """
 
 
-# Files whose runs are forked from a process that has imported everything: of two of pytest's processes one starts it.
+# Files whose runs are forked from a process that has imported everything: only one of pytest's processes starts it.
 FORKED = (
     "distributed",
     "test_resume",
@@ -44,7 +44,7 @@ FORKED = (
     "test_http",
     "test_study",
 )
-# Files of 20 seconds and more: they start first, so that no process has one to do when the other has ended.
+# Files of 20 seconds and more: they start first, so that no process still runs one when the other has ended.
 LONG = (
     "test_train",
     "test_memory",
@@ -58,8 +58,8 @@ LONG = (
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        return  # this process hands out the tests and imports none
-    # A search for garbage finds none while modules are imported, and takes a fifth of that time.
+        return  # this process distributes the tests and imports none
+    # Garbage collection finds nothing while modules are imported, and takes a fifth of that time.
     gc.disable()
     import torch
     from hypothesis import settings
@@ -77,7 +77,7 @@ def is_forked(path: Path) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests stay in one process, and those of all files that are forked."""
+    """A file's tests stay in one process, and the tests of all files that are forked stay in another."""
     from xdist.scheduler import LoadFileScheduling
 
     class Spread(LoadFileScheduling):
@@ -100,7 +100,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """A search for garbage, which freeing a model asks for, leaves out what was imported: it takes half a second."""
+    """Excludes imported objects from garbage collection, which freeing a model triggers: this saves half a second each
+    time.
+    """
     gc.collect()
     gc.freeze()
     gc.enable()
@@ -115,7 +117,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes a module of the user's into the current folder, and returns its name."""
+    """Writes a user's module into the current folder, and returns its name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -129,7 +131,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
 
 @pytest.fixture
 def foreground() -> Iterator[None]:
-    """Python's own handlers; they are not there in a process that was started in the background, or by nohup."""
+    """Python's own signal handlers; a process that was started in the background, or by nohup, does not have them."""
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
         signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
@@ -141,7 +143,7 @@ def foreground() -> Iterator[None]:
 
 @pytest.fixture
 def tf32() -> Iterator[Callable[[bool], None]]:
-    """Sets whether GPUs compute float32 in TF32; what was set before comes back after the test."""
+    """Sets whether GPUs compute float32 in TF32; the earlier setting is restored after the test."""
     import torch
 
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
@@ -158,7 +160,7 @@ def tf32() -> Iterator[Callable[[bool], None]]:
 
 @pytest.fixture(scope="session")
 def _read_once() -> Iterator[None]:
-    """A pipeline is read from its files once; a copy of what was read takes less than half of the time."""
+    """Reads a pipeline from its files once; a copy of the result takes less than half of the time."""
     from diffusers import DiffusionPipeline
 
     read = DiffusionPipeline.from_pretrained.__func__  # type: ignore[attr-defined]
@@ -189,7 +191,9 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory, _read_once: None) 
 
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory: pytest.TempPathFactory, _read_once: None) -> Callable[[Any], Path]:
-    """``family_folder(family)``: where the tiny pipeline of a family, by name or by what builds it, is saved."""
+    """``family_folder(family)`` returns the saved tiny pipeline of a family, by its name or by the function that builds
+    it.
+    """
     from tests.families import save_tiny
 
     @cache
@@ -201,7 +205,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory, _read_once: None) ->
 
 @pytest.fixture(scope="session")
 def make_config(pipeline_folder: Path) -> MakeConfig:
-    """``make_config(directory, "section.key=value", ...)``: a small run whose folder will be in ``directory``."""
+    """``make_config(directory, "section.key=value", ...)`` makes a small run whose folder will be in ``directory``."""
     from loopfast.config import parse_config
 
     def make(directory: Path, *overrides: str) -> Config:
@@ -213,7 +217,7 @@ def make_config(pipeline_folder: Path) -> MakeConfig:
 
 @pytest.fixture
 def small_config(tmp_path: Path, make_config: MakeConfig) -> MakeConfig:
-    """As `make_config`, in the test's own folder."""
+    """The same as `make_config`, in the test's own folder."""
 
     def make(*overrides: str) -> Config:
         return make_config(tmp_path, *overrides)

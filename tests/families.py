@@ -45,7 +45,7 @@ PROCESS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_li
 
 
 def _autoencoder(channels: int, **options: Any) -> AutoencoderKL:
-    """Images of 32x32, latents of ``channels`` x8x8."""
+    """Makes an autoencoder for images of 32x32, with latents of ``channels`` x8x8."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -119,7 +119,7 @@ _BLOCKS: dict[str, Any] = {
 def stable_diffusion(
     prediction_type: str = "epsilon", unet: UNet2DConditionModel | None = None, **scheduler: Any
 ) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.x, or 2.x with ``v_prediction``."""
+    """Makes Stable Diffusion 1.x, or 2.x with ``v_prediction``."""
     tokenizer = _clip_tokenizer()
     return StableDiffusionPipeline(
         vae=_autoencoder(4),
@@ -134,10 +134,10 @@ def stable_diffusion(
 
 
 def smallest_stable_diffusion(width: int = 16) -> StableDiffusionPipeline:
-    """What still trains as Stable Diffusion does, with so many channels.
+    """Makes the smallest model that still trains like Stable Diffusion, with this number of channels.
 
-    The time of a run is that of its modules, however small they are, and in a group of processes every module's weights
-    are gathered by themselves. So there is one block with attention and no middle.
+    The time of a run depends on the number of modules, however small they are, and with several processes every
+    module's weights are gathered separately. So the model has one block with attention and no middle block.
     """
     tokenizer = _clip_tokenizer()
     unet = UNet2DConditionModel(
@@ -164,7 +164,7 @@ def smallest_stable_diffusion(width: int = 16) -> StableDiffusionPipeline:
 
 
 def shallow_stable_diffusion(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    """One resolution and no middle: all there is to compile, and little of it."""
+    """Makes a model with one resolution and no middle block: every kind of layer to compile, and few of each."""
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
     shape = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
     unet = UNet2DConditionModel(
@@ -174,7 +174,7 @@ def shallow_stable_diffusion(prediction_type: str = "epsilon") -> StableDiffusio
 
 
 def stable_diffusion_xl(*, force_zeros_for_empty_prompt: bool = True) -> StableDiffusionXLPipeline:
-    """SDXL: two text encoders, a pooled embedding and six time ids."""
+    """Makes SDXL: two text encoders, a pooled embedding and six time ids."""
     tokenizer = _clip_tokenizer()
     unet = _unet(
         cross_attention_dim=32,
@@ -201,7 +201,7 @@ def stable_diffusion_xl(*, force_zeros_for_empty_prompt: bool = True) -> StableD
 
 
 def stable_diffusion_3(*, t5: bool = True, **transformer: Any) -> StableDiffusion3Pipeline:
-    """SD 3: three text encoders, of which T5 may be missing; with ``dual_attention_layers`` and ``qk_norm`` 3.5."""
+    """Makes SD 3: three text encoders, T5 is optional; SD 3.5 with ``dual_attention_layers`` and ``qk_norm``."""
     tokenizer = _clip_tokenizer()
     tokenizer_3, text_encoder_3 = _t5(32) if t5 else (None, None)
     return StableDiffusion3Pipeline(
@@ -230,12 +230,12 @@ def stable_diffusion_3(*, t5: bool = True, **transformer: Any) -> StableDiffusio
 
 
 def stable_diffusion_35() -> StableDiffusion3Pipeline:
-    """SD 3.5 medium: a second attention in some blocks, normalized queries and keys."""
+    """Makes SD 3.5 medium: a second attention in some blocks, normalized queries and keys."""
     return stable_diffusion_3(dual_attention_layers=(0,), qk_norm="rms_norm")
 
 
 def flux(*, guidance_embeds: bool = True) -> FluxPipeline:
-    """FLUX.1 [dev]: packed latents, a distilled guidance, shifted by the resolution. [schnell] has no guidance."""
+    """Makes FLUX.1 [dev]: packed latents, distilled guidance, a shift by the resolution. [schnell] has no guidance."""
     tokenizer = _clip_tokenizer()
     tokenizer_2, text_encoder_2 = _t5(16)
     return FluxPipeline(
@@ -270,9 +270,9 @@ def flux(*, guidance_embeds: bool = True) -> FluxPipeline:
 
 
 def pixart(*, alpha: bool = False) -> PixArtSigmaPipeline | PixArtAlphaPipeline:
-    """PixArt-Σ: a transformer with cross-attention to T5, which also predicts a variance nobody uses.
+    """Makes PixArt-Σ: a transformer with cross-attention to T5, which also predicts a variance that nothing uses.
 
-    With ``alpha`` PixArt-α of 1024 pixels, which is told size and aspect ratio.
+    With ``alpha`` it is PixArt-α of 1024 pixels, whose inputs include size and aspect ratio.
     """
     tokenizer, text_encoder = _t5(16)
     scheduler = {key: value for key, value in PROCESS.items() if key != "clip_sample"}
@@ -310,9 +310,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 def settings_of(family: str) -> dict[str, int]:
-    """Keys of ``model`` that keep a family's tiny pipeline tiny."""
+    """Returns the keys of ``model`` that keep a family's tiny pipeline tiny."""
     settings = {} if family.startswith(("sd-", "sdxl")) or family == "sd" else {"max_sequence_length": 12}
-    # the only denoiser whose configuration does not say how large its images are
+    # the only denoiser whose configuration does not contain the size of its images
     return {**settings, "height": 32, "width": 32} if family == "flux" else settings
 
 

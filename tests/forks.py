@@ -1,4 +1,4 @@
-"""Runs programs in processes that are forked from one that has imported what they need: to import it takes seconds."""
+"""Runs programs in processes that are forked from one that has imported their modules, which takes seconds."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 
 SERVER = """\
 import gc, json, os, signal, sys
-# under nohup it is ignored, and what is forked inherits that
+# under nohup the signal is ignored, and forked processes inherit that
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-gc.disable()  # nothing that is imported is garbage
+gc.disable()  # imported objects are not garbage
 {imports}
-# else each process looks through all of this for garbage, and copies its memory to do so
+# or else each process's garbage collection visits all of this, and copies its memory
 gc.freeze()
 gc.enable()
 
@@ -29,7 +29,7 @@ def run(order, rank):
         path = os.path.join(order["folder"], f"{{name}}-{{rank}}")
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(order["environment"])
-    # as here; before a fork there must be one alone, as the others do not come along
+    # the same number as here; before a fork only one thread may exist, because a fork copies only one
     sys.modules["torch"].set_num_threads(order["threads"])
     if order["size"] > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(order["size"]), LOCAL_RANK=str(rank))
@@ -68,7 +68,7 @@ for line in sys.stdin:
 
 
 class Forks:
-    """Groups of processes, one group at a time.
+    """Sets of processes, one set at a time.
 
     Args:
         imports: program of the process that they are forked from.
@@ -98,7 +98,7 @@ class Forks:
         size: int = 1,
         environment: dict[str, str] | None = None,
     ) -> None:
-        """Starts a program in each process, in which ``rank`` is its number."""
+        """Starts a program in each process; ``rank`` is the process's number."""
         for file in self.folder.iterdir():
             file.unlink()
         order = {
@@ -115,21 +115,21 @@ class Forks:
         self.pids = self._answer()
 
     def wait(self) -> list[int]:
-        """The processes' exit codes, the signal's number below zero."""
+        """Returns the processes' exit codes, or negative numbers of signals."""
         codes: list[int] = self._answer()
         self.pids = []
         return codes
 
     def shown(self, rank: int) -> str:
-        """What a process has written to stdout."""
+        """Returns the output of a process to stdout."""
         return self._written(f"stdout-{rank}")
 
     def errors(self, rank: int) -> str:
-        """What a process has written to stderr."""
+        """Returns the output of a process to stderr."""
         return self._written(f"stderr-{rank}")
 
     def close(self) -> None:
-        """Ends all of it."""
+        """Ends all processes."""
         self._process.kill()
         self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -151,7 +151,7 @@ def _with_torch() -> Forks:
 
 
 def run_python(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A program's end and output, as in a fresh interpreter that has imported torch and nothing else."""
+    """Returns a program's exit code and output, as in a new interpreter that has imported torch and nothing else."""
     forks = _with_torch()
     forks.fork(program, arguments, environment=environment)
     [code] = forks.wait()
@@ -159,7 +159,7 @@ def run_python(program: str, *arguments: str, **environment: str) -> subprocess.
 
 
 def printed(program: str, *arguments: str, **environment: str) -> str:
-    """What a program writes to stdout that has to end well, as `run_python` runs it."""
+    """Runs a program that must succeed, like `run_python`, and returns its output to stdout."""
     done = run_python(program, *arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,10 +1,10 @@
-"""Odd input, by the hundred thousand: ``python -m tests.fuzz --inputs 100000 --seed 0 [--kind yaml]``.
+"""Odd input in large numbers: ``python -m tests.fuzz --inputs 100000 --seed 0 [--kind yaml]``.
 
-Each input ends well, or in one error message. Anything else is a finding, which is printed with what repeats it:
-``--kind KIND --seed SEED --only NUMBER``.
+Each input succeeds, or ends with one error message. Anything else is a finding. It is printed with options that repeat
+it: ``--kind KIND --seed SEED --only NUMBER``.
 """
 
-# ruff: noqa: SIM905 - lists of words are shorter so
+# ruff: noqa: SIM905 - lists of words are shorter in this form
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from loopfast.errors import LoopfastError
 from loopfast.prompts import load_prompts
 
 SECONDS = 60  # an input that takes longer hangs; one takes some milliseconds, on a busy machine some seconds
-BYTES = 8 * 2**30  # of memory; an input that needs more ends in a MemoryError
+BYTES = 8 * 2**30  # limit of memory; an input that needs more ends with a MemoryError
 
 # fmt: off
 TEXTS = ["", " ", "a: b", "a\nb", "a\tb", "a\r\nb", "a\x00b", "± → σ", "word " * 500, "x" * 300, "9" * 5000]
@@ -65,7 +65,7 @@ DEEPSPEED = """zero_optimization stage optimizer fp16 bf16 enabled offload_optim
 train_batch_size steps_per_print communication_data_type reduce_bucket_size""".split()
 RIGHT = [{"steps_per_print": 10}, {"fp16": {"enabled": "auto"}}, {"zero_optimization": {"overlap_comm": False}}]
 RIGHT += [{"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, {"wall_clock_breakdown": True}, {}]
-# What loads, trains, serves or starts something: only the way there is tried.
+# Functions that load, train, serve or start something: only the code before them is tested.
 WORKS = """training.train.train distributed.launch.launch planning.profile.profile evaluation.sample_images
 cli.inspection.replace_process rewards.serve.serve_rewards planning.plan policies.load_schedule""".split()
 # fmt: on
@@ -75,7 +75,7 @@ Given = tuple[Callable[[], object], object]
 
 
 def text(rng: random.Random) -> str:
-    """A text that a program may not expect."""
+    """Returns a text that a program may not expect."""
     return (
         rng.choice(TEXTS)
         if rng.random() < 0.8
@@ -84,7 +84,7 @@ def text(rng: random.Random) -> str:
 
 
 def damaged(rng: random.Random, whole: str) -> str:
-    """A text after some edits."""
+    """Returns a text after some edits."""
     for _ in range(rng.randrange(1, 4)):
         at, end = sorted(rng.randrange(len(whole) + 1) for _ in range(2))
         new = rng.choice(["", rng.choice(NOISE), whole[at:end], rng.choice(YAML)])
@@ -94,7 +94,7 @@ def damaged(rng: random.Random, whole: str) -> str:
 
 @functools.cache
 def keys() -> list[tuple[str, dict[str, Any]]]:
-    """Every key of a configuration, and its schema."""
+    """Returns every key of a configuration, and its schema."""
     schema = json_schema()
 
     def below(part: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -109,7 +109,7 @@ def keys() -> list[tuple[str, dict[str, Any]]]:
 
 
 def value(rng: random.Random, schema: dict[str, Any]) -> str:
-    """A value in YAML, of which some are right."""
+    """Returns a value in YAML; some are valid."""
     kind = rng.choice(schema.get("anyOf", [schema]))
     bounds = [bound for name, bound in kind.items() if re.match("minimum|maximum|exclusive", name)]
     right = [*kind.get("enum", []), *(bound + step for bound in bounds for step in (-1, 0, 1, 0.5))]
@@ -119,7 +119,7 @@ def value(rng: random.Random, schema: dict[str, Any]) -> str:
 
 
 def assignment(rng: random.Random) -> str:
-    """What ``--set`` may be given."""
+    """Returns an argument of ``--set``."""
     key, schema = rng.choice(keys())
     return f"{damaged(rng, key) if rng.random() < 0.1 else key}={value(rng, schema)}"
 
@@ -145,7 +145,7 @@ def yaml_input(rng: random.Random, folder: Path) -> Given:
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], list[Any]]]:
-    """Every command below one, and its parameters."""
+    """Returns every command below one, and its parameters."""
     if hasattr(command, "commands"):
         return [leaf for name, inner in command.commands.items() for leaf in leaves(inner, (*path, name))]
     return [(path, command.params)]
@@ -170,7 +170,7 @@ def command_input(rng: random.Random, folder: Path) -> Given:
         arguments += ["--set", assignment(rng)]
     if rng.random() < 0.1:
         arguments.insert(rng.randrange(len(arguments) + 1), text(rng))
-    # as a shell hands them over: without NUL, and bytes that are not UTF-8 as surrogates of one kind
+    # as a shell passes them: without NUL, and bytes that are not UTF-8 as surrogates of one kind
     arguments = [part.replace("\x00", "").replace("\ud800", "\udc80") for part in arguments]
     return lambda: program.main(arguments), arguments
 
@@ -231,11 +231,11 @@ KINDS: dict[str, Callable[[random.Random, Path], Given]] = {
 
 
 class Hangs(BaseException):
-    """Raised where an input takes too long."""
+    """Raised if an input takes too long."""
 
 
 def outcome(call: Callable[[], object]) -> tuple[str, str]:
-    """How an input ends, ``accepted``, ``refused`` or ``finding``, and a finding in words."""
+    """Returns the outcome of an input, ``accepted``, ``refused`` or ``finding``, and a finding's description."""
     output, errors = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
     with mock.patch.multiple(sys, stdout=output, stderr=errors):
         try:
@@ -251,7 +251,7 @@ def outcome(call: Callable[[], object]) -> tuple[str, str]:
     written = errors.buffer.getvalue().decode()  # type: ignore[attr-defined]
     if code not in (0, 1, 2, 130, 143) or "Traceback" in written:
         return "finding", f"exit code {code}: {written}"
-    # a warning may stand above, and a configuration's problems are a list
+    # a warning may come before it, and a configuration's problems are a list
     message = written[written.find("error: ") :].rstrip("\n").split("\n") if "error: " in written else [""]
     if len(message) > 1 and not (" problems" in message[0] and all(line[:2] == "  " for line in message[1:])):
         return "finding", f"a message of several lines: {written!r}"
@@ -271,7 +271,7 @@ def harmless() -> Iterator[Path]:
     build, begun = loopfast.rewards.build_rewards, Path.cwd()
     patches = [mock.patch(f"loopfast.{work}", reached) for work in WORKS]
     patches.append(mock.patch("loopfast.rewards.build_rewards", build_rewards))
-    # it is built anew for each command line
+    # it is built again for each command line
     patches.append(mock.patch("typer.main.get_command", functools.cache(typer.main.get_command)))
     with tempfile.TemporaryDirectory() as name:
         inputs = Path(name) / "inputs"
@@ -291,7 +291,7 @@ def harmless() -> Iterator[Path]:
 
 
 def fuzz(kind: str, numbers: range, seed: int, say: Callable[[str], None]) -> Counter[str]:
-    """How so many inputs of a kind ended."""
+    """Returns the outcomes of this number of inputs of a kind."""
 
     def hangs(*_: Any) -> None:
         raise Hangs(f"more than {SECONDS} s")
@@ -318,7 +318,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.fuzz", description="Try odd input, and print findings."
     )
-    parser.add_argument("--inputs", type=int, default=1000, help="of each kind")
+    parser.add_argument("--inputs", type=int, default=1000, help="number of inputs of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--kind", choices=KINDS, action="append", help="may be given several times; default: all"

@@ -44,7 +44,7 @@ _VAE = {
 
 
 def save_single_file(pipeline: Any, file: Path, *, parts: tuple[str, ...] = ("vae", "text_encoder")) -> Path:
-    """Writes the UNet of a ``StableDiffusionPipeline``, and these parts, into one file, which is returned."""
+    """Writes the UNet of a ``StableDiffusionPipeline``, and the given parts, into one file, which is returned."""
     found = {f"model.diffusion_model.{name}": value for name, value in _unet(pipeline.unet)}
     if "vae" in parts:
         found |= {f"first_stage_model.{name}": value for name, value in _vae(pipeline.vae)}

@@ -1,4 +1,4 @@
-"""What two runs that ought to be the same are compared by, bit for bit."""
+"""Compares two runs that should be the same, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from loopfast.run.tracking import METRICS, read_metrics
 
-# Of two equal runs these differ.
+# These differ between two equal runs.
 MEASURED = {
     name for name, metric in METRICS.items() if metric.section in ("time", "speed") or metric.unit == "byte"
 }
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that should be the same, by names that say where it is found.
+    """Returns everything that should be the same, by names that show where it is found.
 
     These are the newest checkpoint's weights, optimizer and statistics, the exported weights, the metrics, and the
     evaluations with their images.
@@ -51,14 +51,14 @@ _EXPORTED = ("model", "lora", "images")
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """The names under which two outcomes differ, or that one of them lacks."""
+    """Returns the names under which two outcomes differ, or that one of them lacks."""
     names = sorted(found.keys() | expected.keys())
     absent = object()
     return [name for name in names if found.get(name, absent) != expected.get(name, absent)]
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Unfinished files and folders that a run has left in its folder."""
+    """Returns unfinished files and folders that a run has left in its folder."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
 
 

@@ -11,7 +11,7 @@ _OUTCOMES = ("passed", "skipped")
 
 
 class Progress:
-    """Prints how far the run is; failures are shown as pytest shows them."""
+    """Prints the progress of the run; failures are shown as pytest shows them."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -26,7 +26,7 @@ class Progress:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        # Without a letter and a word the terminal counts a test and writes nothing.
+        # Without a letter and a word the terminal counts a test and prints nothing.
         if report.outcome in _OUTCOMES and (report.when == "call" or report.outcome == "skipped"):
             return report.outcome, "", ""
         return None

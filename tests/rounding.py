@@ -1,4 +1,4 @@
-"""What the tests of a whole run may ask of a processor's libraries."""
+"""Properties of a processor's libraries that the tests of a whole run may depend on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 @cache
 def rows_are_alike() -> bool:
-    """Whether a row of a batch has the same result wherever it stands; oneDNN and MKL do not promise it."""
+    """Returns whether a row has the same result at any place in a batch; oneDNN and MKL do not promise it."""
     generator = torch.Generator().manual_seed(0)
     image, kernel = (
         torch.randn(8, 16, 8, 8, generator=generator),
@@ -29,5 +29,7 @@ def rows_are_alike() -> bool:
 
 
 def no_deviation() -> object:
-    """The ratio's largest deviation from 1 before the first update: 0 where rows are alike, else a few roundings."""
+    """Returns the largest expected deviation of the ratio from 1 before the first update: 0 if rows are alike, else a
+    few roundings.
+    """
     return pytest.approx(0.0, abs=0.0 if rows_are_alike() else 0.05)

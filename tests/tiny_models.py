@@ -1,4 +1,4 @@
-"""Small models that judge images, with random weights, saved as the published ones are; for tests of any folder."""
+"""Small reward models with random weights, saved in the format of the published ones; for tests of any folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is compared: the same functions in `ours`, `eager` and `trl`, and ``torch.compile`` of `eager`."""
+"""The competitors: the same functions in `ours`, `eager` and `trl`, and ``torch.compile`` of `eager`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..cases import OPS, Inputs, device
 
-# Inductor's own random numbers are ten times slower than torch's on a CPU (there is no vector code for them) and fast
-# on a GPU, so that the compiled function is at its best with torch's on the one and its own on the other.
+# Inductor's own random numbers are ten times slower than torch's on a CPU (they have no vector code) and fast
+# on a GPU. So the compiled function is fastest with torch's on a CPU and with its own on a GPU.
 _COMPILE_OPTIONS = {"cpu": {"fallback_random": True}, "cuda": {}}
 
 Run = Callable[[Inputs], tuple[Tensor, ...]]
@@ -22,7 +22,7 @@ class MissingCompetitorError(Exception):
 
 
 def runner(op: str, competitor: str) -> Run:
-    """What is timed: a call of a competitor's function, with its gradients where they belong to the op.
+    """Returns the function to time: a call of a competitor's function, with its gradients if they belong to the op.
 
     Args:
         op: a key of `OPS`.
@@ -40,7 +40,7 @@ def runner(op: str, competitor: str) -> Run:
     if function is None:
         raise MissingCompetitorError(f"{competitor} has no {name}")
     if competitor == "compile":
-        torch.compiler.reset()  # otherwise the shapes before this one count against the limit of recompilations
+        torch.compiler.reset()  # or else earlier shapes count against the limit of recompilations
         function = torch.compile(
             function, fullgraph=True, dynamic=False, options=_COMPILE_OPTIONS[device().type]
         )

@@ -1,8 +1,8 @@
 """The formulas as DDPO writes them (ddpo-pytorch's ``ddim_step_with_logprob``, TRL 0.23.1's ``scheduler_step``
 and ``DDPOTrainer``), made as fast as eager torch allows.
 
-Unlike the originals, the schedule is on the device, its coefficients are ``[N, 1, 1, 1]`` rather than spread over the
-latent, and the statistics that are only logged are left out. ``torch.compile`` is given the same functions.
+Unlike in the originals, the schedule is on the device, its coefficients are ``[N, 1, 1, 1]`` and not expanded to the
+latent, and statistics that are only logged are not computed. ``torch.compile`` gets the same functions.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def denoise_step(
     seed: Tensor,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A step with its log-probability; the noise is drawn from torch's generator, `seed` is not used."""
+    """Takes a step and returns its log-probability. The noise is from torch's generator; `seed` is not used."""
     if uncond_output is not None:
         model_output = _guided(model_output, uncond_output)
     mean, sigma = _mean_and_sigma(model_output, sample, schedule, step)
@@ -109,5 +109,5 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def philox_normal(sample: Tensor, step: Tensor, seed: Tensor) -> Tensor:
-    """Noise from torch's generator: what noise costs that no seed and step can reproduce."""
+    """Draws noise from torch's generator: the cost of noise that cannot be reproduced from a seed and a step."""
     return torch.randn(sample.shape, dtype=torch.float32, device=sample.device)

@@ -76,7 +76,7 @@ def clipped_loss(
     advantage: Tensor,
 ) -> Tensor:
     log_prob = transition_logprob(model_output, uncond_output, sample, prev_sample, schedule, step)
-    # The trainer's method uses nothing of the trainer.
+    # The method does not use its trainer.
     return DDPOTrainer.loss(None, advantage, CLIP_RANGE, torch.exp(log_prob - old_logprob))
 
 
@@ -91,7 +91,7 @@ def loop_loss(
     rewards: Tensor,
     trajectory: Tensor,
 ) -> Tensor:
-    """The loss of the trainer with the advantages of LOOP, which TRL does not have."""
+    """Computes the trainer's loss with the advantages of LOOP, which TRL does not have."""
     advantage = eager.leave_one_out(rewards).flatten()[trajectory].clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
     return clipped_loss(
         model_output, uncond_output, sample, prev_sample, schedule, step, old_logprob, advantage

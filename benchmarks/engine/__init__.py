@@ -1,1 +1,1 @@
-"""Benchmarks of the whole engine: an iteration, its rollout and its replay."""
+"""Benchmarks of the whole engine: an iteration, its rollout and its updates."""

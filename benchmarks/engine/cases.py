@@ -1,4 +1,4 @@
-"""What the engine is measured on, and against what."""
+"""The work that the engine is measured on, and its competitors."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ PHASES = {"engine_rollout": "sampling", "engine_replay": "training", "engine_ite
 
 
 class Lever(NamedTuple):
-    """A way ours differs from its defaults by one key.
+    """One configuration key in which a competitor differs from our defaults.
 
     Attributes:
-        config: the part of the configuration.
-        device: ``cuda`` where it does nothing on a CPU, or is of no use there.
-        reason: why it is left out on a CPU.
+        config: the changed part of the configuration.
+        device: ``cuda`` if the key has no effect or no use on a CPU.
+        reason: why the key is skipped on a CPU.
     """
 
     config: Json

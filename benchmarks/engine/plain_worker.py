@@ -1,9 +1,10 @@
 """DDPO in plain PyTorch and diffusers, as ddpo-pytorch does it: ``python plain_worker.py JOB``.
 
-What one writes without an engine, at its best: prompts are encoded once, all images of a batch go through the model at
-once with guidance, the log-probabilities of sampling are kept as the old ones, and the optimizer is fused. The sampler
-is the scheduler's own ``step``, which takes one timestep for the whole batch; so the training loops over timesteps.
-JOB is a JSON file with `loopfast_worker.py`'s keys, of which this reads those an equal iteration needs.
+This is a good implementation without an engine: prompts are encoded once, all images of a batch pass through the model
+at once with guidance, the log-probabilities of sampling are kept as the old ones, and the optimizer is fused. The
+sampler is the scheduler's own ``step``, which accepts one timestep for the whole batch, so the training loops over
+timesteps. JOB is a JSON file with the keys of `loopfast_worker.py`; this program reads the keys that an equal iteration
+needs.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Plain:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds to the time of a phase."""
+        """Context whose time is added to a phase."""
         began = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -70,7 +71,7 @@ class Plain:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """Text states ``[P, S, D]``."""
+        """Returns text states ``[P, S, D]``."""
         tokenizer = self.pipeline.tokenizer
         ids = tokenizer(
             prompts,
@@ -82,7 +83,7 @@ class Plain:
         return self.pipeline.text_encoder(ids.to(self.device))[0]
 
     def predict(self, latents: Tensor, timestep: Tensor, text: Tensor, empty: Tensor) -> Tensor:
-        """The guided model output of latents ``[N, *L]`` at one timestep."""
+        """Returns the guided model output for latents ``[N, *L]`` at one timestep."""
         states = torch.cat([text, empty.expand_as(text)])
         both = self.unet(torch.cat([latents, latents]), timestep, states, return_dict=False)[0]
         conditional, unconditional = both.chunk(2)
@@ -91,7 +92,9 @@ class Plain:
     def transition(
         self, output: Tensor, timestep: Tensor, latents: Tensor, noise: Tensor | None, after: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The scheduler's step with DDPO's log-probability ``[N]``: drawn with `noise`, or of what came `after`."""
+        """Takes the scheduler's step and returns DDPO's log-probability ``[N]``, of a new sample drawn with `noise` or
+        of `after`.
+        """
         step = int(timestep)
         before = step - self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
         sigma = self.config.rollout.eta * float(self.scheduler._get_variance(step, before)) ** 0.5
@@ -107,7 +110,7 @@ class Plain:
 
     @torch.no_grad()
     def sample(self, text: Tensor, empty: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The T + 1 latents ``[N, *L]``, and T log-probabilities ``[N]``."""
+        """Returns the T + 1 latents ``[N, *L]`` and the T log-probabilities ``[N]``."""
         latents = [torch.randn(len(text), *self.shape, device=self.device)]
         logprobs = []
         for timestep in self.scheduler.timesteps:
@@ -120,7 +123,7 @@ class Plain:
 
     @torch.no_grad()
     def score(self, latents: Tensor) -> Tensor:
-        """Rewards of the decoded images, ``[N]``."""
+        """Returns the rewards of the decoded images, ``[N]``."""
         vae = self.pipeline.vae
         images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
         return self.rewards.score((images / 2 + 0.5).clamp(0, 1), self.prompts).total.to(self.device)
@@ -128,7 +131,7 @@ class Plain:
     def train(
         self, latents: list[Tensor], old: list[Tensor], advantages: Tensor, text: Tensor, empty: Tensor
     ) -> None:
-        """The iteration's updates, each on its share of the images, timestep by timestep."""
+        """Makes the iteration's updates, each on its part of the images, timestep by timestep."""
         clip = self.config.algorithm.clip_range
         assert clip is not None
         order = list(range(len(old)))
@@ -150,7 +153,7 @@ class Plain:
             self.optimizer.zero_grad()
 
     def iteration(self, prompts: list[str]) -> dict[str, float]:
-        """One iteration, and its seconds by phase."""
+        """Runs one iteration and returns its seconds by phase."""
         self.phases = {}
         began = time.perf_counter()
         with self.phase("sampling"):
@@ -165,7 +168,7 @@ class Plain:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains, and says what it took."""
+    """Trains, and returns the measurements."""
     config = parse_config(json.dumps(job["config"]))
     torch.manual_seed(config.run.seed)
     prompts = Path(config.prompts.source).read_text("utf-8").splitlines()

@@ -1,6 +1,6 @@
-"""Rollout, replay and a whole iteration: ours, a plain diffusers loop, and ours with one key changed.
+"""Rollout, updates and a whole iteration: ours, a plain diffusers loop, and ours with one key changed.
 
-Every competitor runs in a process of its own, once a session, so that its peak memory is its own.
+Every competitor runs in its own process, once a session, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Run = Callable[[str], dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A competitor's worker, run when it is first asked for."""
+    """Runs a competitor's worker when its result is requested for the first time."""
     folder = tmp_path_factory.mktemp("engine")
     texts = [prompt.text for prompt in load_prompts("embedded:color")]
     prompts = folder / "prompts.txt"
@@ -80,7 +80,7 @@ def test_engine(
     benchmark.name = competitor
     benchmark.pedantic(lambda: None, rounds=len(durations))
     middle = benchmark.stats.stats.median
-    # pairs that a lever leaves out are counted as if they had been trained on: what is compared is the iteration
+    # pairs that a key skips count as if they had been trained on: the iterations are compared
     pairs = WORK.images * WORK.steps
     rate = (
         {"pairs_per_s": pairs / middle} if op == "engine_replay" else {"images_per_s": WORK.images / middle}

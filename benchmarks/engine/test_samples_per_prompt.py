@@ -1,7 +1,7 @@
-"""Peak memory of a run with many images of each prompt, against one with few.
+"""Peak memory of a run with many images for each prompt, compared with a run with few.
 
-What has to be kept of an image is its trajectory; everything else is worked on a microbatch at a time. So of 64 images
-a prompt there is no more in memory than of 8, trajectories aside.
+Only the trajectory of an image must be kept; everything else is computed one micro-batch at a time. So 64 images a
+prompt need no more memory than 8, trajectories aside.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ evaluation: {every: 0, images_per_prompt: 1, limit_prompts: 4, preview_images: 1
 checkpoint: {every: 3}
 """
 
-# A run's peak, less what its libraries take, and what of it the trajectories are.
+# A run's peak without the memory of its libraries, and the trajectories' part of it.
 WORKER = """\
 import json, sys
 import loopfast.training.collect as collecting
@@ -54,7 +54,7 @@ print(json.dumps({"folder": str(folder), "trajectories": kept}))
 
 
 def measure(samples: int, folder: Path) -> dict[str, Any]:
-    """Of a run with K images a prompt: ``peak`` and ``trajectories`` in bytes, ``seconds`` of each iteration."""
+    """Measures a run with K images a prompt: ``peak`` and ``trajectories`` in bytes, ``seconds`` of each iteration."""
     config = parse_config(RUN, [f"run.directory={folder}", f"algorithm.samples_per_prompt={samples}"])
     file = folder / "config.yaml"
     file.write_text(config_to_yaml(config), "utf-8")
@@ -92,5 +92,5 @@ def test_samples_per_prompt(
         **{f"{name}_{k}": found[k][name] for k in found for name in ("peak", "trajectories")},
         "beyond_trajectories": many / few,
     }
-    # a hundredth for what allocators do with blocks of other sizes
+    # a hundredth more, because allocators handle blocks of other sizes differently
     assert many <= 1.01 * few

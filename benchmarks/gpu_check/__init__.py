@@ -1,1 +1,1 @@
-"""All that one GPU can say about loopfast, in stages: ``python -m benchmarks.gpu_check --help``."""
+"""All checks and measurements of loopfast on one GPU, in stages: ``python -m benchmarks.gpu_check --help``."""

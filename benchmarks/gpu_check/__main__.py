@@ -1,9 +1,9 @@
 """The command: ``python -m benchmarks.gpu_check``, from the repository's root.
 
-Runs stages in the order of their worth, each a process with a limit of its own, and adds every figure to
-results.jsonl as soon as it is known. Nothing is fetched from a network.
+Runs the stages, the most important ones first. Each stage is a process with its own time limit. Every figure is added
+to results.jsonl as soon as it is known. Nothing is downloaded from a network.
 
-The exit status is 0 where no stage failed, 1 where one did, 2 for wrong arguments, and 130 after an interruption.
+The exit status is 0 if no stage failed, 1 if one failed, 2 for wrong arguments, and 130 after an interruption.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .table import as_text
 LIMIT_SECONDS = 480.0
 RESULTS, LOG, TABLE = "results.jsonl", "log.txt", "table.txt"
 
-# In a process of its own: torch takes seconds to import, and whatever asks for a device holds memory on it.
+# In a separate process: importing torch takes seconds, and a process that uses a device holds memory on it.
 _PROBE = """
 import json, torch
 from benchmarks.keep import device_slug
@@ -42,7 +42,7 @@ print(json.dumps({"torch": torch.__version__, "devices": facts}))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command."""
+    """Runs the command."""
     began = time.monotonic()
     options = _parse(arguments)
     if options.list:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     setting = Setting(device, options.small, devices.get(device, {}).get("name"))
     if setting.small or setting.found is None:
-        default = ROOT / "build" / "gpu-check"  # such figures are nobody's results
+        default = ROOT / "build" / "gpu-check"  # such figures are not results
     else:
         default = ROOT / "profiles" / "results" / devices[device]["slug"]
     folder = (options.out or default).absolute()
@@ -116,9 +116,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "stages", nargs="*", metavar="STAGE", help=f"all if none is named: {', '.join(NAMES)}"
     )
     parser.add_argument(
-        "--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help="for all of it (480)"
+        "--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help="for all stages together (480)"
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="where (cuda)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="the device to check (cuda)")
     parser.add_argument(
         "--small", action="store_true", help="tiny models: tries the check itself, on any device"
     )
@@ -142,7 +142,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _environment() -> dict[str, str]:
-    """Variables of every stage: the checkout's code comes first, and no library looks for a network."""
+    """Returns the variables of every stage: the code of this checkout comes first, and no library searches for a
+    network.
+    """
     path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "PYTHONPATH": os.pathsep.join(path),
@@ -155,10 +157,11 @@ def _environment() -> dict[str, str]:
 
 
 def _without_broken_xformers(environment: dict[str, str]) -> str | None:
-    """Take an xformers that cannot be imported off the path, as diffusers imports it wherever it is.
+    """Removes an xformers that cannot be imported from the path, because diffusers imports every xformers that it
+    finds.
 
     Returns:
-        What to say of it; None where there is none, or where it can be imported.
+        A message about it, or None if there is no xformers or it can be imported.
     """
     found = importlib.util.find_spec("xformers")
     if found is None or found.origin is None:
@@ -182,7 +185,7 @@ def _without_broken_xformers(environment: dict[str, str]) -> str | None:
 
 
 def _probe(environment: dict[str, str]) -> dict[str, Any]:
-    """What torch says of the devices; ``error`` where it says nothing."""
+    """Returns torch's description of the devices, or ``error`` if torch gives none."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _PROBE],
@@ -219,7 +222,7 @@ def _say(result: Result) -> None:
 
 
 def _report(folder: Path, environment: dict[str, str]) -> None:
-    """Write the page and the plots; the check stands without them."""
+    """Writes the page and the plots; if this fails, the check's results remain valid."""
     command = [sys.executable, "-m", "benchmarks.gpu_report", str(folder)]
     try:
         done = subprocess.run(

@@ -1,6 +1,6 @@
-"""The ops on a small grid: time of a call on the device and on the host, against eager torch and torch.compile.
+"""The ops at a few sizes: time of a call on the device and on the host, against eager torch and torch.compile.
 
-``--once`` calls each op of ours once and measures nothing: a profiler from outside does.
+``--once`` calls each of our ops once and measures nothing, for an external profiler.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .record import Record, first_line
 _OPS = ("loop_loss", "denoise_step_guided", "transition_logprob")
 _BUDGET_SECONDS = 0.25
 
-# Calls in a row by which the host's time is taken: fewer than the device's queue holds.
+# Consecutive calls for measuring the host's time: fewer than the device's queue holds.
 _HOST_CALLS = 50
 
 
 def main() -> int:
-    """Measure, a line for each case; the exit status is 1 where one could not be measured."""
+    """Measures, with a line for each case; the exit status is 1 if a case could not be measured."""
     options = parse(__doc__, "--once")
     torch.manual_seed(0)
     if options.once:
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """What is measured, in the order of its worth: compiling takes longest and comes last."""
+    """Returns the cases, the most important ones first; compiled ones take longest and come last."""
     if options.small:
         for competitor in ("ours", "eager", "compile"):
             yield Case("transition_logprob", "SD", 4, torch.float32, competitor)
@@ -99,7 +99,7 @@ def _measure(case: Case, options: Options, copy: float) -> dict[str, Any]:
 
 
 def _host_seconds(run: Run, inputs: Sequence[Inputs], options: Options) -> float:
-    """Seconds that Python takes to ask for a call, whatever the device is busy with."""
+    """Returns the seconds that Python needs to start a call, while the device may still be busy."""
     if options.device.type == "cpu":
         return math.nan  # the host is the device
     _wait(options)

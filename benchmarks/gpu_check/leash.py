@@ -1,11 +1,11 @@
 """Holds a command and all that it starts: ``python leash.py FD SECONDS FOLDER COMMAND...``.
 
-The command runs in a session of its own, with FOLDER for its temporary files. It is ended when it has run for SECONDS,
-or when the pipe FD closes, which it does when whoever holds its other end closes it or dies. Whatever processes the
-command leaves behind are ended too, those in sessions of their own included, and FOLDER is removed.
+The command runs in its own session, with FOLDER for its temporary files. It is ended after SECONDS, or when the pipe FD
+closes. The pipe closes when the process at its other end closes it or dies. All processes that the command leaves
+behind are ended too, also those in other sessions, and FOLDER is removed.
 
-The exit status is the command's, 128 and the signal's number where a signal ended it, and 124 where the time was up. No
-more is imported than this needs, so that it starts at once.
+The exit status is the command's, or 128 plus the signal's number if a signal ended it, or 124 if the time was up. The
+program imports only what it needs, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of its descendants whose own parents end; does nothing outside Linux."""
+    """Makes this process the parent of its descendants whose own parents end; does nothing outside Linux."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def children() -> list[int]:
-    """The ids of this process's children; none where there is no /proc."""
+    """Returns the ids of this process's children, or none if there is no /proc."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -53,7 +53,7 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a command's process group, first politely, and then every child that is left."""
+    """Ends a command's process group, first with SIGTERM, and then every remaining child."""
     _signal_group(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_SECONDS)
@@ -69,7 +69,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command and return its exit status."""
+    """Runs a command and returns its exit status."""
     pipe, seconds, folder, command = int(arguments[0]), float(arguments[1]), arguments[2], arguments[3:]
     adopt_orphans()
     os.makedirs(folder, exist_ok=True)  # noqa: PTH103 - as a text, for the environment

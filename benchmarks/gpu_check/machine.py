@@ -1,4 +1,4 @@
-"""What the machine is, what it lacks, and its ceilings."""
+"""The machine, what it lacks, and its ceilings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CARD = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "power.limit", 
 
 
 def main() -> int:
-    """Measure, a line for each figure; the exit status is 1 where one could not be measured."""
+    """Measures, with a line for each figure; the exit status is 1 if a figure could not be measured."""
     options = parse(__doc__)
     record = Record.from_environment("machine")
     record.write("machine", **_machine(options))
@@ -85,7 +85,9 @@ def _versions() -> dict[str, Any]:
 
 
 def _lacking() -> dict[str, list[str]]:
-    """Packages by whether something here needs them, programs, and the compiled kernels of the CPU."""
+    """Returns missing packages, grouped by whether they are needed here, missing programs, and the CPU's compiled
+    kernels.
+    """
     lacking = {"packages": _cannot_import(PACKAGES), "optional": _cannot_import(OPTIONAL)}
     lacking["programs"] = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if loopfast_kernels.info()["cpu"] != "native":
@@ -94,7 +96,7 @@ def _lacking() -> dict[str, list[str]]:
 
 
 def _cannot_import(modules: dict[str, str]) -> list[str]:
-    """Those that cannot be imported, with how to get them, or with what their import says."""
+    """Returns the packages that cannot be imported, with how to install them or with the import's error."""
     said = []
     for module, package in modules.items():
         try:
@@ -104,7 +106,7 @@ def _cannot_import(modules: dict[str, str]) -> list[str]:
             said.append(
                 f"{package} (pip install {package})" if missing else f"{package}: {first_line(error)}"
             )
-        except Exception as error:  # a library built for another torch raises whatever it likes
+        except Exception as error:  # a library built for another torch may raise any error
             said.append(f"{package}: {first_line(error)}")
     return said
 
@@ -133,7 +135,7 @@ def _ceilings(options: Options) -> list[tuple[str, Any]]:
 
 
 def _product(options: Options, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
-    """Teraflop/s of a product of square matrices."""
+    """Returns the teraflop/s of a product of square matrices."""
     size = 512 if options.small else 8192
     left, right = (torch.randn(size, size, device=options.device).to(dtype) for _ in range(2))
     before = torch.backends.cuda.matmul.allow_tf32

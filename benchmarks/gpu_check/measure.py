@@ -1,8 +1,8 @@
-"""Measurements of one stage, each in a process of its own.
+"""Measurements of one stage, each in its own process.
 
-What breaks one, such as memory that runs out or a recording that fails, is not in the way of the next, and a process's
-memory is that of its measurement. The next process imports its libraries while the one before it measures; it touches
-the device only when its turn comes.
+So a measurement that fails, for example because memory runs out or a recording fails, does not disturb the next one,
+and a process's memory is that of its measurement. The next process imports its libraries while the previous one
+measures; it uses the device only when its turn comes.
 
     python -m benchmarks.gpu_check.measure sd15 --device cuda [--small]
 """
@@ -31,14 +31,14 @@ _PROGRAM = ("-m", "benchmarks.gpu_check.measure")
 
 
 class Work(NamedTuple):
-    """What a measurement is given.
+    """The inputs of a measurement.
 
     Attributes:
-        name: its own, which its lines are called.
+        name: the measurement's name, which its lines have.
         device: ``cuda`` or ``cpu``.
         small: whether the models are tiny.
         folder: for files that measurements share; removed at the end.
-        record: where its figures go.
+        record: receives its figures.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Measurement(NamedTuple):
     """One of a stage's measurements.
 
     Attributes:
-        run: measures, in a process of its own.
-        seconds: after which that process is ended.
-        config: the configuration that it trains by, for which `loopfast plan` is asked; None: none.
-        needed: whether those after it cannot do without it.
-        small: whether it also runs where models are tiny.
+        run: measures, in its own process.
+        seconds: the time limit of that process.
+        config: makes the configuration of its training, which is passed to `loopfast plan`; None if it does not train.
+        needed: whether the later measurements depend on it.
+        small: whether it also runs with tiny models.
     """
 
     run: Callable[[Work], None]
@@ -67,13 +67,13 @@ class Measurement(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Conduct the measurements of a stage, or be one of its workers.
+    """Runs the measurements of a stage, or is one of its workers.
 
     Args:
         arguments: the stage's name, which is that of its module, and ``--device D [--small]``.
 
     Returns:
-        The exit status: 1 where a measurement failed.
+        The exit status: 1 if a measurement failed.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check.measure", description=__doc__)
     parser.add_argument("stage")
@@ -101,16 +101,16 @@ def main(arguments: Sequence[str]) -> int:
 def conduct(
     measurements: Mapping[str, Measurement], work: Work, command: Sequence[str], first: subprocess.Popen[str]
 ) -> int:
-    """Let workers measure, one after the other.
+    """Lets workers measure, one after the other.
 
     Args:
         measurements: by name, in their order.
-        work: what each is given, but for its name.
+        work: the inputs of each measurement, without its name.
         command: starts a worker.
         first: the first worker.
 
     Returns:
-        1 where a measurement failed, else 0.
+        1 if a measurement failed, else 0.
     """
     failed, waiting, left = False, first, len(measurements)
     for name, measurement in measurements.items():
@@ -135,14 +135,14 @@ def _measurements(stage: str) -> Mapping[str, Measurement]:
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
-    """A worker, which waits for a name on its standard input; that closes when this process ends."""
+    """Starts a worker. It waits for a name on its standard input, which closes when this process ends."""
     return subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
 
 
 def _wait(worker: subprocess.Popen[str], measurement: Measurement, work: Work) -> str | None:
-    """Let a worker measure; what to write of how it ended, if it could not do so itself."""
+    """Lets a worker measure, and returns what to record of its end if it could not do so itself."""
     assert worker.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it has ended already; its exit status is looked at below
+    with contextlib.suppress(BrokenPipeError):  # it has ended already; its exit status is checked below
         worker.stdin.write(f"{work.name}\n")
         worker.stdin.close()
     if measurement.config is not None:
@@ -160,13 +160,13 @@ def _wait(worker: subprocess.Popen[str], measurement: Measurement, work: Work) -
 
 
 def _plan(config: Callable[[Work], Config], work: Work) -> None:
-    """What `loopfast plan` says that the measurement will hold; worked out beside it, on no device."""
+    """Records the plan's estimate of the measurement's memory; it is computed during the measurement, on no device."""
     from loopfast.planning.architectures import load_architecture
     from loopfast.planning.memory import Resources, footprint
 
     try:
         planned = config(work)
-        # 80 GiB of memory: the size has no part in what a run holds
+        # 80 GiB of memory: the bytes of a run do not depend on it
         resources = Resources("cuda" if work.device == "cuda" else "cpu", 80 * 2**30)
         found = footprint(planned, load_architecture(planned.model), resources)
         work.record.write(work.name, planned_bytes=found.total, planned_peak=found.peak_phase)
@@ -175,7 +175,7 @@ def _plan(config: Callable[[Work], Config], work: Work) -> None:
 
 
 def _work(measurement: Measurement, work: Work) -> int:
-    """Measure, in this process."""
+    """Measures, in this process."""
     try:
         measurement.run(work)
     except Exception as error:
@@ -186,11 +186,12 @@ def _work(measurement: Measurement, work: Work) -> int:
 
 
 def memory(device: str) -> dict[str, Any]:
-    """Bytes of this process at their peak.
+    """Returns bytes of this process at their peak.
 
     Returns:
-        ``allocated``: in tensors, at most; ``reserved``: by torch for them, at most; ``taken``: what is not free on the
-        card now, contexts, libraries and graphs included. On a CPU only ``taken``, the most the process has held.
+        ``allocated``: the most in tensors; ``reserved``: the most that torch has reserved for them; ``taken``: all
+        memory of the card that is not free now, contexts, libraries and graphs included. On a CPU only ``taken``, the
+        most that the process has held.
     """
     if device == "cpu":
         import resource

@@ -1,4 +1,4 @@
-"""Pipelines of the sizes people train, with random weights, which nobody has to fetch.
+"""Pipelines of the sizes that people train, with random weights, so that nothing must be downloaded.
 
 Denoisers and autoencoders are those that `loopfast plan` knows. Text encoders have the right widths and two layers;
 they run once an iteration.
@@ -20,7 +20,7 @@ from loopfast.policies.portable import save_portable
 
 
 def sd15(device: str) -> Any:
-    """Stable Diffusion 1.5: images of 512x512, 860 M weights in its denoiser, in bfloat16."""
+    """Makes Stable Diffusion 1.5: images of 512x512, 860 M weights in its denoiser, in bfloat16."""
     pipeline = sd_small()
     denoiser, vae = _networks("sd15", device)
     encoder = _text_encoder(pipeline.text_encoder, 768, CLIPTextModel)
@@ -29,7 +29,9 @@ def sd15(device: str) -> Any:
 
 
 def sd35_medium(device: str) -> Any:
-    """Stable Diffusion 3.5 medium without T5, whose rows diffusers fills with zeros: 2,243 M weights, in bfloat16."""
+    """Makes Stable Diffusion 3.5 medium without T5, whose rows diffusers fills with zeros: 2,243 M weights, in
+    bfloat16.
+    """
     small = sd_small()
     denoiser, vae = _networks("sd35-medium", device)
     encoders = [
@@ -49,7 +51,7 @@ def sd35_medium(device: str) -> Any:
 
 
 def tiny(family: str) -> Any:
-    """The tiny pipeline of a family by which it is tested; its images have 32x32 pixels."""
+    """Makes the tiny pipeline of a family from the tests; its images have 32x32 pixels."""
     from tests.families import stable_diffusion, stable_diffusion_3
 
     if family == "sd15":
@@ -58,7 +60,7 @@ def tiny(family: str) -> Any:
 
 
 def write(pipeline: Any, folder: Path) -> dict[str, int]:
-    """Save a pipeline; returns how many weights its denoiser has, and the files' bytes."""
+    """Saves a pipeline; returns the number of its denoiser's weights and the files' bytes."""
     denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
     save_portable(pipeline, folder)
     files = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
@@ -66,7 +68,7 @@ def write(pipeline: Any, folder: Path) -> dict[str, int]:
 
 
 def _networks(name: str, device: str) -> tuple[Any, Any]:
-    """The denoiser in bfloat16 and the autoencoder, made on the device: a CPU takes long for so many numbers."""
+    """Makes the denoiser in bfloat16 and the autoencoder on the device; a CPU would need long for this many numbers."""
     import diffusers
 
     architecture = load_architecture(ModelConfig(pretrained=name), name)
@@ -80,7 +82,7 @@ def _networks(name: str, device: str) -> tuple[Any, Any]:
 
 
 def _text_encoder(like: Any, width: int, kind: Any) -> Any:
-    """A text encoder of two layers with the vocabulary of another."""
+    """Makes a text encoder of two layers with the vocabulary of another one."""
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
     return kind(CLIPTextConfig(**{**like.config.to_dict(), **sizes, "num_attention_heads": width // 64}))

@@ -1,4 +1,4 @@
-"""The ops' kernels under Nsight Compute, at the clocks that the card has: none are locked."""
+"""The ops' kernels under Nsight Compute, with the card's current clocks: none are locked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .stages import ROOT
 
 _LAUNCHES = 24
 
-# Of Nsight Compute's figures those that are kept, and what they are called here.
+# The figures of Nsight Compute that are kept, and their names here.
 _METRICS = {
     "Duration": "duration_us",
     "DRAM Throughput": "dram_percent",
@@ -31,7 +31,7 @@ _MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1
 
 
 def kernels() -> list[str]:
-    """Names of the Triton kernels of the package."""
+    """Returns the names of the package's Triton kernels."""
     found = set()
     for file in (ROOT / "kernels" / "loopfast_kernels").rglob("triton_*.py"):
         found |= set(re.findall(r"^def (\w+_kernel)\(", file.read_text("utf-8"), re.M))
@@ -39,7 +39,7 @@ def kernels() -> list[str]:
 
 
 def command(csv_file: Path, arguments: Sequence[str]) -> Sequence[str]:
-    """What is run; the figures go to a file, apart from what the program prints."""
+    """Returns the command to run; the figures go to a file, separate from the program's output."""
     return (
         *("ncu", "--clock-control", "none", "--csv", "--page", "details", "--print-units", "base"),
         *(
@@ -57,7 +57,7 @@ def command(csv_file: Path, arguments: Sequence[str]) -> Sequence[str]:
 
 
 def figures(text: str) -> Iterator[dict[str, Any]]:
-    """What Nsight Compute wrote, as figures of each launch.
+    """Returns Nsight Compute's output as figures of each launch.
 
     Args:
         text: its log: a table in CSV with a row for each metric of each launch, among messages that begin with ``==``.
@@ -75,7 +75,7 @@ def figures(text: str) -> Iterator[dict[str, Any]]:
 
 
 def main() -> int:
-    """Run the ops once each, and write a line for each launch."""
+    """Runs each op once, and writes a line for each launch."""
     options = parse(__doc__)
     record = Record.from_environment("ncu")
     csv_file = Path(os.environ.get("TMPDIR", "/tmp")) / "ncu.csv"

@@ -1,4 +1,4 @@
-"""The options that every stage with a module of its own takes."""
+"""The options of every stage that has its own module."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 class Options(NamedTuple):
-    """Where a stage measures, and whether at full size."""
+    """The device that a stage measures, and whether it measures at full size."""
 
     device: torch.device
     small: bool
 
 
 def parse(description: str | None, *flags: str) -> Options | argparse.Namespace:
-    """Read the command line; further flags are those of the stage."""
+    """Reads the command line; further flags are the stage's own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--small", action="store_true")

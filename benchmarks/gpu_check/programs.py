@@ -1,4 +1,4 @@
-"""Runs a program that says in its output what it found."""
+"""Runs a program whose output contains its findings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 
 def run_and_show(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
-    """Run a program, printing its output as it comes.
+    """Runs a program and prints its output at once.
 
     Args:
         command: the program and its arguments.

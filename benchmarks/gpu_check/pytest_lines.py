@@ -11,7 +11,7 @@ from .record import Record
 
 
 class _Lines:
-    """Adds up the phases of a test, and writes its line when the last has ended."""
+    """Adds up the phases of a test, and writes its line when the last phase has ended."""
 
     def __init__(self, record: Record) -> None:
         self._record = record
@@ -52,6 +52,6 @@ def _first_line(report: Any) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the plugin where the reports of all workers arrive."""
+    """Registers the plugin in the process that receives the reports of all workers."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Lines(Record.from_environment("tests", echo=False)))

@@ -15,18 +15,18 @@ from typing import Any
 
 Line = dict[str, Any]
 
-# How a stage's process learns where its lines go and what they are called.
+# The variables that give a stage's process the file and the names of its lines.
 _FILE, _RUN, _STAGE = "GPU_CHECK_FILE", "GPU_CHECK_RUN", "GPU_CHECK_STAGE"
 
 
 class Record:
-    """Where the figures of a stage go.
+    """A writer of a stage's figures.
 
     Args:
-        path: the file; None: lines are printed only.
-        run: what this run of the check is called.
+        path: the file; None only prints the lines.
+        run: the name of this run of the check.
         stage: the stage's name.
-        echo: print each line too.
+        echo: whether each line is printed too.
     """
 
     def __init__(self, path: Path | None, run: str, stage: str, *, echo: bool = False) -> None:
@@ -34,7 +34,7 @@ class Record:
 
     @classmethod
     def from_environment(cls, stage: str, *, echo: bool = True) -> Record:
-        """The record that the check has given this process; without a check, one that has no file."""
+        """Returns the record that the check has given to this process, or a record without a file if no check runs."""
         file = os.environ.get(_FILE)
         run, stage = os.environ.get(_RUN, "by hand"), os.environ.get(_STAGE, stage)
         return cls(Path(file) if file else None, run, stage, echo=echo)
@@ -44,7 +44,7 @@ class Record:
         return {_FILE: str(self._path or ""), _RUN: self._run, _STAGE: self._stage}
 
     def write(self, what: str, **figures: Any) -> None:
-        """Add a line.
+        """Adds a line.
 
         Args:
             what: what was measured.
@@ -71,7 +71,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """All lines of a file, in order; none if there is no file. A line that a kill has cut off is left out."""
+    """Reads all lines of a file, in order; none if there is no file. A line that a kill has cut off is skipped."""
     if not path.exists():
         return []
     lines = []
@@ -86,10 +86,10 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def latest(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    """The lines of each stage's latest run, by stage.
+    """Returns the lines of each stage's latest run, by stage.
 
-    Runs on another device, or of another size, than the latest are left out: their figures do not belong beside its.
-    The first lines of the runs (stage ``check``) are those of the latest one only.
+    Runs on another device, or of another size, than the latest run are skipped, because their figures cannot be
+    compared. The first lines of the runs (stage ``check``) are only those of the latest run.
     """
     lines = list(lines)
     starts = {line["run"]: line for line in lines if (line["stage"], line["what"]) == ("check", "start")}
@@ -113,6 +113,6 @@ def _kind(start: Line) -> tuple[Any, Any]:
 
 
 def first_line(error: BaseException, length: int = 300) -> str:
-    """An error on one line: its type and the first line of what it says."""
+    """Returns an error on one line: its type and the first line of its message."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said}"[:length]

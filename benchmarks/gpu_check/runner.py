@@ -1,4 +1,4 @@
-"""Runs stages one after the other, each within its time, whatever the others did."""
+"""Runs stages one after the other. Each has its time limit, and a failed stage does not affect the others."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import BinaryIO, NamedTuple
 from . import leash
 from .record import Record
 
-# A stage's process exits with this when it has found out that it cannot run here, and has written why.
+# A stage's process exits with this if it cannot run here, after it has written why.
 SKIPPED = 77
 
 # Less than this is not enough for any stage.
 LEAST_SECONDS = 5.0
 
-# What is kept of a stage's output: so much of its beginning as it comes, and of what follows the end.
+# The lengths that are kept of a stage's output: of its beginning, and of its end.
 _HEAD_BYTES, _TAIL_BYTES = 512 * 2**10, 64 * 2**10
 
 Outcome = str
@@ -32,14 +32,14 @@ FAILURES = ("failed", "over its limit")
 
 
 class Task(NamedTuple):
-    """A stage as it is to run here.
+    """A stage as it runs on this machine.
 
     Attributes:
-        name: of the stage.
+        name: the stage's name.
         seconds: its limit.
-        command: what to run.
-        lacks: why it cannot run here; None: it can.
-        environment: variables beside those of the check.
+        command: the command to run.
+        lacks: why it cannot run here; None if it can.
+        environment: variables in addition to those of the check.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Task(NamedTuple):
 
 
 class Result(NamedTuple):
-    """How a stage ended; ``reason`` says why it did not run, or how it failed."""
+    """The end of a stage; ``reason`` says why it did not run, or how it failed."""
 
     name: str
     outcome: Outcome
@@ -59,7 +59,7 @@ class Result(NamedTuple):
 
 
 class _Log:
-    """Writes a stage's output into the log: its beginning as it comes, then the end."""
+    """Writes a stage's output into the log: its beginning at once, and later its end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._written, self._dropped, self._tail = file, 0, 0, bytearray()
@@ -90,21 +90,21 @@ def run_all(
     say: Callable[[Result], None],
     began: float | None = None,
 ) -> list[Result]:
-    """Run stages in their order.
+    """Runs stages in their order.
 
-    A stage has its own limit, or what is left of the whole if that is less.
+    A stage has its own limit, or the rest of the whole limit if that is less.
 
     Args:
         tasks: the stages.
         limit: seconds for all of them.
-        record: makes the record of the stage of a name.
+        record: makes the record for a stage's name.
         log_path: the file to which the stages' output is added.
-        folder: where the stages run.
-        say: told of each stage when it has ended.
-        began: reading of ``time.monotonic`` from which the limit counts; None: now.
+        folder: the folder in which the stages run.
+        say: called with each stage and its result when it has ended.
+        began: reading of ``time.monotonic`` from which the limit counts; None is now.
 
     Returns:
-        How each ended. After an interruption (Ctrl-C) the stages that have not run are missing.
+        The end of each stage. After an interruption (Ctrl-C) the stages that have not run are missing.
     """
     deadline = (time.monotonic() if began is None else began) + limit
     results = []
@@ -147,7 +147,7 @@ def _judged(task: Task, status: int | None, took: float, allowed: float) -> Resu
 
 
 def _run(task: Task, seconds: float, record: Record, log_path: Path, folder: Path) -> int | None:
-    """Run a stage's command on a leash; its exit status, or None where Ctrl-C ended it."""
+    """Runs a stage's command on a leash; returns its exit status, or None if Ctrl-C ended it."""
     theirs, ours = os.pipe()
     scratch = tempfile.mkdtemp(prefix=f"gpu-check-{task.name}-")
     command = (
@@ -193,7 +193,7 @@ def _run(task: Task, seconds: float, record: Record, log_path: Path, folder: Pat
 
 
 def _pump(process: subprocess.Popen[bytes], log: _Log, deadline: float) -> None:
-    """Copy the output until it ends; it may end later than the process, or never where a process has escaped."""
+    """Copies the output until it ends; it may end later than the process, or never if a process has escaped."""
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)

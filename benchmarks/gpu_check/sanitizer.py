@@ -15,7 +15,7 @@ SELECTION = ("tests/kernels/test_gpu.py", "-k", "results_are_those or (exactly_o
 
 
 def command() -> Sequence[str]:
-    """What is run."""
+    """Returns the command to run."""
     return (
         *("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
         *(sys.executable, *pytest_command(*SELECTION, timeout=60)),
@@ -23,8 +23,8 @@ def command() -> Sequence[str]:
 
 
 def main() -> int:
-    """Run the tests, and write how many errors were found."""
-    # torch keeps tensors side by side in large blocks, in which an access outside of one goes unseen
+    """Runs the tests, and writes the number of errors."""
+    # torch keeps tensors side by side in large blocks, in which an access outside of a tensor is not detected
     status, output = run_and_show(command(), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     found = re.findall(r"ERROR SUMMARY: (\d+) error", output)
     record = Record.from_environment("sanitizer")

@@ -1,4 +1,6 @@
-"""Training at Stable Diffusion 1.5's sizes with random weights: LoRA and full, and what each lever changes."""
+"""Training at Stable Diffusion 1.5's sizes with random weights: LoRA and full, and the effect of each performance
+option.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def _write_model(work: Work) -> None:
 
 
 def _config(work: Work, iterations: int, overrides: tuple[str, ...]) -> Config:
-    """A run whose last iteration is not reached; see `training.run`."""
+    """Makes a run whose last iteration is not reached; see `training.run`."""
     given = [f"model.pretrained={work.folder / 'model'}", f"model.device={work.device}"]
     given += [f"run.directory={work.folder / work.name.replace(' ', '-')}", *overrides]
     if work.small:
@@ -62,7 +64,7 @@ def _train(*overrides: str, iterations: int = 2, seconds: float = 60, small: boo
 
 
 def _parts(work: Work) -> None:
-    """Sampling with and without the adapter's arithmetic, and decoding in each precision."""
+    """Measures sampling with and without the adapter's arithmetic, and decoding in each precision."""
     config = _config(work, 1, ()).model
     steps = _SMALL_STEPS if work.small else _STEPS
     policy = load_policy(config)
@@ -118,7 +120,7 @@ def _parts(work: Work) -> None:
 
 
 def _seconds(call: Callable[[], object], device: str, repeats: int = 2) -> float:
-    """Mean seconds of a call after one that warms up."""
+    """Returns the mean seconds of a call, after one call to warm up."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     call()
     wait()

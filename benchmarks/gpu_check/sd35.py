@@ -1,7 +1,7 @@
 """Training at Stable Diffusion 3.5 medium's sizes: 384x384 pixels, 10 steps of which 3 are trained, LoRA of rank 32.
 
-The work is that of the published figures in `benchmarks.gpu_report.page`: 16 images of each prompt and a window of
-stochastic steps, as Flow-GRPO trains. Weights are random, T5 is left out, and the reward is a JPEG's size.
+The work is that of the published figures in `benchmarks.gpu_report.page`: 16 images for each prompt and a window of
+stochastic steps, as Flow-GRPO trains. Weights are random, T5 is absent, and the reward is a JPEG's size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The stages, in the order of their worth: what each runs, for how long, and what it needs."""
+"""The stages, the most important ones first: the command, the time and the needs of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 ROOT = Path(__file__).parents[2]
 BROKEN_CAPTURE = "tests/rollout/test_broken_capture.py"
 
-# Names of modules, by what installs them.
+# Names of modules, by the package that installs them.
 _TRAIN = {
     "accelerate": "accelerate",
     "diffusers": "diffusers",
@@ -41,7 +41,7 @@ OPTIONAL = {"xdist": "pytest-xdist", "pytest_timeout": "pytest-timeout", "xforme
 
 
 class Setting(NamedTuple):
-    """Where the stages run, and how large they are."""
+    """The device and the sizes with which the stages run."""
 
     device: Literal["cuda", "cpu"]
     small: bool
@@ -53,14 +53,14 @@ class Stage(NamedTuple):
     """A stage.
 
     Attributes:
-        name: on the command line.
-        about: what it finds out.
+        name: its name on the command line.
+        about: what it checks or measures.
         seconds: its limit.
-        command: what runs it, with the interpreter's options only.
-        packages: modules without which it cannot run, and what installs each.
+        command: its command, without the Python interpreter.
+        packages: modules without which it cannot run, and the package that installs each.
         tool: a program without which it cannot run.
-        gpu_only: whether it has nothing to say about a CPU.
-        file: of the repository, without which it cannot run.
+        gpu_only: whether it cannot measure anything on a CPU.
+        file: a file of the repository without which it cannot run.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Stage(NamedTuple):
     file: str | None = None
 
     def lacks(self, setting: Setting) -> str | None:
-        """Why it cannot run here, if so."""
+        """Returns why the stage cannot run here, or None."""
         missing = {"torch": "torch", **self.packages}
         missing = {module: package for module, package in missing.items() if not is_installed(module)}
         if missing:
@@ -91,7 +91,7 @@ class Stage(NamedTuple):
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be found; it is not imported."""
+    """Returns whether a module can be found; it is not imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
@@ -101,7 +101,7 @@ def is_installed(module: str) -> bool:
 def _module(*name: str) -> Callable[[Setting], Sequence[str]]:
     def command(setting: Setting) -> Sequence[str]:
         module, *arguments = name
-        # what a machine lacks can be said without a GPU, too
+        # what a machine lacks can be found out without a GPU, too
         sizes = ("--small",) if setting.small or setting.found is None else ()
         device = setting.device if setting.found is not None else "cpu"
         return ("-m", f"benchmarks.gpu_check.{module}", *arguments, "--device", device, *sizes)
@@ -110,7 +110,7 @@ def _module(*name: str) -> Callable[[Setting], Sequence[str]]:
 
 
 def pytest_command(*selection: str, processes: int = 1, timeout: int = 90) -> Sequence[str]:
-    """Run tests, each of which becomes a line of the record."""
+    """Returns a command that runs tests, each of which becomes a line of the record."""
     parallel = ("-n", str(processes)) if processes > 1 and is_installed("xdist") else ()
     limit = ("--timeout", str(timeout)) if is_installed("pytest_timeout") else ()
     plugins = ("-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.pytest_lines")
@@ -126,18 +126,18 @@ def _tests(gpu: Sequence[str], cpu: Sequence[str], processes: int = 1) -> Callab
     return command
 
 
-# Triton is tested on the GPU where there is one, by tests that are not marked `gpu`.
+# Tests that are not marked `gpu` test Triton on the GPU, if there is one.
 _OPS = ("test_gpu", "test_philox", "test_denoise_step", "test_transition_logprob", "test_loop_loss")
 _LAST_OPS = ("test_leave_one_out", "test_reduction", "test_group_norm_silu")
 _OP_FILES = [f"tests/kernels/{name}.py" for name in (*_OPS, *_LAST_OPS)]
 _RECORDING_FILES = ("tests/rollout", "tests/test_profiling.py")
-# What breaks a recording on purpose may break what follows it in its process.
+# A recording that is broken on purpose may break later work in its process.
 _WHOLE_RECORDINGS = (f"--ignore={BROKEN_CAPTURE}",)
 
 STAGES = (
     Stage(
         "machine",
-        "the machine, versions, what is lacking, and the ceilings: copy bandwidth and matrix products",
+        "the machine, versions, what is missing, and the ceilings: copy bandwidth and matrix products",
         30,
         _module("machine"),
     ),
@@ -165,7 +165,7 @@ STAGES = (
     ),
     Stage(
         "sd15",
-        "training at Stable Diffusion 1.5's sizes, random weights: speed, memory and ratio by lever",
+        "training at Stable Diffusion 1.5's sizes, random weights: speed, memory and ratio by option",
         150,
         _module("measure", "sd15"),
         _TRAIN,
@@ -197,7 +197,7 @@ STAGES = (
     ),
     Stage(
         "broken",
-        "a recording that fails, and what goes on after it",
+        "a recording that fails, and what works after it",
         40,
         _tests((BROKEN_CAPTURE, "-m", "gpu"), ()),
         _TESTS | _TRAIN,
@@ -235,10 +235,10 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 
 def patience(device: str) -> int:
-    """By how much limits are longer on a device: they are made for the kind of machine that has a GPU."""
+    """Returns the factor by which limits are longer on a device: they are made for machines that have a GPU."""
     return 4 if device == "cpu" else 1
 
 
 def task_command(stage: Stage, setting: Setting) -> Sequence[str]:
-    """The whole command of a stage."""
+    """Returns the whole command of a stage."""
     return (sys.executable, *stage.command(setting))

@@ -1,4 +1,4 @@
-"""The table at the end: how each stage ended, and its main figures."""
+"""The table at the end: the result of each stage, and its main figures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SHOWN_ERRORS = 20
 
 
 def as_text(stages: Mapping[str, Sequence[Line]], about: Mapping[str, str]) -> str:
-    """A summary of a run as plain text.
+    """Returns a summary of a run as plain text.
 
     Args:
-        stages: lines by stage, as `record.latest` gives them.
-        about: what each stage finds out, in the order of the stages.
+        stages: lines by stage, as `record.latest` returns them.
+        about: what each stage checks or measures, in the order of the stages.
     """
     start = next((line for line in stages.get("check", ()) if line["what"] == "start"), {})
     parts = [f"{start.get('device')}, torch {start.get('torch')}, {start.get('date')}"]
@@ -29,7 +29,7 @@ def as_text(stages: Mapping[str, Sequence[Line]], about: Mapping[str, str]) -> s
 
 
 def outcome_of(lines: Sequence[Line]) -> str:
-    """How a stage ended, in a few words."""
+    """Returns the result of a stage in a few words."""
     ended = next((line for line in reversed(lines) if line["what"] == "stage"), None)
     if ended is None:
         text = "ended with the check itself, before it was complete"

@@ -1,4 +1,4 @@
-"""Trains for some iterations and writes down each as it ends."""
+"""Trains for some iterations and writes the figures of each one when it ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KEYS = (
 
 
 class _Enough(Exception):  # noqa: N818 - a way out, not an error
-    """The last iteration that is measured is over; neither a checkpoint nor an export is wanted."""
+    """The last measured iteration is over; neither a checkpoint nor an export is wanted."""
 
 
 class _Watch(Display):
@@ -56,16 +56,16 @@ class _Watch(Display):
             raise _Enough
 
     def warning(self, text: str) -> None:
-        """Warnings belong to the figures: a step that could not be recorded, a microbatch that was halved."""
+        """Records warnings beside the figures: a step that could not be recorded, a micro-batch that was halved."""
         self._work.record.write(self._work.name, warning=text[:300])
         super().warning(text)
 
 
 def run(work: Work, config: Config, pairs: int) -> None:
-    """Train by a configuration and write a line for each iteration.
+    """Trains with a configuration and writes a line for each iteration.
 
     Args:
-        work: what the lines are called, and where they go.
+        work: the name and the record of the lines.
         config: the run. It ends before its last iteration, so that nothing is saved.
         pairs: (image, step) pairs that an iteration trains on.
     """

@@ -20,7 +20,7 @@ _WIDTH = 320
 def _write_model(work: Work) -> None:
     began = time.monotonic()
     folder = work.folder / "model"
-    if work.small:  # sharding costs a CPU as much as there are layers
+    if work.small:  # on a CPU the time of sharding grows with the number of layers
         facts = models.write(models.tiny("sd15"), folder)
     else:
         facts = {"parameters": sharding.write_model(folder, _WIDTH, work.device)}
@@ -55,6 +55,6 @@ def _train(overrides: Sequence[str], *, small: bool) -> Measurement:
 
 MEASUREMENTS = {
     "model": Measurement(_write_model, needed=True),
-    # The small check only asks whether DeepSpeed runs here: other stages try the local engine.
+    # The small check only tests whether DeepSpeed runs here: other stages test the local engine.
     **{name: _train(overrides, small=bool(overrides)) for name, overrides in sharding.ENGINES.items()},
 }

@@ -1,6 +1,6 @@
 """``python -m benchmarks.gpu_report FOLDER``: the page and the plots of a device, from results.jsonl in the folder.
 
-Of each stage the latest run counts. What is missing is said.
+The latest run of each stage counts. The page names what is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from . import page, pictures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     folder = parser.parse_args(arguments).folder

@@ -1,4 +1,4 @@
-"""The figures of a run of the check, in the form in which tables and plots take them."""
+"""The figures of a run of the check, in the form that tables and plots need."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ TRAINING = ("sd15", "sd35", "zero3")
 
 
 class Run(NamedTuple):
-    """A configuration that was trained by.
+    """A configuration that was trained.
 
     Attributes:
-        stage, name: of its measurement.
-        last: figures of its last iteration; empty where none ended.
+        stage, name: the stage and the name of its measurement.
+        last: figures of its last iteration; empty if none has ended.
         memory: bytes by ``plan``, ``allocated``, ``reserved`` and ``taken``, as far as they are known.
         notes: errors and warnings.
     """
@@ -31,17 +31,17 @@ class Run(NamedTuple):
 
 
 def start(stages: Stages) -> Line:
-    """The first line of the latest run; empty where there is none."""
+    """Returns the first line of the latest run; empty if there is none."""
     return next((line for line in stages.get("check", ()) if line["what"] == "start"), {})
 
 
 def named(stages: Stages, stage: str, what: str) -> Line | None:
-    """The last line of a name."""
+    """Returns the last line with a name."""
     return next((line for line in reversed(stages.get(stage, ())) if line["what"] == what), None)
 
 
 def runs(stages: Stages, stage: str) -> list[Run]:
-    """What a stage trained, in its order."""
+    """Returns the trained configurations of a stage, in their order."""
     lines = [line for line in stages.get(stage, ()) if line["what"] not in ("stage", "skipped", "model")]
     names = dict.fromkeys(line["what"] for line in lines)
     found = []
@@ -61,17 +61,17 @@ def runs(stages: Stages, stage: str) -> list[Run]:
 
 
 def parts(stages: Stages) -> list[Line]:
-    """Single measurements of the stage sd15: sampling with and without the adapter, decoding."""
+    """Returns single measurements of the stage sd15: sampling with and without the adapter, decoding."""
     return [line for line in stages.get("sd15", ()) if line["what"].startswith(("rollout ", "decode"))]
 
 
 def calls(stages: Stages) -> list[Line]:
-    """Calls of the ops that were measured."""
+    """Returns the measured calls of the ops."""
     return [line for line in stages.get("bandwidth", ()) if line["what"] == "call" and "us" in line]
 
 
 def kept(stages: Stages) -> dict[str, Any] | None:
-    """The calls as a file of `benchmarks.keep` holds them; None: there are none."""
+    """Returns the calls in the form of a file of `benchmarks.keep`; None if there are none."""
     lines, copy, first = calls(stages), named(stages, "bandwidth", "copy"), start(stages)
     if not lines or copy is None:
         return None

@@ -22,17 +22,17 @@ _SHOWN_TESTS = 40
 
 
 def write(stages: Stages, pictures: Sequence[str]) -> str:
-    """The page of a device.
+    """Writes the page of a device.
 
     Args:
         stages: lines by stage.
-        pictures: names of the plots beside it.
+        pictures: names of the plots in the same folder.
     """
     first = start(stages)
-    small = "**Tiny models: this tried the check itself, and its figures mean nothing.**"
+    small = "**Tiny models: this run tested only the check itself, and its figures mean nothing.**"
     made = (
-        f"torch {first.get('torch')}, Python {first.get('python')}, {first.get('date')}. By `make gpu-check`; every "
-        "figure is a line of [results.jsonl](results.jsonl)."
+        f"torch {first.get('torch')}, Python {first.get('python')}, {first.get('date')}. Made by `make gpu-check`; "
+        "every figure is a line of [results.jsonl](results.jsonl)."
     )
     sections = [
         f"# {first.get('device')}",
@@ -56,7 +56,7 @@ def _stages(stages: Stages) -> str:
     rows = [
         (stage.name, stage.about, outcome_of(stages[stage.name])) for stage in STAGES if stage.name in stages
     ]
-    return _table(("stage", "what it finds out", "how it ended"), rows)
+    return _table(("stage", "what it checks or measures", "result"), rows)
 
 
 def _failures(stages: Stages) -> Iterator[str]:
@@ -96,7 +96,7 @@ def _machine(stages: Stages) -> Iterator[str]:
     lacking = named(stages, "machine", "lacking") or {}
     said = [f"{kind}: {'; '.join(names)}" for kind, names in lacking.items() if isinstance(names, list)]
     if said:
-        yield "Not there:\n\n" + "\n".join(f"* {text}" for text in said)
+        yield "Missing:\n\n" + "\n".join(f"* {text}" for text in said)
 
 
 def _sd15(stages: Stages, pictures: Sequence[str]) -> Iterator[str]:
@@ -106,8 +106,8 @@ def _sd15(stages: Stages, pictures: Sequence[str]) -> Iterator[str]:
     yield "## Stable Diffusion 1.5's sizes"
     if found:
         yield (
-            "512x512, random weights, guidance 5, 10 steps, 4 images of each prompt, bfloat16; figures of the last "
-            "iteration. The ratio's deviation is that before the first update."
+            "512x512, random weights, guidance 5, 10 steps, 4 images for each prompt, bfloat16. The figures are from "
+            "the last iteration; the ratio's deviation is the one before the first update."
         )
         yield _speeds(found)
     if "levers.png" in pictures:
@@ -138,7 +138,7 @@ def _speeds(found: Sequence[Run]) -> str:
                 "; ".join(run.notes),
             )
         )
-    header = ("run", "images/s", "pairs/s", "iteration, s", *_PHASES, "|ratio - 1|", "said")
+    header = ("run", "images/s", "pairs/s", "iteration, s", *_PHASES, "|ratio - 1|", "messages")
     return _table(header, rows)
 
 
@@ -148,9 +148,9 @@ def _sd35(stages: Stages) -> Iterator[str]:
         return
     yield "## Stable Diffusion 3.5 medium's sizes"
     yield (
-        "384x384, 10 steps of which 3 are trained, LoRA of rank 32, 16 images of each prompt; random "
-        "weights, no T5, JPEG's size for a reward. The published figures are of **other hardware**, 8 H20, of real "
-        "weights and PickScore, and whether they have guidance is not stated: a comparison of orders of magnitude only."
+        "384x384, 10 steps of which 3 are trained, LoRA of rank 32, 16 images for each prompt, random "
+        "weights, no T5; the reward is a JPEG's size. The published figures are from **other hardware**, 8 H20, with "
+        "real weights and PickScore, and do not state whether they use guidance. Compare only orders of magnitude."
     )
     yield _speeds(found)
     rows = [
@@ -186,7 +186,7 @@ def _ops(stages: Stages, pictures: Sequence[str]) -> Iterator[str]:
     if not found:
         return
     yield "## The ops"
-    yield "Time on the device, and what Python takes to ask for a call."
+    yield "Time on the device, and the time that Python needs to start a call."
     by_case: dict[tuple[str, str], dict[str, Any]] = {}
     for line in found:
         by_case.setdefault((line["op"], line["setting"]), {})[line["competitor"]] = line

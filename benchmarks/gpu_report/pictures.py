@@ -26,11 +26,11 @@ _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw(stages: Stages, folder: Path) -> list[str]:
-    """Write the plots whose figures are known, and remove those whose figures are not.
+    """Draws the plots whose figures are known, and removes those whose figures are not known.
 
     Args:
         stages: lines by stage.
-        folder: where to.
+        folder: the folder of the plots.
 
     Returns:
         Names of the files.
@@ -56,7 +56,7 @@ def draw(stages: Stages, folder: Path) -> list[str]:
 
 
 def _levers(found: Sequence[Run], stages: Stages) -> Figure | None:
-    """Images a second of each configuration of Stable Diffusion 1.5's sizes."""
+    """Plots images a second of each configuration at Stable Diffusion 1.5's sizes."""
     if not found:
         return None
     with mpl.rc_context(_STYLE):
@@ -74,7 +74,7 @@ def _levers(found: Sequence[Run], stages: Stages) -> Figure | None:
 
 
 def _memory(found: Sequence[Run], stages: Stages) -> Figure | None:
-    """What each configuration holds at its peak, beside the plan."""
+    """Plots each configuration's memory at its peak, beside the plan."""
     if not found:
         return None
     kinds = [kind for kind in _MEMORY if any(kind in run.memory for run in found)]

@@ -1,4 +1,4 @@
-"""The norms of a small denoiser's residual blocks: forward, and with the gradients by image, weight and bias."""
+"""The norms of a small denoiser's residual blocks: forward, and with the gradients for image, weight and bias."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = [(40, 8, 8), (80, 8, 8), (120, 8, 8), (80, 4, 4), (160, 4, 4)]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 ROWS, GROUPS, BUDGET_SECONDS = 256, 8, 0.5
 
-Images = Sequence[Tensor]  # the image, weight, bias, and the gradient by the result
+Images = Sequence[Tensor]  # the image, weight, bias, and the gradient of the result
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def make_images(
     shape: tuple[int, int, int], layout: torch.memory_format, requires_grad: bool, seed: int
 ) -> list[Tensor]:
-    """Random arguments, and a gradient by the result."""
+    """Makes random arguments, and a gradient for the result."""
     generator = torch.Generator(device()).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -43,7 +43,7 @@ def make_images(
 
 
 def runner(competitor: str, backward: bool) -> Callable[[Images], tuple[Tensor, ...]]:
-    """What is timed."""
+    """Returns the function to time."""
     function = ours if competitor == "ours" else eager
     if competitor == "compile":
         torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Forward and backward, with guidance unless said otherwise."""
+"""Forward and backward, with guidance unless a case has another setting."""
 
 from __future__ import annotations
 

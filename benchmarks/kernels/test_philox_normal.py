@@ -1,4 +1,4 @@
-"""Against ``torch.randn``, whose noise no seed and step can reproduce."""
+"""Compared with ``torch.randn``, whose noise cannot be reproduced from a seed and a step."""
 
 from __future__ import annotations
 

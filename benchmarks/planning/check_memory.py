@@ -1,11 +1,11 @@
-"""Compares what `loopfast plan` says with the peak memory of real runs, on this machine's GPU or, without one, its CPU.
+"""Compares the estimate of `loopfast plan` with the peak memory of real runs, on this machine's GPU or else its CPU.
 
     python -m benchmarks.planning.check_memory            # a table in Markdown, in about ten minutes
-    python -m benchmarks.planning.check_memory full lora  # of some cases
+    python -m benchmarks.planning.check_memory full lora  # only these cases
 
-Each case trains a random model of Stable Diffusion's block structure for one iteration, twice, each time in a process
-of its own: once PyTorch's profiler counts the tensors that an update's replay allocates, once the whole process is
-measured: on a CPU by VmHWM of Linux, on a GPU by the metric `device_memory_bytes`, so that no other process may use it.
+Each case trains a random model of Stable Diffusion's block structure for one iteration, twice, each time in a separate
+process. Once PyTorch's profiler counts the tensors that an update allocates, and once the whole process is
+measured: on a CPU by VmHWM of Linux, on a GPU by the metric `device_memory_bytes`, so no other process may use the GPU.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def tensors_held(tree: Iterable[Any]) -> int:
-    """Most bytes that PyTorch's allocator for `DEVICE` had given out at a time, of a profile's events."""
+    """Returns the most bytes that PyTorch's allocator for `DEVICE` held at one time, from a profile's events."""
     found, events = [], list(tree)
     while events:
         event = events.pop()
@@ -77,7 +77,7 @@ def tensors_held(tree: Iterable[Any]) -> int:
 
 @contextmanager
 def recording_replay() -> Iterator[list[int]]:
-    """Inside, each update's replay, all of its model calls, adds to the list the bytes of its tensors at their peak."""
+    """Context in which each update adds the peak bytes of its tensors, in all of its model calls, to the list."""
     from loopfast.training.update_pass import UpdatePass
     from loopfast_kernels import buffers
 
@@ -85,7 +85,7 @@ def recording_replay() -> Iterator[list[int]]:
     losses = UpdatePass.losses
 
     def profiled(*args: Any, **kwargs: Any) -> Any:
-        buffers.clear()  # a block that is used again is not seen
+        buffers.clear()  # the profiler does not see a block that is used again
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
             result = losses(*args, **kwargs)
         peaks.append(tensors_held(found.profiler.kineto_results.experimental_event_tree()))
@@ -99,7 +99,7 @@ def recording_replay() -> Iterator[list[int]]:
 
 
 def run(text: str, overrides: list[str], *, tensors: bool) -> int:
-    """Trains by a configuration; returns the replay's tensors, or all that this process held, in bytes at the peak."""
+    """Trains with a configuration; returns the peak bytes of the update's tensors, or of this whole process."""
     from loopfast.config import parse_config
     from loopfast.run.console import Display
     from loopfast.run.tracking import read_metrics
@@ -116,7 +116,7 @@ def run(text: str, overrides: list[str], *, tensors: bool) -> int:
 
 
 def measure(text: str, overrides: list[str], *, tensors: bool) -> int:
-    """As :func:`run`, in a process of its own."""
+    """Calls `run` in a separate process."""
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.planning.check_memory", "--worker"],
@@ -131,7 +131,7 @@ def measure(text: str, overrides: list[str], *, tensors: bool) -> int:
 
 
 def planned(text: str, overrides: list[str]) -> dict[str, int]:
-    """What is expected of both, in bytes."""
+    """Returns the plan's bytes for both."""
     from loopfast.config import parse_config
     from loopfast.planning.architectures import load_architecture
     from loopfast.planning.memory import Resources, footprint
@@ -143,7 +143,9 @@ def planned(text: str, overrides: list[str]) -> dict[str, int]:
 
 
 def write_pipeline(folder: Path, latents: int = 32, layers: int = 2) -> Path:
-    """A pipeline of Stable Diffusion 1.5's structure; with 2 layers a block its denoiser has 34 M random weights."""
+    """Writes a pipeline of Stable Diffusion 1.5's structure; with 2 layers a block its denoiser has 34 M random
+    weights.
+    """
     from benchmarks.race.models import sd_small
     from loopfast.policies.portable import save_portable
 
@@ -154,7 +156,7 @@ def write_pipeline(folder: Path, latents: int = 32, layers: int = 2) -> Path:
 
 
 def main(names: list[str]) -> None:
-    """Run the command."""
+    """Runs the command."""
     heads = ("work", "tensors of the replay", "measured", "", "whole process", "measured", "")
     print(f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", sep="\n")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Race TRL's DDPOTrainer against loopfast: ``python -m benchmarks.race COMMAND``.
 
-Results go to ``benchmarks/results/race-<device>.json`` and, as a chart, to the PNG beside it; each command fills in its
+Results go to ``benchmarks/results/race-<device>.json`` and, as a chart, to the PNG beside it; each command writes its
 own part. Nothing else should run on the machine.
 """
 
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")
+    common.add_argument("--folder", type=Path, default=RESULTS, help="folder of the results")
     timed = argparse.ArgumentParser(add_help=False, parents=[common])
     timed.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="OMP_NUM_THREADS of both (all cores)"
@@ -93,9 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     sizes: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("SAMPLED", "TRAINED")}
     runs = argparse.ArgumentParser(add_help=False, parents=[timed])
     runs.add_argument(
-        "--trl-batches", **sizes, help="TRL's batch sizes, instead of those that equal work found best"
+        "--trl-batches", **sizes, help="TRL's batch sizes, instead of the best ones of the command equal"
     )
-    runs.add_argument("--fresh", action="store_true", help="forget finished runs of an earlier call")
+    runs.add_argument("--fresh", action="store_true", help="ignore finished runs of an earlier call")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     equal = commands.add_parser("equal", parents=[timed], help="seconds for the same iteration")
@@ -108,14 +108,14 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="of our configuration; the result stands beside that of the defaults",
+        help="a key of our configuration; its result is shown beside that of the defaults",
     )
 
     swept = commands.add_parser("sweep", parents=[runs], help="every setting, on the validation prompts")
     swept.add_argument(
-        "--iterations", type=int, default=25, help="of TRL's at its defaults, or as many rows (25)"
+        "--iterations", type=int, default=25, help="iterations of TRL's at its defaults, or as many rows (25)"
     )
-    swept.add_argument("--only", choices=("trl", "loopfast"), help="one of them")
+    swept.add_argument("--only", choices=("trl", "loopfast"), help="only one trainer")
 
     chosen = argparse.ArgumentParser(add_help=False)
     chosen.add_argument("--trl-setting", metavar="NAME", help="instead of the sweep's")
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "pace",
         parents=[runs, chosen],
-        help="seconds an iteration of either setting takes, for reward --by-pace",
+        help="seconds of an iteration with either setting, for reward --by-pace",
     )
 
     reward = commands.add_parser("reward", parents=[runs, chosen], help="seconds to TRL's held-out reward")
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     reward.add_argument(
         "--by-pace",
         action="store_true",
-        help="count iterations and multiply by the pace, so that the machine may do other work meanwhile",
+        help="count iterations and multiply them by the pace, so that the machine may do other work at the same time",
     )
     reward.add_argument(
         "--iterations",
@@ -143,15 +143,15 @@ def _parser() -> argparse.ArgumentParser:
         help="with --by-pace: iterations to train, at least as many as fit (as many as fit)",
     )
 
-    commands.add_parser("show", parents=[common], help="the tables and the chart of the results there are")
+    commands.add_parser("show", parents=[common], help="the tables and the chart of the existing results")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Runs the command.
 
     Returns:
-        0, or 1 with a message where a run failed or a comparison would not be one.
+        0, or 1 with a message if a run failed or the two trainers cannot be compared.
     """
     options = _parser().parse_args(arguments)
     where = device_name(device())
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, found: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
-    """A command's part, written as soon as it is there."""
+    """Runs a command and writes its part of the results at once."""
     today = datetime.now(timezone.utc).date().isoformat()
 
     def keep(part: dict[str, Any], **machine: Any) -> dict[str, Any]:

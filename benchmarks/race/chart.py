@@ -18,14 +18,14 @@ PHASE_SHADES = dict(zip(PHASES, (0.65, 0.35, 1.0), strict=True))
 
 
 def draw(results: Mapping[str, Any], file: Path) -> Path | None:
-    """Write what the results hold as a PNG: bars of seconds and memory, and the curves of the reward.
+    """Draws the results as a PNG: bars of seconds and memory, and the curves of the reward.
 
     Args:
-        results: of `benchmarks.race.results`.
-        file: where to; the picture's date is that of the results.
+        results: the contents of a file of `benchmarks.race.results`.
+        file: the PNG; its date is that of the results.
 
     Returns:
-        The file; None where the results hold nothing to draw.
+        The file; None if the results have nothing to draw.
     """
     works = results.get("equal_work", {})
     race = results.get("time_to_reward")
@@ -67,7 +67,7 @@ def _caption(results: Mapping[str, Any]) -> str:
 
 
 def _seconds(place: Axes, name: str, entry: Mapping[str, Any]) -> None:
-    """An iteration's seconds by phase; what is in no phase is drawn without a fill."""
+    """Draws an iteration's seconds by phase; time that belongs to no phase is drawn without a fill."""
     highest = max(entry[trainer]["seconds"] for trainer in TRAINERS)
     for position, trainer in enumerate(TRAINERS):
         figures, bottom = entry[trainer], 0.0

@@ -1,4 +1,4 @@
-"""Equal work: how long the same iteration takes each trainer."""
+"""Equal work: the time of the same iteration with each trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REWARD_TOLERANCE = 1e-5
 
 
 def prepare_model(work: Work) -> None:
-    """Make the model, where it is not there yet; by another process, so that this one stays small."""
+    """Makes the model if it does not exist, in another process, so that this one stays small."""
     folder = model_folder(work)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -31,14 +31,14 @@ def prepare_model(work: Work) -> None:
 
 
 class Race:
-    """Runs of one work, by either trainer.
+    """Runs of one work, with either trainer.
 
     Args:
-        name: of the work.
-        work: what an iteration is.
-        prompts: texts to draw the iteration's prompts from; evenly spaced ones are taken.
-        threads: of both.
-        overrides: a part of our configuration that is other than its defaults.
+        name: the work's name.
+        work: the content of an iteration.
+        prompts: texts to draw the iteration's prompts from; evenly spaced ones are used.
+        threads: the number of threads of both.
+        overrides: the part of our configuration that differs from its defaults.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Race:
         updates: int | None = None,
         ratios: bool = False,
     ) -> Json:
-        """A run of TRL's."""
+        """Runs TRL once."""
         job = trl_job(
             self.work,
             trl_config(self.work, batches, dtype=dtype, updates=updates),
@@ -83,7 +83,7 @@ class Race:
         dtype: str = "float32",
         updates: int | None = None,
     ) -> Json:
-        """A run of ours."""
+        """Runs loopfast once."""
         folder = self._next()
         config = loopfast_config(
             self.work,
@@ -97,7 +97,7 @@ class Race:
         return run_worker("loopfast_worker", job, folder, self._threads)
 
     def judge(self, prompts: Sequence[str]) -> Json:
-        """Our rewards of the first images TRL scored, against those it gave them in its environment."""
+        """Compares our rewards of the first images that TRL scored with those that it computed in its environment."""
         return run_worker(
             "judge", score_job(self.images, prompts, self.work.reward), self._next(), self._threads
         )
@@ -108,7 +108,7 @@ class Race:
 
 
 def _sizes(race: Race, say: Say) -> Json:
-    """Time every batch size of both, an iteration after one to warm up."""
+    """Times every batch size of both, with one iteration after one to warm up."""
     found: Json = {"trl": [], "loopfast": []}
     kept: Json = {}
     for batches in race.work.trl_batches:
@@ -124,7 +124,7 @@ def _sizes(race: Race, say: Say) -> Json:
 
 
 def _within(entries: Sequence[Json], theirs: Json) -> Json:
-    """Our fastest sizes that need no more memory than TRL's fastest; of all, where none does."""
+    """Returns our fastest sizes that need no more memory than TRL's fastest, or our fastest of all if none does."""
     small = [entry for entry in entries if entry["peak_bytes"] <= theirs["peak_bytes"]]
     return dict(best(small or entries, "seconds", largest=False))
 
@@ -144,15 +144,15 @@ def race_equal_work(
     overrides: Mapping[str, object],
     say: Say,
 ) -> Json:
-    """Batch sizes (ours within the memory of TRL's best), runs of both in turn, and the ratios before the first update.
+    """Finds batch sizes (ours within TRL's memory), runs both in turn, and records the ratios before the first update.
 
     Args:
-        name: of the work.
-        work: what an iteration is.
+        name: the work's name.
+        work: the content of an iteration.
         prompts: texts to draw the iteration's prompts from.
-        threads: of both.
-        rounds: runs of each.
-        overrides: a part of our configuration that is other than its defaults.
+        threads: the number of threads of both.
+        rounds: the number of runs of each.
+        overrides: the part of our configuration that differs from its defaults.
         say: shows a line of progress.
 
     Returns:
@@ -196,7 +196,7 @@ def race_equal_work(
     for dtype in work.precisions:
         say(f"  ratios before the first update, {dtype}")
         theirs = race.trl(batches, iterations=1, dtype=dtype, updates=1, ratios=True)
-        # of one size: then every model call has the same shape, in every precision
+        # equal sizes: then every model call has the same shape, in every precision
         own = race.loopfast((microbatches[1], microbatches[1]), iterations=1, dtype=dtype, updates=1)
         ratios[dtype] = {
             "trl": theirs["outside"],
@@ -220,7 +220,7 @@ def race_equal_work(
         "sizes": sizes,
         "trl": {**trl, "batches": list(batches)},
         "loopfast": {**ours, "microbatches": list(microbatches)},
-        # of runs one after the other, as a shared machine is now slower and now faster
+        # of runs one after the other, because the speed of a shared machine changes
         "speedup": median(ratios_of_rounds),
         "speedup_of_rounds": ratios_of_rounds,
         "memory": ours["peak_bytes"] / trl["peak_bytes"],

@@ -1,4 +1,4 @@
-"""From what the workers measured to the figures of the race."""
+"""Computes the figures of the race from the workers' measurements."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ PHASES = ("sampling", "reward", "training")
 
 
 def summarize(runs: Sequence[Mapping[str, Any]], images: int) -> Json:
-    """The figures of one trainer's runs of the same work.
+    """Returns the figures of one trainer's runs of the same work.
 
-    The first iteration of each run warms up and is left out.
+    The first iteration of each run warms up and is not counted.
 
     Args:
-        runs: of a worker; each with two iterations or more.
-        images: in an iteration.
+        runs: results of a worker; each with two iterations or more.
+        images: the number of images in an iteration.
 
     Returns:
-        ``seconds``, the median over runs of a run's median iteration; the same of each phase; ``images_per_s``; the
+        ``seconds``, the median over runs of a run's median iteration; the same for each phase; ``images_per_s``; the
         highest ``peak_bytes``; and what the runs have in common.
     """
     measured = [run["iterations"][1:] for run in runs]
@@ -45,7 +45,7 @@ def summarize(runs: Sequence[Mapping[str, Any]], images: int) -> Json:
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
-    """The mean of several seeds' curves, point by point, as far as all of them go."""
+    """Returns the mean of several seeds' curves, point by point, up to the end of the shortest one."""
     return [
         (fmean(point[0] for point in points), fmean(point[1] for point in points))
         for points in zip(*curves, strict=False)
@@ -53,14 +53,15 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
 
 
 def peak(curve: Curve) -> tuple[float, float]:
-    """The point with the highest reward; the earliest of equals."""
+    """Returns the point with the highest reward; the earliest of equal ones."""
     return max(curve, key=lambda point: (point[1], -point[0]))
 
 
 def time_to(curve: Curve, target: float) -> float | None:
-    """When a curve reaches a reward: at the first point there that is confirmed by the next, where there is one.
+    """Returns when a curve reaches a reward: its first point with this reward that the next point confirms, if there is
+    one.
 
-    Nothing is interpolated, so that the time is one at which weights exist that were measured.
+    Nothing is interpolated, so that weights of this moment exist and were measured.
     """
     for index, (seconds, reward) in enumerate(curve):
         if reward >= target and all(later[1] >= target for later in curve[index + 1 : index + 2]):
@@ -69,15 +70,16 @@ def time_to(curve: Curve, target: float) -> float | None:
 
 
 def time_to_reward(trl: Sequence[Curve], loopfast: Sequence[Curve]) -> Json:
-    """The race to the reward that TRL reaches within its budget.
+    """Returns the result of the race to the reward that TRL reaches within its budget.
 
     Args:
-        trl: a curve per seed, as far as its budget goes; evaluations take no time.
-        loopfast: the same of ours.
+        trl: a curve for each seed, up to the end of its budget; evaluations take no time.
+        loopfast: our curves.
 
     Returns:
-        ``target``, the best of TRL's mean curve, ``trl_seconds`` at which it has it, ``loopfast_seconds`` at which our
-        mean curve has it and ``speedup``, null where ours never has it, and each seed's time to the same target.
+        ``target``, the best of TRL's mean curve; ``trl_seconds``, when TRL's mean curve reaches it;
+        ``loopfast_seconds``, when our mean curve reaches it, and ``speedup``, null if ours never does; and each seed's
+        time to the same target.
     """
     mean_trl, mean_ours = mean_curve(trl), mean_curve(loopfast)
     trl_seconds, target = peak(mean_trl)

@@ -1,4 +1,6 @@
-"""Hands work to the two trainers: what to do as a JSON file, a process of the right environment, a JSON file back."""
+"""Gives work to the two trainers: a job as a JSON file, a process of the right environment, and a result as a JSON
+file.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ class RaceError(Exception):
 
 
 def model_folder(work: Work) -> Path:
-    """Where the model is that both trainers read."""
+    """Returns the folder of the model that both trainers read."""
     return EMBEDDED if work.model == "embedded" else BUILD / "models" / work.model
 
 
@@ -44,15 +46,15 @@ def trl_job(
     keep_images: Path | None = None,
     ratios: bool = False,
 ) -> Json:
-    """What ``trl_worker.py`` is told.
+    """Returns the job for ``trl_worker.py``.
 
     Args:
-        work: for its model, tuning and reward.
+        work: its model, tuning and reward are used.
         ddpo: arguments of ``DDPOConfig``.
-        prompts: to draw from.
-        iterations: to run at most.
-        repeat: take each prompt in turn, this often in a row; None: draw them at random.
-        seconds: training stops after the iteration in which they are over.
+        prompts: texts to draw from.
+        iterations: the largest number of iterations.
+        repeat: the number of consecutive uses of each prompt, in turn; None draws them at random.
+        seconds: training stops after the iteration in which this time is over.
         export: folder for the UNet's weights, every `export_every` iterations and at the end; not timed.
         export_every: see `export`.
         keep_images: file for the first images scored, and their rewards.
@@ -82,14 +84,14 @@ def loopfast_job(
     seconds: float | None = None,
     checkpoints: int = 0,
 ) -> Json:
-    """What ``loopfast_worker.py`` is told.
+    """Returns the job for ``loopfast_worker.py``.
 
     Args:
-        config: a configuration; run, iterations and checkpoints are filled in.
-        folder: the run's, new.
-        iterations: to run at most.
-        seconds: the run is stopped after them.
-        checkpoints: iterations between them, all of which are kept; 0: only the last.
+        config: a configuration; run, iterations and checkpoints are added.
+        folder: the run's new folder.
+        iterations: the largest number of iterations.
+        seconds: the run is stopped after this time.
+        checkpoints: iterations between checkpoints, all of which are kept; 0 keeps only the last.
     """
     changes = {
         "run": {"name": folder.name, "directory": str(folder.parent)},
@@ -100,7 +102,7 @@ def loopfast_job(
 
 
 def score_job(images: Path, prompts: Sequence[str], reward: str) -> Json:
-    """What ``judge.py`` is told to score images that TRL's process scored."""
+    """Returns the job for ``judge.py`` to score images that TRL's process scored."""
     return {"kind": "score", "images": str(images), "prompts": list(prompts), "reward": reward}
 
 
@@ -113,7 +115,7 @@ def evaluation_job(
     steps: int = 10,
     seed: int = 0,
 ) -> Json:
-    """What ``judge.py`` is told to evaluate weights of the embedded model's UNet."""
+    """Returns the job for ``judge.py`` to evaluate weights of the embedded model's UNet."""
     return {
         "kind": "evaluate",
         "weights": list(weights),
@@ -130,7 +132,7 @@ def evaluation_job(
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of every worker: so many threads, no network, nothing of this process's Python."""
+    """Returns the environment of every worker: its number of threads, no network, nothing of this process's Python."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LOOPFAST_"))}
     return kept | {
         "OMP_NUM_THREADS": str(threads),
@@ -141,17 +143,17 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def run_worker(worker: str | Path, job: Json, folder: Path, threads: int, *, reuse: bool = False) -> Json:
-    """Run a worker to its end.
+    """Runs a worker to its end.
 
     Args:
         worker: its file, or the name of one in `WORKERS`.
-        job: what to do.
+        job: its job.
         folder: for its files: ``job.json``, ``result.json``, ``log.txt``.
-        threads: OpenMP's.
-        reuse: take the result that is there if it is of the same job on as many threads.
+        threads: the number of OpenMP's threads.
+        reuse: use an existing result if it is from the same job with the same number of threads.
 
     Raises:
-        RaceError: it failed; the message ends with its last lines.
+        RaceError: the worker failed; the message ends with its last lines.
     """
     folder.mkdir(parents=True, exist_ok=True)
     job = {**job, "result": str(folder / "result.json"), "omp_threads": threads}
@@ -159,7 +161,7 @@ def run_worker(worker: str | Path, job: Json, folder: Path, threads: int, *, reu
     if reuse and result.exists() and file.exists() and json.loads(file.read_text("utf-8")) == job:
         return json.loads(result.read_text("utf-8"))
     result.unlink(missing_ok=True)
-    shutil.rmtree(folder / "run", ignore_errors=True)  # of ours, cut off or of another job
+    shutil.rmtree(folder / "run", ignore_errors=True)  # our own run, cut off or from another job
     file.write_text(json.dumps(job, indent=1), "utf-8")
     environments = {"trl_worker": TRL_PYTHON, "loopfast_worker": LOOPFAST_PYTHON}
     python = str(environments.get(str(worker), sys.executable))

@@ -1,4 +1,4 @@
-"""Models to race on that are nobody's: Stable Diffusion 1.5's structure, scaled down, with random weights."""
+"""Models for the race: Stable Diffusion 1.5's structure, scaled down, with random weights."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TEXT_WIDTH = 128
 
 
 def sd_small(layers: int = 2) -> StableDiffusionPipeline:
-    """SD 1.5's blocks and depths at a fifth of its width, on latents of 4×32×32 and images of 256×256.
+    """Makes SD 1.5's blocks and depths at a fifth of its width, with latents of 4×32×32 and images of 256×256.
 
     Args:
-        layers: of each block; SD 1.5 has 2.
+        layers: the number of layers in each block; SD 1.5 has 2.
     """
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,11 +83,9 @@ def sd_small(layers: int = 2) -> StableDiffusionPipeline:
 
 
 def main() -> None:
-    """Run the command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.race.models", description=__doc__)
-    parser.add_argument(
-        "folder", type=Path, help="where the pipeline goes; it appears there when it is whole"
-    )
+    parser.add_argument("folder", type=Path, help="folder of the pipeline; it appears when it is complete")
     folder = parser.parse_args().folder
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The file the race writes, and the tables made from it."""
+"""The race's file of results, and the tables made from it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Json = dict[str, Any]
 
 
 def path_for(device: str, folder: Path = RESULTS) -> Path:
-    """The results' file of a device."""
+    """Returns the path of a device's results."""
     return folder / f"race-{device_slug(device)}.json"
 
 
 def load(path: Path) -> Json:
-    """Results, or an empty mapping where there are none yet."""
+    """Reads results; returns an empty mapping if there are none yet."""
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def update(path: Path, part: Mapping[str, Any]) -> Json:
-    """Add to the file: sections are merged, what is in both is replaced."""
+    """Adds to the file: sections are merged, and existing values are replaced."""
     results = rounded(merged(load(path), part))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", "utf-8")
@@ -35,7 +35,7 @@ def update(path: Path, part: Mapping[str, Any]) -> Json:
 
 
 def rounded(value: Any) -> Any:
-    """With five significant digits, as many as a repetition would not change."""
+    """Returns a value with five significant digits, as many as a repetition would not change."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):
@@ -52,7 +52,7 @@ def _percent(share: float | None) -> str:
 
 
 def equal_work_table(results: Mapping[str, Any]) -> str:
-    """Markdown: an iteration of each trainer, phase by phase."""
+    """Returns Markdown: an iteration of each trainer, phase by phase."""
     header = ("work", "trainer", "images/s", "iteration", *PHASES, "peak memory", "TRL / ours")
     rows = []
     for name, entry in results.get("equal_work", {}).items():
@@ -73,7 +73,7 @@ def equal_work_table(results: Mapping[str, Any]) -> str:
 
 
 def ratio_table(results: Mapping[str, Any]) -> str:
-    """Markdown: the share of ratios outside the clip range before the first update."""
+    """Returns Markdown: the share of ratios outside the clip range before the first update."""
     rows = [
         (name, dtype, *(_percent(100 * shares[trainer]) for trainer in ("trl", "loopfast")))
         for name, entry in results.get("equal_work", {}).items()
@@ -83,7 +83,7 @@ def ratio_table(results: Mapping[str, Any]) -> str:
 
 
 def sweep_table(results: Mapping[str, Any]) -> str:
-    """Markdown: each trainer's settings and the validation reward they came to."""
+    """Returns Markdown: each trainer's settings and the validation reward that they reached."""
     rows = [
         (
             "TRL" if trainer == "trl" else "loopfast",
@@ -98,7 +98,7 @@ def sweep_table(results: Mapping[str, Any]) -> str:
 
 
 def reward_table(results: Mapping[str, Any]) -> str:
-    """Markdown: the time to TRL's reward, at each guidance of the evaluation."""
+    """Returns Markdown: the time to TRL's reward, at each guidance of the evaluation."""
     rows = []
     for guidance, figures in results.get("time_to_reward", {}).get("figures", {}).items():
         ours, speedup = figures["loopfast_seconds"], figures["speedup"]
@@ -121,7 +121,7 @@ def _seeds(seconds: Iterable[float | None]) -> str:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """All tables there are results for."""
+    """Returns all tables that have results."""
     parts: Sequence[tuple[str, str, Any]] = (
         ("equal_work", "Equal work", equal_work_table),
         ("equal_work", "Ratios outside 1 ± 1e-4 before the first update", ratio_table),

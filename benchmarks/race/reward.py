@@ -1,4 +1,4 @@
-"""Time to reward: how soon each trainer, at its best settings, has a model of a certain held-out reward."""
+"""Time to reward: the time after which each trainer, at its best settings, has a model with a given held-out reward."""
 
 from __future__ import annotations
 
@@ -43,18 +43,20 @@ BASE = EMBEDDED / "unet" / "diffusion_pytorch_model.safetensors"
 
 
 def trl_settings(name: str, batches: tuple[int, int], seed: int) -> Json:
-    """``DDPOConfig`` of one of `TRL_SWEEP`: TRL's defaults but for the batch sizes and what the setting names."""
+    """Returns ``DDPOConfig`` for one of `TRL_SWEEP`: TRL's defaults, except for the batch sizes and the setting's own
+    keys.
+    """
     config = trl_config(REWARD_WORK, batches, seed=seed)
     return {**config, **TRL_SWEEP[name]}
 
 
 def loopfast_settings(name: str, recipe: Mapping[str, Any], seed: int) -> Json:
-    """A configuration of ours: the recipe at the evaluation's guidance, and what the setting changes.
+    """Returns our configuration: the recipe at the evaluation's guidance, with the setting's changes.
 
     Args:
-        name: of `LOOPFAST_SWEEP`.
+        name: a name of `LOOPFAST_SWEEP`.
         recipe: the recipe `tiny`, with all its keys.
-        seed: of the run.
+        seed: the run's seed.
     """
     common = {
         "run": {"seed": seed},
@@ -67,16 +69,16 @@ def loopfast_settings(name: str, recipe: Mapping[str, Any], seed: int) -> Json:
 
 
 class Field:
-    """Runs towards a reward and their evaluations, kept in a folder so that an interrupted race goes on.
+    """Runs towards a reward and their evaluations, kept in a folder so that an interrupted race can continue.
 
     Args:
-        folder: below the race's.
-        prompts: TRL's, the texts of `PROMPTS`.
+        folder: a folder below the race's.
+        prompts: TRL's prompts, the texts of `PROMPTS`.
         recipe: the recipe `tiny`, with all its keys.
-        recipe_steps: transitions it trains on.
+        recipe_steps: the number of transitions that it trains on.
         batches: TRL's batch sizes.
-        threads: of both.
-        fresh: forget earlier runs.
+        threads: the number of threads of both.
+        fresh: ignore earlier runs.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class Field:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def rows(self, trainer: str, name: str) -> float:
-        """Rows an iteration of a setting asks of the model."""
+        """Returns the rows that the model sees in an iteration of a setting."""
         if trainer == "trl":
             return trl_rows(trl_settings(name, self._batches, 0))
         return loopfast_rows(loopfast_settings(name, self._recipe, 0), self._steps)
@@ -104,7 +106,7 @@ class Field:
     def train(
         self, trainer: str, name: str, seed: int, *, iterations: int, every: int, seconds: float | None = None
     ) -> list[Json]:
-        """Train, or take what is there of the same run.
+        """Trains, or uses an existing result of the same run.
 
         Returns:
             The exported weights: ``iteration``, ``seconds`` and ``file`` of each.
@@ -141,7 +143,7 @@ class Field:
         return loopfast_job(config, folder / "run", iterations=iterations, seconds=seconds, checkpoints=every)
 
     def times(self, trainer: str, name: str, iterations: int) -> list[float]:
-        """Seconds of each of as many iterations of a run of its own."""
+        """Returns the seconds of each iteration of a separate run with this number of iterations."""
         folder = self._folder / "pace" / f"{trainer}-{_slug(name)}"
         shutil.rmtree(folder, ignore_errors=True)
         job = self._job(trainer, name, 0, folder, iterations=iterations, every=iterations, seconds=None)
@@ -149,7 +151,7 @@ class Field:
         return [iteration["seconds"] for iteration in run["iterations"]]
 
     def evaluate(self, name: str, files: Sequence[str], prompts: str, images: int, guidance: float) -> Json:
-        """Held-out or validation rewards of weights, a list."""
+        """Returns held-out or validation rewards of weights, one list for each."""
         job = evaluation_job(files, [guidance], prompts, images_per_prompt=images)
         folder = self._folder / "evaluations" / f"{_slug(name)}-{guidance:g}"
         found = run_worker("judge", job, folder, self._threads, reuse=True)["evaluations"]
@@ -161,17 +163,17 @@ def _slug(name: str) -> str:
 
 
 def sweep(field: Field, budget: int, trainers: Sequence[str], say: Say) -> Json:
-    """Try every setting for as many model rows as `budget` default iterations of TRL's take.
+    """Tries every setting for as many model rows as `budget` default iterations of TRL's need.
 
     Args:
-        field: where the runs are.
+        field: the runs' folder and settings.
         budget: iterations of TRL's at its defaults.
         trainers: ``trl``, ``loopfast`` or both.
         say: shows a line of progress.
 
     Returns:
         The results' section ``sweep``: for each trainer the settings with their curves on the validation prompts, and
-        the one chosen, by the reward at the end.
+        the chosen one, which has the best reward at the end.
     """
     rows = budget * field.rows("trl", "lr 1e-4")
     found: Json = {}
@@ -197,7 +199,8 @@ def sweep(field: Field, budget: int, trainers: Sequence[str], say: Say) -> Json:
 
 
 def pace(field: Field, chosen: Mapping[str, str], say: Say) -> Json:
-    """Seconds an iteration of either trainer takes at its setting, on a quiet machine: the median after a warm-up.
+    """Measures the seconds of an iteration of either trainer with its setting, on a quiet machine: the median after a
+    warm-up.
 
     Returns:
         The results' section ``pace``: each trainer's setting and seconds.
@@ -221,17 +224,17 @@ def race_to_reward(
     loopfast_seconds: float,
     say: Say,
 ) -> Json:
-    """Train both with several seeds, in turn, then evaluate everything they exported.
+    """Trains both with several seeds, in turn, then evaluates all exported weights.
 
     Args:
-        field: where the runs are.
+        field: the runs' folder and settings.
         chosen: each trainer's setting.
-        paces: of :func:`pace`; then runs are as many iterations as fit the times at these, and an iteration counts
-            as long, whatever else the machine did. None: the clock decides.
-        iterations: with `paces`, each trainer's, where more than fit were trained; the rest is not looked at.
-        seeds: how many.
+        paces: the result of :func:`pace`; then runs have as many iterations as fit the times at these paces, and an
+            iteration counts as long as its pace, whatever else the machine did. With None the clock decides.
+        iterations: with `paces`, each trainer's iterations if more than fit were trained; the others are not evaluated.
+        seeds: the number of seeds.
         trl_seconds: TRL's training time.
-        loopfast_seconds: ours, at most.
+        loopfast_seconds: our training time, at most.
         say: shows a line of progress.
 
     Returns:
@@ -276,7 +279,7 @@ def race_to_reward(
             curves[trainer] = []
             for seed, points in enumerate(of_seeds):
                 if guidance != EVALUATION_GUIDANCE:
-                    points = points[1::2] or points  # a look aside, at half the cost
+                    points = points[1::2] or points  # an additional result, at half the cost
                 values = rewards(f"{trainer}-seed-{seed}", [point["file"] for point in points], guidance)
                 curves[trainer].append(
                     [(p["seconds"], value) for p, value in zip(points, values, strict=True)]

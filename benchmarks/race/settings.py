@@ -1,4 +1,4 @@
-"""What is raced, and what both trainers are told so that their work is equal.
+"""The work of the race, and the configurations that make the work of both trainers equal.
 
 Everything here is plain data: neither trainer is imported.
 """
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 Json = dict[str, Any]
 
-# TRL's defaults, which both get.
+# TRL's defaults, which both use.
 ADAM: Json = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 1e-4}
 CLIP_RANGE = 1e-4
 LEARNING_RATE = 1e-4
@@ -23,20 +23,20 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 
 @dataclass(frozen=True)
 class Work:
-    """What an iteration consists of.
+    """The content of an iteration.
 
     Attributes:
         model: ``embedded``, or a name of `benchmarks.race.models`.
         tune: all weights of the UNet, or a LoRA of its attention projections.
-        images: sampled in an iteration, `samples` of each prompt.
-        steps: of the sampler; all are trained on.
-        guidance: scale of classifier-free guidance, in sampling and training. TRL trains with more than 1 only.
-        updates: optimizer steps an iteration, each of as many (image, step) pairs.
+        images: sampled in an iteration, `samples` for each prompt.
+        steps: the sampler's steps; all are trained on.
+        guidance: scale of classifier-free guidance, in sampling and training. TRL trains only with more than 1.
+        updates: optimizer steps an iteration, each with the same number of (image, step) pairs.
         reward: its name in ``loopfast.rewards``.
-        trl_batches: (sampling, training) batch sizes TRL is tried with.
-        microbatches: (sampling, training) batch sizes we are tried with.
+        trl_batches: (sampling, training) batch sizes that are tried for TRL.
+        microbatches: (sampling, training) batch sizes that are tried for ours.
         measured: iterations timed in a run, after one to warm up.
-        precisions: types the ratios before the first update are measured in.
+        precisions: types in which the ratios before the first update are measured.
     """
 
     model: str
@@ -54,7 +54,9 @@ class Work:
 
     @property
     def prompts(self) -> int:
-        """Prompts an iteration; the race uses as many, so that every iteration has the same."""
+        """The number of prompts of an iteration. The race has exactly these prompts, so that every iteration has the
+        same.
+        """
         return self.images // self.samples
 
 
@@ -101,16 +103,16 @@ WORKS: dict[str, Work] = {
 def trl_config(
     work: Work, batches: tuple[int, int], *, seed: int = 0, dtype: str = "float32", updates: int | None = None
 ) -> Json:
-    """Arguments of TRL's ``DDPOConfig``.
+    """Returns arguments of TRL's ``DDPOConfig``.
 
     TRL takes an optimizer step after ``train_gradient_accumulation_steps`` training batches, over all their steps.
 
     Args:
-        work: what to do.
+        work: the content of an iteration.
         batches: images sampled at once, and images (of one step each) trained on at once.
-        seed: of the run.
+        seed: the run's seed.
         dtype: ``float32`` or ``bfloat16``.
-        updates: None for the work's.
+        updates: None uses the work's number.
 
     Raises:
         ValueError: the batches do not divide the work.
@@ -154,16 +156,16 @@ def loopfast_config(
     dtype: str = "float32",
     updates: int | None = None,
 ) -> Json:
-    """A configuration of ours, as plain data.
+    """Returns our configuration, as plain data.
 
     Args:
-        work: what to do.
+        work: the content of an iteration.
         microbatches: rows per model call, in sampling and in training.
         model: the pipeline's folder.
-        prompts: a text file of as many prompts as an iteration has.
-        seed: of the run.
-        dtype: the model's.
-        updates: None for the work's.
+        prompts: a text file with as many prompts as an iteration has.
+        seed: the run's seed.
+        dtype: the model's type.
+        updates: None uses the work's number.
     """
     sampled, trained = microbatches
     return {
@@ -199,36 +201,36 @@ def loopfast_config(
             "on_policy_check": "warn",
             **ADAM,
         },
-        # an evaluation before and one after the training cannot be switched off; its time is not counted
+        # the evaluations before and after the training cannot be switched off; their time is not counted
         "evaluation": {"every": 0, "limit_prompts": 1, "images_per_prompt": 1, "preview_images": 0},
     }
 
 
 def trl_updates(config: Mapping[str, Any]) -> int:
-    """Optimizer steps an iteration of TRL takes, from its configuration."""
+    """Returns the optimizer steps in an iteration of TRL, from its configuration."""
     images = config["sample_batch_size"] * config["sample_num_batches_per_epoch"]
     of_one = config["train_batch_size"] * config["train_gradient_accumulation_steps"]
     return images // of_one * config["train_num_inner_epochs"]
 
 
 def trl_pairs(config: Mapping[str, Any]) -> int:
-    """(Image, step) pairs in an optimizer step of TRL's."""
+    """Returns the (image, step) pairs in an optimizer step of TRL."""
     steps = int(config["sample_num_steps"] * config["train_timestep_fraction"])
     return config["train_batch_size"] * config["train_gradient_accumulation_steps"] * steps
 
 
 def loopfast_updates(config: Mapping[str, Any]) -> int:
-    """Optimizer steps an iteration of ours takes, from a configuration with all its keys."""
+    """Returns the optimizer steps in an iteration of ours, from a configuration with all its keys."""
     return config["train"]["updates_per_iteration"] * config["train"]["inner_epochs"]
 
 
 def loopfast_pairs(config: Mapping[str, Any], trained_steps: int) -> float:
-    """(Image, step) pairs in an optimizer step of ours."""
+    """Returns the (image, step) pairs in an optimizer step of ours."""
     images = config["rollout"]["prompts_per_iteration"] * config["algorithm"]["samples_per_prompt"]
     return images * trained_steps / config["train"]["updates_per_iteration"]
 
 
-# The race to a reward: each trainer as its users would set it, each at the best of these.
+# The race to a reward: each trainer with settings that its users would choose, each with its best one.
 
 REWARD_WORK = WORKS["embedded"]
 EVALUATION_GUIDANCE = 3.0
@@ -263,18 +265,18 @@ LOOPFAST_SWEEP: dict[str, Json] = {
 
 
 def trl_rows(config: Mapping[str, Any]) -> float:
-    """Rows the model sees in an iteration of TRL's, a row with its gradient counted as three."""
+    """Returns the rows that the model sees in an iteration of TRL; a row with its gradient counts as three."""
     images = config["sample_batch_size"] * config["sample_num_batches_per_epoch"]
     trained = int(config["sample_num_steps"] * config["train_timestep_fraction"])
     return 2 * images * (config["sample_num_steps"] + 3 * trained * config["train_num_inner_epochs"])
 
 
 def loopfast_rows(config: Mapping[str, Any], trained_steps: int) -> float:
-    """Rows the model sees in an iteration of ours, a row with its gradient counted as three.
+    """Returns the rows that the model sees in an iteration of ours; a row with its gradient counts as three.
 
     Args:
-        config: with all its keys.
-        trained_steps: how many ``train.steps`` selects.
+        config: a configuration with all its keys.
+        trained_steps: the number of steps that ``train.steps`` selects.
     """
     rollout, train = config["rollout"], config["train"]
     images = rollout["prompts_per_iteration"] * config["algorithm"]["samples_per_prompt"]
@@ -283,12 +285,12 @@ def loopfast_rows(config: Mapping[str, Any], trained_steps: int) -> float:
 
 
 def iterations_for(budget: float, rows: float) -> int:
-    """Iterations of `rows` rows that fit a budget of rows, to the nearest, at least 1."""
+    """Returns the number of iterations of `rows` rows that fit a budget of rows, to the nearest, at least 1."""
     return max(1, round(budget / rows))
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Json:
-    """`base` with `changes`, section by section."""
+    """Returns `base` with `changes`, section by section."""
     result = dict(base)
     for key, value in changes.items():
         inner = result.get(key)
@@ -299,7 +301,7 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Json:
 
 
 def best(entries: Sequence[Mapping[str, Any]], key: str, *, largest: bool) -> Mapping[str, Any]:
-    """The entry with the best number under `key`; the first of equals.
+    """Returns the entry with the best number under `key`; the first of equal ones.
 
     Raises:
         ValueError: no entry has one.

@@ -3,8 +3,8 @@
     python -m benchmarks.sharding                      # on a GPU with 80 GB; results to profiles/results/<device>/
     python -m benchmarks.sharding --width 32 --processes 2     # a small one, anywhere
 
-Each engine runs in processes of its own. What is written down: the memory taken from the device, in which no other
-process may hold any (on a CPU: the peak of the process), seconds of the iteration, and what `loopfast plan` said.
+Each engine runs in its own processes. The results are the memory taken from the device, in which no other
+process may hold any (on a CPU: the peak of the process), seconds of the iteration, and the plan's estimate.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ ENGINES = {
 
 
 def write_model(folder: Path, width: int, device: str = "cpu") -> int:
-    """A pipeline around a UNet of SDXL's blocks and depths, ``width`` channels wide (SDXL: 320); gives its parameters.
+    """Writes a pipeline with a UNet of SDXL's blocks and depths, ``width`` channels wide (SDXL: 320); returns its
+    parameters.
 
-    The weights are drawn on the device: for billions of them a CPU takes minutes. SDXL's own conditioning is left out,
-    and its wide text: 2,243 million parameters instead of 2,567.
+    The weights are drawn on the device, because a CPU needs minutes for billions of them. SDXL's own conditioning and
+    its wide text are absent: 2,243 million parameters instead of 2,567.
     """
     torch.manual_seed(0)
     pipeline = sd_small()
@@ -74,7 +75,7 @@ def write_model(folder: Path, width: int, device: str = "cpu") -> int:
 
 
 def measure(model: Path, folder: Path, processes: int, overrides: list[str]) -> dict[str, Any]:
-    """Peak bytes and seconds of an iteration by an engine, and the plan's bytes."""
+    """Returns an engine's peak bytes and seconds of an iteration, and the plan's bytes."""
     given = [f"model.pretrained={model}", f"run.directory={folder}", *overrides]
     config = parse_config(RUN, given)
     file = folder / "config.yaml"
@@ -95,10 +96,10 @@ def measure(model: Path, folder: Path, processes: int, overrides: list[str]) -> 
 
 
 def main() -> None:
-    """Run the command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sharding", description=__doc__)
     parser.add_argument("--width", type=int, default=320, help="channels of the first block; SDXL has 320")
-    parser.add_argument("--processes", type=int, default=1, help="of ZeRO-3, one for each GPU")
+    parser.add_argument("--processes", type=int, default=1, help="processes of ZeRO-3, one for each GPU")
     parser.add_argument("--output", type=Path, help="default: profiles/results/<device>/sharding.json")
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()

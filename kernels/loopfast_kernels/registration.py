@@ -73,8 +73,11 @@ class Operator:
             f"loopfast::{name}", lambda *arguments: fake(self.named(*arguments)), lib=_LIBRARY
         )
         if gradient is not None:
-            recorded = type(gradient)(gradient.__name__, (gradient,), {"operator": self})
-            self._apply = recorded.apply
+
+            class Recorded(gradient):  # type: ignore[misc, valid-type]
+                operator = self
+
+            self._apply = Recorded.apply
             _LIBRARY.impl(name, self._with_gradient, "Autograd")
 
     def __call__(self, *arguments: Any) -> Any:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loopfast.cli.app import app
-from loopfast.cli.options import ConfigArgument, ConfigOption, Overrides, Quiet, load, one_config
+from loopfast.cli.options import ConfigArgument, ConfigOption, Overrides, Quiet, load
 from loopfast.errors import LoopfastError
 from loopfast.system.files import writing
 from loopfast.system.libraries import quiet_libraries
@@ -26,7 +26,7 @@ from loopfast.system.libraries import quiet_libraries
 )
 def schedule(
     config: ConfigArgument = None,
-    named: ConfigOption = None,
+    name: ConfigOption = "",
     overrides: Overrides = None,
     plot: Annotated[
         Path | None,
@@ -39,7 +39,7 @@ def schedule(
     deviation `σ`. The sensitivity `(b/σ)²` says how strongly the log-probability depends on the model output. Steps far
     above the others dominate the gradient, so `train.steps: auto` excludes them.
     """
-    settings = load(one_config(config, named), overrides)
+    settings = load(name, overrides)
     quiet_libraries()
     from loopfast.policies import load_schedule, scheduler_notes
     from loopfast.rollout import stochastic_steps
@@ -82,7 +82,7 @@ def schedule(
 )
 def plan(
     config: ConfigArgument = None,
-    named: ConfigOption = None,
+    name: ConfigOption = "",
     overrides: Overrides = None,
     gpus: Annotated[
         int | None, typer.Option(metavar="N", help="Number of processes, one per device; default: 1.")
@@ -114,7 +114,7 @@ def plan(
     whether it fits, the largest sizes that fit, the cheapest changes that make it fit, and the seconds per iteration up
     to 512 GPUs, from counted operations and the card's datasheet.
     """
-    settings = load(one_config(config, named), overrides)
+    settings = load(name, overrides)
     quiet_libraries()
     from loopfast.planning import as_dict, as_tables
     from loopfast.planning import plan as make_plan
@@ -131,7 +131,7 @@ def plan(
 )
 def profile(
     config: ConfigArgument = None,
-    named: ConfigOption = None,
+    name: ConfigOption = "",
     overrides: Overrides = None,
     iterations: Annotated[
         int,
@@ -164,7 +164,6 @@ def profile(
     N under torch's profiler. Prints the seconds of each phase, the share outside model calls, and the time of every
     operator and kernel. Writes them to `profile.md` and `profile.json`, and a Chrome trace.
     """
-    name = one_config(config, named)
     settings = load(name, overrides)
     folder = output or Path(f"profile-{settings.run.name}")
     from loopfast.profiling import nsys_command

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from loopfast.evaluation.evaluate import evaluate
-from loopfast.evaluation.models import find_trained, policy_of, sampler_of
-from loopfast.policies import read_prompts
+from loopfast.evaluation.models import find_trained, policy_of, sampler_of, warn_of_cut
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.rewards import Scores, build_rewards
 from loopfast.run.console import Display
@@ -51,8 +50,7 @@ def evaluate_checkpoint(
     source = load_prompts(prompts or config.evaluation.prompts or config.prompts.source)
     rewards = build_rewards(config.reward)
     sampler = sampler_of(config, policy_of(config, checkpoint))
-    if warning := read_prompts(sampler.policy.text_limits, [prompt.text for prompt in source]).warning:
-        display.warning(f"prompts: {warning}")
+    warn_of_cut(sampler, [prompt.text for prompt in source], display)
     changes = {
         "seed": seed,
         "limit_prompts": None if prompts else config.evaluation.limit_prompts,

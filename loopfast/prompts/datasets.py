@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopfast.errors import ConfigError, MissingExtraError, first_line
-from loopfast.prompts.files import Entry, prompt_key
+from loopfast.prompts.files import Entry, listed, prompt_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,9 +35,7 @@ def read_dataset(name: str) -> list[Entry]:
     dataset = _load(where, split)
     key = prompt_key(dataset.column_names)
     if key is None:
-        raise ConfigError(
-            f"no column is named prompt or text; found: {', '.join(map(repr, dataset.column_names)) or 'nothing'}"
-        )
+        raise ConfigError(f"no column is named prompt or text; found: {listed(dataset.column_names)}")
     columns = [column for column, kind in dataset.features.items() if _is_json(kind)]
     if key not in columns:
         raise ConfigError(f"the column {key!r} does not hold texts")

@@ -18,12 +18,13 @@ from loopfast.run.tracking import read_metrics
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """One evaluation of a run: the content of its JSON file, and the path of its sprite sheet."""
+    """One evaluation of a run: the content of its JSON file, and the path of its sprite sheet.
+
+    ``means`` and each category have the mean ``reward`` and those of the ``parts``.
+    """
 
     iteration: int
-    images: int
-    reward: float
-    parts: dict[str, float]
+    means: dict[str, Any]
     by_category: dict[str, dict[str, Any]]
     items: list[dict[str, Any]]
     preview: dict[str, Any]
@@ -39,9 +40,7 @@ class EvaluationRecord:
         data = _mapping(json.loads(path.read_text(encoding="utf-8")))
         return cls(
             data["iteration"],
-            data["images"],
-            data["reward"],
-            data.get("parts", {}),
+            {"reward": data["reward"], "parts": data.get("parts", {})},
             data.get("by_category", {}),
             data.get("items", []),
             data.get("preview", {}),
@@ -80,17 +79,15 @@ class RunRecord:
         Raises:
             LoopfastError: the folder is not a run's, or a file in it is damaged.
         """
-        config_file, metrics_file = directory / "config.yaml", directory / "metrics.jsonl"
-        if not config_file.exists() and not metrics_file.exists():
+        file, metrics_file = directory / "config.yaml", directory / "metrics.jsonl"
+        if not file.exists() and not metrics_file.exists():
             raise LoopfastError(
                 f"{directory} is not the folder of a run: no config.yaml and no metrics.jsonl in it"
             )
-        text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
-        summary_file = directory / "summary.json"
-        file = config_file
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
         try:
             config = _mapping(yaml.safe_load(text) or {})
-            file = summary_file
+            file = directory / "summary.json"
             summary = _mapping(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
             evaluations = []
             for file in sorted((directory / "evaluation").glob("iteration-*.json")):

@@ -70,10 +70,7 @@ class RewardThread(Generic[Item]):
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="loopfast-reward", daemon=True)
             self._thread.start()
-        ready = None
-        if images.is_cuda:
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(images.device))
+        ready = torch.cuda.current_stream(images.device).record_event() if images.is_cuda else None
         self._queue.put(_Part(images, items, ready))
 
     def result(self) -> Scores:

@@ -150,7 +150,13 @@ class CheckpointStore:
             _sync(temporary)
             final = self._put_in_place(temporary, name)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(self._cannot_save(name, error)) from error
+            paths = self.paths()
+            intact = (
+                f"the last one saved, {paths[-1].name}, is intact" if paths else "there is none from before"
+            )
+            raise CheckpointError(
+                f"cannot save checkpoint {name} in {self.directory}: {reason(error)}; {intact}"
+            ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self._prune(final)
@@ -260,16 +266,11 @@ class CheckpointStore:
             return
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def _cannot_save(self, name: str, error: Exception) -> str:
-        paths = self.paths()
-        intact = f"the last one saved, {paths[-1].name}, is intact" if paths else "there is none from before"
-        return f"cannot save checkpoint {name} in {self.directory}: {reason(error)}; {intact}"
-
 
 def _storable(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the tensors in the form that safetensors accepts: on the CPU, contiguous, none sharing memory."""
     seen: set[int] = set()
-    result: dict[str, torch.Tensor] = {}
+    result = {}
     for name, tensor in named.items():
         local = tensor.detach().cpu().contiguous()
         storage = local.untyped_storage().data_ptr()

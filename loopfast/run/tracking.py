@@ -222,14 +222,21 @@ class Tracker:
         self._warn = warn
         with writing(self._path.parent, "the metrics "):
             directory.mkdir(parents=True, exist_ok=True)
-            kept = []
-            if resume_at is not None:
-                kept = [line for line in read_metrics(self._path) if line["iteration"] <= resume_at]
+            lines = [] if resume_at is None else read_metrics(self._path)
+            kept = [line for line in lines if line["iteration"] <= (resume_at or 0)]
             write_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = self._path.open("a", encoding="utf-8")
         self._sinks: dict[str, _Sink] = {}
         for name in trackers:
-            self._start(name, directory, resume_at)
+            try:
+                self._sinks[name] = _SINKS[name](directory, resume_at)
+            except LoopfastError:
+                raise
+            except Exception as error:
+                problem = f"the tracker {name!r} cannot start: {_described(error)}"
+                if resume_at is None:
+                    raise LoopfastError(f"{problem}; without it in run.trackers the run can start") from error
+                self._warn(f"{problem}; the run goes on without it")
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Records one iteration.
@@ -268,18 +275,6 @@ class Tracker:
         finally:
             self._each(lambda sink: sink.close())
             self._sinks = {}
-
-    def _start(self, name: str, directory: Path, resume_at: int | None) -> None:
-        """Adds a tracker. If it fails, a new run ends, and a resumed run continues without it."""
-        try:
-            self._sinks[name] = _SINKS[name](directory, resume_at)
-        except LoopfastError:
-            raise
-        except Exception as error:
-            problem = f"the tracker {name!r} cannot start: {_described(error)}"
-            if resume_at is None:
-                raise LoopfastError(f"{problem}; without it in run.trackers the run can start") from error
-            self._warn(f"{problem}; the run goes on without it")
 
     def _each(self, use: Callable[[_Sink], None]) -> None:
         """Applies a function to every tracker, and drops those that fail."""
@@ -344,9 +339,8 @@ class _WandB:
             raise MissingExtraError("the tracker 'wandb'", "wandb", error.name) from error
         self._wandb = wandb
         marker = directory / "wandb-run-id"
-        known = None
-        if resume_at is not None and marker.exists():
-            known = marker.read_text(encoding="utf-8")
+        resumed = resume_at is not None and marker.exists()
+        known = marker.read_text(encoding="utf-8") if resumed else None
         self._run = self._wandb.init(
             project="loopfast", name=directory.name, dir=str(directory), id=known, resume="allow"
         )

@@ -1,4 +1,4 @@
-"""Breaks small runs in many ways, resumes them, and compares them bit by bit with runs that nothing has broken.
+"""Breaks small runs in many ways, resumes them, and compares them bit by bit with uninterrupted runs.
 
 ``python -m tests.chaos --minutes 60``, or ``make chaos ARGS="--minutes 60"``. On one core 200 kills take about 40
 minutes. It ends with exit code 1 if anything was lost.
@@ -28,7 +28,7 @@ from typing import Any
 
 from tests.chaos.scenarios import KINDS, LostError, Scenario, Shared
 
-# A round: kill -9 is by far the most frequent of all, and the cheapest.
+# A round: kill -9 is by far the most frequent kind, and the fastest.
 ROUND = (
     *(
         "kill",
@@ -50,7 +50,7 @@ ROUND = (
 
 @dataclass
 class Tally:
-    """What has happened so far."""
+    """The counts of breaks, resumes and losses."""
 
     seed: int
     seconds: float = 0.0
@@ -61,7 +61,7 @@ class Tally:
 
     @property
     def kills(self) -> int:
-        """Runs of which a process was killed by SIGKILL."""
+        """The number of runs with a process that SIGKILL ended."""
         return sum(count for kind, count in self.breaks.items() if "kill" in kind)
 
     def add(self, kind: str, played: Scenario) -> None:
@@ -76,7 +76,7 @@ class Tally:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs scenarios until the time is up or enough was killed; returns the exit code."""
+    """Runs scenarios until the time is up or the number of kills is reached; returns the exit code."""
     options = _parse(arguments)
     for ends in (signal.SIGINT, signal.SIGTERM):
         # a small disk is unmounted at the end
@@ -109,21 +109,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m tests.chaos", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument(
-        "--minutes", type=float, default=10.0, help="no scenario begins after so many (%(default)s)"
+        "--minutes", type=float, default=10.0, help="no scenario begins after this time (%(default)s)"
     )
-    parser.add_argument("--kills", type=int, help="end after so many kills, too")
+    parser.add_argument("--kills", type=int, help="end after this number of kills, too")
     parser.add_argument(
-        "--seed", type=int, default=random.randrange(10**6), help="of all that is drawn (drawn)"
+        "--seed", type=int, default=random.randrange(10**6), help="seed of all random choices (drawn)"
     )
     parser.add_argument("--first", type=int, default=1, help="number of the first scenario (%(default)s)")
     parser.add_argument(
         "--kinds",
         type=_kinds,
         default=ROUND,
-        help=f"comma-separated, of {','.join(KINDS)} (a mixture of all)",
+        help=f"comma-separated kinds from {','.join(KINDS)} (a mixture of all)",
     )
     parser.add_argument("--out", type=Path, help="file for the result in JSON, written after each scenario")
-    parser.add_argument("--folder", type=Path, help="where runs go; those that lost something stay there")
+    parser.add_argument("--folder", type=Path, help="folder of the runs; those that lost something are kept")
     return parser.parse_args(arguments)
 
 

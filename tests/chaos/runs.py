@@ -29,8 +29,8 @@ checkpoint: {every: 1, keep: 3}
 distributed: {timeout: 60}
 """
 
-# What may go wrong differently: passes over the same images, an average, statistics of prompts, a reference model,
-# a course of the learning rate, screened pairs, iterations that have no checkpoint, a reward in a process of its own.
+# Variants with different state to lose: passes over the same images, EMA weights, statistics of prompts, a reference
+# model, a learning rate schedule, screened pairs, iterations without a checkpoint, a reward in a separate process.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "average": ("train.inner_epochs=2", "train.ema_decay=0.9", "train.iterations=4"),
     "adapter": (
@@ -58,12 +58,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Each process has a group of its own, so that what it has started can be killed with it.
+# Each process has its own process group, so that the processes that it has started can be killed with it.
 OWN_GROUP = "import os; os.setpgid(0, 0)\n"
 
 
 def write_config(file: Path, name: str, directory: Path, overrides: Sequence[str]) -> list[str]:
-    """Writes a run's configuration, and returns the arguments that train it or go on with it."""
+    """Writes a run's configuration, and returns the arguments that train or continue it."""
     given = (f"run.name={name}", f"run.directory={directory}")
     config = parse_config(SMALL, (*given, *overrides))
     file.write_text(config_to_yaml(config), encoding="utf-8")
@@ -75,19 +75,19 @@ class Command(Protocol):
 
     @property
     def pids(self) -> list[int]:
-        """The processes, each of them the leader of its group; none after `wait`."""
+        """The processes, each of them the leader of its process group; none after `wait`."""
 
     def begin(self, arguments: Sequence[str], size: int = 1, before: str = "") -> None:
-        """Starts ``loopfast`` with arguments in so many processes, after the program ``before``."""
+        """Starts ``loopfast`` with arguments in several processes, after the program ``before``."""
 
     def wait(self) -> list[int]:
         """Waits for the end of all processes; returns their exit codes, or the negative numbers of signals."""
 
     def shown(self, rank: int) -> str:
-        """What a process has written to stdout."""
+        """Returns the output of a process to stdout."""
 
     def errors(self, rank: int) -> str:
-        """What a process has written to stderr."""
+        """Returns the output of a process to stderr."""
 
 
 class Forked(Ranks):
@@ -96,17 +96,17 @@ class Forked(Ranks):
     def begin(self, arguments: Sequence[str], size: int = 1, before: str = "") -> None:
         self.start(arguments, size, before=OWN_GROUP + before)
         for pid in self.pids:
-            # a process that has ended already has no group
+            # a process that has ended already has no process group
             with suppress(ProcessLookupError):
                 while os.getpgid(pid) != pid:
                     time.sleep(0.001)
 
 
 class Executable:
-    """The installed script ``loopfast``, started anew each time.
+    """The installed script ``loopfast``, started in a new process each time.
 
     Args:
-        folder: for what it writes to stdout and stderr.
+        folder: for its output to stdout and stderr.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -140,7 +140,7 @@ class Executable:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there and has not ended, even if nobody has asked for its exit code yet."""
+    """Returns whether a process exists and has not ended, even if its exit code has not been read yet."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text("utf-8")
     except (FileNotFoundError, ProcessLookupError):
@@ -149,7 +149,7 @@ def alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started and that have not ended."""
+    """Returns the processes that a process has started and that have not ended."""
     with suppress(OSError):
         lists = [file.read_text("utf-8") for file in Path(f"/proc/{pid}/task").glob("*/children")]
         return [child for line in lists for child in map(int, line.split()) if alive(child)]
@@ -157,19 +157,19 @@ def children(pid: int) -> list[int]:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and those that these have started."""
+    """Returns the processes that a process has started, and those that these have started."""
     return [found for child in children(pid) for found in (child, *descendants(child))]
 
 
 def send(pid: int, number: int, *, group: bool = False) -> None:
-    """Sends a process, or its whole group, a signal, unless it has ended."""
+    """Sends a process, or its whole process group, a signal, unless it has ended."""
     with suppress(ProcessLookupError):
         (os.killpg if group else os.kill)(pid, number)
 
 
 @contextmanager
 def deadline(command: Command, seconds: float) -> Iterator[list[str]]:
-    """Context after whose seconds the processes are killed; then the list that it gives says so."""
+    """Context after whose seconds the processes are killed; the list that it yields is then not empty."""
     problems: list[str] = []
 
     def end() -> None:

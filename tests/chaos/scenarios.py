@@ -1,4 +1,4 @@
-"""Runs that are broken, resumed until they end, and compared with the one that was not."""
+"""Runs that are broken, resumed until they end, and compared with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from tests.distributed.ranks import COMMAND, FORKED_LAUNCH, free_port
 from tests.forks import Forks
 from tests.outcomes import differences, leftovers, outcome
 
-# A process that goes on for so long hangs; an unbroken run takes some seconds.
+# A process that runs for this time hangs; an uninterrupted run takes some seconds.
 LONGEST = 300.0
-# What a killed run has started ends within this time.
+# The processes that a killed run has started end within this time.
 ORPHANS = 30.0
-# Space of the disk that gets full.
+# The size of the disk that gets full.
 DISK = 512 * 2**20
 
 _ITERATIONS = "iterations of metrics.jsonl"
@@ -48,11 +48,11 @@ SERVER = "import loopfast.cli.rewards, loopfast.rewards.serve, uvicorn, starlett
 
 
 class LostError(Exception):
-    """Something that a break must not change is changed."""
+    """A break has changed something that it must not change."""
 
 
 class Shared:
-    """What all scenarios need: processes to fork from, and runs that nothing breaks, each made once.
+    """Objects that all scenarios use: processes to fork from, and uninterrupted runs, each made once.
 
     Args:
         folder: for the folders of those runs.
@@ -60,7 +60,7 @@ class Shared:
     Attributes:
         forked: forks the processes of runs.
         server: forks a reward server.
-        port: of the reward server.
+        port: the reward server's port.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,7 +68,7 @@ class Shared:
         self._known: dict[tuple[object, ...], tuple[dict[str, Any], float]] = {}
         self.forked = Forked()
         self.port = free_port()
-        # until everything is imported, so that the first run takes no longer than others
+        # wait until everything is imported, so that the first run takes no longer than the others
         self.forked.fork("")
         self.forked.wait()
 
@@ -77,7 +77,7 @@ class Shared:
         return Forks(SERVER)
 
     def close(self) -> None:
-        """Ends all of it."""
+        """Ends all processes."""
         self.forked.close()
         if "server" in vars(self):
             for pid in self.server.pids:
@@ -85,7 +85,7 @@ class Shared:
             self.server.close()
 
     def unbroken(self, size: int, overrides: Sequence[str]) -> tuple[dict[str, Any], float]:
-        """The outcome of a run in so many processes, and the seconds that it took."""
+        """Returns the outcome of an uninterrupted run with this number of processes, and its seconds."""
         key = (size, *overrides)
         if key not in self._known:
             name = f"unbroken-{len(self._known)}"
@@ -100,19 +100,19 @@ class Shared:
 
 
 class Scenario:
-    """One run, and what happens to it.
+    """One run and its breaks.
 
     Args:
         kind: its name in `KINDS`.
         rng: decides what happens, and when.
         folder: for the run; empty.
-        shared: what runs it, and what it is compared with.
+        shared: the processes that run it, and the run that it is compared with.
 
     Attributes:
         run: the run's folder.
-        seconds: that the unbroken run took.
-        breaks: how often it was broken, by kind.
-        resumes: how often it was started again after that.
+        seconds: the time of the uninterrupted run.
+        breaks: the number of breaks, by kind.
+        resumes: the number of restarts after a break.
         story: a line for each of its starts.
     """
 
@@ -130,10 +130,10 @@ class Scenario:
         """
         self._play(self)
 
-    # What scenarios are made of.
+    # The steps of scenarios.
 
     def prepare(self, overrides: Sequence[str] = (), size: int = 1, directory: Path | None = None) -> None:
-        """Chooses a variant, unless overrides are given, and has its unbroken run made."""
+        """Chooses a variant, unless overrides are given, and makes its uninterrupted run."""
         if not overrides:
             name = self.rng.choice(sorted(VARIANTS))
             self.story.append(f"variant {name}")
@@ -152,18 +152,18 @@ class Scenario:
         launched: str = "",
         seconds: float | None = None,
     ) -> bool:
-        """Starts the run, or goes on with it, and disturbs it.
+        """Starts or continues the run, and disturbs it.
 
         Args:
             disturb: called with the command and the moment at which to break it, drawn from the time that the rest of
-                the run takes; returns the kind of each break, none where the run had ended.
-            allowed: exit codes of a run that was broken, besides 0.
-            command: starts the processes; None: they are forked.
-            launched: arguments of ``loopfast launch``, where that starts the processes.
-            seconds: how long an unbroken run takes; None: as long as it took.
+                the run takes; returns the kind of each break, none if the run had ended.
+            allowed: exit codes of a broken run, besides 0.
+            command: starts the processes; None forks them.
+            launched: arguments of ``loopfast launch``, if it starts the processes.
+            seconds: the time of an uninterrupted run; None uses the measured time.
 
         Returns:
-            Whether the run came to its end.
+            Whether the run reached its end.
         """
         command = command or self.shared.forked
         began, moment = time.monotonic(), self.rng.uniform(0.0, (seconds or self.seconds) * self._left())
@@ -184,7 +184,9 @@ class Scenario:
         return codes == [0] * len(codes)
 
     def _left(self) -> float:
-        """The share of the iterations that the newest checkpoint lacks; at least a quarter, as starts take time."""
+        """Returns the share of the iterations that the newest checkpoint lacks; at least a quarter, because starts take
+        time.
+        """
         names = [path.name for path in (self.run / "checkpoints").glob("iteration-*")]
         done = max((int(name.split("-")[1]) for name in names), default=0)
         return max(0.25, 1 - done / (len(self._expected[_ITERATIONS]) - 1))
@@ -200,16 +202,16 @@ class Scenario:
             raise LostError(f"exit codes {[*codes]}, expected any of {sorted(set(allowed))}")
 
     def end(self) -> None:
-        """Goes on with the run to its end, and compares it.
+        """Continues the run to its end, and compares it.
 
         Raises:
-            LostError: it does not end well, or is not what it would have been.
+            LostError: it does not end well, or its outcome differs.
         """
         self.attempt(lambda command, end: [])
         self.compare()
 
     def compare(self) -> None:
-        """Compares the run, which has come to its end, with the unbroken one.
+        """Compares the finished run with the uninterrupted one.
 
         Raises:
             LostError: they differ.
@@ -221,10 +223,10 @@ class Scenario:
         if found:
             raise LostError("; ".join(found))
 
-    # What is done to a process.
+    # The ways to disturb a process.
 
     def wait_until(self, end: float, pid: int) -> bool:
-        """Waits until a moment; returns whether the process is there then."""
+        """Waits until a moment; returns whether the process exists then."""
         while alive(pid):
             left = end - time.monotonic()
             if left <= 0:
@@ -233,7 +235,9 @@ class Scenario:
         return False
 
     def kill(self, command: Command, end: float) -> list[str]:
-        """Kills a process at a moment, or its group; in a third of the cases while a checkpoint is being written."""
+        """Kills a process or its process group at a moment; in a third of the cases while a checkpoint is being
+        written.
+        """
         [pid] = command.pids
         if not self.wait_until(end, pid):
             return []
@@ -261,7 +265,7 @@ class Scenario:
         return False
 
     def stop(self, number: signal.Signals, command: Command, end: float) -> list[str]:
-        """Asks a process, or its group, to stop."""
+        """Asks a process or its process group to stop."""
         [pid] = command.pids
         if not self.wait_until(end, pid):
             return []
@@ -271,7 +275,7 @@ class Scenario:
 
 def _kill(play: Scenario, command: Command | None = None) -> None:
     play.prepare()
-    # a fresh interpreter takes as long to import everything as a small run does
+    # a new interpreter needs as long for the imports as a small run
     seconds = play.seconds + (0 if command is None else 6.0)
     for _ in range(play.rng.randint(4, 8)):
         if play.attempt(play.kill, [-signal.SIGKILL], command=command, seconds=seconds):
@@ -286,7 +290,7 @@ def _executable(play: Scenario) -> None:
 def _stop(number: signal.Signals, play: Scenario) -> None:
     play.prepare()
     for _ in range(play.rng.randint(2, 4)):
-        # before the run begins, a signal does what it always does
+        # before the run begins, a signal has its usual effect
         if play.attempt(partial(play.stop, number), [128 + number, -number]):
             break
     play.end()
@@ -305,7 +309,7 @@ def _disk(play: Scenario) -> None:
             if os.path.ismount(disk):
                 with filler.open("wb") as file:
                     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-                    # the run may have taken what was free a moment ago
+                    # the run may have used the space that was free a moment ago
                     while free > room:
                         try:
                             os.posix_fallocate(file.fileno(), file.tell(), free - room)
@@ -333,7 +337,7 @@ def _disk(play: Scenario) -> None:
 
 @contextmanager
 def _small_disk(folder: Path) -> Iterator[Path]:
-    """A folder on a small disk of its own, where this user may mount one; else any."""
+    """Returns a folder on a separate small disk, if this user may mount one, or else an ordinary folder."""
     disk = folder / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)]
@@ -348,7 +352,7 @@ def _small_disk(folder: Path) -> Iterator[Path]:
 
 
 def _damage(play: Scenario) -> None:
-    """The newest checkpoint of a killed run is damaged: the one before it is used, or the run says that none is."""
+    """Damages the newest checkpoint of a killed run: the run uses the previous one, or reports that none is left."""
     play.prepare()
     for _ in range(play.rng.randint(2, 4)):
         if play.attempt(play.kill, [-signal.SIGKILL]):
@@ -365,7 +369,7 @@ def _damage(play: Scenario) -> None:
 
 
 def _refused(play: Scenario) -> None:
-    """The only checkpoint is damaged: the run either does not need what is damaged, or says that it cannot go on."""
+    """Damages the only checkpoint: the run does not need the damaged part, or reports that it cannot continue."""
     if not play.attempt(lambda command, end: ["no whole checkpoint"], [1]):
         [line] = [line for line in play.story if "can be used" in line][-1:] or [""]
         if not re.search(r"none of the checkpoints in .* can be used", line):
@@ -374,8 +378,8 @@ def _refused(play: Scenario) -> None:
 
 
 def _damaged(folder: Path, rng: random.Random) -> str:
-    """Cuts or flips something in a file of a folder; returns what."""
-    # one that was cut before may be empty
+    """Cuts or flips a part of a file of a folder; returns a description."""
+    # a file that was cut before may be empty
     file = rng.choice(sorted(path for path in folder.iterdir() if path.stat().st_size))
     data = bytearray(file.read_bytes())
     place = rng.randrange(len(data))
@@ -401,7 +405,7 @@ def _wait_for_port(port: int) -> None:
 
 
 def _server(play: Scenario) -> None:
-    """A reward server dies and comes back: soon, or only when the run has given up."""
+    """Ends a reward server and starts it again: soon, or only when the run has given up."""
     server, port = play.shared.server, play.shared.port
     options = f"{{url: 'http://127.0.0.1:{port}', retries: 5, backoff: 0.2, timeout: 20, batch_size: 2}}"
     reward = f"reward=[{{name: http, options: {options}}}]"
@@ -428,7 +432,7 @@ def _server(play: Scenario) -> None:
         serve()
         play.prepare([reward])
         for _ in range(play.rng.randint(2, 4)):
-            # a run that finds no server at its start ends: that is not what is tried here
+            # a run that finds no server at its start ends; this scenario does not test that
             _wait_for_port(port)
             done = play.attempt(die, [1])
             if not server.pids:
@@ -446,7 +450,7 @@ ZERO = ("distributed.zero_stage=2", "algorithm.samples_per_prompt=3", "train.ite
 
 
 def _rank(play: Scenario) -> None:
-    """One of two processes is killed: the other ends by itself."""
+    """Kills one of two processes: the other ends by itself."""
     play.prepare(ZERO, size=2)
 
     def kill(command: Command, end: float) -> list[str]:
@@ -457,14 +461,14 @@ def _rank(play: Scenario) -> None:
         return ["one of two processes killed"]
 
     for _ in range(play.rng.randint(1, 3)):
-        # one that was killed after the last collective operation is not missed
+        # a process that is killed after the last collective operation is not missed
         if play.attempt(kill, [1, -signal.SIGKILL]):
             break
     play.end()
 
 
 def _launch(play: Scenario) -> None:
-    """One of two launched processes is killed: the launcher starts both again."""
+    """Kills one of two launched processes: the launcher starts both again."""
     play.prepare(ZERO, size=2)
     times = play.rng.randint(1, 2)
 
@@ -486,7 +490,7 @@ def _launch(play: Scenario) -> None:
 
 
 def _tracks(pid: int) -> bool:
-    """Whether a process is Python's own, which frees what others have left in shared memory."""
+    """Returns whether a process is Python's own tracker, which frees shared memory that others have left."""
     try:
         return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

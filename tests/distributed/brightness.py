@@ -1,4 +1,4 @@
-"""A reward that no rounding moves by more than itself, unlike a file's size."""
+"""A reward that changes only as much as rounding changes its images, unlike a file's size."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ evaluation: {every: 0, images_per_prompt: 1, limit_prompts: 3, preview_images: 1
 checkpoint: {every: 1, keep: 9}
 """
 
-# Every update's statistics, beside the run's own record, which has means.
+# Every update's statistics; the run's own metrics have only means.
 RECORD = """\
 import json, loopfast.training.train
 original = loopfast.training.train.update
@@ -39,12 +39,12 @@ def recorded(*arguments, **options):
 loopfast.training.train.update = recorded
 """
 
-# It takes a third of a short run's time.
+# This takes a third of a short run's time.
 NO_REPORT = "import loopfast.training.train; loopfast.training.train.write_report = lambda folder: folder\n"
 
 
 class Runs:
-    """Runs of one small configuration by groups of processes."""
+    """Runs of one small configuration with several processes."""
 
     def __init__(self, folder: Path, ranks: Ranks, pipeline: Path) -> None:
         self.folder, self.ranks, self._pipeline = folder, ranks, pipeline
@@ -62,18 +62,18 @@ class Runs:
     def train(
         self, name: str, size: int, *overrides: str, resume: str | None = None, before: str = NO_REPORT
     ) -> Path:
-        """The folder of a run by so many processes."""
+        """Trains with this number of processes and returns the run's folder."""
         record = RECORD.format(file=str(self.folder / f"{name}.updates"))
         self.ranks.run(self.arguments(name, *overrides, resume=resume), size, before=record + before)
         return self.folder / name
 
     def shared(self, size: int, *overrides: str) -> str:
-        """The name of a run that is trained once for all tests that look at it."""
+        """Returns the name of a run that is trained once for all tests that use it."""
         key = (size, *overrides)
         if key not in self._done:
             name = f"shared-{len(self._done)}"
             self.train(name, size, *overrides)
-            # the first process alone speaks
+            # only the first process prints
             assert [self.ranks.errors(rank) for rank in range(size)] == [""] * size
             assert [self.ranks.shown(rank) for rank in range(1, size)] == [""] * (size - 1)
             assert self.ranks.shown(0).count("final reward") == 1
@@ -83,7 +83,7 @@ class Runs:
         return self._done[key]
 
     def updates(self, name: str) -> list[dict[str, Any]]:
-        """The statistics of every update of a run."""
+        """Returns the statistics of every update of a run."""
         lines = (self.folder / f"{name}.updates").read_text("utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
@@ -99,14 +99,14 @@ def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory, pipeline_folder
 
 
 def saved(folder: Path, group: str = "policy", name: str | None = None) -> dict[str, Tensor]:
-    """A group of tensors of a run's newest checkpoint, or of the one of that name."""
+    """Returns named tensors of a run's newest checkpoint, or of the checkpoint with the given name."""
     checkpoints = folder / "checkpoints"
     newest = checkpoints / name if name else sorted(checkpoints.iterdir())[-1]
     return load_file(newest / f"{group}.safetensors")
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Of all tensors together, relative to the norm of what is expected."""
+    """Returns the distance of all tensors together, relative to the norm of the expected ones."""
     assert found.keys() == expected.keys()
     pairs = [(found[name].double(), expected[name].double()) for name in expected]
     difference = torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
@@ -114,7 +114,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """A run's record without what depends on the machine and on how its work is cut."""
+    """Returns a run's metrics without values that depend on the machine and on the distribution of the work."""
     measured = ("seconds", "images_per_second", "model_calls", "outside_model_share", "peak_memory_bytes")
     return [
         {key: value for key, value in line.items() if not key.startswith(measured)}

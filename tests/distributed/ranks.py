@@ -1,4 +1,4 @@
-"""Runs the command line in several processes that form a group, forked from one that has imported everything."""
+"""Runs the command line in several connected processes, forked from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from loopfast.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 
-# Before COMMAND: the processes of ``loopfast launch`` are forked from it instead of importing everything anew.
+# Before COMMAND: the processes of ``loopfast launch`` are forked from it instead of importing everything again.
 FORKED_LAUNCH = """\
 import sys
 from dataclasses import replace
@@ -59,7 +59,7 @@ launching.elastic_launch = forked
 
 
 class Ranks(Forks):
-    """Groups of processes that run the command line. `shared_ranks` has those of a session of tests."""
+    """Sets of processes that run the command line. `shared_ranks` has those of a test session."""
 
     def __init__(self) -> None:
         super().__init__(IMPORTS)
@@ -74,7 +74,7 @@ class Ranks(Forks):
     ) -> None:
         """Starts ``loopfast`` in each process, after the program ``before``, which knows its ``rank``.
 
-        What a test that failed has left running is ended.
+        Processes that a failed test has left running are ended.
         """
         if self.pids:
             self.kill()
@@ -83,7 +83,7 @@ class Ranks(Forks):
         self.fork(before + COMMAND, arguments, size, {**group, **(environment or {})})
 
     def run(self, arguments: Sequence[str], size: int, **options: Any) -> None:
-        """Runs to an end that has to be good."""
+        """Runs to the end, which must be successful."""
         self.start(arguments, size, **options)
         codes = self.wait()
         assert codes == [0] * size, "\n".join(self.errors(rank) for rank in range(size))
@@ -95,20 +95,20 @@ class Ranks(Forks):
             time.sleep(0.01)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Sends the processes that are still there a signal."""
+        """Sends a signal to the processes that still exist."""
         for pid in self.pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def close(self) -> None:
-        """Ends all of it."""
+        """Ends all processes."""
         self.kill()
         super().close()
 
 
 @functools.cache
 def shared_ranks() -> Ranks:
-    """One for all tests of a session: importing everything takes longer than most of what is run."""
+    """Returns one `Ranks` for all tests of a session: importing everything takes longer than most tests."""
     return Ranks()
 
 
@@ -116,7 +116,7 @@ _lock = threading.Lock()
 
 
 def run_forked(command: Sequence[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
-    """As ``subprocess.run`` of ``python -m loopfast``, without importing everything anew; one at a time."""
+    """Runs ``python -m loopfast`` like ``subprocess.run``, without importing everything again; one call at a time."""
     assert [*command[:3]] == [sys.executable, "-m", "loopfast"]
     with _lock:
         ranks = shared_ranks()
@@ -126,7 +126,7 @@ def run_forked(command: Sequence[str], *, env: dict[str, str], **_: Any) -> subp
 
 
 def free_port() -> int:
-    """A port that nobody listens at now."""
+    """Returns a port that no program uses now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

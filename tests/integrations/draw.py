@@ -1,4 +1,4 @@
-"""Draws with exported models in plain diffusers: run by the Python of an environment without loopfast's packages."""
+"""Draws with exported models in plain diffusers, in the Python of an environment without loopfast's packages."""
 
 import json
 import sys

@@ -4,8 +4,8 @@
 
 RESULT receives, as a file of torch.save, for each of the runs "unpatched", "torch" and "philox" (the patch's kinds of
 noise), and for the first two in bfloat16: loss, approximate KL and share of clipped rows of every minibatch, samples
-and log-probabilities, what the epoch added to every parameter, losses without guidance and without noise, how often
-each fused op ran, which of a user's overrides are called, and what stops a step whose tensors hold no values.
+and log-probabilities, the epoch's change of every parameter, losses without guidance and without noise, how often
+each fused op ran, which of a user's overrides are called, and the error of a step whose tensors hold no values.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FusedOps(TorchDispatchMode):
 
 
 class Recorder(DDPOTrainer):
-    """Keeps what TRL only averages."""
+    """Keeps values of which TRL keeps only the average."""
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
@@ -60,9 +60,9 @@ class Recorder(DDPOTrainer):
 
 
 def host_read(trainer: DDPOTrainer) -> str:
-    """The error of the first copy to the host in a step of sampling and one of training; empty if there is none.
+    """Returns the error of the first copy to the host in a step of sampling and of training; empty if there is none.
 
-    On the device "meta" tensors have no values: whatever asks for one, or for a copy on the CPU, raises.
+    On the device "meta" tensors have no values: reading a value, or copying one to the CPU, raises an error.
     """
     pipeline = trainer.sd_pipeline
     pipeline.unet.to("meta")
@@ -81,7 +81,7 @@ def host_read(trainer: DDPOTrainer) -> str:
 
 
 def second_step(trainer: DDPOTrainer, **settings) -> torch.Tensor:
-    """Loss, approximate KL and share of clipped rows of the second step under other settings, without guidance."""
+    """Returns loss, approximate KL and share of clipped rows of a second step with other settings, unguided."""
     config, trainer.config = trainer.config, replace(trainer.config, train_cfg=False, **settings)
     names = ("latents", "timesteps", "next_latents", "log_probs")
     arguments = [trainer.sampled[name][:, 1] for name in names]
@@ -91,7 +91,7 @@ def second_step(trainer: DDPOTrainer, **settings) -> torch.Tensor:
 
 
 def overridden(trainer: DDPOTrainer) -> list[str]:
-    """Which of a loss and a step of the user's own the trainer calls."""
+    """Returns which of a user's overrides, a loss and a step, the trainer calls."""
     calls = []
 
     def loss(*arguments):

@@ -1,4 +1,4 @@
-"""How close is close: figures that the tests of the ops share."""
+"""Tolerances that the tests of the ops share."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 # Relative error of one rounding to nearest.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
-# float32 arithmetic on a row: a wrong term, factor or element shows in the second digit, rounding in the sixth.
+# float32 arithmetic on a row: a wrong term, factor or element changes the second digit, rounding the sixth.
 FLOAT32 = 1e-5
 
 
 def rms(actual: Tensor, exact: Tensor) -> float:
-    """``|actual - exact| / |exact|``, in float64."""
+    """Returns ``|actual - exact| / |exact|``, in float64."""
     actual, exact = actual.detach().cpu().double(), exact.detach().cpu().double()
     assert actual.shape == exact.shape
     if not exact.any():

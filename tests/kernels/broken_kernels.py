@@ -1,4 +1,4 @@
-"""Kernels with the defects that the compile gate looks for, and what its command says; run as a program by its test."""
+"""Kernels with the defects that the compile gate detects, and its command's output; a program for its test."""
 
 from __future__ import annotations
 

@@ -28,14 +28,14 @@ class Transition:
     seed: Tensor
 
     def rows(self, index: Tensor | slice) -> Transition:
-        """Some of the rows, in storage of their own."""
+        """Returns some of the rows, in their own storage."""
         taken = {
             name: getattr(self, name)[index].clone() for name in self.__dataclass_fields__ if name != "table"
         }
         return replace(self, **taken)
 
     def to(self, device: torch.device | str | torch.dtype) -> Transition:
-        """On another device; or, given float64, as the exact case whose rounding this is."""
+        """Returns a copy on another device, or in float64, which is the exact case for the rounded one."""
         moved = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
@@ -53,7 +53,7 @@ class Backend:
 
     @property
     def interpreted(self) -> bool:
-        """Whether programs run one after another in Python, so that a few have to do."""
+        """True if programs run one after another in Python, so that tests must use only a few."""
         return self.name == "triton" and self.device == "cpu"
 
     def active(self) -> AbstractContextManager[None]:
@@ -71,7 +71,7 @@ def each_backend(request: pytest.FixtureRequest) -> Backend:
 
 
 def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is called once for each key of its arguments."""
+    """Returns a function that is called once for each key of its arguments."""
     kept: dict[Any, Any] = {}
 
     def call(*arguments: Any) -> Any:
@@ -85,8 +85,10 @@ def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[...,
 
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter_is_quick() -> None:
-    """Triton's interpreter searches its language at every call, makes types anew at every operation, and detects
-    overflows that it reports to nobody: two thirds of these tests' time.
+    """Makes Triton's interpreter faster.
+
+    It searches its language at every call, makes types again at every operation, and detects overflows that it does not
+    report: two thirds of these tests' time.
     """
     if not triton_interprets() or find_spec("triton") is None:
         return
@@ -115,9 +117,9 @@ def _interpreter_is_quick() -> None:
 
 @pytest.fixture
 def tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """``tile(height, width)``: how long rows are cut where programs are interpreted, one after another.
+    """``tile(height, width)`` sets how long rows are cut when programs are interpreted one after another.
 
-    A GPU's tiles, which `test_gpu` is about, make more programs than there is time for.
+    A GPU's tiles, which `test_gpu` tests, would make too many programs for the interpreter.
     """
 
     def cut(height: int, width: int) -> None:

@@ -362,7 +362,7 @@ def test_clipping_cuts_the_gradient_on_one_side(make_transition, advantage, log_
 
 @pytest.mark.parametrize("log_ratio", [25.0, -25.0])
 @pytest.mark.parametrize("clip_range", [None, 0.2])
-def test_runaway_ratio_is_held_and_gets_no_gradient(make_transition, log_ratio, clip_range):
+def test_runaway_ratio_is_clamped_and_gets_no_gradient(make_transition, log_ratio, clip_range):
     case = make_transition(rows=2)
     old_logprob = plain_old_logprob(case, None, "mean") - log_ratio
     output = case.model_output.requires_grad_()

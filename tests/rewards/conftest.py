@@ -1,4 +1,4 @@
-"""Small models of the right architectures with random weights, saved as the published ones are."""
+"""Small models of the right architectures with random weights, saved in the format of the published ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = [
     "a red star and a blue circle",
     "a circle",
 ]
-# of the random weights: wide, so that scores differ
+# standard deviation of the random weights: large, so that scores differ
 SPREAD = 0.3
 
 Score = Callable[..., Tensor]
@@ -34,7 +34,7 @@ def prompts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def images() -> Tensor:
-    """Five different images, float32 ``[5, 3, 40, 48]``: larger than what the models take, and not square."""
+    """Five different images, float32 ``[5, 3, 40, 48]``: larger than the models' inputs, and not square."""
     generator = torch.Generator().manual_seed(7)
     coarse = torch.rand(5, 3, 5, 6, generator=generator)
     return torch.nn.functional.interpolate(coarse, (40, 48), mode="bilinear")
@@ -42,13 +42,13 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="session")
 def exact_images(images: Tensor) -> Tensor:
-    """The same in the models' size and of 8 bits, float32 ``[5, 3, 32, 32]``: a processor only normalizes them."""
+    """The same images in the models' size and in 8 bits, float32 ``[5, 3, 32, 32]``: only to be normalized."""
     return (images[..., :32, :32] * 255).round() / 255
 
 
 @pytest.fixture(scope="session")
 def as_pictures() -> Callable[[Tensor], list[Any]]:
-    """The images as PIL's, as an image processor takes them."""
+    """Returns the images as PIL's, the input of an image processor."""
     from PIL import Image
 
     def convert(images: Tensor) -> list[Any]:
@@ -60,7 +60,9 @@ def as_pictures() -> Callable[[Tensor], list[Any]]:
 
 @pytest.fixture(scope="session")
 def score() -> Score:
-    """``score(name, images, prompts, **options)``: of one reward with weights, by a configuration, on the CPU."""
+    """``score(name, images, prompts, **options)`` scores with one reward with weights, from a configuration, on the
+    CPU.
+    """
 
     def call(name: str, images: Tensor, prompts: list[str], **options: Any) -> Tensor:
         term = RewardConfig(name=name, options={"device": "cpu", **options})
@@ -102,7 +104,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).eval()
     for name, parameter in model.named_parameters():
         if name != "logit_scale":
-            # around what they start at, so that norms scale and biases shift
+            # around their initial values, so that norms scale and biases shift
             start = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             torch.nn.init.normal_(parameter, mean=start, std=SPREAD)
     model.save_pretrained(folder)

@@ -1,9 +1,9 @@
-"""Breaks a recording on a GPU on purpose, then does all that a run does afterwards; in a process of its own.
+"""Breaks a recording on a GPU on purpose, then does everything that a run does afterwards, in a separate process.
 
     python -m tests.rollout.broken_capture PIPELINE_FOLDER seen|unseen|out-of-memory
 
-``seen``: the step asks for a value, which PyTorch's debug mode sees before the recording. ``unseen``: it waits for the
-device, which only the recording itself finds out. Prints ``sound`` at the end.
+``seen``: the step reads a value, which PyTorch's debug mode detects before the recording. ``unseen``: it waits for the
+device, which only the recording itself detects. Prints ``sound`` at the end.
 """
 
 from __future__ import annotations

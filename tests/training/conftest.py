@@ -13,14 +13,14 @@ from tests.training.toys import MakeToy, Toy, toy_run
 
 @pytest.fixture(autouse=True)
 def _as_it_was(foreground: None) -> Iterator[None]:
-    """Signals as in the foreground; and no toy takes the place of a model in tests that follow."""
+    """Signals as in the foreground; after the test no toy replaces a model."""
     yield
     assert setup.load_policy is load_policy
 
 
 @pytest.fixture
 def make_toy(tmp_path: Path) -> Iterator[MakeToy]:
-    """``make_toy("section.key=value", ...)``: a toy run in a folder of its own, open until the test ends."""
+    """``make_toy("section.key=value", ...)`` makes a toy run in its own folder, which is open until the test ends."""
     with ExitStack() as ends:
         made = []
 

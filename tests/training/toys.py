@@ -1,4 +1,4 @@
-"""A policy of two small weights, trajectories of it, and a run around it that takes milliseconds."""
+"""A policy of two small weights, its trajectories, and a run around it that takes milliseconds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LEAVE_ONE_OUT = torch.tensor([-3.0, -1.5, 4.5, -1.5, -1.5, 3.0], dtype=torch.flo
 
 
 class ToyPolicy:
-    """One weight matrix on the latent, one on the prompt, in float64 if nothing else is said.
+    """One weight matrix for the latent and one for the prompt, in float64 unless another type is given.
 
     Sums are added up term by term, so that a row's bits depend on no other row, on any processor.
     """
@@ -108,7 +108,7 @@ class ToyPolicy:
         return made
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Gray images of 8x8 pixels, a square for each number."""
+        """Returns gray images of 8x8 pixels, a square for each number."""
         squares = (latents.float() / 16 + 0.5).clamp(0.0, 1.0).repeat_interleave(4, 1).repeat_interleave(4, 2)
         return squares[:, None].expand(-1, 3, -1, -1).contiguous()
 
@@ -142,7 +142,7 @@ TABLE = torch.tensor([[1.1, -0.2, 0.5], [0.9, 0.4, 0.7], [1.0, 0.3, 0.4]], dtype
 
 
 def schedule(dtype: torch.dtype = torch.float64) -> TransitionSchedule:
-    """Three transitions; without noise a row moves by its model output alone."""
+    """Returns three transitions; without noise only the model output moves a row."""
     sensitivity = (TABLE[:, 1] / TABLE[:, 2]) ** 2
     noiseless = TABLE * torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
     return TransitionSchedule(torch.tensor([9, 5, 1]), TABLE.to(dtype), TABLE, sensitivity, noiseless)
@@ -211,7 +211,7 @@ class Case:
     def plain(
         self, advantage: Tensor, clip_range: float | None, kl_weight: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, ratios and gradients by autograd of the textbook formula, a pair at a time."""
+        """Returns loss, ratios and gradients by autograd of the textbook formula, one pair at a time."""
         g, mean = self.sampler.guidance_scale, self.sampler.reduction == "mean"
         losses, ratios = [], []
         for row, step in zip(self.rows.tolist(), self.steps.tolist(), strict=True):
@@ -242,7 +242,7 @@ class Case:
         return total, torch.stack(ratios), torch.autograd.grad(total, self.policy.trainable().values())
 
 
-# Each of another length, which is all that the toy reads of it.
+# Each prompt has another length, which is the only property that the toy reads.
 PROMPTS = ("a red circle", "a blue star", "a green triangle", "a white cross")
 
 RUN = """\
@@ -259,7 +259,7 @@ evaluation: {every: 0, images_per_prompt: 1, limit_prompts: 2, preview_images: 0
 def first_pixel(
     images: Tensor, prompts: list[str], metadata: list[dict[str, Any]], word: str = "none", how: str = "nan"
 ) -> list[float]:
-    """The first pixel's red; for prompts with the word in them always the same, no number, or an error."""
+    """Returns the first pixel's red; prompts with certain words always give the same number, no number, or an error."""
     bad = [word in prompt for prompt in prompts]
     if any(bad) and how == "raises":
         raise ZeroDivisionError("no luck")
@@ -270,7 +270,7 @@ def first_pixel(
 
 
 class Heard(Display):
-    """Shows a run to a test alone, and sends this process a signal when a phase is entered for the nth time."""
+    """Shows a run only to a test, and sends this process a signal when a phase is entered for the nth time."""
 
     def __init__(self) -> None:
         self.text = io.StringIO()
@@ -290,7 +290,7 @@ class Heard(Display):
 
 @dataclass
 class Toy:
-    """A run of a toy policy, and where it stands."""
+    """A run of a toy policy, and its current state."""
 
     run: Run
     state: TrainState
@@ -302,14 +302,16 @@ class Toy:
         return {name: weight.detach().clone() for name, weight in self.policy.trainable().items()}
 
     def sampled(self) -> Batch:
-        """Begins an iteration: afterwards its images are there, and scored."""
+        """Begins an iteration; afterwards its images are sampled and scored."""
         self.state.pending = None
         batch = draw_batch(self.run, self.state.iteration)
         self.state.rollout = collect(self.run, self.state, batch)
         return batch
 
     def stopped(self, updates: int = 1) -> None:
-        """Begins an iteration that a signal stops after so many updates; of several runs the last made hears it."""
+        """Begins an iteration that a signal stops after this number of updates; of several runs only the last one
+        receives it.
+        """
         batch = self.sampled()
         self.heard.stop_at = "replay", self.heard.phases.count("replay") + updates
         with pytest.raises(Stopped):
@@ -320,7 +322,7 @@ MakeToy = Callable[..., Toy]
 
 
 def bad_reward(word: str, how: str = "nan") -> str:
-    """The setting with which the reward fails for prompts with a word in them."""
+    """Returns the setting with which the reward fails for prompts with a given word."""
     name = "tests.training.toys:first_pixel"
     return f"reward=[{{name: '{name}', label: pixel, options: {{word: {word}, how: {how}}}}}]"
 
@@ -328,7 +330,9 @@ def bad_reward(word: str, how: str = "nan") -> str:
 def memory_for(
     toy: Toy, rows: int, patch: pytest.MonkeyPatch, *, after: int = 0, training: bool = True
 ) -> None:
-    """Has model calls of more rows run out of memory, after the first ones; ``training``: those with gradients."""
+    """Lets model calls with more rows run out of memory, after the first ones; ``training`` selects those with
+    gradients.
+    """
     predict, calls = toy.policy.predict, list[int]()
 
     def limited(sample: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
@@ -347,7 +351,7 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
 
 
 def toy_config(folder: Path, *overrides: str) -> Config:
-    """A run of three prompts with two images each, whose folder and file of prompts will be in the folder."""
+    """Returns a run of three prompts with two images each, whose folder and file of prompts will be in the folder."""
     if not (folder / "prompts.txt").exists():
         (folder / "prompts.txt").write_text("\n".join(PROMPTS), "utf-8")
     given = (f"run.directory={folder}", f"prompts.source={folder / 'prompts.txt'}")
@@ -356,7 +360,7 @@ def toy_config(folder: Path, *overrides: str) -> Config:
 
 @contextmanager
 def toy_model() -> Iterator[list[ToyPolicy]]:
-    """Inside, runs train a toy policy, and not the one that they name; gives those that were made."""
+    """Context in which runs train a toy policy instead of the model that they name; yields the policies."""
     made: list[ToyPolicy] = []
 
     def load_policy(config: Any, **options: Any) -> ToyPolicy:
@@ -373,7 +377,7 @@ def toy_model() -> Iterator[list[ToyPolicy]]:
 
 @contextmanager
 def toy_run(folder: Path, *overrides: str, resume: str | None = None) -> Iterator[Toy]:
-    """A run of a toy policy: all its parts but the model are those of any run."""
+    """Returns a run of a toy policy; all its parts except the model are those of any run."""
     heard = Heard()
     with (
         toy_model() as made,

@@ -1,4 +1,4 @@
-"""What both trainers are judged by, in our environment: ``python judge.py JOB``.
+"""Scores both trainers' results in our environment: ``python judge.py JOB``.
 
 JOB is a JSON file that `benchmarks.race.jobs.score_job` or `benchmarks.race.jobs.evaluation_job` describes.
 """
@@ -21,7 +21,7 @@ from loopfast.run.console import Display
 
 
 def score(job: dict[str, Any]) -> dict[str, Any]:
-    """Largest difference between the rewards that came with images, and those we give them."""
+    """Returns the largest difference between the rewards that came with images, and ours."""
     kept = load_file(job["images"])
     rewards = build_rewards([RewardConfig(name=job["reward"])]).score(kept["images"], job["prompts"]).total
     difference = float((rewards - kept["rewards"]).abs().max())
@@ -29,7 +29,7 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(job: dict[str, Any]) -> dict[str, Any]:
-    """Rewards of files of UNet weights, each at every guidance asked for."""
+    """Returns the rewards of files of UNet weights, each at every requested guidance."""
     evaluations = []
     for number, file in enumerate(job["weights"]):
         found = {}

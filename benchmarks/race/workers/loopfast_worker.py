@@ -1,6 +1,6 @@
 """One run of ours: ``python loopfast_worker.py JOB``.
 
-JOB is a JSON file that `benchmarks.race.jobs.loopfast_job` describes. What is measured is read from the run's own
+JOB is a JSON file that `benchmarks.race.jobs.loopfast_job` describes. The measurements are read from the run's own
 record, ``metrics.jsonl``: an iteration is the time between two lines, less that of evaluations and
 checkpoints.
 """
@@ -38,7 +38,7 @@ IMPORTED = resident_peak()
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains, and says what it took."""
+    """Trains, and returns the measurements."""
     config = parse_config(json.dumps(job["config"]))
     timer = None
     if job["seconds"] is not None:
@@ -73,7 +73,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             }
         )
         until.append(until[-1] + seconds)
-    # those of complete iterations; an interruption may have left one within
+    # only complete iterations; after an interruption the last one may be incomplete
     checkpoints = sorted(path for path in (folder / "checkpoints").glob("iteration-??????") if path.is_dir())
     exports = []
     for path in checkpoints:

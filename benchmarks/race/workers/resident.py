@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def resident_peak() -> int:
-    """Most bytes this process has held since it was started; getrusage's number is inherited from its parent."""
+    """Returns the most bytes this process has held since its start; getrusage's number is inherited from its parent."""
     for line in Path("/proc/self/status").read_text("utf-8").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

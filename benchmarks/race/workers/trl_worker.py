@@ -1,7 +1,7 @@
 """One run of TRL 0.23.1's DDPOTrainer, in the environment that has it: ``python trl_worker.py JOB``.
 
 JOB is a JSON file that `benchmarks.race.jobs.trl_job` describes. The trainer is used as its documentation shows, with
-nothing that slows it down: no image hook, no checkpoints, no progress bars. What is measured are its own methods.
+nothing that slows it down: no image hook, no checkpoints, no progress bars. Its own methods are timed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IMPORTED = resident_peak()
 
 
 class Stopwatch(DDPOTrainer):
-    """Times the three phases of an iteration, and keeps the share of clipped ratios TRL averages away."""
+    """Times the three phases of an iteration, and keeps the share of clipped ratios that TRL averages away."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -67,7 +67,7 @@ class Stopwatch(DDPOTrainer):
 
 
 def prompt_function(job: dict[str, Any]) -> Any:
-    """Draws a prompt for each image: in turn, each several times in a row, or at random."""
+    """Returns a function that draws a prompt for each image: in turn, each several times in a row, or at random."""
     prompts, repeat = job["prompts"], job["repeat"]
     if repeat:
         turn = itertools.cycle(prompt for prompt in prompts for _ in range(repeat))
@@ -77,7 +77,7 @@ def prompt_function(job: dict[str, Any]) -> Any:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains, and says what it took."""
+    """Trains, and returns the measurements."""
     rewards = build_rewards([RewardConfig(name=job["reward"])])
     scored: list[dict[str, Any]] = []
 

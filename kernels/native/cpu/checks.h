@@ -1,4 +1,4 @@
-// Checks of arguments that the ops share: 0, or the status to return.
+// Checks of arguments that the ops share. Each returns 0, or the status to return.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ inline int check_latents(const char *name, const void *data, int32_t dtype, bool
   return known(dtype) ? 0 : invalid("%s has the unknown dtype tag %d", name, dtype);
 }
 
-// Runs what may allocate.
+// Runs a body that may allocate.
 template <class Body>
 int guarded(Body &&body) {
   try {

@@ -49,7 +49,7 @@ void set_value(loopfast_output to, int64_t index, float value) {
   }
 }
 
-// Memory that nothing is written to before the kernels do.
+// Memory that is not initialized: the kernels write to it first.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) : memory_(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64))) {
@@ -90,7 +90,7 @@ class Rows {
     const int64_t bytes = (norm_kernels().workspace_bytes(norm_, stash) + 63) / 64 * 64;
     const Buffer buffer(count * bytes);
     parallel(count, n_.rows, [&](int64_t begin, int64_t end) {
-      // Which piece begins here; each has a workspace of its own.
+      // The piece that begins at this row; each piece has a workspace of its own.
       const int64_t piece = (begin * count + n_.rows - 1) / n_.rows;
       for (int64_t row = begin; row < end; ++row) body(row, buffer.data() + piece * bytes);
     });
@@ -102,7 +102,7 @@ class Rows {
   Norm norm_;
 };
 
-// The sum over rows of [N, C], in their order.
+// Sums [N, C] over the rows, in their order.
 void sum_rows(const float *values, int64_t rows, int64_t channels, loopfast_output to) {
   if (to.data == nullptr) return;
   std::vector<double> totals(static_cast<size_t>(channels));

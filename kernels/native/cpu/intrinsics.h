@@ -1,8 +1,8 @@
-// The processor's vector instructions, where a file is compiled for them.
+// The processor's vector instructions, in files that are compiled for them.
 #pragma once
 
 #if defined(__AVX2__)
-// GCC 12 takes the intrinsics' own undefined operands for a mistake.
+// GCC 12 warns of the undefined operands within the intrinsics.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

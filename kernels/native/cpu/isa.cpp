@@ -20,7 +20,7 @@ std::string detect_features() {
     found += name;
   };
 #if defined(__x86_64__)
-  // Asks the operating system too: a feature whose registers are not saved on a context switch is not reported.
+  // This asks the operating system too: a feature whose registers it does not save on a context switch is not reported.
   __builtin_cpu_init();
   note("avx2", __builtin_cpu_supports("avx2"));
   note("fma", __builtin_cpu_supports("fma"));

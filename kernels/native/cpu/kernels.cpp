@@ -1,5 +1,5 @@
-// The loops. CMake compiles this file once for every instruction set, with LOOPFAST_KERNELS naming the result; so it
-// uses nothing of the standard library that the linker could merge with another file's copy.
+// The loops. CMake compiles this file once for every instruction set and names the result by LOOPFAST_KERNELS. So the
+// file uses nothing of the standard library that the linker could merge with another file's copy.
 #include "kernels.h"
 
 #include "numeric.h"
@@ -10,7 +10,7 @@ namespace {
 
 using namespace loopfast;
 
-// Rows are worked on in tiles that stay in the first-level cache, as float32. A tile is filled up with zeros to whole
+// Rows are worked on as float32, in tiles that stay in the first-level cache. A tile is padded with zeros to whole
 // lanes; they add 0 to every sum.
 constexpr int kTile = 1024;
 
@@ -60,7 +60,7 @@ void store(loopfast_output to, int64_t at, int count, const float *values, bool 
   }
 }
 
-// Where to put values that `to` shall receive: there at once, or, where they have to be rounded or streamed, in a tile.
+// Where to write values for `to`: into `to` itself, or into a tile if they must be rounded or streamed.
 float *place(loopfast_output to, int64_t at, bool streamed, Tile &tile) {
   return to.dtype == LOOPFAST_FLOAT32 && !streamed ? static_cast<float *>(to.data) + at : tile.values;
 }
@@ -73,7 +73,7 @@ void round_to(int32_t dtype, float *values, int count) {
   }
 }
 
-// A tile of a row's latents. `u` is NULL without guidance; `buffers` hold what is not float32.
+// A tile of a row's latents. `u` is NULL without guidance; `buffers` hold the latents that are not float32.
 struct Inputs {
   const float *c, *u, *x;
 };
@@ -88,7 +88,7 @@ Inputs load_inputs(const Row &row, int64_t at, int count, Buffers &buffers) {
           load(row.sample, at, count, buffers.x)};
 }
 
-// Calls body(i, m) for every element of a tile, with m = u + g (c - u): one loop for the compiler to vectorize.
+// Calls body(i, m) for every element of a tile, with m = u + g (c - u), in one loop that the compiler can vectorize.
 template <class Body>
 void for_elements(const Row &row, const Inputs &inputs, int whole, Body &&body) {
   const float *c = inputs.c, *u = inputs.u;
@@ -115,7 +115,7 @@ float fold(float *lanes) {
   return lanes[0];
 }
 
-// z and, with a reference, (b / sigma) (m - m_ref).
+// Writes z and, with a reference, s = (b / sigma) (m - m_ref).
 void residual_and_shift(const Row &row, int64_t at, int count, Buffers &buffers, float *z, float *s) {
   const Inputs inputs = load_inputs(row, at, count, buffers);
   const float *x = inputs.x, *prev = load(row.prev_sample, at, count, buffers.prev);
@@ -174,7 +174,7 @@ void gradients(const Row &row, const GradientTargets &to, int64_t begin, int64_t
   if (to.streamed) finish_stream();
 }
 
-// `count` normals from element `at`, a multiple of 4, and up to 3 more.
+// Writes `count` normals from element `at`, a multiple of 4, and up to 3 more.
 void normals(uint64_t seed, int64_t step, int64_t at, int count, float *noise) {
   constexpr int kCounters = kTile / 4;
   alignas(64) uint32_t words[4][kCounters];

@@ -1,4 +1,4 @@
-// What is compiled once for every instruction set: loops over a stretch of one row.
+// The loops over a part of one row, compiled once for every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +7,11 @@
 
 namespace loopfast {
 
-// Sums run over blocks of a row, each in an order of its own; the blocks' sums are added in order. So the order
-// depends on the row's length alone, however a row is cut into pieces, as long as they are made of whole blocks.
+// A row is summed block by block, and the blocks' sums are added in order. So the order of a sum depends on nothing but
+// the row's length, however a row is cut into pieces of whole blocks.
 constexpr int64_t kBlock = 4096;
 
-// A row and the coefficients of its transition. The pointers are to the row's first element.
+// A row and the coefficients of its transition. The pointers are those of the row's first element.
 struct Row {
   loopfast_input model_output, uncond_output, sample, prev_sample, reference_output;
   float a, b, sigma;
@@ -20,19 +20,19 @@ struct Row {
   float guidance_scale;
 };
 
-// Sums over a block: of z^2, z = (x' - a x - b m) / sigma, and of ((b / sigma) (m - m_ref))^2.
+// The sums over a block of z^2, with z = (x' - a x - b m) / sigma, and of ((b / sigma) (m - m_ref))^2.
 struct Squares {
   float residual, shift;
 };
 
-// Where a sample goes: to `prev_sample` and to `copies` model inputs, `stride` elements apart.
+// The targets of a sample: `prev_sample` and `copies` model inputs, `stride` elements apart.
 struct SampleTargets {
   loopfast_output prev_sample, model_input;
   int64_t copies, stride;
 };
 
-// Gradients residual_weight z + shift_weight (b / sigma) (m - m_ref) by m; times g and 1 - g by c and u. Large ones
-// are streamed to memory past the caches: written normally, each line would be read before.
+// The gradient by m is residual_weight z + shift_weight (b / sigma) (m - m_ref); times g and 1 - g it is that by c and
+// u. Large gradients are streamed to memory past the caches: a normal write would read each line first.
 struct GradientTargets {
   loopfast_output output, uncond;
   float residual_weight, shift_weight;
@@ -42,8 +42,8 @@ struct GradientTargets {
 // `squares` keeps z in whole multiples of this.
 constexpr int kLanes = 64;
 
-// All ranges [begin, end) begin at a multiple of kBlock. `sample` and `squares` take one block. `squares` keeps the row's
-// z in `residual` for `gradients`. Where that is NULL, as with a reference, `gradients` computes z again.
+// All ranges [begin, end) begin at a multiple of kBlock. `sample` and `squares` take one block. `squares` keeps the
+// row's z in `residual` for `gradients`. If `residual` is NULL, as with a reference, `gradients` computes z again.
 struct Kernels {
   Squares (*squares)(const Row &row, int64_t begin, int64_t end, float *residual);
   float (*sample)(const Row &row, uint64_t seed, int64_t step, const SampleTargets &to, int64_t begin, int64_t end);
@@ -56,7 +56,7 @@ extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;
 
 inline int64_t size_of(int32_t dtype) { return dtype == LOOPFAST_FLOAT32 ? 4 : 2; }
 
-// A latent `index` elements further on. The optional one that is not given stays so.
+// Latents from `index` elements further on. Latents that are not given stay NULL.
 inline loopfast_input advance(loopfast_input latents, int64_t index) {
   if (latents.data == nullptr) return latents;
   return {static_cast<const char *>(latents.data) + index * size_of(latents.dtype), latents.dtype};

@@ -1,10 +1,11 @@
-// Group normalization and SiLU. CMake compiles this file once for every instruction set, with LOOPFAST_NORM_KERNELS
-// naming the result; so it uses nothing of the standard library that the linker could merge with another file's copy.
+// Group normalization and SiLU. CMake compiles this file once for every instruction set and names the result by
+// LOOPFAST_NORM_KERNELS. So the file uses nothing of the standard library that the linker could merge with another
+// file's copy.
 //
 // A row is worked on in blocks of contiguous elements. In channels-last order a block is a whole number of pixels, and
-// what belongs to a channel is repeated to a table as long as a block; otherwise a block lies within one channel. Either
-// way every element of a block has a lane of its own to be added to, and the lanes are folded by channel: the order of
-// a sum is given by the row's shape, not by the instruction set.
+// the values of each channel are repeated to a table as long as a block; in contiguous order a block lies within one
+// channel. In both, every element of a block is added to a lane of its own, and the lanes are folded by channel: the
+// order of a sum follows from the row's shape, not from the instruction set.
 #include "norm_kernels.h"
 
 #include "numeric.h"
@@ -16,11 +17,11 @@ using namespace loopfast;
 // Lanes are emptied into float64 after this many blocks: long sums of float32 lose digits.
 constexpr int64_t kBlocksBetweenFolds = 64;
 constexpr int64_t kLane = 16;           // elements of the widest vector
-constexpr int64_t kSmallestBlock = 128;  // enough vectors that a lane is not waited for
+constexpr int64_t kSmallestBlock = 128;  // enough vectors that no addition waits for the one before
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-// What belongs to a channel, for the elements of a block: one by one, or all the same.
+// A value of each channel, for the elements of a block: one by one, or the same for all.
 struct Each {
   const float *values;
   float operator[](int64_t i) const { return values[i]; }
@@ -38,7 +39,7 @@ class ChannelsLast {
 
   int64_t block() const { return channels_ * repeats_; }
 
-  // Fills a table of which the first [C] are there.
+  // Fills a table whose first [C] values are set.
   void repeat(float *table) const {
     for (int64_t i = channels_; i < block(); ++i) table[i] = table[i - channels_];
   }
@@ -135,9 +136,9 @@ enum Table { kShift, kMean, kScale, kOffset, kSlope, kConstant, kTables };
 struct Workspace {
   double *totals[2];         // [C]
   float *tables[kTables];    // by Table
-  float *lanes[2];           // a block each, as all that follows
-  float *x, *grad, *result;  // what is not float32
-  float *stash;              // a row, where there is one
+  float *lanes[2];           // a block each, like everything below
+  float *x, *grad, *result;  // the values that are not float32
+  float *stash;              // a row, if one is needed
 
   Workspace(void *memory, int64_t channels, int64_t block) {
     double *doubles = static_cast<double *>(memory);
@@ -176,7 +177,7 @@ const float *load(loopfast_input from, int64_t at, int64_t count, float *buffer)
   return buffer;
 }
 
-// Where to put values that `to` shall receive: there at once, or in a buffer that `store` rounds.
+// Where to write values for `to`: into `to` itself, or into a buffer that `store` rounds.
 float *place(loopfast_output to, int64_t at, float *buffer) {
   return to.dtype == LOOPFAST_FLOAT32 ? static_cast<float *>(to.data) + at : buffer;
 }
@@ -199,7 +200,7 @@ inline float shifted(float x, Of shift, int64_t i) {
   return x;
 }
 
-// The loops over a block; each is one for the compiler to vectorize.
+// The loops over a block, each in a form that the compiler can vectorize.
 
 template <bool kShifted, class Of>
 void add(const float *x, Of shift, int64_t count, float *sums) {
@@ -227,7 +228,7 @@ void activate(const float *x, Of shift, Of mean, Of scale, Of offset, int64_t co
   }
 }
 
-// The gradient by z, and its sums: as it is, and times x less its mean.
+// Writes the gradient by z, and adds up its sums: that of the gradient, and that of the gradient times x less its mean.
 template <bool kShifted, class Of>
 void differentiate(const float *x, const float *grad, Of shift, Of mean, Of scale, Of offset, int64_t count,
                    float *grad_z, float *sums, float *products) {
@@ -412,7 +413,7 @@ class Row {
   const double share_;
 };
 
-// Calls body with the kind of row there is.
+// Calls body with a row of the right kind.
 template <class Body>
 void dispatch(const Norm &norm, const NormRow &row, void *workspace, Body &&body) {
   const bool shifted = row.shift.data != nullptr;

@@ -1,7 +1,8 @@
 // Arithmetic without branches, for loops that a compiler turns into vector instructions.
 //
-// Every operation is an IEEE operation that rounds once (no contraction to fused multiply-adds but where multiply_add
-// asks for one), so that all instruction sets give the same bits. In an unnamed namespace: each instruction set keeps its own copy.
+// Every operation is an IEEE operation that rounds once (no contraction to fused multiply-adds except where
+// multiply_add asks for one), so that all instruction sets give the same bits. The namespace is unnamed, so that each
+// instruction set keeps its own copy.
 #pragma once
 
 #include <cmath>
@@ -53,8 +54,8 @@ inline uint16_t to_float16(float value) {
   return static_cast<uint16_t>(sign | half);
 }
 
-// A word rounded to the nearest float. Most processors convert signed integers only: there the halves are exact and
-// their sum rounds once.
+// A word rounded to the nearest float. Most processors convert signed integers only: for them the word is converted in
+// halves, which are exact, and their sum rounds once.
 inline float from_word(uint32_t word) {
 #if defined(__AVX512F__)
   return static_cast<float>(word);
@@ -82,8 +83,8 @@ inline float log_of_uniform(float x) {
   p = p * f + 2.0000714765e-1f;
   p = p * f - 2.4999993993e-1f;
   p = p * f + 3.3333331174e-1f;
-  // ln 2 in two parts, the first with few enough bits for an exact product; what the sum with f rounds off goes to the
-  // small terms.
+  // ln 2 has two parts, the first with few enough bits for an exact product. The rounding error of its sum with f is
+  // added to the small terms.
   const float product = e * 0.693359375f;
   const float high = product + f;
   const float lost = (product - high) + f;
@@ -95,8 +96,8 @@ inline float multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__aarch64__)
   return __builtin_fmaf(a, b, c);
 #else
-  // The product is exact in float64. A sum that is not is moved to its odd neighbor, on the side of what was lost, so
-  // that the second rounding sees on which side of a tie it lies.
+  // The product is exact in float64. A sum that is not exact is moved to its odd neighbor, in the direction of the
+  // rounding error, so that the second rounding sees on which side of a tie the exact sum lies.
   const double product = static_cast<double>(a) * static_cast<double>(b), addend = static_cast<double>(c);
   const double sum = product + addend;
   const double part = sum - product;
@@ -111,13 +112,13 @@ inline float multiply_add(float a, float b, float c) {
 #endif
 }
 
-// e^x to 3 ulp, of x limited to +-87: as far as a sigmoid in float32 can tell. x = n ln 2 + r with |r| <= ln 2 / 2, and
-// the polynomial of fifth degree in r that is best relative to e^r.
+// e^x to 3 ulp, with x clamped to +-87: beyond it a sigmoid in float32 does not change. x = n ln 2 + r with
+// |r| <= ln 2 / 2, and the polynomial of fifth degree in r with the least error relative to e^r.
 inline float exp_for_sigmoid(float x) {
-  // In integers: of a branch on x the compiler would work one side out beforehand, and blend.
+  // The clamp is one of integers: for a branch on x the compiler would compute one side beforehand, and blend.
   const uint32_t magnitude = as_bits(x) & 0x7fffffff, limit = 0x42ae0000;  // 87
   x = as_float((magnitude < limit ? magnitude : limit) | (as_bits(x) & 0x80000000));
-  // Added to 1.5 2^23, a number is rounded to a whole one, in the sum's last places.
+  // Adding a number to 1.5 2^23 rounds it to a whole number, in the sum's last places.
   const float shifted = multiply_add(x, 1.44269504f, 12582912.0f);
   const float n = shifted - 12582912.0f;
   const float r = multiply_add(n, -0.693147182f, x);
@@ -130,8 +131,8 @@ inline float exp_for_sigmoid(float x) {
   return as_float(as_bits(p) + (as_bits(shifted) << 23));
 }
 
-// 1 / x for x in [1, 2^126], to 1 ulp: a division takes longer than all the rest of a sigmoid. The difference of the
-// bits is right to 5.1 %, one step cubes that error and one squares it.
+// 1 / x for x in [1, 2^126], to 1 ulp; a division takes longer than the rest of a sigmoid. The difference of the bits
+// is right to 5.1 %; one step cubes that error and one squares it.
 inline float reciprocal(float x) {
   float r = as_float(0x7ef31000 - as_bits(x));
   const float cubed = multiply_add(-x, r, 1.0f);
@@ -139,12 +140,12 @@ inline float reciprocal(float x) {
   return multiply_add(r, multiply_add(-x, r, 1.0f), r);
 }
 
-// sin and cos of an angle in [0, 2 pi], to 0.7 ulp: the angle less the nearest multiple of pi/2, as x + tail, and a
-// polynomial. Coefficients of Moshier's Cephes library (sinf, cosf).
+// sin and cos of an angle in [0, 2 pi], to 0.7 ulp. The angle less the nearest multiple of pi/2 is x + tail; the
+// polynomials have the coefficients of Moshier's Cephes library (sinf, cosf).
 inline void sine_and_cosine(float angle, float &sine, float &cosine) {
   const int32_t quadrant = static_cast<int32_t>(angle * 0.636619772f + 0.5f);
   const float q = static_cast<float>(quadrant);
-  // pi/2 in three parts. The first two have 22 bits: their products with q <= 4 are exact, and so is the difference.
+  // pi/2 has three parts. The first two have 22 bits: their products with q <= 4 are exact, and so is the difference.
   const float difference = angle - q * (0x3243F6 * 0x1p-21f);
   const float middle = q * (0x2A2216 * 0x1p-43f);
   const float x = difference - middle;
@@ -162,7 +163,7 @@ inline void sine_and_cosine(float angle, float &sine, float &cosine) {
   cosine = as_float(as_bits(swapped ? s : c) ^ cosine_sign);
 }
 
-// Philox4x32's multipliers and what its keys grow by.
+// The multipliers of Philox4x32, and the increments of its keys.
 constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kIncrement0 = 0x9E3779B9u, kIncrement1 = 0xBB67AE85u;
 

@@ -1,4 +1,4 @@
-// The ops: checks, then the loops over rows, then what is worked out of their sums.
+// The ops: checks of their arguments, the loops over rows, and the results that follow from a row's sums.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -18,10 +18,10 @@ namespace {
 constexpr float kHalfLogTwoPi = 0.918938533204672742f;
 constexpr float kLogRatioLimit = 20.0f;
 
-// Gradients of more bytes than this will not be in the cache any more when they are read.
+// Gradients of more bytes than this have left the cache by the time they are read.
 constexpr int64_t kStreamed = 4 << 20;
 
-// Of a row's sums. They are added up in float64, block by block.
+// The sums of a row, added up in float64, block by block.
 struct Sums {
   double residual = 0.0, shift = 0.0;
 
@@ -53,7 +53,7 @@ Row row_at(const loopfast_transition &t, int64_t row, loopfast_input prev_sample
           t.guidance_scale};
 }
 
-// The log-density of standardized residuals whose squares add up to `squares`.
+// The log-density of standardized residuals, from the sum of their squares.
 float logprob_of(const loopfast_transition &t, float sigma, double squares) {
   if (!(sigma > 0.0f)) return 0.0f;
   const float elements = static_cast<float>(t.elements);
@@ -126,7 +126,7 @@ int check_group(int64_t groups, int64_t samples) {
   return 0;
 }
 
-// r_i less the mean of the others. The result does not depend on a common offset; without it nothing is lost to
+// r_i less the mean of the others. The result does not depend on a common offset: without it nothing is lost to
 // rounding, and equal rewards give exactly 0.
 float leave_one_out(const float *group, int64_t samples, int64_t sample) {
   double total = 0.0;
@@ -147,24 +147,24 @@ float advantage_of(const loopfast_loss_arguments &arguments, int64_t row) {
 
 struct Surrogate {
   float value;
-  bool flat;
+  bool clipped;
 };
 
 // max(-A r, -A clip(r)).
 Surrogate surrogate_of(float advantage, float ratio, float clip_range) {
-  const float plain = -advantage * ratio;
-  if (std::isinf(clip_range)) return {plain, false};
-  const float limited = -advantage * std::clamp(ratio, 1.0f - clip_range, 1.0f + clip_range);
-  return limited > plain ? Surrogate{limited, true} : Surrogate{plain, false};
+  const float unclipped = -advantage * ratio;
+  if (std::isinf(clip_range)) return {unclipped, false};
+  const float clipped = -advantage * std::clamp(ratio, 1.0f - clip_range, 1.0f + clip_range);
+  return clipped > unclipped ? Surrogate{clipped, true} : Surrogate{unclipped, false};
 }
 
-// The largest power of two not above a magnitude; 1 for 0 and for what is not finite.
+// The largest power of two not above a magnitude; 1 for 0 and for a magnitude that is not finite.
 float power_of_two(float magnitude) {
   if (!(magnitude > 0.0f) || std::isinf(magnitude)) return 1.0f;
   return std::ldexp(1.0f, std::clamp(std::ilogb(magnitude), -126, 126));
 }
 
-// Memory of this thread, which it keeps: fresh memory costs page faults. NULL where there is none left.
+// Memory that this thread keeps, as fresh memory costs page faults. NULL if no memory is left.
 float *scratch(int64_t count) {
   thread_local std::unique_ptr<float[]> memory;
   thread_local int64_t size = 0;
@@ -202,7 +202,7 @@ class Loss {
   }
 
  private:
-  // The gradient follows the sums, of the residual that they were of.
+  // Whole rows: the gradient is made right after the sums, from the residual that the sums have left.
   void rows_whole(int64_t count, int64_t blocks) {
     const bool kept = wants_gradients_ && arguments_.reference_output.data == nullptr;
     const int64_t room = (t_.elements + kLanes - 1) / kLanes * kLanes;
@@ -218,7 +218,7 @@ class Loss {
     });
   }
 
-  // Fewer rows than threads can share: all sums first, then all gradients.
+  // Too few rows to share out among the threads: all sums first, then all gradients.
   void rows_in_blocks(int64_t count, int64_t blocks) {
     std::vector<Squares> partial(static_cast<size_t>(t_.rows * blocks));
     parallel(count, t_.rows * blocks, [&](int64_t begin, int64_t end) {
@@ -248,7 +248,7 @@ class Loss {
     return kernels().squares(at, block * kBlock, std::min((block + 1) * kBlock, t_.elements), residual);
   }
 
-  // Writes a row's results and says what its gradient is made of.
+  // Writes a row's results and returns the factors of its gradient.
   GradientTargets finish(int64_t row, const Row &at, const Sums &sums) const {
     const bool mean = t_.reduction == LOOPFAST_MEAN;
     const float elements = static_cast<float>(t_.elements);
@@ -259,18 +259,18 @@ class Loss {
     const float advantage = advantage_of(arguments_, row);
     const float log_ratio = logprob - arguments_.old_logprob[row];
     const float ratio = std::exp(std::clamp(log_ratio, -kLogRatioLimit, kLogRatioLimit));
-    const bool flat =
-        std::fabs(log_ratio) > kLogRatioLimit || surrogate_of(advantage, ratio, arguments_.clip_range).flat;
+    const bool clipped =
+        std::fabs(log_ratio) > kLogRatioLimit || surrogate_of(advantage, ratio, arguments_.clip_range).clipped;
     results_.logprob[row] = logprob;
     results_.ratio[row] = ratio;
     results_.advantage[row] = advantage;
-    results_.clipped[row] = flat ? 1 : 0;
+    results_.clipped[row] = clipped ? 1 : 0;
     results_.kl[row] = kl;
 
     // d surrogate / d logprob is the surrogate itself, -A r, and d logprob / dm = (b / sigma) z.
-    const float share = 1.0f / (static_cast<float>(t_.rows) * (mean ? elements : 1.0f));
-    float residual_weight = flat ? 0.0f : -advantage * ratio * share * at.slope;
-    float shift_weight = arguments_.kl_weight * share * at.slope;
+    const float row_weight = 1.0f / (static_cast<float>(t_.rows) * (mean ? elements : 1.0f));
+    float residual_weight = clipped ? 0.0f : -advantage * ratio * row_weight * at.slope;
+    float shift_weight = arguments_.kl_weight * row_weight * at.slope;
     if (results_.grad_scale != nullptr) {
       const float size = static_cast<float>(std::sqrt(shift / elements));
       const float scale = power_of_two(std::fabs(residual_weight) + std::fabs(shift_weight) * size);

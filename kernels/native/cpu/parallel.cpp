@@ -11,8 +11,8 @@
 namespace loopfast {
 namespace {
 
-// The library's own threads: started for the call, so that there is no state to keep over a fork. The range ends in
-// the caller's thread, which also takes what no thread could be started for.
+// The library's own threads are started for the call, so that no state has to survive a fork. The caller's thread takes
+// the end of the range, and all the pieces that no thread could be started for.
 int32_t run_on_own_threads(int64_t begin, int64_t end, int64_t, loopfast_task task, void *state) {
   std::vector<std::thread> threads;
   int64_t next = begin;

@@ -1,14 +1,14 @@
-// Cuts work into pieces and runs them on the threads there are.
+// Cuts work into pieces and runs them on the available threads.
 #pragma once
 
 #include <cstdint>
 
 namespace loopfast {
 
-// Below this many elements a piece is not worth a thread's waking up.
+// A piece of fewer elements is not worth waking up a thread.
 constexpr int64_t kSmallestPiece = 16384;
 
-// How many pieces `elements` elements are worth, at most `threads`.
+// Returns the number of pieces, at most `threads`, that `elements` elements are worth.
 int64_t pieces(int32_t threads, int64_t elements);
 
 // Calls body(begin, end) on `count` consecutive ranges that cover [0, units), all at once if possible.

@@ -1,5 +1,5 @@
 // Philox4x32 on as many counters as a vector has lanes. Compilers turn the 32 x 32 -> 64 bit products into slow 64-bit
-// multiplications, where the processor has an instruction for just that.
+// multiplications, although the processor has an instruction for such products.
 #pragma once
 
 #include "intrinsics.h"
@@ -45,7 +45,7 @@ inline void put(uint32_t *to, Words words) { _mm256_store_si256(reinterpret_cast
 
 #if defined(__AVX2__)
 
-// The words of kPhiloxLanes counters from `first`, word by word into arrays that are aligned to a vector.
+// Writes the words of kPhiloxLanes counters from `first`, word by word, into arrays that are aligned to a vector.
 inline void philox_block(uint32_t first, uint32_t step, uint32_t k0, uint32_t k1, uint32_t *const words[4]) {
   const Words multiplier0 = splat(kMultiplier0), multiplier1 = splat(kMultiplier1);
   Words x0 = count_from(first), x1 = splat(step), x2 = splat(0), x3 = splat(0);

@@ -10,7 +10,7 @@ namespace {
 
 #if defined(__AVX2__)
 
-// Copies bytes from an aligned source. Where the target is not aligned too, or at the end, by ordinary stores.
+// Copies bytes from an aligned source. If the target is not aligned, and at its end, ordinary stores do it.
 inline void stream(void *to, const void *from, int64_t bytes) {
   char *target = static_cast<char *>(to);
   const char *source = static_cast<const char *>(from);
@@ -24,7 +24,7 @@ inline void stream(void *to, const void *from, int64_t bytes) {
   std::memcpy(target + at, source + at, static_cast<size_t>(bytes - at));
 }
 
-// Before another thread reads what was streamed.
+// Has to be called before another thread reads the streamed bytes.
 inline void finish_stream() { _mm_sfence(); }
 
 #else

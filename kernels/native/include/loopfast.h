@@ -1,15 +1,15 @@
 /* loopfast: reinforcement learning on diffusion models, the ops as plain C for any language with a foreign function
- * interface. Needs no torch.
+ * interface. It needs no torch.
  *
  * N rows of E elements each, contiguous; T steps. A row at step t moves from x to
  *
  *     x' ~ N(a x + b m, sigma^2),   m = u + g (c - u)      (a, b, sigma) = table[t]
  *
  * with c the model's output, u its output without the condition and g the guidance scale. Latents are float32, float16
- * or bfloat16, each argument as it likes; arithmetic is float32. A row's result depends on nothing but the row: not on
- * its neighbors, the number of threads or the instruction set.
+ * or bfloat16, and each argument may have another one of them; arithmetic is float32. A row's result depends on nothing
+ * but the row: not on its neighbors, the number of threads or the instruction set.
  *
- * Functions that can fail return 0 on success; otherwise nothing was written and loopfast_error() says why.
+ * Functions that can fail return 0 on success. If they fail, nothing was written and loopfast_error() says why.
  */
 #ifndef LOOPFAST_H
 #define LOOPFAST_H
@@ -29,21 +29,21 @@ extern "C" {
 /* The library's version, such as "0.1.0". The string is static: do not free it. */
 LOOPFAST_API const char *loopfast_version(void);
 
-/* Instruction sets of the processor this runs on that kernels may use, in the form "avx2 fma avx512f";
- * "" where none is known. The string is static: do not free it. */
+/* The instruction sets of this processor that kernels may use, in the form "avx2 fma avx512f"; "" if none is known. The
+ * string is static: do not free it. */
 LOOPFAST_API const char *loopfast_cpu_features(void);
 
 /* The instruction set the kernels run in: "avx512", "avx2" or "portable". The environment variable LOOPFAST_ISA asks
  * for a lesser one than the processor's best; the results are the same. The string is static: do not free it. */
 LOOPFAST_API const char *loopfast_isa(void);
 
-/* What was wrong with this thread's last failed call, beginning with the argument's name. Valid until the thread's
- * next call. */
+/* The error of this thread's last failed call; it begins with the argument's name. Valid until the thread's next
+ * call. */
 LOOPFAST_API const char *loopfast_error(void);
 
 /* Threads. Work is cut into at most `threads` pieces (an argument of every op; 0: as many as the processor runs at
  * once) and small work into fewer. The pieces run on threads that the library starts for the call, or on the host's
- * own where it lends them: `run` calls task(b, e, state) on ranges that cover [begin, end), none smaller than `grain`
+ * own if it lends them: `run` calls task(b, e, state) on ranges that cover [begin, end), none smaller than `grain`
  * but the last, returns when all are done, and returns 0. NULL takes the loan back. Not to be called while an op
  * runs. */
 typedef void (*loopfast_task)(int64_t begin, int64_t end, void *state);
@@ -64,7 +64,7 @@ typedef struct {
   int32_t dtype; /* loopfast_dtype */
 } loopfast_output;
 
-/* What every op on transitions takes. */
+/* The arguments of every op on transitions. */
 typedef struct {
   int64_t rows;                 /* N, at least 1 */
   int64_t elements;             /* E, at least 1 */
@@ -102,7 +102,7 @@ LOOPFAST_API int loopfast_transition_logprob_backward(const loopfast_transition 
                                                       loopfast_input prev_sample, const float *grad,
                                                       loopfast_output grad_output, loopfast_output grad_uncond);
 
-/* What the loss takes besides the transitions. The advantage of row n is advantage[n], or, where `advantage` is NULL,
+/* The arguments of the loss besides the transition. The advantage of row n is advantage[n], or, if `advantage` is NULL,
  * advantage_scale times rewards[i] less the mean of its group's others, i = trajectory[n], clamped to
  * +-advantage_clip. */
 typedef struct {
@@ -164,8 +164,8 @@ typedef struct {
 /* y like x, and statistics [N, G, 3]: the mean in two parts and 1 / sqrt(variance + eps). */
 LOOPFAST_API int loopfast_group_norm_silu(const loopfast_norm *norm, loopfast_output y, float *statistics);
 
-/* Its gradients, each like what it is the gradient by and each optional. grad_y has the layout of x. Those by weight
- * and bias are summed over the rows in their order. */
+/* Its gradients, each of the size of the argument it is the gradient by, and each optional. grad_y has the layout of x.
+ * Those by weight and bias are summed over the rows in their order. */
 LOOPFAST_API int loopfast_group_norm_silu_backward(const loopfast_norm *norm, const float *statistics,
                                                    loopfast_input grad_y, loopfast_output grad_x,
                                                    loopfast_output grad_weight, loopfast_output grad_bias,

@@ -1,4 +1,4 @@
-"""The categories of the benchmarks: T2I-CompBench (arXiv 2307.06350), and the embedded one."""
+"""The categories of T2I-CompBench (arXiv 2307.06350)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loopfast.config import RewardConfig
-from loopfast.embedded import world
 from loopfast.evaluation.benchmark.run import Category
 from loopfast.prompts import load_prompts
 from loopfast.prompts.t2i_compbench import CATEGORIES
@@ -51,13 +50,5 @@ def t2i_compbench(directory: Path, names: Sequence[str] = CATEGORIES) -> list[Ca
     """
     return [
         Category(name, load_prompts(f"t2i-compbench:{directory}:{name}-val"), _METRICS[name])
-        for name in names
-    ]
-
-
-def embedded_benchmark(names: Sequence[str] = world.CATEGORIES) -> list[Category]:
-    """Reads categories of the embedded world with their held-out captions, scored by its detector."""
-    return [
-        Category(name, load_prompts(f"embedded:{name}-heldout"), RewardConfig(name="embedded"))
         for name in names
     ]

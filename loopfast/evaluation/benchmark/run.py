@@ -129,9 +129,10 @@ def _run_tasks(
     """Runs the tasks of one model and frees it. Metrics that are not in ``metrics`` yet are built and added."""
     with model.open() as sampler:
         for task in tasks:
-            key = _metric_key(task.category.metric)
+            metric = task.category.metric
+            key = json.dumps([metric.name, metric.options], sort_keys=True, default=str)
             if key not in metrics:
-                metrics[key] = build_rewards([task.category.metric])
+                metrics[key] = build_rewards([metric])
             task.run(sampler, metrics[key], display)
 
 
@@ -175,6 +176,7 @@ class _Task:
         return torch.tensor(values, dtype=torch.float64).view(-1, self.plan.images_per_prompt)
 
     def run(self, sampler: Sampler, metric: RewardSet, display: Display) -> None:
+        """Draws and scores the pending images, and keeps those that are to be kept."""
         pending = self.pending()
         total = len(self.wanted())
         title = f"{self.model.name}, {self.category.name}"
@@ -188,33 +190,17 @@ class _Task:
         )
         announced = time.monotonic()
         for rows, images in draw(sampler, prompts, seeds):
-            self._score(metric, prompts[rows], images, pending[rows], seeds[rows].tolist())
+            texts = [prompt.text for prompt in prompts[rows]]
+            scores = metric.score(images, texts, [prompt.metadata for prompt in prompts[rows]])
+            for image, text, (p, k) in zip(images, texts, pending[rows], strict=True):
+                if k < self.plan.keep_images:
+                    self._keep(image, text, p * self.plan.keep_images + k)
+            found = zip(pending[rows], seeds[rows].tolist(), scores.total.tolist(), strict=True)
+            self.file.add([Scored(p, k, seed, score) for (p, k), seed, score in found])
             missing = len(pending) - rows.stop
             if missing == 0 or time.monotonic() - announced >= _SECONDS_BETWEEN_MESSAGES:
                 announced = time.monotonic()
                 display.message(f"{title}: {total - missing}/{total} images")
-
-    def _score(
-        self,
-        metric: RewardSet,
-        prompts: Sequence[Prompt],
-        images: Tensor,
-        positions: Sequence[tuple[int, int]],
-        seeds: Sequence[int],
-    ) -> None:
-        """Scores images and writes their scores, and those images that are to be kept."""
-        scores = metric.score(
-            images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-        )
-        for image, prompt, (p, k) in zip(images, prompts, positions, strict=True):
-            if k < self.plan.keep_images:
-                self._keep(image, prompt.text, p * self.plan.keep_images + k)
-        self.file.add(
-            [
-                Scored(p, k, seed, score)
-                for (p, k), seed, score in zip(positions, seeds, scores.total.tolist(), strict=True)
-            ]
-        )
 
     def _keep(self, image: Tensor, text: str, number: int) -> None:
         samples = self.folder / "images" / self.model.name / self.category.name / "samples"
@@ -239,7 +225,3 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     """A digest of all texts and their metadata, in their order."""
     entries = [[prompt.text, dict(prompt.metadata)] for prompt in prompts]
     return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _metric_key(metric: RewardConfig) -> str:
-    return json.dumps([metric.name, metric.options], sort_keys=True, default=str)

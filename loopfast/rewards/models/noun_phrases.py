@@ -143,11 +143,7 @@ def _is_participle(word: str, following: str) -> bool:
 
 
 def spacy_phrases(prompt: str) -> list[str]:
-    """Returns the noun chunks that spaCy's ``en_core_web_sm`` finds, at most `MOST_PHRASES`, as the benchmark does.
-
-    Raises:
-        ConfigError: see `load_spacy`.
-    """
+    """Returns the noun chunks that spaCy's ``en_core_web_sm`` finds, at most `MOST_PHRASES`, as the benchmark does."""
     chunks = [chunk.text for chunk in load_spacy()(prompt).noun_chunks]
     return [chunk for chunk in chunks if chunk not in _PLACES][:MOST_PHRASES]
 
