@@ -61,10 +61,8 @@ class Policy(Protocol):
     ) -> Policy:
         """Returns a policy that predicts with another denoiser and shares everything else with this one.
 
-        Args:
-            denoiser: a network like this policy's, already on ``device``.
-            device, dtype: the network's device and the type of its latents.
-            autocast: whether to compute in ``dtype`` whatever the weights' type is.
+        The denoiser is already on ``device``, and its latents have ``dtype``. With ``autocast`` it computes in that
+        type, whatever its weights' type is.
         """
 
     def encode(self, prompts: list[str]) -> Conditioning:

@@ -159,7 +159,10 @@ def _given(config: ModelConfig) -> tuple[Any, dict[str, Any], Any, str]:
     if chosen in known:
         return chosen, component_config(config, "scheduler"), name, "model.scheduler"
     file = _file(chosen)
-    found = _read(file)
+    with as_config_error(f"model.scheduler: cannot read {file}", OSError, ValueError, RecursionError):
+        found = json.loads(file.read_text("utf-8"))
+    if not isinstance(found, dict):
+        raise ConfigError(f"model.scheduler: {file} holds no object")
     kind = found.get("_class_name", name)
     return kind, found, kind, f"model.scheduler: {file}"
 
@@ -176,11 +179,3 @@ def _file(given: str) -> Path:
         f"model.scheduler: found {given!r}, allowed: a folder with {_FILE}, a mapping of options, or one of "
         f"{', '.join((*_DIFFUSION, *_FLOW))}"
     )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    with as_config_error(f"model.scheduler: cannot read {file}", OSError, ValueError, RecursionError):
-        found = json.loads(file.read_text("utf-8"))
-    if not isinstance(found, dict):
-        raise ConfigError(f"model.scheduler: {file} holds no object")
-    return found

@@ -263,12 +263,9 @@ def prepare_compiling(device: torch.device) -> None:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
-        try:
+        needed = "model.compile: needs a C++ compiler on the CPU, such as g++"
+        with as_config_error(needed, InvalidCxxCompiler, RuntimeError):
             get_cpp_compiler()
-        except (InvalidCxxCompiler, RuntimeError) as error:
-            raise ConfigError(
-                f"model.compile: needs a C++ compiler on the CPU, such as g++ ({first_line(error)})"
-            ) from error
     elif not importlib.util.find_spec("triton"):
         raise ConfigError("model.compile: needs triton, which is not installed")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)
