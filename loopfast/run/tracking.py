@@ -241,9 +241,8 @@ class Tracker:
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Records one iteration.
 
-        Args:
-            metrics: numbers, or tensors of one element, by the names of `METRICS`. ``iteration`` is required; a value
-                of None is skipped.
+        The metrics are numbers, or tensors of one element, by the names of `METRICS`. ``iteration`` is required; a
+        value of None is skipped.
 
         Raises:
             KeyError: a name is not in `METRICS`, or ``iteration`` is missing.
