@@ -51,13 +51,9 @@ def schedule(
     )
     transitions, trained = steps.schedule, steps.trained_steps
     table = Table("step", "timestep", "a", "b", "sigma", "(b/sigma)^2", "trained")
-    columns = zip(
-        transitions.timesteps.tolist(),
-        transitions.table64.tolist(),
-        transitions.sensitivity.tolist(),
-        strict=True,
-    )
-    for step, (timestep, (a, b, sigma), sensitivity) in enumerate(columns):
+    columns = (transitions.timesteps, transitions.table64, transitions.sensitivity)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    for step, (timestep, (a, b, sigma), sensitivity) in enumerate(rows):
         numbers = (f"{timestep:g}", f"{a:.5f}", f"{b:.5f}", f"{sigma:.5f}", f"{sensitivity:.3g}")
         table.add_row(str(step), *numbers, "yes" if step in trained else "no")
     Console().print(table)

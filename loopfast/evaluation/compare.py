@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.table import Table
 
-from loopfast.config import Config
 from loopfast.errors import ConfigError
 from loopfast.evaluation.benchmark.results import RESULTS, read_results
 from loopfast.evaluation.models import run_config
@@ -91,10 +90,9 @@ def compare_runs(folders: Sequence[Path], output: Path | None) -> tuple[list[Run
     summaries: list[RunSummary] = []
     curves: dict[str, list[Curve]] = {}
     for label, folder in zip(_labels(resolved), folders, strict=True):
-        config, lines = run_config(folder), read_metrics(folder / "metrics.jsonl")
-        evaluations = _evaluations(label, config, lines)
-        summaries.append(_summary(label, folder, config, lines, evaluations))
-        for name, curve in evaluations.items():
+        summary, found = _read_run(label, folder)
+        summaries.append(summary)
+        for name, curve in found.items():
             curves.setdefault(name, []).append(curve)
     if output is None:
         return summaries, []
@@ -102,11 +100,11 @@ def compare_runs(folders: Sequence[Path], output: Path | None) -> tuple[list[Run
     with writing(output):
         write_file(files[0], (json.dumps([asdict(s) for s in summaries], indent=1) + "\n").encode())
         write_file(files[1], as_markdown(summaries).encode())
-        for name, found in curves.items():
-            if len(found) > 1 or len(folders) == 1:
+        for name, having in curves.items():
+            if len(having) > 1 or len(folders) == 1:
                 title = f"{'total reward' if name == 'reward' else name} of evaluations"
                 file = output / ("reward.png" if name == "reward" else f"reward-{_file_name(name)}.png")
-                files.append(reward_curves(found, AXES, title, file))
+                files.append(reward_curves(having, AXES, title, file))
     return summaries, files
 
 
@@ -151,31 +149,21 @@ def _tables(summaries: Sequence[RunSummary]) -> Iterator[tuple[list[str], list[l
         yield [benchmark, *names], rows
 
 
-def _evaluations(label: str, config: Config, lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
-    """The evaluations by reward: ``reward``, which is the sum, then each part. Those never evaluated have no entry."""
-    curves = {}
+def _read_run(label: str, folder: Path) -> tuple[RunSummary, dict[str, Curve]]:
+    """Reads a run's summary, and the evaluations of each reward that has any: the sum, then the parts."""
+    config, lines = run_config(folder), read_metrics(folder / "metrics.jsonl")
+    rewards, curves = {}, {}
     for name in ("reward", *(term.title for term in config.reward)):
         found = [line for line in lines if line.get(f"eval_{name}") is not None]
         if found:
             x = {axis: [float(line.get(axis) or 0) for line in found] for axis in AXES}
-            curves[name] = Curve(label, x, [float(line[f"eval_{name}"]) for line in found])
-    return curves
-
-
-def _summary(
-    label: str,
-    folder: Path,
-    config: Config,
-    lines: Sequence[Mapping[str, Any]],
-    evaluations: Mapping[str, Curve],
-) -> RunSummary:
+            y = [float(line[f"eval_{name}"]) for line in found]
+            best = max(range(len(y)), key=y.__getitem__)
+            rewards[name] = RewardSummary(y[0], y[-1], y[best], found[best]["iteration"])
+            curves[name] = Curve(label, x, y)
     last: Mapping[str, Any] = lines[-1] if lines else {}
-    rewards = {}
-    for name, curve in evaluations.items():
-        best = max(range(len(curve.y)), key=curve.y.__getitem__)
-        iteration = int(curve.x["iteration"][best])
-        rewards[name] = RewardSummary(curve.y[0], curve.y[-1], curve.y[best], iteration)
-    return RunSummary(
+    benchmarks = sorted(folder.glob(f"benchmarks/*/{RESULTS}"))
+    summary = RunSummary(
         label=label,
         folder=str(folder),
         algorithm=config.algorithm.name,
@@ -185,10 +173,9 @@ def _summary(
         images=int(last.get("images") or 0),
         seconds=float(last.get("seconds") or 0.0),
         rewards=rewards,
-        benchmarks={
-            file.parent.name: _benchmark(file) for file in sorted(folder.glob(f"benchmarks/*/{RESULTS}"))
-        },
+        benchmarks={file.parent.name: _benchmark(file) for file in benchmarks},
     )
+    return summary, curves
 
 
 def _benchmark(file: Path) -> dict[str, dict[str, float]]:

@@ -49,11 +49,9 @@ def evaluate_checkpoint(
     rewards = build_rewards(config.reward)
     sampler = sampler_of(config, policy_of(config, checkpoint))
     warn_of_cut(sampler, [prompt.text for prompt in source], display)
-    changes = {
-        "seed": seed,
-        "limit_prompts": None if prompts else config.evaluation.limit_prompts,
-        "preview_images": 0,
-    }
+    changes: dict[str, int | None] = {"seed": seed, "preview_images": 0}
+    if prompts:
+        changes["limit_prompts"] = None
     if images_per_prompt is not None:
         changes["images_per_prompt"] = images_per_prompt
     settings = config.evaluation.model_copy(update=changes)

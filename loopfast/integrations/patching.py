@@ -84,7 +84,6 @@ def find_original(feature: str, holder: Any, name: str, parameters: str) -> Func
     Args:
         feature: the calling function, for the message.
         holder: the module or class that defines the function.
-        name: the function's name.
         parameters: the parameters of the known version, in order, separated by blanks.
 
     Raises:

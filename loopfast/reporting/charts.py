@@ -55,7 +55,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 def line_chart(
     series: Sequence[Series], *, title: str, x_label: str, width: int, height: int, from_zero: bool = False
 ) -> Markup:
-    """Draws a chart.
+    """Draws a chart, and returns an ``<svg>`` element.
 
     Args:
         series: the lines, later ones above earlier ones. At least one has a point.
@@ -63,9 +63,6 @@ def line_chart(
         x_label: the label of the horizontal axis.
         width, height: the chart's size in CSS pixels, which the page may scale.
         from_zero: start the vertical axis at 0.
-
-    Returns:
-        An ``<svg>`` element.
     """
     drawn = [_thinned(one) for one in series if len(one.x)]
     lows = [y - s for one in drawn for y, s in zip(one.y, one.spread or [0.0] * len(one.y), strict=True)]

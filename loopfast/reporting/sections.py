@@ -65,8 +65,7 @@ def stats(run: RunRecord) -> list[dict[str, Any]]:
     _, training = run.column("reward_mean")
     if held_out:
         notes = []
-        ends = run.evaluations[:1] + run.evaluations[-1:]
-        if ends and (error := _paired_error(*ends, None)) is not None:
+        if (error := _paired_error(run.evaluations, None)) is not None:
             notes.append(f"± {format_score(error)} standard error")
         if max(held_out) > held_out[-1]:
             notes.append(f"highest {format_score(max(held_out))}")
@@ -172,7 +171,7 @@ def categories(run: RunRecord) -> dict[str, Any] | None:
         old = before.get(name) if last is not first else None
         scores = [(old["reward"] if old else None, entry["reward"])]
         scores += [(old["parts"].get(part) if old else None, entry["parts"][part]) for part in parts]
-        error = _paired_error(first, last, None if entry is everything else name) if old else None
+        error = _paired_error(run.evaluations, None if entry is everything else name) if old else None
         bar = _dumbbell(*scores[0], low, high)
         count = entry.get("count", 0)
         rows.append({"name": name, "count": count, "scores": scores, "error": error, "dumbbell": bar})
@@ -275,16 +274,16 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one["prompt"] == other["prompt"] and one.get("seed") == other.get("seed")
 
 
-def _paired_error(first: EvaluationRecord, last: EvaluationRecord, category: str | None) -> float | None:
-    """The standard error over prompts of the mean change in reward, with the same seeds.
+def _paired_error(evaluations: Sequence[EvaluationRecord], category: str | None) -> float | None:
+    """The standard error over prompts of the mean change in reward from the first to the last, with the same seeds.
 
     Images of one prompt are not independent, so a prompt's mean change counts once. The error is None where the two
     evaluations cannot be paired or there is only one prompt.
     """
-    if first is last or len(first.items) != len(last.items):
+    if len(evaluations) < 2 or len(evaluations[0].items) != len(evaluations[-1].items):
         return None
     changes: dict[str, list[float]] = defaultdict(list)
-    for one, other in zip(first.items, last.items, strict=True):
+    for one, other in zip(evaluations[0].items, evaluations[-1].items, strict=True):
         if not _same(one, other):
             return None
         if category is None or one.get("category") == category:

@@ -106,8 +106,7 @@ class CheckpointStore:
         removed too: the run was resumed from an earlier point, and they are no longer its history.
 
         Args:
-            iteration: the number of complete iterations.
-            update: the number of updates done in the next iteration.
+            iteration, update: see `Checkpoint`.
             tensors: file names without their ending, each with its named tensors of any dtype and device.
             state: the rest of the run's state; anything JSON can hold.
             score: the score that `best` compares; higher is better. None if this point was not evaluated: the

@@ -156,12 +156,9 @@ def describe(name: str) -> Metric:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a ``metrics.jsonl``.
+    """Reads a ``metrics.jsonl``: one dict per line, and none if there is no file.
 
     A half-written last line is skipped: the process was killed, or is writing now.
-
-    Returns:
-        One dict per line, in the order of the file. Empty if there is no file.
 
     Raises:
         LoopfastError: a line before the last is not a JSON object; the message names it.
@@ -241,9 +238,8 @@ class Tracker:
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Records one iteration.
 
-        Args:
-            metrics: numbers, or tensors of one element, by the names of `METRICS`. ``iteration`` is required; a value
-                of None is skipped.
+        The metrics are numbers, or tensors of one element, by the names of `METRICS`. ``iteration`` is required; a
+        value of None is skipped.
 
         Raises:
             KeyError: a name is not in `METRICS`, or ``iteration`` is missing.

@@ -147,11 +147,7 @@ def _models(
     config: Config, target: Path, checkpoint: Checkpoint | None, *, base: bool
 ) -> list[MeasuredModel]:
     common = {
-        section: {
-            key: value
-            for key, value in getattr(config, section).model_dump(mode="json").items()
-            if key not in without
-        }
+        section: getattr(config, section).model_dump(mode="json", exclude=without)
         for section, without in _WITHOUT_EFFECT.items()
     }
     if checkpoint is None:
