@@ -128,15 +128,7 @@ def detect(images: Tensor) -> Components:
         spread[picture, slot] = values
         return spread
 
-    return Components(
-        area,
-        by_picture(color_match),
-        by_picture(shape),
-        by_picture(texture),
-        by_picture(x),
-        by_picture(y),
-        found,
-    )
+    return Components(area, *map(by_picture, (color_match, shape, texture, x, y)), found)
 
 
 def _dilate(values: Tensor) -> Tensor:

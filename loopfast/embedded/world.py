@@ -116,34 +116,24 @@ def compositions(category: str) -> tuple[Caption, ...]:
     Raises:
         ValueError: the category does not exist.
     """
-    pairs = list(itertools.permutations(SHAPES, 2))
-    colors = list(COLORS)
-    two_colors = list(itertools.permutations(colors, 2))
-    textured_pairs = list(itertools.permutations(TEXTURED_SHAPES, 2))
-    two_textures = list(itertools.permutations(TEXTURES, 2))
-    found: list[Caption] = []
-    if category == "color":
-        for (s, t), (c, d) in itertools.product(pairs, two_colors):
-            found.append(Caption(category, (Item(c, s), Item(d, t))))
-    elif category == "shape":
-        for (s, t), c in itertools.product(pairs, colors):
-            found.append(Caption(category, (Item(c, s), Item(c, t))))
-    elif category == "texture":
-        for (s, t), (x, y), c in itertools.product(textured_pairs, two_textures, colors):
-            found.append(Caption(category, (Item(c, s, x), Item(c, t, y))))
-    elif category == "spatial":
-        for (s, t), c, relation in itertools.product(pairs, colors, ("left of", "above")):
-            found.append(Caption(category, (Item(c, s), Item(c, t)), relation=relation))
-    elif category == "numeracy":
-        for s, c, count in itertools.product(SHAPES, colors, NUMBERS.values()):
-            found.append(Caption(category, (Item(c, s),), count=count))
-    elif category == "complex":
-        for (s, t), (x, y), (c, d), relation in itertools.product(
-            textured_pairs, two_textures, two_colors, ("left of", "above")
-        ):
-            found.append(Caption(category, (Item(c, s, x), Item(d, t, y)), relation=relation))
-    else:
+    if category not in CATEGORIES:
         raise ValueError(f"unknown category {category!r}; the categories are {', '.join(CATEGORIES)} and all")
+    if category == "numeracy":
+        singles = itertools.product(SHAPES, COLORS, NUMBERS.values())
+        found = [Caption(category, (Item(color, shape),), count) for shape, color, count in singles]
+    else:
+        textured, related = category in ("texture", "complex"), category in ("spatial", "complex")
+        one_color = category in ("shape", "texture", "spatial")
+        pairs = itertools.product(
+            itertools.permutations(TEXTURED_SHAPES if textured else SHAPES, 2),
+            itertools.permutations(TEXTURES, 2) if textured else [(None, None)],
+            zip(COLORS, COLORS, strict=True) if one_color else itertools.permutations(COLORS, 2),
+            ("left of", "above") if related else (None,),
+        )
+        found = [
+            Caption(category, (Item(c, s, x), Item(d, t, y)), relation=relation)
+            for (s, t), (x, y), (c, d), relation in pairs
+        ]
     unique = sorted({caption.composition() for caption in found}, key=_hash)
     if category == "complex":
         # a sample over the whole range of hashes, so that its held-out share is that of the other categories

@@ -3,9 +3,9 @@
 from loopfast.config import DistributedConfig, TrainConfig
 from loopfast.distributed.world import World
 from loopfast.engines.base import Engine
+from loopfast.engines.deepspeed import require_settings, require_type
 from loopfast.engines.deepspeed_config import deepspeed_settings
 from loopfast.engines.local import LocalEngine
-from loopfast.engines.refusals import require_settings, require_type
 from loopfast.policies import Policy
 
 __all__ = [

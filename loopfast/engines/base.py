@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -23,12 +23,25 @@ class Engine(Protocol):
         retries: whether an update that ran out of memory can be tried again with fewer rows.
     """
 
-    sharded: bool
-    retries: bool
+    sharded = False
+    retries = False
+    _train: TrainConfig
+    _updates: int
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next update."""
+        """The learning rate of the next update: a linear warm-up, then ``train.lr_schedule``."""
+        train, updates = self._train, self._updates
+        if updates < train.warmup_updates:
+            return train.learning_rate * (updates + 1) / train.warmup_updates
+        total = train.iterations * train.updates_per_iteration * train.inner_epochs
+        progress = min(1.0, (updates - train.warmup_updates) / max(1, total - train.warmup_updates))
+        factor = {
+            "constant": 1.0,
+            "linear": 1.0 - progress,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        }[train.lr_schedule]
+        return train.learning_rate * factor
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Adds the loss's gradient to the accumulated one. The next update uses the sum over processes.
@@ -56,9 +69,11 @@ class Engine(Protocol):
 
     def ema_weights(self) -> AbstractContextManager[None]:
         """Context in which the policy has its EMA weights, if ``train.ema_decay`` is set."""
+        return nullcontext()
 
     def gathered(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
         """Context in which these parameters of the denoiser have their full values, for reading."""
+        return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the trained weights by name, in the first process only; float32 if the optimizer keeps float32."""
@@ -82,20 +97,6 @@ class Engine(Protocol):
 
     def memory(self) -> dict[str, int]:
         """Returns the bytes that this process holds: ``weights``, ``gradients``, ``optimizer`` and ``reference``."""
-
-
-def learning_rate(train: TrainConfig, updates: int) -> float:
-    """Returns the learning rate after a number of updates: linear warm-up, then ``train.lr_schedule``."""
-    if updates < train.warmup_updates:
-        return train.learning_rate * (updates + 1) / train.warmup_updates
-    total = train.iterations * train.updates_per_iteration * train.inner_epochs
-    progress = min(1.0, (updates - train.warmup_updates) / max(1, total - train.warmup_updates))
-    factor = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[train.lr_schedule]
-    return train.learning_rate * factor
 
 
 def require_same(saved: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:

@@ -11,8 +11,7 @@ from typing_extensions import override
 
 from loopfast.config import DistributedConfig, TrainConfig
 from loopfast.distributed.world import World
-from loopfast.engines.base import require_same
-from loopfast.engines.deepspeed import check_on_all, initialize, make_contiguous
+from loopfast.engines.deepspeed import initialize, make_contiguous
 from loopfast.engines.local import LocalEngine
 from loopfast.policies import Policy
 
@@ -20,10 +19,7 @@ from loopfast.policies import Policy
 class ReplicatedEngine(LocalEngine):
     """ZeRO stage 0: every process holds everything, and DeepSpeed sums the gradients.
 
-    Args:
-        policy: the policy whose trainable parameters the engine owns.
-        train, distributed: the sections.
-        world: the processes, joined to a group of ``torch.distributed``.
+    The arguments are those of `ZeroEngine`, for a policy loaded without ``cast``.
 
     Raises:
         ConfigError: the settings of ``distributed.deepspeed`` cannot be used.
@@ -50,8 +46,6 @@ class ReplicatedEngine(LocalEngine):
 
     @override
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        shapes = {name: parameter.shape for name, parameter in self._named.items()}
-        check_on_all(self._world, lambda: require_same(tensors["policy"], shapes))
         layout = self._world.on_main(
             lambda: {
                 file: {name: (value.shape, value.dtype) for name, value in tensors.get(file, {}).items()}

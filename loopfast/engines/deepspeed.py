@@ -1,21 +1,55 @@
-"""Imports and starts DeepSpeed."""
+"""Checks what DeepSpeed refuses, and imports and starts it."""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from loopfast.config import DistributedConfig, TrainConfig
-from loopfast.distributed.world import World
 from loopfast.engines.deepspeed_config import deepspeed_settings
 from loopfast.errors import ConfigError, MissingExtraError, one_line, short
 from loopfast.policies import Policy
+from loopfast.system import processor
+from loopfast.system.device import torch_device
+
+
+def require_type(dtype: str, zero_stage: int, device: str) -> None:
+    """Checks that DeepSpeed, if it shards the run, takes ``model.dtype`` on this processor.
+
+    Without sharding, float16 is allowed on every processor, as PyTorch emulates it. Of the kinds of ``device``, only
+    ``cpu`` is checked.
+
+    Raises:
+        ConfigError: DeepSpeed does not take the type.
+    """
+    if zero_stage > 0 and dtype == "float16" and device == "cpu" and not processor.has_kernels("float16"):
+        raise ConfigError(
+            "model.dtype: found 'float16', allowed: float32 or bfloat16 with distributed.zero_stage above 0 on this "
+            f"processor ({processor.model_name()}): DeepSpeed takes float16 only where oneDNN has kernels for it"
+        )
+
+
+def require_settings(train: TrainConfig, distributed: DistributedConfig, dtype: str, device: str) -> None:
+    """Checks the file of ``distributed.deepspeed``, and has DeepSpeed check it if it is installed.
+
+    ``dtype`` and ``device`` are those of the section ``model``.
+
+    Raises:
+        ConfigError: the file cannot be read, contradicts the configuration, or is refused by DeepSpeed.
+    """
+    if distributed.deepspeed is None:
+        return
+    # the number of parameters decides the buffers' sizes only, which this check does not need
+    settings = deepspeed_settings(train, distributed, dtype, 0)
+    if find_spec("deepspeed") is not None:
+        require_accepted(settings, distributed.deepspeed, torch_device(device))
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -108,17 +142,3 @@ def make_contiguous(module: torch.nn.Module) -> None:
     """Makes every weight contiguous, as shards are cut from flat memory."""
     for parameter in module.parameters():
         parameter.data = parameter.data.contiguous().reshape(-1).view(parameter.shape)
-
-
-def check_on_all(world: World, check: Callable[[], None]) -> None:
-    """Runs a check in the first process, and raises its ValueError in all processes."""
-
-    def problem() -> str | None:
-        try:
-            check()
-        except ValueError as error:
-            return str(error)
-        return None
-
-    if found := world.on_main(problem):
-        raise ValueError(found)

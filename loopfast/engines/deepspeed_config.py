@@ -48,28 +48,18 @@ def deepspeed_settings(
         # DeepSpeed's default waits for the GPU at every call of the denoiser
         "timers": {"throughput": {"enabled": False}},
     }
-    if stage and dtype != "float32":
-        settings |= _mixed_precision(dtype, stage)
+    if stage and dtype == "bfloat16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if stage and dtype == "float16":
+        # the start and growth of torch's GradScaler
+        scale = {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}
+        settings["fp16"] = {"enabled": True, **scale}
+    if stage and (dtype == "float16" or (dtype == "bfloat16" and stage >= 2)):
+        # not at stage 1 in bfloat16: the optimizer that DeepSpeed takes for this case fails on a gradient of zero
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings if distributed.deepspeed is None else with_file(settings, train, distributed, dtype)
 
 
 def buffer_sizes(parameters: int) -> tuple[int, int]:
     """Returns how many weights are sent at a time and how many stay gathered, for a denoiser of this size."""
-    return _within(parameters // 40, 1e5, 5e7), _within(parameters // 20, 1e6, 2e8)
-
-
-def _mixed_precision(dtype: str, stage: int) -> dict[str, Any]:
-    if dtype == "bfloat16":
-        settings: dict[str, Any] = {"bf16": {"enabled": True, "check_grad_overflow": True}}
-    else:
-        # the start and growth of torch's GradScaler
-        scale = {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}
-        settings = {"fp16": {"enabled": True, **scale}}
-    if stage >= 2 or dtype == "float16":
-        # not at stage 1 in bfloat16: the optimizer that DeepSpeed takes for this case fails on a gradient of zero
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
-
-
-def _within(value: int, least: float, most: float) -> int:
-    return int(min(max(value, least), most))
+    return min(max(parameters // 40, 100_000), 50_000_000), min(max(parameters // 20, 1_000_000), 200_000_000)

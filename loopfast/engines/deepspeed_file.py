@@ -72,8 +72,7 @@ def _read(file: str) -> dict[str, Any]:
         if problem := _problem(where, value):
             raise ConfigError(f"distributed.deepspeed: {path}, {_dotted(where)}: {problem}")
     for key, value in found.items():
-        if problem := _problem_of_first_level(key, value):
-            raise ConfigError(f"distributed.deepspeed: {path}{problem}")
+        _require_known(path, key, value)
     return found
 
 
@@ -83,11 +82,7 @@ def with_file(
     """Returns settings with those of the file that ``distributed.deepspeed`` names.
 
     An empty section, null and ``auto`` add nothing. An entry that the configuration decides has to agree with it.
-
-    Args:
-        ours: the settings that the configuration gives.
-        train, distributed: the sections.
-        dtype: ``model.dtype``.
+    ``ours`` are the settings that the configuration gives.
 
     Raises:
         ConfigError: the file cannot be read, is not valid JSON, holds keys or values that DeepSpeed does not know, or
@@ -126,9 +121,8 @@ def _decisions(
     train: TrainConfig, distributed: DistributedConfig, dtype: str
 ) -> dict[_Path, tuple[str, Any]]:
     """Returns the entries that a configuration decides: the keys that do, for an error, and the value that agrees."""
-    updates = train.iterations * train.updates_per_iteration * train.inner_epochs
     course = {"constant": "WarmupLR", "linear": "WarmupDecayLR", "cosine": "WarmupCosineLR"}
-    offload = distributed.offload
+    offload, zero = distributed.offload, "zero_optimization"
     # entries without keys are decided by the engine, which supports one value only
     without_value = {
         "train.updates_per_iteration": ("train_batch_size",),
@@ -155,7 +149,7 @@ def _decisions(
         "scheduler.params.warmup_type": ("train.warmup_updates", "linear"),
         "scheduler.params.total_num_steps": (
             "train.iterations train.updates_per_iteration train.inner_epochs",
-            updates,
+            train.iterations * train.updates_per_iteration * train.inner_epochs,
         ),
         "bf16.enabled": ("model.dtype", dtype == "bfloat16"),
         "bfloat16.enabled": ("model.dtype", dtype == "bfloat16"),
@@ -164,15 +158,12 @@ def _decisions(
         "fp16.fp16_master_weights_and_grads": ("model.dtype", False),
         "amp.enabled": ("model.dtype", False),
         "torch_autocast.enabled": ("model.dtype", False),
+        f"{zero}.stage": ("distributed.zero_stage", distributed.zero_stage),
+        f"{zero}.offload_param.device": ("distributed.offload", "cpu" if offload == "all" else "none"),
+        f"{zero}.offload_optimizer.device": ("distributed.offload", "none" if offload == "none" else "cpu"),
+        f"{zero}.cpu_offload": ("distributed.offload", offload != "none"),
+        f"{zero}.cpu_offload_param": ("distributed.offload", offload == "all"),
     }
-    zero: dict[str, tuple[str, Any]] = {
-        "stage": ("distributed.zero_stage", distributed.zero_stage),
-        "offload_param.device": ("distributed.offload", "cpu" if offload == "all" else "none"),
-        "offload_optimizer.device": ("distributed.offload", "none" if offload == "none" else "cpu"),
-        "cpu_offload": ("distributed.offload", offload != "none"),
-        "cpu_offload_param": ("distributed.offload", offload == "all"),
-    }
-    entries |= {f"zero_optimization.{path}": decision for path, decision in zero.items()}
     sections = {"train": dict(train), "distributed": dict(distributed), "model": {"dtype": dtype}}
 
     def in_words(keys: str) -> str:
@@ -185,26 +176,28 @@ def _decisions(
     }
 
 
-def _refusal(file: str, path: _Path, value: Any, allowed: str) -> ConfigError:
+def _refusal(file: str | Path, path: _Path, value: Any, allowed: str) -> ConfigError:
     return ConfigError(
         f"distributed.deepspeed: {file}, {_dotted(path)}: found {_shown(value)}, allowed: {allowed}"
     )
 
 
-def _problem_of_first_level(key: str, value: Any) -> str | None:
+def _require_known(file: Path, key: str, value: Any) -> None:
+    """Checks an entry of the first level."""
     kind = KNOWN.get(key)
     if kind is None:
         nearest = max(KNOWN, key=lambda known: difflib.SequenceMatcher(None, key[:64].lower(), known).ratio())
-        return f": unknown key {_shown(key)}; nearest known key: {nearest}"
+        raise ConfigError(
+            f"distributed.deepspeed: {file}: unknown key {_shown(key)}; nearest known key: {nearest}"
+        )
     fits = {
         _SECTION: isinstance(value, dict),
         _NUMBER: isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0,
         _SWITCH: isinstance(value, bool),
         _TEXT: isinstance(value, str),
     }
-    if fits[kind] or value is None or value == "auto":
-        return None
-    return f', {key}: found {_shown(value)}, allowed: {kind}, null or "auto"'
+    if not (fits[kind] or value is None or value == "auto"):
+        raise _refusal(file, (key,), value, f'{kind}, null or "auto"')
 
 
 def _problem(path: _Path, value: Any) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from loopfast.config import TrainConfig
-from loopfast.engines.base import Engine, learning_rate, require_same, tensor_bytes
+from loopfast.engines.base import Engine, require_same, tensor_bytes
 from loopfast.engines.ema import EMAWeights
 from loopfast.engines.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from loopfast.engines.scaling import LossScale
@@ -31,7 +31,6 @@ class LocalEngine(Engine):
         MissingExtraError: ``train.optimizer`` needs a package that is not installed.
     """
 
-    sharded = False
     retries = True
 
     def __init__(self, policy: Policy, train: TrainConfig) -> None:
@@ -43,11 +42,6 @@ class LocalEngine(Engine):
         decay = train.ema_decay
         self._ema = None if decay is None else EMAWeights(self._named, decay)
         self._scale = LossScale(enabled=policy.dtype == torch.float16)
-
-    @property
-    @override
-    def learning_rate(self) -> float:
-        return learning_rate(self._train, self._updates)
 
     @override
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
@@ -80,10 +74,6 @@ class LocalEngine(Engine):
     @override
     def ema_weights(self) -> AbstractContextManager[None]:
         return nullcontext() if self._ema is None else self._ema.applied()
-
-    @override
-    def gathered(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
-        return nullcontext()
 
     @override
     def weights(self) -> dict[str, Tensor]:

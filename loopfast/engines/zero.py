@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from loopfast.config import DistributedConfig, TrainConfig
 from loopfast.distributed.world import World
-from loopfast.engines.base import Engine, learning_rate, require_same, tensor_bytes
-from loopfast.engines.deepspeed import check_on_all, initialize, make_contiguous
+from loopfast.engines.base import Engine, require_same, tensor_bytes
+from loopfast.engines.deepspeed import initialize, make_contiguous
 from loopfast.engines.optimizers import build_optimizer, require_state_of
 from loopfast.errors import NonFiniteError
 from loopfast.policies import Policy
@@ -38,8 +38,6 @@ class ZeroEngine(Engine):
         ConfigError: the settings of ``distributed.deepspeed`` cannot be used, or DeepSpeed refuses ``model.dtype``.
         MissingExtraError: DeepSpeed is not installed.
     """
-
-    retries = False
 
     def __init__(
         self, policy: Policy, train: TrainConfig, distributed: DistributedConfig, world: World
@@ -70,11 +68,6 @@ class ZeroEngine(Engine):
         engine = self._engines.get(id(denoiser))
         return function(denoiser, *inputs) if engine is None else engine(function, *inputs)
 
-    @property
-    @override
-    def learning_rate(self) -> float:
-        return learning_rate(self._train, self._updates)
-
     @override
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -95,20 +88,15 @@ class ZeroEngine(Engine):
             if self._scaler is None or "minimum" not in str(error):
                 raise
             raise NonFiniteError("the gradient overflows float16 at the smallest loss scale, too") from error
-        if self._engine.optimizer.overflow:
+        overflow = self._engine.optimizer.overflow
+        if overflow and self._scaler is not None:
             # DeepSpeed has taken no step
-            if self._scaler is not None:
-                return None
-            raise NonFiniteError("the gradient's norm is not finite")
-        norm = float(self._engine.get_global_grad_norm())
+            return None
+        norm = math.inf if overflow else float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise NonFiniteError("the gradient's norm is not finite")
         self._updates += 1
         return norm
-
-    @override
-    def ema_weights(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     @override
     @contextmanager
@@ -154,11 +142,16 @@ class ZeroEngine(Engine):
             tensors.get(file, {}) if self._world.is_main else {} for file in ("policy", "optimizer")
         )
 
-        def check() -> None:
-            require_same(policy, self._shapes)
-            require_state_of(optimizer, eight_bit=False)
+        def problem() -> str | None:
+            try:
+                require_same(policy, self._shapes)
+                require_state_of(optimizer, eight_bit=False)
+            except ValueError as error:
+                return str(error)
+            return None
 
-        check_on_all(self._world, check)
+        if found := self._world.on_main(problem):
+            raise ValueError(found)
         steps = self._world.on_main(
             lambda: [float(v) for k, v in optimizer.items() if k.endswith(".step")][:1]
         )

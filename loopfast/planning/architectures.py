@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass, field
 from functools import cache
@@ -45,22 +44,22 @@ class Component:
         Raises:
             ConfigError: the libraries do not know its class, or refuse its configuration.
         """
+        import diffusers
+        import transformers
+
         try:
             with torch.device("meta"):
-                module = self._make()
+                module: Any
+                if hasattr(diffusers, self.class_name):
+                    module = getattr(diffusers, self.class_name).from_config(self.config)
+                else:
+                    model = getattr(transformers, self.class_name)
+                    module = model(model.config_class(**self.config))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"model.pretrained: cannot make a {self.class_name} from its configuration: {first_line(error)}"
             ) from error
         return module.requires_grad_(False).eval()
-
-    def _make(self) -> Any:
-        diffusers = importlib.import_module("diffusers")
-        if hasattr(diffusers, self.class_name):
-            return getattr(diffusers, self.class_name).from_config(self.config)
-        transformers = importlib.import_module("transformers")
-        model = getattr(transformers, self.class_name)
-        return model(model.config_class(**self.config))
 
     def parameters(self) -> int:
         """Returns the number of its parameters."""
@@ -146,11 +145,8 @@ class Architecture:
     @property
     def text_width(self) -> int:
         """The number of columns of a prompt's encoding."""
-        config = self.denoiser.config
-        widths = (
-            config.get(name) for name in ("joint_attention_dim", "caption_channels", "cross_attention_dim")
-        )
-        return int(next(width for width in widths if width))
+        names = ("joint_attention_dim", "caption_channels", "cross_attention_dim")
+        return int(next(self.denoiser.config[name] for name in names if self.denoiser.config.get(name)))
 
 
 def known() -> dict[str, tuple[str, ...]]:
@@ -165,11 +161,7 @@ def _packaged() -> dict[str, dict[str, Any]]:
 
 
 def load_architecture(config: ModelConfig, name: str | None = None) -> Architecture:
-    """Returns the architecture of a configuration's model, or one of the package's.
-
-    Args:
-        config: the section ``model``.
-        name: one of `known`. None takes that of ``model.pretrained``.
+    """Returns the architecture with a name, one of `known`; None takes that of the configuration's model.
 
     Raises:
         ConfigError: no architecture has that name, or the model's configuration cannot be read or planned.
@@ -183,11 +175,10 @@ def load_architecture(config: ModelConfig, name: str | None = None) -> Architect
             name = next((key for key, hub in packaged.items() if place in hub), None)
     document = _described(config) if name is None else _packaged()[name]
 
-    def component(part: dict[str, Any]) -> Component:
-        return Component(part["class"], part["config"])
-
-    denoiser, vae = component(document["denoiser"]), component(document["vae"])
-    encoders = tuple(component(part) for part in document["text_encoders"])
+    denoiser, vae, *encoders = (
+        Component(part["class"], part["config"])
+        for part in (document["denoiser"], document["vae"], *document["text_encoders"])
+    )
     sdxl = denoiser.config.get("addition_embed_type") == "text_time"
     # the denoiser decides, so that pipelines of no family can be planned
     family = family_of("StableDiffusionXLPipeline" if sdxl else _PIPELINES[denoiser.class_name])
@@ -200,7 +191,7 @@ def load_architecture(config: ModelConfig, name: str | None = None) -> Architect
         family,
         denoiser,
         vae,
-        encoders,
+        tuple(encoders),
         latent_size(config, family, denoiser.config, vae.config),
         policy.t5_tokens(config, pipeline) if policy.sequence_length else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import time
+import timeit
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -101,11 +101,8 @@ def choose(wanted: str, name: str | None, memory: str | None, gpus: int | None) 
     Without a name, the device is this machine's GPU. A machine without a known GPU is planned for as a CPU if the run
     would use it, or as the smallest device of the table that has the memory.
 
-    Args:
-        wanted: ``model.device``.
-        name: one of `DEVICES`, or ``cpu``; the option ``--card``.
-        memory: the memory of each device, as text.
-        gpus: the number of processes, each with a device.
+    ``wanted`` is ``model.device``. The others are the arguments ``card``, ``memory`` and ``gpus`` of
+    `loopfast.planning.plan`.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -141,19 +138,13 @@ def _cpu_rate(threads: int) -> float:
     """Returns this machine's operations per second with a number of threads, from the fastest of five products."""
     size = 1024
     left, right = torch.rand(size, size), torch.rand(size, size)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
+    return 2 * size**3 / min(timeit.repeat(lambda: left @ right, number=1, repeat=5))
 
 
 def _cpu() -> Device:
     """Returns this machine's CPU. The first call times a product of float32 matrices."""
     threads = torch.get_num_threads()
-    rate = _cpu_rate(threads)
-    rates = {"float32": rate, "tf32": rate, "bfloat16": rate, "float16": rate}
+    rates = dict.fromkeys(("float32", "tf32", "bfloat16", "float16"), _cpu_rate(threads))
     return Device(
         f"this machine's CPU, {threads} thread(s)",
         "cpu",

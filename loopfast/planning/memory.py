@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -23,6 +23,7 @@ from loopfast.planning.networks import (
     training_call,
     weights_of,
 )
+from loopfast.policies.fast.switches import set_layers
 from loopfast.policies.resolution import decoder_rows
 from loopfast.training.microbatch import start_size
 
@@ -102,17 +103,17 @@ class Footprint:
 
     Attributes:
         stage: the ZeRO stage.
-        batch: its rows.
         held: bytes on the device from start to end, by purpose.
         phases: further bytes, by phase of an iteration and purpose.
         host: bytes in the host's memory, of all processes of a node together, by purpose.
+        batch: its rows.
     """
 
     stage: int
-    batch: Batch
     held: dict[str, int]
     phases: dict[str, dict[str, int]]
     host: dict[str, int]
+    batch: Batch
 
     @property
     def peak_phase(self) -> str:
@@ -129,19 +130,9 @@ class Footprint:
         return self.in_phase(self.peak_phase)
 
 
-RolloutCopy = Literal["resident", "gathered"] | None
-
-
 @dataclass(frozen=True)
 class Case:
-    """A run as it is planned.
-
-    Attributes:
-        config: the run.
-        architecture: its model.
-        resources: its devices.
-        stage: the ZeRO stage, in place of the configuration's.
-    """
+    """A run with its model and its devices, planned for a ZeRO stage in place of the configuration's."""
 
     config: Config
     architecture: Architecture
@@ -159,14 +150,15 @@ class Case:
         return weights_of(self.architecture, self.form)
 
     @cached_property
-    def rollout_copy(self) -> RolloutCopy:
+    def rollout_copy(self) -> Literal["resident", "gathered"] | None:
         """The kind of the denoiser's copy that is sampled from, if there is one."""
         rollout = self.config.rollout
+        if rollout.replica != "auto":
+            return None if rollout.replica == "none" else rollout.replica
         wanted = rollout.dtype is not None or rollout.device is not None or rollout.merge_lora
-        kind: RolloutCopy = "gathered" if self.stage == 3 and self.config.model.tune == "full" else "resident"
-        if rollout.replica == "auto":
-            return kind if wanted or self.stage == 3 else None
-        return None if rollout.replica == "none" else rollout.replica
+        if self.stage == 3:
+            return "resident" if self.lora else "gathered"
+        return "resident" if wanted else None
 
     @cached_property
     def sampled(self) -> Form:
@@ -231,16 +223,16 @@ def with_sizes(
     prompts: int | None = None,
 ) -> Config:
     """Returns the configuration with other rows per model call (rollout, replay), K or prompts; not validated."""
-    rollout, replay = microbatch or (None, None)
-    sizes = {
-        "rollout": {"microbatch": rollout, "prompts_per_iteration": prompts},
-        "train": {"microbatch": replay},
-        "algorithm": {"samples_per_prompt": samples},
+    rollout, train, algorithm = config.rollout, config.train, config.algorithm
+    sampled, replayed = microbatch or (rollout.microbatch, train.microbatch)
+    sizes = {"microbatch": sampled, "prompts_per_iteration": prompts or rollout.prompts_per_iteration}
+    sections = {
+        "rollout": rollout.model_copy(update=sizes),
+        "train": train.model_copy(update={"microbatch": replayed}),
+        "algorithm": algorithm.model_copy(
+            update={"samples_per_prompt": samples or algorithm.samples_per_prompt}
+        ),
     }
-    sections: dict[str, Any] = {}
-    for name, values in sizes.items():
-        given = {key: value for key, value in values.items() if value is not None}
-        sections[name] = getattr(config, name).model_copy(update=given)
     return config.model_copy(update=sections)
 
 
@@ -249,29 +241,22 @@ def footprint(
 ) -> Footprint:
     """Returns the memory of one process of a run.
 
-    An automatic microbatch is halved until the run fits, as in a run of one process on a GPU.
-
-    Args:
-        config: the run.
-        architecture: its model.
-        resources: its devices.
-        stage: the ZeRO stage. None takes the configuration's.
+    An automatic microbatch is halved until the run fits, as in a run of one process on a GPU. The ZeRO stage None is
+    the configuration's.
 
     Raises:
         ConfigError: the model or its adapter cannot be made from the configuration.
     """
     case = Case(config, architecture, resources, config.distributed.zero_stage if stage is None else stage)
+    found = _footprint(case, case.batch())
     alone = resources.gpus == 1 and case.stage == 0 and config.distributed.deepspeed is None
-    automatic = "auto" in (config.rollout.microbatch, config.train.microbatch)
-    batch, halvings = case.batch(), 0
-    while True:
-        found = _footprint(case, batch)
-        halvings += 1
+    halvings = 1
+    while found.total > resources.usable and alone and case.on_gpu:
         smaller = case.batch(halvings)
-        can_halve = automatic and alone and case.on_gpu and smaller != batch
-        if found.total <= resources.usable or not can_halve:
-            return found
-        batch = smaller
+        if smaller == found.batch:
+            break
+        found, halvings = _footprint(case, smaller), halvings + 1
+    return found
 
 
 def _footprint(case: Case, batch: Batch) -> Footprint:
@@ -307,12 +292,15 @@ def _footprint(case: Case, batch: Batch) -> Footprint:
         for name in phases.keys() - {"rollout"}:
             phases[name]["recorded step"] = sampling
     if not case.on_gpu:
-        phases["checkpoint"] = _checkpoint(case)
+        # weights and moments are copied to the layout of files, if they have another one
+        last = set_layers((), config.model.fast_layers, config.model.channels_last, "cpu")["channels last"]
+        copied = 12 * weights.images if last and case.stage == 0 else 0
+        phases["checkpoint"] = {"copies for the file": copied}
     if config.model.free_text_encoder:
         phases["encoding"] = {"text encoders": BYTES[config.model.dtype] * architecture.text_parameters}
     for parts in phases.values():
         parts["fragmentation"] = round(FRAGMENTATION[case.resources.device] * sum(parts.values()))
-    return Footprint(case.stage, batch, held, phases, host)
+    return Footprint(case.stage, held, phases, host, batch)
 
 
 def _held(case: Case) -> tuple[dict[str, int], dict[str, int]]:
@@ -370,24 +358,22 @@ def _scoring(case: Case, batch: Batch, rollout: dict[str, int]) -> dict[str, dic
     rows = min(batch.rollout, batch.images)
     at_a_time = min(rows, decoder_rows(architecture.vae.config, architecture.size))
     if worker == "none":
-        stored = {"trajectories": rollout["trajectories"]}
-        waiting = scored = batch.images * image
-        decoded = waiting - at_a_time * image
+        stored, scored = {"trajectories": rollout["trajectories"]}, batch.images * image
     else:
         # images are decoded after each microbatch, when the sampling call's memory is free but the replica is not
         stored = {name: size for name, size in rollout.items() if name != "sampling call"}
         scored = rows * image
-        waiting = scored if worker == "inline" else min(batch.images, WAITING * batch.rollout) * image
-        decoded = scored - at_a_time * image if worker == "inline" else waiting
+    here = worker in ("none", "inline")
+    decoded = scored - at_a_time * image if here else min(batch.images, WAITING * batch.rollout) * image
     phases = {"decoding": {**stored, "images": decoded, "decoder": decoder.peak(at_a_time)}}
-    if worker in ("none", "inline"):
+    if here:
         # the microbatches and their concatenation are held at once; some rewards copy the latter
         names = [term.name for term in config.reward] if not case.on_gpu else []
         copies = 2 if any(name.startswith("jpeg") for name in names) else 1
         extra = copies * scored
         if any(name.startswith("embedded") for name in names):
             extra = max(extra, DETECTOR * scored // image)
-        phases["reward"] = {**stored, "images": waiting, "images, copied": extra}
+        phases["reward"] = {**stored, "images": scored, "images, copied": extra}
     return phases
 
 
@@ -395,13 +381,11 @@ def _replay(case: Case, batch: Batch) -> dict[str, int]:
     """Returns the phase of the updates."""
     config, architecture, form = case.config, case.architecture, case.form
     trained, width = case.weights.trained, BYTES[form.weights]
+    accumulating = case.stage > 0 or batch.calls > 1
+    call = training_call(architecture, form, accumulating=accumulating).peak(batch.replay)
     if case.stage == 0:
-        call = training_call(architecture, form, accumulating=batch.calls > 1).peak(batch.replay)
-        if batch.calls > 1:
-            return {"gradients": 4 * trained, "activations": call}
-        gradients = min(4 * trained, call)
-        return {"gradients": gradients, "activations": call - gradients}
-    call = training_call(architecture, form, accumulating=True).peak(batch.replay)
+        gradients = 4 * trained if accumulating else min(4 * trained, call)
+        return {"gradients": gradients, "activations": call if accumulating else call - gradients}
     offloaded = config.distributed.offload != "none" and case.on_gpu
     parts = {"gradients": 0 if offloaded else 4 * trained // case.resources.gpus, "activations": call}
     if case.stage == 1:
@@ -411,10 +395,3 @@ def _replay(case: Case, batch: Batch) -> dict[str, int]:
     if case.stage == 3:
         parts["gathered weights"] = case.gathered()
     return parts
-
-
-def _checkpoint(case: Case) -> dict[str, int]:
-    """Returns the copies of weights and moments in the layout of files, if they have another one on a CPU."""
-    form = case.form
-    last = form.channels_last == "on" or (form.channels_last == "auto" and form.fast_layers != "off")
-    return {"copies for the file": 12 * case.weights.images if last and case.stage == 0 else 0}

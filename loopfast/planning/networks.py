@@ -58,10 +58,7 @@ class Form:
 def form_of(config: Config, device: DeviceKind, *, sharded: bool) -> Form:
     """Returns the form in which a configuration trains its denoiser.
 
-    Args:
-        config: the run.
-        device: the kind of its device.
-        sharded: whether DeepSpeed holds the float32 weights (ZeRO stages 1 to 3).
+    With ``sharded`` DeepSpeed holds the float32 weights (ZeRO stages 1 to 3).
     """
     model = config.model
     lora = model.tune == "lora"
@@ -99,14 +96,10 @@ class Weights:
     largest: int
 
 
+@cache
 def weights_of(architecture: Architecture, form: Form) -> Weights:
     """Returns the sizes of a denoiser's weights; buffers count as float32 if all weights are trained."""
-    return _weights(architecture, form if form.adapter else replace(form, weights="float32"))
-
-
-@cache
-def _weights(architecture: Architecture, form: Form) -> Weights:
-    module = _denoiser(architecture, form)
+    module = _denoiser(architecture, form if form.adapter else replace(form, weights="float32"))
     sizes = [p.numel() for p in module.parameters()]
     trained = [p for p in module.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
@@ -122,10 +115,7 @@ def _weights(architecture: Architecture, form: Form) -> Weights:
 def training_call(architecture: Architecture, form: Form, *, accumulating: bool) -> Trace:
     """Returns the trace of a forward and backward pass.
 
-    Args:
-        architecture: the model.
-        form: its form.
-        accumulating: whether gradients exist before the call, so that they are not counted, or the call makes them.
+    With ``accumulating`` gradients exist before the call, so that they are not counted. Without it the call makes them.
     """
     return _trace(architecture, form, backward=True, accumulating=accumulating)
 
@@ -200,7 +190,7 @@ def _trace(architecture: Architecture, form: Form, *, backward: bool, accumulati
 
 
 def _denoiser(architecture: Architecture, form: Form) -> Any:
-    """Returns the denoiser on ``meta``, without gradients. The latest one is reused if it is the same."""
+    """Returns the denoiser on ``meta``, without gradients. The latest two are reused."""
     same = replace(form, checkpointing=False, guided=False, compute="", adapter_weights="float32")
     module = _made(architecture, same)
     for parameter in module.parameters():
@@ -212,7 +202,7 @@ def _denoiser(architecture: Architecture, form: Form) -> Any:
     return module
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _made(architecture: Architecture, form: Form) -> Any:
     module: Any = architecture.denoiser.build()
     short = form.attention == "matmul" or (form.attention == "auto" and form.device == "cpu")

@@ -10,10 +10,8 @@ from loopfast.planning.architectures import Architecture, load_architecture
 from loopfast.planning.devices import Device, choose
 from loopfast.planning.memory import Case, Footprint, Resources, footprint
 from loopfast.planning.networks import Weights
-from loopfast.planning.savings import Advice, advise, largest_microbatch, largest_samples
+from loopfast.planning.savings import Advice, advise, largest_sizes
 from loopfast.planning.speed import Scale, Work, scaling, work_of
-
-STAGES = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def plan(
     device, resources = choose(config.model.device, card, memory, gpus)
     require_type(config.model.dtype, config.distributed.zero_stage, resources.device)
     architecture = load_architecture(config.model, model)
-    cases = [Case(config, architecture, resources, stage) for stage in STAGES]
+    cases = [Case(config, architecture, resources, stage) for stage in range(4)]
     stages = tuple(_stage(case) for case in cases)
     case = cases[config.distributed.zero_stage]
     batch = stages[case.stage].footprint.batch
@@ -106,9 +104,4 @@ def plan(
 
 def _stage(case: Case) -> Stage:
     found = footprint(case.config, case.architecture, case.resources, case.stage)
-    return Stage(
-        found,
-        found.total <= case.resources.usable,
-        largest_samples(case, found.batch),
-        largest_microbatch(case, found.batch),
-    )
+    return Stage(found, found.total <= case.resources.usable, *largest_sizes(case, found.batch))

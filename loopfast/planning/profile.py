@@ -11,7 +11,7 @@ import tempfile
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Profile:
     times: list[Times]
     rows: list[Row]
     facts: dict[str, Any]
-    files: list[Path] = field(default_factory=list)
+    files: list[Path]
 
     @property
     def outside_share(self) -> float:
@@ -102,21 +102,19 @@ class Profile:
         count = len(self.times)
         total = sum(times.total for times in self.times) / count
         phases, inside, calls, called = (
-            _sums(getattr(times, name) for times in self.times)
+            {key: value / count for key, value in _sums(getattr(times, name) for times in self.times).items()}
             for name in ("phases", "inside", "calls", "called")
         )
-        parts = [(name, seconds / count, inside.get(name, 0.0) / count) for name, seconds in phases.items()]
-        parts.append(
-            ("between them", total - sum(seconds for _, seconds, _ in parts), inside.get("", 0.0) / count)
-        )
+        phases["between them"] = total - sum(phases.values())
+        inside["between them"] = inside.get("", 0.0)
         by_phase = [
-            (name, f"{seconds:.3f}", _percent(seconds / total), f"{1e3 * (seconds - busy):.1f}")
-            for name, seconds, busy in parts
+            (name, f"{spent:.3f}", _percent(spent / total), f"{1e3 * (spent - inside.get(name, 0.0)):.1f}")
+            for name, spent in phases.items()
         ]
         share = self.outside_share
         by_phase.append(("all", f"{total:.3f}", _percent(1), f"{1e3 * share * total:.1f}"))
         models = [
-            (name, f"{calls[name] / count:g}", f"{seconds / count:.3f}", _percent(seconds / count / total))
+            (name, f"{calls[name]:g}", f"{seconds:.3f}", _percent(seconds / total))
             for name, seconds in _longest_first(called).items()
         ]
         outside = [
@@ -199,14 +197,13 @@ def profile(
                 run.close_tracker()
     if not run.world.is_main:
         return None
-    found = Profile(times, _rows(profiler.events(), iterations), facts)
+    files = [output / name for name in ("trace.json.gz", "profile.json", "profile.md")]
+    found = Profile(times, _rows(profiler.events(), iterations), facts, files)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        files = [output / name for name in ("trace.json.gz", "profile.json", "profile.md")]
         _write_trace(profiler, files[0])
         write_file(files[1], json.dumps(found.as_dict(), indent=1).encode())
         write_file(files[2], found.as_markdown().encode())
-    found.files.extend(files)
     return found
 
 
@@ -274,19 +271,22 @@ def _rows(events: Iterable[FunctionEvent], iterations: int) -> list[Row]:
         return ""
 
     def group(event: FunctionEvent) -> str:
-        for caller in (event, *_callers(event)):
-            if caller.name.startswith("loopfast::"):
-                return _OPS
-            if caller.name.startswith(f"{DOMAIN}/"):
-                return _group_of_range(caller.name)
-        return _group_of_range(around(event.time_range.start))
+        names = (caller.name for caller in (event, *_callers(event)))
+        marked = next((name for name in names if name.startswith(("loopfast::", f"{DOMAIN}/"))), None)
+        if marked is None:
+            marked = around(event.time_range.start)
+        if marked.startswith("loopfast::"):
+            return _OPS
+        category, _, call = marked.partition("/")[2].partition("/")
+        return _GROUP_OF_CALL.get(call) or ("optimizer" if category == "optimizer" else _REST)
 
-    sums: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0.0])
+    calls: dict[tuple[str, str, str], int] = defaultdict(int)
+    microseconds: dict[tuple[str, str, str], float] = defaultdict(float)
     for event in events:
-        name = _BETWEEN if event.name.startswith(f"{DOMAIN}/") else event.name
+        key = (_BETWEEN if event.name.startswith(f"{DOMAIN}/") else event.name, group(event), "operator")
         # an operator with a gradient is dispatched to autograd, which calls one of the same name
-        again = any(caller.name == event.name for caller in _callers(event))
-        _count(sums[name, group(event), "operator"], event.self_cpu_time_total, 0 if again else 1)
+        calls[key] += all(caller.name != event.name for caller in _callers(event))
+        microseconds[key] += event.self_cpu_time_total
     # an operator's list of kernels lacks those of a CUDA graph, so each kernel is traced to the call that launched it
     launches = {event.id: event for event in events if event.name.startswith("cu")}
     streams = {
@@ -306,11 +306,9 @@ def _rows(events: Iterable[FunctionEvent], iterations: int) -> list[Row]:
         else:
             # torch's profiler sees the kernels of all threads, but the operators of this one only
             label = _ELSEWHERE
-        _count(sums[kernel.name, label, "kernel"], kernel.time_range.elapsed_us(), 1)
-    rows = [
-        Row(name, label, kind, calls / iterations, microseconds / iterations / 1e3)
-        for (name, label, kind), (calls, microseconds) in sums.items()
-    ]
+        calls[kernel.name, label, "kernel"] += 1
+        microseconds[kernel.name, label, "kernel"] += kernel.time_range.elapsed_us()
+    rows = [Row(*key, calls[key] / iterations, own / iterations / 1e3) for key, own in microseconds.items()]
     return sorted(rows, key=lambda row: -row.milliseconds)
 
 
@@ -335,17 +333,6 @@ def _own_kernels() -> set[str]:
         for name in vars(module)
         if name.endswith("_kernel")
     }
-
-
-def _group_of_range(name: str) -> str:
-    _, _, path = name.partition("/")
-    category, _, call = path.partition("/")
-    return _GROUP_OF_CALL.get(call) or ("optimizer" if category == "optimizer" else _REST)
-
-
-def _count(entry: list[float], microseconds: float, calls: int) -> None:
-    entry[0] += calls
-    entry[1] += microseconds
 
 
 def _sums(parts: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -49,15 +49,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "levers": {
             "fits": plan.advice.fits,
             "overrides": plan.advice.overrides,
-            "steps": [
-                {
-                    "name": applied.saving.name,
-                    "settings": dict(applied.saving.settings),
-                    "cost": applied.saving.cost,
-                    "total": applied.total,
-                }
-                for applied in plan.advice.savings
-            ],
+            "steps": [{**asdict(applied.saving), "total": applied.total} for applied in plan.advice.savings],
         },
         "iteration": {
             "operations": asdict(plan.work),
@@ -78,10 +70,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "total": found.total,
         "fits": stage.fits,
         "peak_phase": found.peak_phase,
-        "held": found.held,
-        "phases": found.phases,
-        "host": found.host,
-        "batch": asdict(found.batch),
+        **asdict(found),
         "largest_samples_per_prompt": stage.largest_samples,
         "largest_microbatch": stage.largest_microbatch,
     }
@@ -205,25 +194,23 @@ def _scaling(plan: Plan, title: str, scales: list[Scale]) -> Table:
 
 def _not_counted(plan: Plan) -> list[str]:
     config = plan.config
-    found = ["evaluations and checkpoints (in the seconds)"]
-    users = [term.name for term in config.reward if ":" in term.name]
-    if users:
-        found.append(f"the model of your own reward ({', '.join(users)}), in memory and seconds")
-    learned = [term.name for term in config.reward if term.name in REWARDS and REWARDS[term.name].weights]
-    if learned:
-        found.append(f"the model of a reward ({', '.join(learned)}), in memory and seconds")
-    if config.model.free_text_encoder:
-        size = plan.architecture.text_tokens * plan.architecture.text_width * BYTES[config.model.dtype]
-        found.append(
-            f"the encoded prompts, {size / 2**20:.2f} MiB each, which stay on the host if they are many"
-        )
-    if config.model.lora.text_encoder and config.model.tune == "lora":
-        found.append("the text encoder's adapter, and the gradients through the text encoder")
-    if config.train.steps == "auto":
-        found.append("the steps that train.steps: auto skips (in the seconds)")
-    if config.model.compile != "off":
-        found.append("the time that torch.compile saves")
-    return found
+    names = [term.name for term in config.reward]
+    own = ", ".join(name for name in names if ":" in name)
+    learned = ", ".join(name for name in names if name in REWARDS and REWARDS[name].weights)
+    encoded = plan.architecture.text_tokens * plan.architecture.text_width * BYTES[config.model.dtype] / 2**20
+    text_adapter = config.model.lora.text_encoder and config.model.tune == "lora"
+    applies = {
+        "evaluations and checkpoints (in the seconds)": True,
+        f"the model of your own reward ({own}), in memory and seconds": own,
+        f"the model of a reward ({learned}), in memory and seconds": learned,
+        f"the encoded prompts, {encoded:.2f} MiB each, which stay on the host if they are many": (
+            config.model.free_text_encoder
+        ),
+        "the text encoder's adapter, and the gradients through the text encoder": text_adapter,
+        "the steps that train.steps: auto skips (in the seconds)": config.train.steps == "auto",
+        "the time that torch.compile saves": config.model.compile != "off",
+    }
+    return [text for text, applying in applies.items() if applying]
 
 
 def _significant(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,13 +18,7 @@ MOST_SAMPLES = 4096
 
 @dataclass(frozen=True)
 class Saving:
-    """A change of the configuration that saves memory.
-
-    Attributes:
-        name: its name for people.
-        settings: the new values by key.
-        cost: its cost, in words.
-    """
+    """A change of the configuration that saves memory: the new values by key, and their cost in words."""
 
     name: str
     settings: Mapping[str, str]
@@ -40,12 +35,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class Advice:
-    """A set of savings in the order of their cost.
-
-    Attributes:
-        savings: the set; empty if the run fits as it is.
-        fits: whether the run fits with all of them.
-    """
+    """Savings in the order of their cost, none if the run fits as it is, and whether it fits with all of them."""
 
     savings: tuple[Applied, ...]
     fits: bool
@@ -61,28 +51,22 @@ def fits(config: Config, architecture: Architecture, resources: Resources, stage
     return footprint(config, architecture, resources, stage).total <= resources.usable
 
 
-def largest_samples(case: Case, batch: Batch) -> int | None:
-    """Returns the largest K up to `MOST_SAMPLES` that fits with the same rows per call, or None."""
-    least = 2 if ALGORITHMS[case.config.algorithm.name].needs_group else 1
+def largest_sizes(case: Case, batch: Batch) -> tuple[int | None, int | None]:
+    """Returns the largest K that fits with the same rows per call, and the largest number of rows per call that fits.
 
-    def possible(samples: int) -> bool:
-        changed = with_sizes(case.config, microbatch=(batch.rollout, batch.replay), samples=samples)
-        return fits(changed, case.architecture, case.resources, case.stage)
-
-    return _largest(possible, least, MOST_SAMPLES)
-
-
-def largest_microbatch(case: Case, batch: Batch) -> int | None:
-    """Returns the largest number of rows per call that fits in rollout and replay alike, or None.
-
-    It is at most the number of a process's images.
+    K is at most `MOST_SAMPLES`. The rows are those of rollout and replay alike, and at most a process's images. A size
+    is None if none fits.
     """
 
-    def possible(rows: int) -> bool:
-        changed = with_sizes(case.config, microbatch=(rows, rows))
+    def possible(rows: tuple[int, int], samples: int | None = None) -> bool:
+        changed = with_sizes(case.config, microbatch=rows, samples=samples)
         return fits(changed, case.architecture, case.resources, case.stage)
 
-    return _largest(possible, 1, batch.images)
+    least = 2 if ALGORITHMS[case.config.algorithm.name].needs_group else 1
+    return (
+        _largest(lambda samples: possible((batch.rollout, batch.replay), samples), least, MOST_SAMPLES),
+        _largest(lambda rows: possible((rows, rows)), 1, batch.images),
+    )
 
 
 def _largest(possible: Callable[[int], bool], low: int, high: int) -> int | None:
@@ -110,13 +94,9 @@ def advise(config: Config, architecture: Architecture, resources: Resources) -> 
     removed, the most expensive first.
     """
 
-    def total(savings: list[Saving]) -> int | None:
+    def total(savings: list[Saving]) -> float:
         there = changed(config, _merged(savings))
-        return None if there is None else footprint(there, architecture, resources).total
-
-    def enough(savings: list[Saving]) -> bool:
-        found = total(savings)
-        return found is not None and found <= resources.usable
+        return math.inf if there is None else footprint(there, architecture, resources).total
 
     start = footprint(config, architecture, resources)
     least, chosen = start.total, list[Saving]()
@@ -124,33 +104,30 @@ def advise(config: Config, architecture: Architecture, resources: Resources) -> 
         if least <= resources.usable:
             break
         found = total([*chosen, saving])
-        if found is not None and found < least:
+        if found < least:
             chosen.append(saving)
-            least = found
+            least = int(found)
     suffices = least <= resources.usable
     if suffices:
         for saving in chosen[-2::-1]:
             fewer = [other for other in chosen if other is not saving]
-            if enough(fewer):
+            if total(fewer) <= resources.usable:
                 chosen = fewer
-        chosen = _with_most_rows(chosen, start.batch, enough)
+        # the saving that lowers the rows per call is the first, and lowers them no further than needed
+        if chosen and "train.microbatch" in chosen[0].settings:
+            before, others = start.batch, chosen[1:]
+
+            def at(rows: int) -> list[Saving]:
+                return [_microbatch(min(rows, before.rollout), min(rows, before.replay)), *others]
+
+            most = max(before.rollout, before.replay)
+            chosen = at(_largest(lambda rows: total(at(rows)) <= resources.usable, 1, most) or 1)
     totals = (total(chosen[: index + 1]) for index in range(len(chosen)))
-    applied = (Applied(saving, found or least) for saving, found in zip(chosen, totals, strict=True))
+    applied = (
+        Applied(saving, least if found == math.inf else int(found))
+        for saving, found in zip(chosen, totals, strict=True)
+    )
     return Advice(tuple(applied), suffices)
-
-
-def _with_most_rows(
-    savings: list[Saving], before: Batch, enough: Callable[[list[Saving]], bool]
-) -> list[Saving]:
-    """Returns a set with as many rows per call as it has room for, if one of its savings lowered them."""
-    # it is the first of all savings
-    if not savings or "train.microbatch" not in savings[0].settings:
-        return savings
-
-    def at(rows: int) -> list[Saving]:
-        return [_microbatch(min(rows, before.rollout), min(rows, before.replay)), *savings[1:]]
-
-    return at(_largest(lambda rows: enough(at(rows)), 1, max(before.rollout, before.replay)) or 1)
 
 
 def _microbatch(rollout: int, replay: int) -> Saving:

@@ -109,13 +109,9 @@ def traffic_of(case: Case, batch: Batch) -> dict[str, int]:
 
 
 def scaling(case: Case, batch: Batch, device: Device, *, weak: bool) -> list[Scale]:
-    """Returns an iteration on 1, 8, 64 and 512 GPUs.
+    """Returns an iteration on 1, 8, 64 and 512 GPUs, with as many rows in a model call as in ``batch``.
 
-    Args:
-        case: the run that is planned.
-        batch: its rows; those of a model call stay as they are.
-        device: each GPU.
-        weak: whether the images grow with the GPUs, so that each does the same work, or stay as they are.
+    With ``weak`` the images grow with the GPUs, so that each does the same work. Without it they stay as they are.
     """
     config, found = case.config, list[Scale]()
     for gpus in (1, 8, 64, 512):
@@ -125,13 +121,8 @@ def scaling(case: Case, batch: Batch, device: Device, *, weak: bool) -> list[Sca
         images = prompts * config.algorithm.samples_per_prompt
         each = math.ceil(images / gpus)
         # a microbatch that is a number stays; an automatic one is at most a process's images
-        rollout, replay = (
-            min(rows, each) if configured == "auto" else rows
-            for configured, rows in (
-                (config.rollout.microbatch, batch.rollout),
-                (config.train.microbatch, batch.replay),
-            )
-        )
+        rollout = min(batch.rollout, each) if config.rollout.microbatch == "auto" else batch.rollout
+        replay = min(batch.replay, each) if config.train.microbatch == "auto" else batch.replay
         many = Case(
             with_sizes(config, microbatch=(rollout, replay), prompts=prompts),
             case.architecture,
