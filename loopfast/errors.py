@@ -1,12 +1,13 @@
 """The errors a user of loopfast can cause or meet.
 
-The command line prints ``error: <message>`` and exits with ``exit_code``. So it does for an
-``OSError`` that names a file. Anything else is a defect of loopfast and keeps its traceback.
+The command line prints ``error: <message>`` and exits with ``exit_code``. It does the same for an ``OSError`` with a
+file name. Any other error is a defect of loopfast and keeps its traceback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "RewardError",
     "RunExistsError",
     "WriteError",
+    "as_config_error",
     "first_line",
     "one_line",
     "short",
@@ -28,19 +30,19 @@ __all__ = [
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, without the advice that follows; its class where it says nothing."""
+    """Returns the first line of a library's error, or the name of its class if it has no message."""
     if isinstance(error, KeyError):
         return f"there is no {error}"
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def one_line(text: object, most: int = 200) -> str:
-    """Text for a message: on one line, and cut off after ``most`` characters."""
+    """Returns text on one line for a message, cut off after ``most`` characters."""
     return short(" ".join(str(text).split()), most)
 
 
 def short(text: str, most: int = 60) -> str:
-    """Text cut off after ``most`` characters."""
+    """Returns text, cut off after ``most`` characters."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
@@ -48,7 +50,7 @@ class LoopfastError(Exception):
     """Base of every error with a message written for the user.
 
     Attributes:
-        exit_code: of the process.
+        exit_code: the exit status of the process.
         on_all_ranks: True if every rank raises it; rank 0 then prints it.
         printed_elsewhere: True if another process prints it.
     """
@@ -64,13 +66,23 @@ class ConfigError(LoopfastError):
     exit_code = 2
 
 
+@contextmanager
+def as_config_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Context that turns a library's error of these kinds into a `ConfigError`: the message and the error's line."""
+    try:
+        yield
+    except kinds as error:
+        raise ConfigError(f"{message}: {first_line(error)}") from error
+
+
 class RunExistsError(ConfigError):
-    """A new run would be written over another.
+    """A new run would overwrite another.
 
     Args:
-        folder: of the run that is there.
-        free_name: a name for the new one, which no run in the same directory has.
-        resume, rename: how to go on with the one, and how to name the other; None: as options of the command line.
+        folder: the folder of the existing run.
+        free_name: a name for the new run that no run in the same directory has.
+        resume: the way to resume the existing run, for the message.
+        rename: the way to name the new run, for the message. None gives the command line's option.
     """
 
     def __init__(
@@ -83,7 +95,7 @@ class RunExistsError(ConfigError):
         self.folder, self.free_name = folder, free_name
 
     def advising(self, resume: str, rename: str) -> RunExistsError:
-        """The same error with other advice."""
+        """Returns the same error with other advice."""
         other = RunExistsError(self.folder, self.free_name, resume, rename)
         other.on_all_ranks, other.printed_elsewhere = self.on_all_ranks, self.printed_elsewhere
         return other
@@ -96,9 +108,9 @@ class RewardError(LoopfastError):
     """A reward raised, or returned something that is not one finite number per image.
 
     Args:
-        message: what to tell the user.
-        images_index: positions, in the batch that was scored, of the samples at fault. Every position when
-            the reward failed as a whole.
+        message: the message for the user.
+        images_index: the positions of the samples at fault in the scored batch. If the reward failed as a whole, these
+            are all positions.
     """
 
     def __init__(self, message: str, images_index: Sequence[int] = ()) -> None:
@@ -107,7 +119,7 @@ class RewardError(LoopfastError):
 
 
 class CallbackError(LoopfastError):
-    """A callback of the user's raised; what it raised is the cause."""
+    """A user's callback raised an error, which is the cause of this one."""
 
 
 class CheckpointError(LoopfastError):
@@ -118,7 +130,7 @@ class NonFiniteError(LoopfastError):
     """A loss, gradient or log-probability is NaN or infinite.
 
     Args:
-        message: what to tell the user.
+        message: the message for the user.
         rows: the trajectories of the iteration that were involved.
     """
 
@@ -128,12 +140,12 @@ class NonFiniteError(LoopfastError):
 
 
 class MissingExtraError(LoopfastError):
-    """A command or feature needs packages that the base install does not bring.
+    """A command or feature needs packages that the base installation does not have.
 
     Args:
-        feature: what was asked for, such as ``"loopfast train"``.
-        extra: the extra of the distribution that brings the missing packages.
-        package: the module that could not be imported, if known.
+        feature: the command or feature, such as ``"loopfast train"``.
+        extra: the distribution's extra that has the missing packages.
+        package: the module that could not be imported. None if it is not known.
     """
 
     def __init__(self, feature: str, extra: str = "train", package: str | None = None) -> None:
@@ -148,14 +160,14 @@ class WriteError(LoopfastError):
 
 
 class PeerError(LoopfastError):
-    """Another process of the group has ended, or does not answer; the message names its rank."""
+    """Another process of the run has ended or does not answer; the message names its rank."""
 
 
 class Interrupted(LoopfastError):  # noqa: N818 - being stopped is not an error
     """The run was stopped by a signal, after its state was saved.
 
     Args:
-        message: what to tell the user, normally where the state was saved.
+        message: the message for the user, normally with the place of the saved state.
         exit_code: 129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM.
     """
 

@@ -14,15 +14,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import nvtx
 import torch
@@ -40,29 +38,8 @@ _profiled = torch._C._autograd._profiler_enabled
 _current: Meter | None = None
 
 
-class _Nsight:
-    """The domain of NVTX. A tool is attached when the process starts or never."""
-
-    def __init__(self) -> None:
-        self._domain = nvtx.get_domain(DOMAIN)
-        self.attached = isinstance(self._domain, nvtx.Domain)
-        self._attributes: dict[tuple[str, str], Any] = {}
-
-    def push(self, name: str, category: str, payload: int | None) -> None:
-        """Opens a range. Each name is registered once."""
-        attributes = self._attributes.get((name, category))
-        if attributes is None:
-            attributes = self._domain.get_event_attributes(name, None, category, 0)
-            self._attributes[name, category] = attributes
-        attributes.payload = 0 if payload is None else payload
-        self._domain.push_range(attributes)
-
-    def pop(self) -> None:
-        """Closes the innermost range of this thread."""
-        self._domain.pop_range()
-
-
-_nsight = _Nsight()
+# a tool is attached when the process starts or never
+_nsight = isinstance(nvtx.get_domain(DOMAIN), nvtx.Domain)
 
 
 def range_(name: str, category: Category, payload: int | None = None) -> AbstractContextManager[object]:
@@ -73,12 +50,8 @@ def range_(name: str, category: Category, payload: int | None = None) -> Abstrac
         category: the phase of the iteration.
         payload: a number that distinguishes ranges of one name, such as the denoising step.
     """
-    meter = _current
-    if meter is not None and (not meter.detailed or _capturing(meter.device)):
-        meter = None
-    if meter is None and not _profiled() and not _nsight.attached:
-        return _NOTHING
-    return _Range(name, category, payload, meter, None if meter is None else meter.device, False)
+    meter = _current if _current is not None and _current.detailed else None
+    return _marked(name, category, payload, meter, None if meter is None else meter.device, False)
 
 
 def model_call(
@@ -91,12 +64,22 @@ def model_call(
         device: the device whose time is measured. The capture of a CUDA graph does not count, but its replays do. None
             measures the host's time, which is right for calls that wait for their result.
     """
-    meter = _current
+    return _marked(name, category, payload, _current, device, True)
+
+
+def _marked(
+    name: str,
+    category: str,
+    payload: int | None,
+    meter: Meter | None,
+    device: torch.device | None,
+    called: bool,
+) -> AbstractContextManager[object]:
     if meter is not None and _capturing(device):
         meter = None
-    if meter is None and not _profiled() and not _nsight.attached:
+    if meter is None and not _profiled() and not _nsight:
         return _NOTHING
-    return _Range(name, category, payload, meter, device, True)
+    return _Range(name, category, payload, meter, device, called)
 
 
 @contextmanager
@@ -124,12 +107,14 @@ class _Range:
     meter: Meter | None
     device: torch.device | None
     called: bool
+    annotation: Any = None
     record: Any = None
     begin: Mark | None = None
 
     def __enter__(self) -> None:
-        if _nsight.attached:
-            _nsight.push(self.name, self.category, self.payload)
+        if _nsight:
+            self.annotation = nvtx.annotate(self.name, None, DOMAIN, self.category, self.payload or 0)
+            self.annotation.__enter__()
         if _profiled():
             name = f"{DOMAIN}/{self.category}/{self.name}"
             self.record = torch.profiler.record_function(name, str(self.payload))
@@ -137,15 +122,13 @@ class _Range:
         if self.meter is not None:
             self.begin = self.meter.mark(self.device)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self.begin is not None and self.meter is not None:
             self.meter.add(self.name, self.called, self.begin, self.meter.mark(self.device))
         if self.record is not None:
-            self.record.__exit__(kind, error, traceback)
-        if _nsight.attached:
-            _nsight.pop()
+            self.record.__exit__(*error)
+        if self.annotation is not None:
+            self.annotation.__exit__(*error)
 
 
 @dataclass(frozen=True)
@@ -230,33 +213,47 @@ class Meter:
         for gpu in self._gpus:
             torch.cuda.synchronize(gpu)
         self.running = False
-        last = self._seconds(end)
-        moments = [(self._seconds(mark), name) for mark, name in self._switches]
-        begin = moments[0][0]
+        begin, last = self._seconds(self._switches[0][0]), self._seconds(end)
         entries = [
             _Entry(name, called, thread, max(begin, self._seconds(start)), min(last, self._seconds(finish)))
             for name, called, thread, start, finish in self._entries
         ]
-        calls = [entry for entry in entries if entry.called]
-        busy = _Busy((entry.begin, entry.end) for entry in calls)
+        # every moment at which a phase, a range or a call begins or ends; the longest of a moment first
+        events: list[tuple[float, float, _Entry | str]] = [
+            (self._seconds(mark), 0.0, name) for mark, name in self._switches
+        ]
+        events += [
+            (moment, -entry.end, entry)
+            for entry in entries
+            if entry.begin < entry.end
+            for moment in (entry.begin, entry.end)
+        ]
         phases: dict[str, float] = defaultdict(float)
         inside: dict[str, float] = defaultdict(float)
-        for (moment, name), (following, _) in pairwise([*moments, (last, "")]):
-            phases[name] += following - moment
-            inside[name] += busy.within(moment, following)
-        phases.pop("", None)
+        ranges: dict[str, float] = defaultdict(float)
+        running: list[_Entry] = []
+        now, current = begin, ""
+        for moment, _, event in (*sorted(events, key=itemgetter(0, 1)), (last, 0.0, "")):
+            passed, now = moment - now, moment
+            phases[current] += passed
+            in_call = any(entry.called for entry in running)
+            inside[current] += passed if in_call else 0.0
+            own = [entry.name for entry in running if entry.thread == self._thread]
+            if own and passed and not in_call:
+                ranges[own[-1]] += passed
+            if isinstance(event, str):
+                current = event
+            elif event in running:
+                running.remove(event)
+            else:
+                running.append(event)
+        phases.pop("")
         called: dict[str, float] = defaultdict(float)
+        calls = [entry for entry in entries if entry.called]
         for entry in calls:
             called[entry.name] += entry.end - entry.begin
-        ranges = _outside((entry for entry in entries if entry.thread == self._thread), busy)
-        return Times(
-            last - begin,
-            dict(phases),
-            dict(inside),
-            dict(Counter(entry.name for entry in calls)),
-            dict(called),
-            ranges if self.detailed else {},
-        )
+        counts = Counter(entry.name for entry in calls)
+        return Times(last - begin, dict(phases), dict(inside), dict(counts), dict(called), dict(ranges))
 
     def enter(self, name: str) -> str:
         """Switches to another phase and returns the previous one; ``""`` is no phase."""
@@ -317,57 +314,10 @@ def nsys_command(source: str, overrides: Sequence[str], *, iterations: int, outp
     ]
 
 
-class _Entry(NamedTuple):
+@dataclass(eq=False)
+class _Entry:
     name: str
     called: bool
     thread: int
     begin: float
     end: float
-
-
-class _Busy:
-    """The union of time intervals."""
-
-    def __init__(self, intervals: Iterable[tuple[float, float]]) -> None:
-        self._begins: list[float] = []
-        self._ends: list[float] = []
-        for begin, end in sorted(intervals):
-            if self._ends and begin <= self._ends[-1]:
-                self._ends[-1] = max(self._ends[-1], end)
-            elif begin < end:
-                self._begins.append(begin)
-                self._ends.append(end)
-
-    def within(self, begin: float, end: float) -> float:
-        """Returns the length of an interval's intersection with the union."""
-        first = bisect_right(self._ends, begin)
-        last = bisect_left(self._begins, end)
-        return sum(
-            min(end, self._ends[index]) - max(begin, self._begins[index]) for index in range(first, last)
-        )
-
-
-def _outside(entries: Iterable[_Entry], busy: _Busy) -> dict[str, float]:
-    """Returns the time outside model calls by the name of the innermost range, from one thread's nested ranges."""
-    times: dict[str, float] = defaultdict(float)
-    open_: list[_Entry] = []
-    since = 0.0
-
-    def until(moment: float) -> None:
-        nonlocal since
-        name = open_[-1].name
-        times[name] += max(0.0, moment - since - busy.within(since, moment))
-        since = moment
-
-    for entry in sorted(entries, key=lambda entry: (entry.begin, -entry.end)):
-        while open_ and open_[-1].end <= entry.begin:
-            until(open_[-1].end)
-            open_.pop()
-        if open_:
-            until(entry.begin)
-        since = entry.begin
-        open_.append(entry)
-    while open_:
-        until(open_[-1].end)
-        open_.pop()
-    return {name: seconds for name, seconds in times.items() if seconds > 0}

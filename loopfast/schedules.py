@@ -244,9 +244,7 @@ def refuse_unmapped(config: Mapping[str, Any], name: str) -> None:
     It reads the configuration as the model's authors wrote it, because ``DDIMScheduler.from_config`` silently drops
     options that DDIM does not have. `replaced_by_ddim` reports dropped options that do not change the process.
 
-    Args:
-        config: the content of ``scheduler_config.json``.
-        name: the scheduler's class: ``FlowMatchEulerDiscreteScheduler``, or a sampler that DDIM replaces.
+    Its class has the ``name`` ``FlowMatchEulerDiscreteScheduler``, or is a sampler that DDIM replaces.
 
     Raises:
         ValueError: names the option, its value and what is wrong with it. An option that is not known here is
@@ -332,8 +330,11 @@ def transition_schedule(
         for argument, value in given.items():
             if value is not None:
                 raise ValueError(f"{argument} belongs to flow matching; a DDIMScheduler takes eta")
-        timesteps, table = _ddim(scheduler, num_steps, 1.0 if eta is None else eta)
-        noiseless = _ddim(scheduler, num_steps, 0.0)[1]
+        _refuse(scheduler.config, ("clip_sample", "thresholding", "prediction_type"), _DIFFUSION_RULES)
+        prepared = _prepared(scheduler, num_steps)
+        timesteps = prepared.timesteps.to("cpu", torch.int64)
+        table = _ddim(prepared, 1.0 if eta is None else eta)
+        noiseless = _ddim(prepared, 0.0)
     elif _FLOW in names:
         if eta is not None:
             raise ValueError(f"eta belongs to DDIM; a {_FLOW} takes noise_level")
@@ -357,17 +358,13 @@ def transition_schedule(
     )
 
 
-def _check_count(scheduler: Any, num_steps: int) -> None:
+def _prepared(scheduler: Any, num_steps: int, **given: Any) -> Any:
+    """Returns a copy of a scheduler, set to its steps."""
     limit = scheduler.config["num_train_timesteps"]
     if not 1 <= num_steps <= limit:
         raise ValueError(f"num_steps must lie between 1 and {limit}, got {num_steps}")
-
-
-def _with_timesteps(scheduler: Any, num_steps: int) -> Any:
-    """Returns a copy of a DDIM scheduler, set to its steps."""
-    _check_count(scheduler, num_steps)
     prepared = copy.deepcopy(scheduler)
-    prepared.set_timesteps(num_steps)
+    prepared.set_timesteps(num_steps, **given)
     if len(prepared.timesteps) != num_steps:
         # Trailing spacing counts in floating point; 61 steps of 1000 come out as 62.
         raise ValueError(
@@ -381,7 +378,6 @@ def _with_sigmas(scheduler: Any, num_steps: int, sigmas: Sequence[float] | None,
     """Returns a copy of a flow-matching scheduler, set to its steps."""
     sampling = ("invert_sigmas", "stochastic_sampling", "use_beta_sigmas", "time_shift_type")
     _refuse(scheduler.config, sampling, _FLOW_RULES)
-    _check_count(scheduler, num_steps)
     if scheduler.config.get("use_dynamic_shifting") and mu is None:
         raise ValueError(
             "the scheduler's option use_dynamic_shifting=True makes the steps depend on the resolution: "
@@ -392,8 +388,7 @@ def _with_sigmas(scheduler: Any, num_steps: int, sigmas: Sequence[float] | None,
         if len(sigmas) != num_steps:
             raise ValueError(f"sigmas must be as many as the steps, {num_steps}; got {len(sigmas)}")
         _check_falling("sigmas", [*sigmas, 0.0])
-    prepared = copy.deepcopy(scheduler)
-    prepared.set_timesteps(num_steps, sigmas=sigmas, mu=mu)
+    prepared = _prepared(scheduler, num_steps, sigmas=sigmas, mu=mu)
     _check_falling(f"the scheduler's sigmas for num_steps={num_steps}", prepared.sigmas.tolist())
     return prepared
 
@@ -404,28 +399,24 @@ def _check_falling(name: str, sigmas: Sequence[float]) -> None:
         raise ValueError(f"{name} must fall strictly from at most 1 to 0, got {shown}")
 
 
-def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
+def _ddim(prepared: Any, eta: float) -> Tensor:
     """Solves Song et al., "Denoising diffusion implicit models", 2021, equations 12 and 16, for a and b."""
-    _refuse(scheduler.config, ("clip_sample", "thresholding"), _DIFFUSION_RULES)
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie between 0 and 1, got {eta}")
-
-    prepared = _with_timesteps(scheduler, num_steps)
-    timesteps = prepared.timesteps.to("cpu", torch.int64)
+    timesteps, count = prepared.timesteps.to("cpu", torch.int64), prepared.config["num_train_timesteps"]
     # A step leads to the timestep one average stride below, as in diffusers, whatever the next timestep is.
-    previous = timesteps - scheduler.config["num_train_timesteps"] // num_steps
-    alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
-    if len(alphas) != scheduler.config["num_train_timesteps"]:
+    previous = timesteps - count // len(timesteps)
+    alphas = prepared.alphas_cumprod.to("cpu", torch.float64)
+    if len(alphas) != count:
         raise ValueError(
-            f"the scheduler's option trained_betas has {len(alphas)} values for "
-            f"{scheduler.config['num_train_timesteps']} timesteps (num_train_timesteps)"
+            f"the scheduler's option trained_betas has {len(alphas)} values for {count} timesteps (num_train_timesteps)"
         )
-    if int(timesteps.max()) >= len(alphas):
+    if int(timesteps.max()) >= count:
         raise ValueError(
-            f"steps_offset={scheduler.config['steps_offset']} puts the first of {num_steps} steps at "
-            f"timestep {int(timesteps.max())}, beyond the model's {len(alphas)}"
+            f"steps_offset={prepared.config['steps_offset']} puts the first of {len(timesteps)} steps at timestep "
+            f"{int(timesteps.max())}, beyond the model's {count}"
         )
-    final = torch.as_tensor(scheduler.final_alpha_cumprod, dtype=torch.float64, device="cpu")
+    final = torch.as_tensor(prepared.final_alpha_cumprod, dtype=torch.float64, device="cpu")
     now = alphas[timesteps]
     then = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
 
@@ -434,7 +425,7 @@ def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
     sigma = eta * variance.sqrt()
     direction = (1 - then - sigma**2).clamp(min=0.0).sqrt()
 
-    prediction = scheduler.config["prediction_type"]
+    prediction = prepared.config["prediction_type"]
     if prediction == "epsilon":
         if bool((now == 0).any()):
             raise ValueError(
@@ -446,20 +437,16 @@ def _ddim(scheduler: Any, num_steps: int, eta: float) -> tuple[Tensor, Tensor]:
     elif prediction == "v_prediction":
         a = (then * now).sqrt() + direction * (1 - now).sqrt()
         b = direction * now.sqrt() - (then * (1 - now)).sqrt()
-    elif prediction == "sample":
+    else:
         a = direction / (1 - now).sqrt()
         b = then.sqrt() - direction * (now / (1 - now)).sqrt()
-    else:
-        raise ValueError(
-            f"prediction_type={prediction!r} has no transition; known: epsilon, v_prediction, sample"
-        )
     table = torch.stack((a, b, sigma), dim=1)
     if not bool(table.isfinite().all()):
         raise ValueError(
             "the scheduler's betas give transitions that are not finite: a timestep that is visited holds no noise "
             "or no signal"
         )
-    return timesteps, table
+    return table
 
 
 def _flow(prepared: Any, noise_level: float) -> Tensor:

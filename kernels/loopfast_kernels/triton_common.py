@@ -13,7 +13,9 @@ from torch import Tensor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launches a kernel on the device of its first tensor, in that device's current stream.
+    """Launches a kernel on the device of the first tensor among its arguments, in that device's current stream.
+
+    Triton also takes tuples of tensors and numbers, with or without names; the first tensor must not be in one.
 
     The compiler never fuses a multiplication and an addition: which pairs it would fuse differs from kernel to
     kernel, and a row's log-probability must have the same bits in all of them.

@@ -53,21 +53,21 @@ def check_tensor(
 
 def check_transition(
     model_output: Tensor,
+    latents: dict[str, Tensor | None],
     table: Tensor,
     step: Tensor | None,
     guidance_scale: float,
     reduction: str,
-    **latents: Tensor | None,
 ) -> None:
     """Checks the arguments that every op on transitions takes.
 
     Args:
-        model_output: ``[N, *L]``; the others must have its shape and device.
+        model_output: ``[N, *L]``.
+        latents: the other arguments of that shape and device, by name; None where an optional one was not given.
         table: ``[T, 3]``.
         step: int64 ``[N]``, or None if it is checked elsewhere.
         guidance_scale: a value other than 1 needs ``uncond_output`` among `latents`.
         reduction: one of `REDUCTIONS`.
-        latents: the other arguments of that shape; None where an optional one was not given.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

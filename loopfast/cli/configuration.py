@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from loopfast.cli.app import config_app
-from loopfast.cli.options import ConfigArgument, ConfigOption, Overrides, load, one_config
+from loopfast.cli.options import ConfigArgument, ConfigOption, Overrides, load
 from loopfast.system.libraries import quiet_libraries
 
 if TYPE_CHECKING:
@@ -18,19 +18,15 @@ if TYPE_CHECKING:
 @config_app.command(
     "show", epilog="**Example:** `loopfast config show tiny --set model.tune=lora > mine.yaml`"
 )
-def config_show(
-    config: ConfigArgument = None, named: ConfigOption = None, overrides: Overrides = None
-) -> None:
+def config_show(config: ConfigArgument = None, name: ConfigOption = "", overrides: Overrides = None) -> None:
     """Print a configuration with all defaults."""
     from loopfast.config import config_to_yaml
 
-    print(config_to_yaml(load(one_config(config, named), overrides)), end="")
+    print(config_to_yaml(load(name, overrides)), end="")
 
 
 @config_app.command("check", epilog="**Example:** `loopfast config check mine.yaml`")
-def config_check(
-    config: ConfigArgument = None, named: ConfigOption = None, overrides: Overrides = None
-) -> None:
+def config_check(config: ConfigArgument = None, name: ConfigOption = "", overrides: Overrides = None) -> None:
     """Check a configuration, its prompts, rewards, scheduler and DeepSpeed file without loading a model.
 
     Prompts that are too long for the model's text encoders are listed, with the place where they are cut.
@@ -38,7 +34,6 @@ def config_check(
     Models on the hub are not looked up. Training checks that their weights can be read when it starts, before it
     samples.
     """
-    name = one_config(config, named)
     settings = load(name, overrides)
     quiet_libraries()
     from loopfast.engines import require_settings, require_type
@@ -92,10 +87,10 @@ def _describe_prompts(source: str, prompts: PromptList, limits: Sequence[TextLim
     "deepspeed", epilog="**Example:** `loopfast config deepspeed tiny --set distributed.zero_stage=3`"
 )
 def config_deepspeed(
-    config: ConfigArgument = None, named: ConfigOption = None, overrides: Overrides = None
+    config: ConfigArgument = None, name: ConfigOption = "", overrides: Overrides = None
 ) -> None:
     """Print the JSON settings of DeepSpeed for a run."""
-    settings = load(one_config(config, named), overrides)
+    settings = load(name, overrides)
     quiet_libraries()
     from loopfast.engines import deepspeed_settings, require_settings
     from loopfast.planning.architectures import load_architecture

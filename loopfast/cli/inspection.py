@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loopfast.cli.app import app
-from loopfast.cli.options import ConfigArgument, ConfigOption, Overrides, Quiet, load, one_config
+from loopfast.cli.options import ConfigArgument, ConfigOption, Overrides, Quiet, load
 from loopfast.errors import LoopfastError
 from loopfast.system.files import writing
 from loopfast.system.libraries import quiet_libraries
@@ -26,7 +26,7 @@ from loopfast.system.libraries import quiet_libraries
 )
 def schedule(
     config: ConfigArgument = None,
-    named: ConfigOption = None,
+    name: ConfigOption = "",
     overrides: Overrides = None,
     plot: Annotated[
         Path | None,
@@ -39,7 +39,7 @@ def schedule(
     deviation `σ`. The sensitivity `(b/σ)²` says how strongly the log-probability depends on the model output. Steps far
     above the others dominate the gradient, so `train.steps: auto` excludes them.
     """
-    settings = load(one_config(config, named), overrides)
+    settings = load(name, overrides)
     quiet_libraries()
     from loopfast.policies import load_schedule, scheduler_notes
     from loopfast.rollout import stochastic_steps
@@ -51,26 +51,17 @@ def schedule(
     )
     transitions, trained = steps.schedule, steps.trained_steps
     table = Table("step", "timestep", "a", "b", "sigma", "(b/sigma)^2", "trained")
-    columns = zip(
-        transitions.timesteps.tolist(),
-        transitions.table64.tolist(),
-        transitions.sensitivity.tolist(),
-        strict=True,
-    )
-    for step, (timestep, (a, b, sigma), sensitivity) in enumerate(columns):
+    columns = (transitions.timesteps, transitions.table64, transitions.sensitivity)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    for step, (timestep, (a, b, sigma), sensitivity) in enumerate(rows):
         numbers = (f"{timestep:g}", f"{a:.5f}", f"{b:.5f}", f"{sigma:.5f}", f"{sensitivity:.3g}")
         table.add_row(str(step), *numbers, "yes" if step in trained else "no")
     Console().print(table)
     for note in scheduler_notes(settings.model):
         print(note)
-    print(
-        f"train.steps {settings.train.steps}: {len(trained)} of {settings.rollout.steps} steps are trained on"
-        + (
-            f", {steps.window} in a row of them in an iteration, the others without noise"
-            if steps.window
-            else ""
-        )
-    )
+    counts = f"{len(trained)} of {settings.rollout.steps} steps are trained on"
+    window = f", {steps.window} in a row of them in an iteration, the others without noise"
+    print(f"train.steps {settings.train.steps}: {counts}{window if steps.window else ''}")
     if plot is not None:
         from loopfast.reporting import schedule_plot
 
@@ -82,7 +73,7 @@ def schedule(
 )
 def plan(
     config: ConfigArgument = None,
-    named: ConfigOption = None,
+    name: ConfigOption = "",
     overrides: Overrides = None,
     gpus: Annotated[
         int | None, typer.Option(metavar="N", help="Number of processes, one per device; default: 1.")
@@ -114,7 +105,7 @@ def plan(
     whether it fits, the largest sizes that fit, the cheapest changes that make it fit, and the seconds per iteration up
     to 512 GPUs, from counted operations and the card's datasheet.
     """
-    settings = load(one_config(config, named), overrides)
+    settings = load(name, overrides)
     quiet_libraries()
     from loopfast.planning import as_dict, as_tables
     from loopfast.planning import plan as make_plan
@@ -131,7 +122,7 @@ def plan(
 )
 def profile(
     config: ConfigArgument = None,
-    named: ConfigOption = None,
+    name: ConfigOption = "",
     overrides: Overrides = None,
     iterations: Annotated[
         int,
@@ -164,7 +155,6 @@ def profile(
     N under torch's profiler. Prints the seconds of each phase, the share outside model calls, and the time of every
     operator and kernel. Writes them to `profile.md` and `profile.json`, and a Chrome trace.
     """
-    name = one_config(config, named)
     settings = load(name, overrides)
     folder = output or Path(f"profile-{settings.run.name}")
     from loopfast.profiling import nsys_command

@@ -12,26 +12,33 @@ if TYPE_CHECKING:
     from loopfast.config import Config
 
 _CONFIG_HELP = "A recipe's name, such as tiny, or a YAML file."
-ConfigArgument = Annotated[str | None, typer.Argument(metavar="NAME|FILE", help=_CONFIG_HELP)]
+# eager, so that the callback of the option finds it
+ConfigArgument = Annotated[str | None, typer.Argument(metavar="NAME|FILE", help=_CONFIG_HELP, is_eager=True)]
 
 
-def _require_config(context: typer.Context, option: str | None) -> str | None:
-    """Requires a configuration. typer calls it for the option, after it has read the argument."""
-    if option is None and context.params.get("config") is None:
+def _one_config(context: typer.Context, option: str) -> str:
+    """Returns the configuration's name, which is the argument or the option."""
+    argument = context.params.get("config")
+    if argument is not None and option:
+        raise ConfigError(
+            f"the configuration is given twice, as {one_line(argument)!r} and as --config {one_line(option)!r}"
+        )
+    if argument is None and not option:
         raise typer.BadParameter(
             "give a recipe's name, such as tiny, or a YAML file, with or without --config"
         )
-    return option
+    return option if argument is None else str(argument)
 
 
 ConfigOption = Annotated[
-    str | None,
+    str,
     typer.Option(
         "--config",
         "-c",
         metavar="NAME|FILE",
         help="The configuration, as an option.",
-        callback=_require_config,
+        callback=_one_config,
+        show_default=False,
     ),
 ]
 Overrides = Annotated[
@@ -57,19 +64,6 @@ Resume = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
-
-
-def one_config(argument: str | None, option: str | None) -> str:
-    """Returns the configuration's name, which is an argument or an option of a command.
-
-    Raises:
-        ConfigError: both are given.
-    """
-    if argument is not None and option is not None:
-        raise ConfigError(
-            f"the configuration is given twice, as {one_line(argument)!r} and as --config {one_line(option)!r}"
-        )
-    return str(option if argument is None else argument)
 
 
 def load(source: str, overrides: list[str] | None) -> Config:

@@ -270,7 +270,7 @@ def benchmark(
     choice = BenchmarkChoice(chosen, prompts_dir, categories or (), metrics or (), metric_options or ())
     plan = SamplingPlan(images_per_prompt, seed, limit_prompts, keep_images)
     with Display(quiet=quiet) as display:
-        found, titles = evaluate_benchmark(
+        found = evaluate_benchmark(
             target,
             choice,
             plan,
@@ -283,7 +283,7 @@ def benchmark(
             output=output,
             display=display,
         )
-    Console().print(benchmark_table(found, titles))
+    Console().print(benchmark_table(found))
 
 
 @app.command(epilog="**Example:** `loopfast compare runs/loop runs/ppo runs/grpo --output comparison`")

@@ -89,16 +89,9 @@ def serve_reward(
         raise ConfigError(f"--token-env: the environment variable {token_env!r} is not set")
     quiet_libraries()
     from loopfast.rewards import build_rewards
-    from loopfast.rewards.serve import serve_rewards
+    from loopfast.rewards.serve import reward_app, serve_rewards
 
     rewards = build_rewards(settings.reward)
+    app = reward_app(rewards, token=token, max_batch=max_batch, max_body=max_body * 2**20)
     titles = ", ".join(term.title for term in settings.reward)
-    serve_rewards(
-        rewards,
-        host=host,
-        port=port,
-        token=token,
-        max_batch=max_batch,
-        max_body=max_body * 2**20,
-        say=lambda text: print(f"{titles}: {text}", flush=True),
-    )
+    serve_rewards(app, host=host, port=port, say=lambda text: print(f"{titles}: {text}", flush=True))

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from loopfast.cli.app import app
-from loopfast.cli.options import ConfigArgument, ConfigOption, Overrides, Quiet, Resume, load, one_config
+from loopfast.cli.options import ConfigArgument, ConfigOption, Overrides, Quiet, Resume, load
 from loopfast.errors import RunExistsError
 
 
@@ -19,7 +19,7 @@ from loopfast.errors import RunExistsError
 )
 def train(
     config: ConfigArgument = None,
-    named: ConfigOption = None,
+    name: ConfigOption = "",
     overrides: Overrides = None,
     resume: Resume = None,
     quiet: Quiet = False,
@@ -30,7 +30,6 @@ def train(
     finishes the current update, saves the run and stops it. `--resume auto` continues from there, with the same result
     as without a stop.
     """
-    name = one_config(config, named)
     settings = load(name, overrides)
     from loopfast.api import train as run
 
@@ -47,7 +46,7 @@ def launch(
         typer.Option("--nproc", "-n", metavar="N", min=1, help="Number of processes, usually one per GPU."),
     ],
     config: ConfigArgument = None,
-    named: ConfigOption = None,
+    name: ConfigOption = "",
     overrides: Overrides = None,
     restarts: Annotated[
         int,
@@ -66,7 +65,6 @@ def launch(
     A configuration means the same for every number of processes. On several hosts, or with another launcher, start
     `loopfast train` by `torchrun -m loopfast train ...`, `deepspeed --module loopfast train ...`, `mpirun` or `srun`.
     """
-    name = one_config(config, named)
     settings = load(name, overrides)
     from loopfast.distributed.launch import launch as run
     from loopfast.engines import require_type
@@ -85,13 +83,8 @@ def launch(
 def _arguments(name: str, overrides: list[str] | None, resume: str | None, quiet: bool) -> list[str]:
     """Returns the part of a command line that selects the run."""
     sets = [part for override in overrides or [] for part in ("--set", override)]
-    return [
-        "--config",
-        name,
-        *sets,
-        *(["--resume", resume] if resume else []),
-        *(["--quiet"] if quiet else []),
-    ]
+    resumed = ["--resume", resume] if resume else []
+    return ["--config", name, *sets, *resumed, *(["--quiet"] if quiet else [])]
 
 
 @contextmanager

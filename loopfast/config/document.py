@@ -78,30 +78,26 @@ class Document:
             raise ConfigError(f"{place}: allowed: --set section.key=value")
         target: Any = self.data
         path: KeyPath = ()
-        for depth, part in enumerate(parts):
-            last = depth == len(parts) - 1
-            index: str | int = part
+        for part in parts:
             if isinstance(target, list):
                 if not part.isascii() or not part.isdigit() or len(part) > 9 or int(part) >= len(target):
                     raise ConfigError(
                         f"{place}: {dotted(path)} has {len(target)} item(s), numbered from 0; found {part!r}"
                     )
-                index = int(part)
             elif not isinstance(target, dict):
                 raise ConfigError(f"{place}: {dotted(path)} is {found(target)} and has no keys")
-            path = (*path, index)
-            if last:
-                self._forget(path)
-                parsed = self._parse(value, lambda line: place, path)
-                # "5:" and "a: b" are text in an override; a mapping is written in braces.
-                is_text = isinstance(parsed, dict) and not value.lstrip().startswith("{")
-                target[index] = value.strip() if is_text else parsed
-                self.places[path] = place
-            else:
+            path = (*path, int(part) if isinstance(target, list) else part)
+            if len(path) < len(parts):
                 if isinstance(target, dict) and target.get(part) is None:
                     target[part] = {}
                     self.places[path] = place
-                target = target[index]
+                target = target[path[-1]]
+        self._forget(path)
+        parsed = self._parse(value, lambda line: place, path)
+        # "5:" and "a: b" are text in an override; a mapping is written in braces.
+        is_text = isinstance(parsed, dict) and not value.lstrip().startswith("{")
+        target[path[-1]] = value.strip() if is_text else parsed
+        self.places[path] = place
 
     def change(
         self, changes: Mapping[str, Any], is_section: Callable[[KeyPath], bool], path: KeyPath = ()

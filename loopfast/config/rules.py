@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from loopfast.algorithms import ALGORITHMS
-from loopfast.config.document import KeyPath
+from loopfast.config.document import Document, KeyPath
 from loopfast.config.messages import allowed_values, problem, schema_at
 from loopfast.config.sections import Config, RolloutConfig
 
@@ -16,13 +15,10 @@ RESERVED_NAMES = ("mean", "std", "reward", "dropped_images")
 
 def conflicts(config: Config) -> Iterator[tuple[KeyPath, str]]:
     """Yields each key whose value does not go with that of another key, and a message about it."""
-    values = config.model_dump()
+    values = Document("", config.model_dump())
     for key, allowed in _broken_rules(config):
         path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        value: Any = values
-        for part in path:
-            value = value[part]
-        yield problem(path, value, allowed)
+        yield problem(path, values.value(path), allowed)
     if not config.reward:
         yield problem(("reward",), [], allowed_values(schema_at(("reward",))[1]))
     elif not any(term.weight for term in config.reward):
@@ -55,15 +51,10 @@ def _broken_rules(config: Config) -> Iterator[tuple[str, str]]:
     wrong, stochastic = _stochastic(rollout, train.steps)
     if wrong:
         yield "rollout.stochastic_steps", wrong
-    for key, wanted in (
-        ("dtype", rollout.dtype is not None),
-        ("device", rollout.device is not None),
-        ("merge_lora", rollout.merge_lora),
-    ):
-        if wanted and rollout.replica == "none":
-            reason = f"rollout.{key}, which needs a copy of the denoiser"
-            yield "rollout.replica", f"auto, resident or gathered beside {reason}"
-            break
+    copied = [key for key in ("dtype", "device", "merge_lora") if getattr(rollout, key)]
+    if copied and rollout.replica == "none":
+        reason = f"rollout.{copied[0]}, which needs a copy of the denoiser"
+        yield "rollout.replica", f"auto, resident or gathered beside {reason}"
     if rollout.replica == "gathered" and rollout.merge_lora:
         yield "rollout.replica", "auto or resident with rollout.merge_lora, which changes a lasting copy"
     yield from _distributed(config)

@@ -52,16 +52,16 @@ def launch(arguments: Sequence[str], *, processes: int, restarts: int) -> None:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     # The processes share the cores, unless the user has chosen a number of threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    with TemporaryDirectory(prefix="loopfast-launch-") as said:
+    with TemporaryDirectory(prefix="loopfast-launch-") as printed:
         # Only one process prints an error that all of them raise.
-        os.environ[PRINTED_ERRORS] = said
+        os.environ[PRINTED_ERRORS] = printed
         try:
-            _run(config, arguments, restarts, said)
+            _run(config, arguments, restarts, printed)
         finally:
             del os.environ[PRINTED_ERRORS]
 
 
-def _run(config: LaunchConfig, arguments: Sequence[str], restarts: int, said: str) -> None:
+def _run(config: LaunchConfig, arguments: Sequence[str], restarts: int, printed: str) -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "loopfast", *arguments)
     except SignalException as stop:
@@ -83,5 +83,5 @@ def _run(config: LaunchConfig, arguments: Sequence[str], restarts: int, said: st
             + "; --resume auto goes on from the last checkpoint"
         )
         raised.exit_code = code if code > 0 else 128 - code
-        raised.printed_elsewhere = code > 0 and restarts == 0 and any(Path(said).iterdir())
+        raised.printed_elsewhere = code > 0 and restarts == 0 and any(Path(printed).iterdir())
         raise raised from None

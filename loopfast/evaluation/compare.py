@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from loopfast.config import Config
 from loopfast.errors import ConfigError
 from loopfast.evaluation.benchmark.results import RESULTS, read_results
 from loopfast.evaluation.models import run_config
@@ -36,6 +35,9 @@ class RewardSummary:
     last: float
     best: float
     best_iteration: int
+
+    def __str__(self) -> str:
+        return f"{self.first:.3f} → {self.last:.3f} ({self.best:.3f} at {self.best_iteration})"
 
 
 @dataclass(frozen=True)
@@ -66,27 +68,6 @@ class RunSummary:
     benchmarks: Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
-@dataclass(frozen=True)
-class _Run:
-    label: str
-    folder: Path
-    config: Config
-    lines: Sequence[Mapping[str, Any]]
-
-    def evaluations(self, name: str) -> list[Mapping[str, Any]]:
-        """The lines that have a metric."""
-        return [line for line in self.lines if line.get(name) is not None]
-
-    def metrics(self) -> dict[str, str]:
-        """The evaluations' metrics by reward: ``reward``, which is the sum, then each part."""
-        parts = {term.title: f"eval_{term.title}" for term in self.config.reward}
-        return {
-            name: metric
-            for name, metric in {"reward": "eval_reward", **parts}.items()
-            if self.evaluations(metric)
-        }
-
-
 def compare_runs(folders: Sequence[Path], output: Path | None) -> tuple[list[RunSummary], list[Path]]:
     """Compares runs, finished or not.
 
@@ -106,60 +87,25 @@ def compare_runs(folders: Sequence[Path], output: Path | None) -> tuple[list[Run
     for index, folder in enumerate(resolved):
         if folder in resolved[:index]:
             raise ConfigError(f"{folders[index]} is given twice")
-    labels = _labels(resolved)
-    runs = [
-        _Run(label, folder, run_config(folder), read_metrics(folder / "metrics.jsonl"))
-        for label, folder in zip(labels, folders, strict=True)
-    ]
-    summaries = [_summary(run) for run in runs]
+    summaries: list[RunSummary] = []
+    curves: dict[str, list[Curve]] = {}
+    for label, folder in zip(_labels(resolved), folders, strict=True):
+        summary, found = _read_run(label, folder)
+        summaries.append(summary)
+        for name, curve in found.items():
+            curves.setdefault(name, []).append(curve)
     if output is None:
         return summaries, []
     files = [output / "comparison.json", output / "comparison.md"]
     with writing(output):
         write_file(files[0], (json.dumps([asdict(s) for s in summaries], indent=1) + "\n").encode())
         write_file(files[1], as_markdown(summaries).encode())
-        files += _plots(runs, output)
+        for name, having in curves.items():
+            if len(having) > 1 or len(folders) == 1:
+                title = f"{'total reward' if name == 'reward' else name} of evaluations"
+                file = output / ("reward.png" if name == "reward" else f"reward-{_file_name(name)}.png")
+                files.append(reward_curves(having, AXES, title, file))
     return summaries, files
-
-
-_Cells = tuple[list[str], list[list[str]]]
-"""A table: its header, and rows of text."""
-
-
-def _run_cells(summaries: Sequence[RunSummary]) -> _Cells:
-    """The table of the runs' work, with a row for each run."""
-    rows = []
-    for summary in summaries:
-        done = str(summary.iterations)
-        if summary.iterations != summary.planned:
-            done += f" of {summary.planned}"
-        k, images = str(summary.samples_per_prompt), str(summary.images)
-        seconds = clock(summary.seconds, hours=True)
-        rows.append([summary.label, summary.algorithm, k, done, images, seconds])
-    return ["run", "algorithm", "K", "iterations", "images", "wall time"], rows
-
-
-def _reward_cells(summaries: Sequence[RunSummary]) -> _Cells:
-    """The table of the runs' rewards, with a row for each run."""
-    rewards = list(dict.fromkeys(name for summary in summaries for name in summary.rewards))
-    rows = [
-        [summary.label, *(_summary_text(summary.rewards.get(name)) for name in rewards)]
-        for summary in summaries
-    ]
-    return ["first → last (best at)", *rewards], rows
-
-
-def _benchmark_cells(summaries: Sequence[RunSummary], benchmark: str) -> _Cells:
-    """The table of one benchmark's means, with a row for each model of each run that was measured."""
-    measured = [summary for summary in summaries if benchmark in summary.benchmarks]
-    categories = list(dict.fromkeys(name for summary in measured for name in summary.benchmarks[benchmark]))
-    rows = []
-    for summary in measured:
-        found = summary.benchmarks[benchmark]
-        for model in dict.fromkeys(model for scores in found.values() for model in scores):
-            values = (found.get(category, {}).get(model) for category in categories)
-            rows.append([f"{summary.label}, {model}", *("-" if v is None else f"{v:.4f}" for v in values)])
-    return [benchmark, *categories], rows
 
 
 def as_rich(summaries: Sequence[RunSummary]) -> list[Table]:
@@ -181,35 +127,55 @@ def as_markdown(summaries: Sequence[RunSummary]) -> str:
     return "\n".join(lines)
 
 
-def _tables(summaries: Sequence[RunSummary]) -> list[_Cells]:
-    benchmarks = dict.fromkeys(name for summary in summaries for name in summary.benchmarks)
-    return [
-        _run_cells(summaries),
-        _reward_cells(summaries),
-        *(_benchmark_cells(summaries, name) for name in benchmarks),
-    ]
+def _tables(summaries: Sequence[RunSummary]) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Yields the header and the rows of each table: the runs' work, their rewards, and each benchmark's means."""
+    rows = []
+    for one in summaries:
+        done = str(one.iterations) + (f" of {one.planned}" if one.iterations != one.planned else "")
+        numbers = (str(one.samples_per_prompt), done, str(one.images), clock(one.seconds, hours=True))
+        rows.append([one.label, one.algorithm, *numbers])
+    yield ["run", "algorithm", "K", "iterations", "images", "wall time"], rows
+    names = list(dict.fromkeys(name for one in summaries for name in one.rewards))
+    rows = [[one.label, *(str(one.rewards.get(name, "-")) for name in names)] for one in summaries]
+    yield ["first → last (best at)", *names], rows
+    for benchmark in dict.fromkeys(name for one in summaries for name in one.benchmarks):
+        measured = {one.label: one.benchmarks.get(benchmark, {}) for one in summaries}
+        names = list(dict.fromkeys(name for found in measured.values() for name in found))
+        rows = []
+        for label, found in measured.items():
+            for model in dict.fromkeys(model for scores in found.values() for model in scores):
+                values = (found.get(name, {}).get(model) for name in names)
+                rows.append([f"{label}, {model}", *("-" if v is None else f"{v:.4f}" for v in values)])
+        yield [benchmark, *names], rows
 
 
-def _summary(run: _Run) -> RunSummary:
-    last: Mapping[str, Any] = run.lines[-1] if run.lines else {}
-    rewards = {}
-    for name, metric in run.metrics().items():
-        lines = run.evaluations(metric)
-        best = max(lines, key=lambda line: float(line[metric]))
-        rewards[name] = RewardSummary(lines[0][metric], lines[-1][metric], best[metric], best["iteration"])
-    files = sorted(run.folder.glob(f"benchmarks/*/{RESULTS}"))
-    return RunSummary(
-        label=run.label,
-        folder=str(run.folder),
-        algorithm=run.config.algorithm.name,
-        samples_per_prompt=run.config.algorithm.samples_per_prompt,
+def _read_run(label: str, folder: Path) -> tuple[RunSummary, dict[str, Curve]]:
+    """Reads a run's summary, and the evaluations of each reward that has any: the sum, then the parts."""
+    config, lines = run_config(folder), read_metrics(folder / "metrics.jsonl")
+    rewards, curves = {}, {}
+    for name in ("reward", *(term.title for term in config.reward)):
+        found = [line for line in lines if line.get(f"eval_{name}") is not None]
+        if found:
+            x = {axis: [float(line.get(axis) or 0) for line in found] for axis in AXES}
+            y = [float(line[f"eval_{name}"]) for line in found]
+            best = max(range(len(y)), key=y.__getitem__)
+            rewards[name] = RewardSummary(y[0], y[-1], y[best], found[best]["iteration"])
+            curves[name] = Curve(label, x, y)
+    last: Mapping[str, Any] = lines[-1] if lines else {}
+    benchmarks = sorted(folder.glob(f"benchmarks/*/{RESULTS}"))
+    summary = RunSummary(
+        label=label,
+        folder=str(folder),
+        algorithm=config.algorithm.name,
+        samples_per_prompt=config.algorithm.samples_per_prompt,
         iterations=last.get("iteration", 0),
-        planned=run.config.train.iterations,
+        planned=config.train.iterations,
         images=int(last.get("images") or 0),
         seconds=float(last.get("seconds") or 0.0),
         rewards=rewards,
-        benchmarks={file.parent.name: _benchmark(file) for file in files},
+        benchmarks={file.parent.name: _benchmark(file) for file in benchmarks},
     )
+    return summary, curves
 
 
 def _benchmark(file: Path) -> dict[str, dict[str, float]]:
@@ -221,42 +187,14 @@ def _benchmark(file: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def _plots(runs: Sequence[_Run], output: Path) -> list[Path]:
-    """Plots each reward, except those that only one of several runs has."""
-    names = list(dict.fromkeys(name for run in runs for name in run.metrics()))
-    files = []
-    for name in names:
-        having = [run for run in runs if name in run.metrics()]
-        if len(having) == 1 < len(runs):
-            continue
-        curves = []
-        for run in having:
-            metric = run.metrics()[name]
-            lines = run.evaluations(metric)
-            x = {axis: [float(line[axis]) for line in lines] for axis in AXES}
-            curves.append(Curve(run.label, x, [float(line[metric]) for line in lines]))
-        title = "total reward of evaluations" if name == "reward" else f"{name} of evaluations"
-        file = output / ("reward.png" if name == "reward" else f"reward-{_file_name(name)}.png")
-        files.append(reward_curves(curves, AXES, title, file))
-    return files
-
-
 def _labels(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
-    depth = 1
-    deepest = max(len(folder.parts) for folder in folders)
-    while True:
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         labels = ["/".join(folder.parts[-depth:]) for folder in folders]
-        if len(set(labels)) == len(labels) or depth >= deepest:
-            return labels
-        depth += 1
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def _file_name(text: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in text)
-
-
-def _summary_text(reward: RewardSummary | None) -> str:
-    if reward is None:
-        return "-"
-    return f"{reward.first:.3f} → {reward.last:.3f} ({reward.best:.3f} at {reward.best_iteration})"

@@ -23,7 +23,6 @@ def draw(
     """Draws images, a microbatch at a time; a microbatch encodes each of its texts once.
 
     Args:
-        sampler: the policy and how to sample it.
         prompts: the prompt of each of N images.
         seeds: int64 ``[N]``, the noise seed of each image.
         world: the processes that draw together. Each draws its shard of the images, in as many microbatches as the

@@ -71,12 +71,10 @@ class Evaluation:
         return {**_means(self.items), "by_category": self.by_category(), "items": self.items}
 
     def save(self, folder: Path, iteration: int, images: int) -> Image.Image | None:
-        """Writes ``evaluation/iteration-N.json`` and pictures of the kept images.
+        """Writes ``evaluation/iteration-N.json`` into a run's folder, and pictures of the kept images.
 
         Args:
-            folder: the run's folder.
-            iteration: the number of complete iterations.
-            images: the number of images sampled for training so far.
+            iteration, images: the complete iterations, and the images sampled for training so far.
 
         Returns:
             The labeled grid in ``images/iteration-N.png``, or None if no images were kept.
@@ -112,11 +110,8 @@ def evaluate(
     compared on the same noise.
 
     Args:
-        sampler: the policy and how to sample it.
-        prompts: the prompts to draw.
         score: returns the rewards of images ``[N, 3, H, W]`` of N prompts. An image with a reward that is not finite is
             dropped.
-        config: the section ``evaluation``.
         between: called before each microbatch; it may raise to stop.
         world: the processes that evaluate together, each a shard of the images. All get the result.
     """

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from loopfast.evaluation.evaluate import evaluate
-from loopfast.evaluation.models import find_trained, policy_of, sampler_of
-from loopfast.policies import read_prompts
+from loopfast.evaluation.models import find_trained, policy_of, sampler_of, warn_of_cut
 from loopfast.prompts import Prompt, load_prompts
 from loopfast.rewards import Scores, build_rewards
 from loopfast.run.console import Display
@@ -35,9 +34,7 @@ def evaluate_checkpoint(
         pretrained: the base model of a LoRA; None stands for the one that its card names.
         prompts: the source of the prompts; None stands for those of the run's evaluations.
         images_per_prompt: the number of images; None stands for that of the run's evaluations.
-        seed: the seed of the noise.
         output: the file for the result as JSON. None writes nothing.
-        display: where progress is shown.
 
     Returns:
         ``reward``, ``parts``, ``by_category`` and ``items``, as in a run's ``evaluation/*.json``.
@@ -51,13 +48,10 @@ def evaluate_checkpoint(
     source = load_prompts(prompts or config.evaluation.prompts or config.prompts.source)
     rewards = build_rewards(config.reward)
     sampler = sampler_of(config, policy_of(config, checkpoint))
-    if warning := read_prompts(sampler.policy.text_limits, [prompt.text for prompt in source]).warning:
-        display.warning(f"prompts: {warning}")
-    changes = {
-        "seed": seed,
-        "limit_prompts": None if prompts else config.evaluation.limit_prompts,
-        "preview_images": 0,
-    }
+    warn_of_cut(sampler, [prompt.text for prompt in source], display)
+    changes: dict[str, int | None] = {"seed": seed, "preview_images": 0}
+    if prompts:
+        changes["limit_prompts"] = None
     if images_per_prompt is not None:
         changes["images_per_prompt"] = images_per_prompt
     settings = config.evaluation.model_copy(update=changes)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from loopfast.config import Config, load_config
 from loopfast.errors import CheckpointError, ConfigError
 from loopfast.evaluation.exported import lora_config
-from loopfast.policies import Policy, is_lora, load_policy, load_schedule
+from loopfast.policies import Policy, is_lora, load_policy, load_schedule, read_prompts
 from loopfast.rollout import Sampler, StepCache, automatic_microbatch
 from loopfast.run.checkpoints import Checkpoint, CheckpointStore
 from loopfast.run.console import Display
@@ -55,8 +56,6 @@ def find_trained(
     """Finds a run's configuration and its newest good checkpoint, or the configuration of an exported LoRA.
 
     Args:
-        target: the run's folder, or a LoRA's.
-        display: where damaged checkpoints are reported.
         pretrained: the base model of a LoRA; None stands for the one that its card names.
         recipe: a LoRA must come with the rewards of its run.
 
@@ -125,37 +124,38 @@ def sampler_of(config: Config, policy: Policy) -> Sampler:
     )
 
 
+def warn_of_cut(sampler: Sampler, prompts: Sequence[str], display: Display) -> None:
+    """Warns of prompts that are longer than the model's text encoders read."""
+    if warning := read_prompts(sampler.policy.text_limits, prompts).warning:
+        display.warning(f"prompts: {warning}")
+
+
 class RunModels:
     """The samplers of a run's or a LoRA's model before and after training. With an adapter, both share one model."""
 
     def __init__(self, config: Config, checkpoint: Checkpoint | None) -> None:
         self._config, self._checkpoint = config, checkpoint
-        self._adapted: Policy | None = None
 
-    @contextmanager
-    def base(self) -> Iterator[Sampler]:
+    def base(self) -> AbstractContextManager[Sampler]:
         """Context with the sampler of the model before training."""
         if self._config.model.tune == "lora":
-            policy = self._with_adapter()
-            with policy.reference():
-                yield sampler_of(self._config, policy)
-            return
-        with self._loaded(lambda: load_policy(self._config.model)) as sampler:
-            yield sampler
+            return self._without_adapter()
+        return self._loaded(lambda: load_policy(self._config.model))
 
-    @contextmanager
-    def trained(self) -> Iterator[Sampler]:
+    def trained(self) -> AbstractContextManager[Sampler]:
         """Context with the sampler of the model after training."""
         if self._config.model.tune == "lora":
-            yield sampler_of(self._config, self._with_adapter())
-            return
-        with self._loaded(lambda: policy_of(self._config, self._checkpoint)) as sampler:
-            yield sampler
+            return nullcontext(sampler_of(self._config, self._adapted))
+        return self._loaded(lambda: policy_of(self._config, self._checkpoint))
 
-    def _with_adapter(self) -> Policy:
-        if self._adapted is None:
-            self._adapted = policy_of(self._config, self._checkpoint)
-        return self._adapted
+    @cached_property
+    def _adapted(self) -> Policy:
+        return policy_of(self._config, self._checkpoint)
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[Sampler]:
+        with self._adapted.reference():
+            yield sampler_of(self._config, self._adapted)
 
     @contextmanager
     def _loaded(self, load: Callable[[], Policy]) -> Iterator[Sampler]:

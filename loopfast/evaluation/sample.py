@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from loopfast.evaluation.exported import plain_config
-from loopfast.evaluation.models import RunModels, find_trained, sampler_of, with_rollout
-from loopfast.policies import is_lora, load_policy, read_prompts
+from loopfast.evaluation.models import RunModels, find_trained, sampler_of, warn_of_cut, with_rollout
+from loopfast.policies import is_lora, load_policy
 from loopfast.reporting import image_grid
 from loopfast.rollout import Sampler, slices
 from loopfast.run.console import Display
@@ -30,27 +31,20 @@ def sample_images(
     pretrained: str | None = None,
     count: int,
     seed: int,
-    steps: int | None,
-    eta: float | None,
-    noise_level: float | None,
-    guidance_scale: float | None,
     base: bool,
     output: Path,
     display: Display,
+    **rollout: float | None,
 ) -> list[Path]:
     """Draws ``count`` images of each prompt and writes them as PNG files.
 
     Args:
         target: a run's folder, an exported LoRA's, a pipeline's, ``embedded``, or a hub name.
-        prompts: P texts.
         pretrained: the base model of a LoRA; None stands for the one that its card names.
-        count: the number of images of each prompt.
         seed: the seed of the noise; the same seed gives the same images.
-        steps, eta, noise_level, guidance_scale: settings of the sampler. None stands for the run's setting, and for a
-            model without a run for 50 deterministic steps with a guidance scale of 7.5.
         base: for a run or a LoRA, draw with the base model, too, from the same noise, and show both in a grid.
-        output: the folder for the images.
-        display: where progress is shown.
+        rollout: keys of the section ``rollout``. None stands for the run's setting, and for a model without a run for
+            50 deterministic steps with a guidance scale of 7.5.
 
     Returns:
         The files, prompt by prompt, then ``grid.png`` if it was drawn.
@@ -65,21 +59,16 @@ def sample_images(
         config, checkpoint = plain_config(target), None
     else:
         config, checkpoint = find_trained(folder, display, pretrained=pretrained)
-    config = with_rollout(
-        config, steps=steps, eta=eta, noise_level=noise_level, guidance_scale=guidance_scale
-    )
+    config = with_rollout(config, **rollout)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    if is_pipeline:
-        sampler = sampler_of(config, load_policy(config.model))
-        _warn_of_cut(sampler, prompts, display)
-        return _write(_draw(sampler, prompts, count, seed, display), prompts, count, output)
     models = RunModels(config, checkpoint)
-    with models.trained() as sampler:
-        _warn_of_cut(sampler, prompts, display)
+    plain = nullcontext(sampler_of(config, load_policy(config.model))) if is_pipeline else None
+    with plain or models.trained() as sampler:
+        warn_of_cut(sampler, prompts, display)
         trained = _draw(sampler, prompts, count, seed, display)
     paths = _write(trained, prompts, count, output)
-    if base:
+    if base and not is_pipeline:
         display.message("the same with the model before training")
         shown = list(prompts[:GRID_PROMPTS])
         with models.base() as sampler:
@@ -88,12 +77,6 @@ def sample_images(
         with writing(output):
             _grid(before, trained[: len(before)], shown, count, paths[-1])
     return paths
-
-
-def _warn_of_cut(sampler: Sampler, prompts: Sequence[str], display: Display) -> None:
-    """Warns of prompts that are longer than the model's text encoders read."""
-    if warning := read_prompts(sampler.policy.text_limits, prompts).warning:
-        display.warning(f"prompts: {warning}")
 
 
 def _draw(sampler: Sampler, prompts: Sequence[str], count: int, seed: int, display: Display) -> Tensor:

@@ -25,29 +25,26 @@ PICTURE = "training.png"
 
 
 def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, full: bool) -> Path:
-    """Writes the card. If the run kept images of two evaluations, it also draws the run in a picture.
+    """Writes the card, and a picture of the run if it kept images of two evaluations. Returns the card's file.
 
     Args:
         run: the run's folder.
         to: the folder of the exported model.
-        config: the run's configuration.
-        checkpoint: the exported checkpoint.
         full: a whole pipeline was exported, not an adapter.
-
-    Returns:
-        The card's file.
     """
-    metrics = [line for line in read_metrics(run / "metrics.jsonl") if "iteration" in line]
-    evaluated = [line for line in metrics if "eval_reward" in line]
-    upto = [line for line in evaluated if line["iteration"] <= checkpoint.iteration]
-    pictured = _has_two_previews(run)
+    metrics = read_metrics(run / "metrics.jsonl")
+    metrics = [line for line in metrics if line["iteration"] <= checkpoint.iteration]
+    upto = [line for line in metrics if "eval_reward" in line]
+    files = sorted((run / "evaluation").glob("iteration-*.json"))
+    pictured = len(files) > 1 and all(file.with_suffix(".png").is_file() for file in (files[0], files[-1]))
     if pictured:
         run_picture(run, to / PICTURE)
     names = [term.label or term.name for term in config.reward]
+    pretrained = config.model.pretrained
     text = _template().render(
-        base=_public_name(config.model.pretrained),
-        is_hub=_is_hub_name(config.model.pretrained),
-        is_embedded=config.model.pretrained == "embedded",
+        base=_public_name(pretrained),
+        is_hub=pretrained != "embedded" and _public_name(pretrained) == pretrained,
+        is_embedded=pretrained == "embedded",
         places={} if full else _places(config.model, to),
         pipeline_class="DiffusionPipeline" if full else _pipeline_class(config.model),
         load_base=_load_base(config.model),
@@ -60,9 +57,7 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, f
         first=upto[0] if upto else None,
         last=upto[-1] if upto else None,
         parts=[name for name in names if upto and f"eval_{name}" in upto[0]],
-        images=next(
-            (line["images"] for line in reversed(metrics) if line["iteration"] <= checkpoint.iteration), 0
-        ),
+        images=metrics[-1]["images"] if metrics else 0,
         iteration=checkpoint.iteration,
         picture=PICTURE if pictured else None,
         average=bool(checkpoint.tensors.get("average")),
@@ -72,11 +67,6 @@ def write_card(run: Path, to: Path, config: Config, checkpoint: Checkpoint, *, f
     file = to / CARD
     write_file(file, text.encode())
     return file
-
-
-def _has_two_previews(run: Path) -> bool:
-    files = sorted((run / "evaluation").glob("iteration-*.json"))
-    return len(files) > 1 and all(file.with_suffix(".png").is_file() for file in (files[0], files[-1]))
 
 
 def _places(model: ModelConfig, to: Path) -> dict[str, str]:
@@ -122,10 +112,6 @@ def _sampled_with(config: Config) -> str:
     if load_family(model).pipelines[0].startswith("PixArt") and (model.height or model.width):
         given["use_resolution_binning"] = False  # binning would draw another size, and scale the images
     return ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
-
-
-def _is_hub_name(pretrained: str) -> bool:
-    return pretrained != "embedded" and _public_name(pretrained) == pretrained
 
 
 def _public_name(pretrained: str) -> str:

@@ -25,16 +25,11 @@ def export_run(
     """Writes a run's trained model into a folder, with a model card.
 
     Args:
-        run: the run's folder.
         to: the folder to write, which is empty or does not exist yet.
         form: an adapter for ``load_lora_weights`` (``lora``), or a whole pipeline (``full``). None stands for the form
             that was trained.
         merge: add the adapter to the weights, and write a whole pipeline.
         best: export the checkpoint with the best evaluation, not the newest.
-        display: where progress is shown.
-
-    Returns:
-        ``to``.
 
     Raises:
         ConfigError: the folder is not a run's folder, the run has no such form, or ``to`` is not empty.

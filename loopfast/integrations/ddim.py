@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,13 +19,8 @@ from .steps import Generators, Source, Transitions, check_known, differentiates_
 PARAMETERS = "self model_output timestep sample eta use_clipped_model_output generator prev_sample"
 
 
-class _Entry(NamedTuple):
-    transitions: Transitions
-    step_of: Tensor
-    sources: tuple[Any, ...]
-
-
-_tables: WeakKeyDictionary[Any, dict[tuple[Any, ...], _Entry]] = WeakKeyDictionary()
+# The transitions of each scheduler, each timestep's position in them, and the objects that they are made from.
+_tables: WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[Transitions, Tensor, Any]]] = WeakKeyDictionary()
 
 
 def ddim_steps(
@@ -39,12 +34,9 @@ def ddim_steps(
     Args:
         scheduler: diffusers' ``DDIMScheduler`` after ``set_timesteps``.
         timestep: int64 ``[]``, ``[1]`` or ``[rows]``, on any device.
-        rows: number of rows.
+        rows: the number of rows.
         eta: DDIM's noise, 0 to 1.
-        device: the samples' device.
-
-    Returns:
-        The transitions and int64 ``[rows]``, both on `device`.
+        device: the samples' device, and that of the transitions and the positions, int64 ``[rows]``.
 
     Raises:
         ValueError: the scheduler or one of its options has no Gaussian transition, ``set_timesteps`` was not called, or
@@ -56,14 +48,14 @@ def ddim_steps(
     sources = (scheduler.config, scheduler.alphas_cumprod)
     key = (scheduler.num_inference_steps, float(eta), device, *map(id, sources))
     entries = _tables.setdefault(scheduler, {})
-    entry = entries.get(key)
-    if entry is None:
-        entry = entries[key] = _Entry(*_make(scheduler, float(eta), device), sources)
+    if key not in entries:
+        entries[key] = (*_make(scheduler, float(eta), device), sources)
+    transitions, step_of, _ = entries[key]
     # Expand first: an index without dimensions would be read on the host.
     timesteps = timestep.to(device).expand(rows)
-    step = entry.step_of[timesteps]
-    check_known(timesteps, step, len(entry.transitions.table) - 1)
-    return entry.transitions, step
+    step = step_of[timesteps]
+    check_known(timesteps, step, len(transitions.table) - 1)
+    return transitions, step
 
 
 def _make(scheduler: Any, eta: float, device: torch.device) -> tuple[Transitions, Tensor]:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 from loopfast.errors import LoopfastError, first_line
@@ -52,9 +52,7 @@ class Patch:
     def __enter__(self) -> Patch:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.undo()
 
 
@@ -68,12 +66,7 @@ def _rebind(old: Function, new: Function, owner: type | None) -> None:
 
 
 def import_target(feature: str, name: str, needs: str) -> ModuleType:
-    """Imports a module of the codebase to patch.
-
-    Args:
-        feature: the calling function, for the message.
-        name: the module's full name.
-        needs: the package that has to be installed, for the message.
+    """Imports a module of the codebase to patch. The message of an error names the feature and the needed package.
 
     Raises:
         LoopfastError: it cannot be imported.
@@ -91,7 +84,6 @@ def find_original(feature: str, holder: Any, name: str, parameters: str) -> Func
     Args:
         feature: the calling function, for the message.
         holder: the module or class that defines the function.
-        name: the function's name.
         parameters: the parameters of the known version, in order, separated by blanks.
 
     Raises:
@@ -114,10 +106,6 @@ def find_original(feature: str, holder: Any, name: str, parameters: str) -> Func
 
 
 def check_noise(noise: str) -> None:
-    """Checks the option ``noise`` of a patch.
-
-    Raises:
-        ValueError: the option is not one of `NOISES`.
-    """
+    """Raises `ValueError` if a patch's option ``noise`` is not one of `NOISES`."""
     if noise not in NOISES:
         raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")

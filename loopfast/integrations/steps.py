@@ -40,12 +40,7 @@ class Transitions(NamedTuple):
 
     @classmethod
     def of(cls, table: Tensor, deterministic: Tensor | None) -> Transitions:
-        """Appends the last row.
-
-        Args:
-            table: ``[T, 3]``, on the device.
-            deterministic: bool ``[T]``, on the device; None if no step is known to be.
-        """
+        """Appends the last row to a table ``[T, 3]``. Which steps are deterministic, bool ``[T]``, may be unknown."""
         unknown = table.new_tensor([[float("nan"), float("nan"), 1.0]])
         undefined = None
         if deterministic is not None:
@@ -119,11 +114,7 @@ def differentiates_sampling(model_output: Tensor, sample: Tensor, prev_sample: T
 
 
 def check_known(timestep: Tensor, step: Tensor, steps: int) -> None:
-    """Checks, on the CPU only, that every timestep is one of the scheduler's.
-
-    Raises:
-        ValueError: one is not.
-    """
+    """Raises `ValueError`, on the CPU only, if a timestep is not one of the scheduler's."""
     if step.device.type == "cpu" and bool((step == steps).any()):
         unknown = timestep[step == steps][0]
         raise ValueError(f"timestep {unknown} is none of the {steps} that the scheduler is set to")

@@ -41,27 +41,21 @@ def patch_trl(*, noise: str = "torch") -> Patch:
         ValueError: `noise` is unknown. From the step: the scheduler clips, thresholds, or has no Gaussian transition.
     """
     check_noise(noise)
+    required = f"{_FEATURE} needs TRL {_VERSION}, the last with DDPOTrainer"
     try:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
-        raise LoopfastError(
-            f"{_FEATURE} needs TRL {_VERSION}, the last with DDPOTrainer: it is missing"
-        ) from None
+        raise LoopfastError(f"{required}: it is missing") from None
     if not version.startswith(f"{_VERSION}."):
-        raise LoopfastError(f"{_FEATURE} needs TRL {_VERSION}, the last with DDPOTrainer: found {version}")
+        raise LoopfastError(f"{required}: found {version}")
     needs = "TRL's DDPOTrainer and what it imports"
     steps = import_target(_FEATURE, "trl.models.modeling_sd_base", needs)
     trainer = import_target(_FEATURE, "trl.trainer.ddpo_trainer", needs).DDPOTrainer
     original_step = find_original(_FEATURE, steps, "scheduler_step", PARAMETERS)
-    original_loss = find_original(
-        _FEATURE,
-        trainer,
-        "calculate_loss",
-        "self latents timesteps next_latents log_probs advantages embeds",
-    )
+    parameters = "self latents timesteps next_latents log_probs advantages embeds"
+    original_loss = find_original(_FEATURE, trainer, "calculate_loss", parameters)
     pipeline = steps.DefaultDDPOStableDiffusionPipeline
     source = Source(noise, steps.randn_tensor)
-
     scheduler_step = ddim_replacement(original_step, source, steps.DDPOSchedulerOutput)
 
     @functools.wraps(original_loss)
@@ -74,54 +68,42 @@ def patch_trl(*, noise: str = "torch") -> Patch:
         advantages: Tensor,
         embeds: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        arguments = (latents, timesteps, next_latents, log_probs, advantages, embeds)
         own_loss = _function(self.loss) is not trainer.loss
         own_step = _function(self.sd_pipeline.scheduler_step) is not pipeline.scheduler_step
         if own_loss or own_step:
-            return original_loss(self, *arguments)
-        return _loss(self, *arguments)
+            return original_loss(self, latents, timesteps, next_latents, log_probs, advantages, embeds)
+        config, unet = self.config, self.sd_pipeline.unet
+        with self.autocast():
+            if config.train_cfg:
+                output = unet(torch.cat([latents] * 2), torch.cat([timesteps] * 2), embeds).sample
+                # Torch computes the guidance: sampling rounded its result to the model's dtype, as scoring must do.
+                unconditional, conditional = output.chunk(2)
+                output = unconditional + config.sample_guidance_scale * (conditional - unconditional)
+            else:
+                output = unet(latents, timesteps, embeds).sample
+        transitions, step = ddim_steps(
+            self.sd_pipeline.scheduler, timesteps, latents.shape[0], config.sample_eta, latents.device
+        )
+        old_logprob = log_probs.float().contiguous()
+        result = clipped_loss(
+            output.contiguous(),
+            latents.contiguous(),
+            next_latents.contiguous(),
+            transitions.table,
+            step,
+            old_logprob,
+            advantages.float().clamp(-config.train_adv_clip_max, config.train_adv_clip_max),
+            clip_range=config.train_clip_range,
+        )
+        loss = result.loss
+        if transitions.undefined is not None:
+            loss = loss + transitions.undefined[step].sum()
+        approximate_kl = 0.5 * (result.logprob - old_logprob).square().mean()
+        clipped = ((result.ratio - 1.0).abs() > config.train_clip_range).float().mean()
+        return loss, approximate_kl, clipped
 
     return Patch([(original_step, scheduler_step, None), (original_loss, calculate_loss, trainer)])
 
 
 def _function(method: Any) -> Any:
     return getattr(method, "__func__", method)
-
-
-def _loss(
-    trainer: Any,
-    latents: Tensor,
-    timesteps: Tensor,
-    next_latents: Tensor,
-    log_probs: Tensor,
-    advantages: Tensor,
-    embeds: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """TRL's loss, approximate KL and fraction of clipped rows."""
-    config, unet = trainer.config, trainer.sd_pipeline.unet
-    with trainer.autocast():
-        if config.train_cfg:
-            output = unet(torch.cat([latents] * 2), torch.cat([timesteps] * 2), embeds).sample
-            # Torch computes the guidance: sampling rounded its result to the model's dtype, as scoring must do.
-            unconditional, conditional = output.chunk(2)
-            output = unconditional + config.sample_guidance_scale * (conditional - unconditional)
-        else:
-            output = unet(latents, timesteps, embeds).sample
-    transitions, step = ddim_steps(
-        trainer.sd_pipeline.scheduler, timesteps, latents.shape[0], config.sample_eta, latents.device
-    )
-    old_logprob = log_probs.float().contiguous()
-    result = clipped_loss(
-        output.contiguous(),
-        latents.contiguous(),
-        next_latents.contiguous(),
-        transitions.table,
-        step,
-        old_logprob,
-        advantages.float().clamp(-config.train_adv_clip_max, config.train_adv_clip_max),
-        clip_range=config.train_clip_range,
-    )
-    loss = result.loss if transitions.undefined is None else result.loss + transitions.undefined[step].sum()
-    approximate_kl = 0.5 * (result.logprob - old_logprob).square().mean()
-    clipped = ((result.ratio - 1.0).abs() > config.train_clip_range).float().mean()
-    return loss, approximate_kl, clipped

@@ -1,16 +1,10 @@
 """Diffusion pipelines as policies: encode prompts, predict model outputs, decode latents."""
 
 from loopfast.policies.base import Conditioning, ForwardWrapper, Policy, expand, pad_rows
-from loopfast.policies.loading import (
-    load_family,
-    load_policy,
-    load_schedule,
-    load_scheduler,
-    scheduler_notes,
-    trained_steps,
-)
+from loopfast.policies.loading import load_family, load_policy
 from loopfast.policies.local import check_model, local_text_limits
 from loopfast.policies.lora_file import adopted_lora, lora_weights
+from loopfast.policies.schedulers import load_schedule, load_scheduler, scheduler_notes, trained_steps
 from loopfast.policies.signature import (
     adapter_signature,
     addresses,

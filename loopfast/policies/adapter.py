@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from loopfast.config import LoraConfig as LoraSettings
-from loopfast.errors import ConfigError, first_line
+from loopfast.errors import as_config_error
 from loopfast.policies.signature import ADAPTER, layers_with_adapter, remove_adapter_layers
 from loopfast.seeds import derive
 
@@ -58,22 +58,13 @@ def add_adapter(
     weights are rounded for each product, and the optimizer and the gradients keep float32, as under autocast. DoRA
     computes in ``dtype``, because the norms of the weights' columns need it.
 
-    Args:
-        module: a network.
-        settings: the section ``model.lora``.
-        targets: the ends of the names of the modules that get an adapter.
-        seed: the seed of the adapter's first values.
-        dtype: the type of the adapter's parameters.
-
-    Raises:
-        ConfigError: no module has such a name.
+    The modules whose names end with one of ``targets`` get an adapter, with parameters in ``dtype`` whose first values
+    have the ``seed``. It is a `ConfigError` if there is no such module.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "adapter"))
-        try:
+        with as_config_error(f"model.lora.targets: {list(targets)}", ValueError):
             inject_adapter_in_model(lora_config(settings, targets), module, adapter_name=ADAPTER)
-        except ValueError as error:
-            raise ConfigError(f"model.lora.targets: {list(targets)}: {first_line(error)}") from error
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -127,8 +118,7 @@ def exported_adapter(
     """Returns the adapter's weights under the names that diffusers reads.
 
     Releases of diffusers read alpha in different ways, and without it take the rank: the factor alpha / rank is
-    therefore a part of the weights.
-    ``weights`` are the trained ones, by the names of the module's parameters.
+    therefore a part of the weights. ``weights`` are the trained ones, by the names of the module's parameters.
     """
     factor = settings.alpha / settings.rank
     layers = get_peft_model_state_dict(module, state_dict=dict(weights), adapter_name=ADAPTER)

@@ -28,6 +28,8 @@ class Policy(Protocol):
 
     Attributes:
         scheduler: the diffusers scheduler whose transitions are sampled.
+        denoiser: the network that :meth:`predict` calls now: the trained one, or the one of :meth:`reference`.
+        reference_denoiser: the network before training, if it is a second one.
         latent_shape: ``*L``, the shape of one latent.
         decoder_rows: the number of latents that :meth:`decode` is given at a time.
         device, dtype: the denoiser's device and the type of its latents.
@@ -36,6 +38,8 @@ class Policy(Protocol):
     """
 
     scheduler: Any
+    denoiser: torch.nn.Module
+    reference_denoiser: torch.nn.Module | None
     latent_shape: tuple[int, ...]
     decoder_rows: int
     device: torch.device
@@ -49,14 +53,6 @@ class Policy(Protocol):
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Returns the parameters that training changes, by name."""
 
-    @property
-    def denoiser(self) -> torch.nn.Module:
-        """The network that :meth:`predict` calls now: the trained one, or the one of :meth:`reference`."""
-
-    @property
-    def reference_denoiser(self) -> torch.nn.Module | None:
-        """The network before training, if it is a second one."""
-
     def attach_engine(self, wrapper: ForwardWrapper) -> None:
         """Lets an engine, which now owns the weights, make every call of the denoisers."""
 
@@ -65,10 +61,8 @@ class Policy(Protocol):
     ) -> Policy:
         """Returns a policy that predicts with another denoiser and shares everything else with this one.
 
-        Args:
-            denoiser: a network like this policy's, already on ``device``.
-            device, dtype: the network's device and the type of its latents.
-            autocast: whether to compute in ``dtype`` whatever the weights' type is.
+        The denoiser is already on ``device``, and its latents have ``dtype``. With ``autocast`` it computes in that
+        type, whatever its weights' type is.
         """
 
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -114,13 +108,10 @@ def expand(conditioning: Conditioning, rows: Tensor) -> Conditioning:
 def call_denoiser(
     denoiser: Any, sample: Tensor, timestep: Tensor, conditioning: Conditioning, added: tuple[str, ...] = ()
 ) -> Tensor:
-    """Returns a diffusers denoiser's output for M latents.
+    """Returns a diffusers denoiser's output for latents ``[M, *L]`` at timesteps ``[M]``.
 
-    Args:
-        denoiser: the network.
-        sample, timestep: ``[M, *L]`` and ``[M]``.
-        conditioning: each row's; the denoiser's arguments by name.
-        added: the names that the denoiser takes in its argument ``added_cond_kwargs``; a missing one is None.
+    The conditioning holds its arguments by name. It takes those named in ``added`` in its argument
+    ``added_cond_kwargs``, where a missing one is None.
     """
     options: dict[str, Any] = dict(conditioning)
     if added:

@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loopfast.config import ModelConfig, RolloutConfig
-from loopfast.errors import ConfigError, first_line
+from loopfast.config import ModelConfig
+from loopfast.errors import ConfigError, as_config_error, first_line
 from loopfast.policies.base import Policy
 from loopfast.policies.families import Family, family_of, supported
-from loopfast.policies.resolution import latent_size
-from loopfast.policies.schedulers import Choice, choose_scheduler
 from loopfast.policies.source import check_weights, find_source, locate, not_on_the_hub
-from loopfast.schedules import TransitionSchedule, resolution_shift, transition_schedule
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 """Names that pipelines give their text encoders."""
@@ -45,13 +42,7 @@ def load_policy(
         config = config.model_copy(update={"lora": config.lora.model_copy(update={"from_": None})})
     family = load_family(config)
     return family.policy_class()(
-        config,
-        family,
-        load_scheduler(config),
-        seed=seed,
-        keep_reference=keep_reference,
-        cast=cast,
-        sharded=sharded,
+        config, family, seed=seed, keep_reference=keep_reference, cast=cast, sharded=sharded
     )
 
 
@@ -61,7 +52,7 @@ def load_family(config: ModelConfig) -> Family:
     Raises:
         ConfigError: the model cannot be found, or no such family is supported.
     """
-    index = _index(config)
+    index = model_index(config)
     name = index["_class_name"]
     family = family_of(name)
     if family is None:
@@ -70,65 +61,27 @@ def load_family(config: ModelConfig) -> Family:
     return family
 
 
-def load_scheduler(config: ModelConfig) -> Any:
-    """Returns the scheduler whose transitions are sampled, without loading the model.
-
-    A diffusion pipeline with another sampler of the same process gets DDIM with that process's schedule, as in DDPO and
-    in diffusers' documentation.
-
-    Returns:
-        A ``DDIMScheduler``, or for a flow a ``FlowMatchEulerDiscreteScheduler``.
-
-    Raises:
-        ConfigError: the model cannot be found, or its scheduler describes another process.
-    """
-    return _choice(config).scheduler
-
-
-def scheduler_notes(config: ModelConfig) -> tuple[str, ...]:
-    """Returns a line for each difference between the sampler of training and the model's own scheduler.
-
-    Raises:
-        ConfigError: as `load_scheduler` does.
-    """
-    return _choice(config).notes
-
-
-def _choice(config: ModelConfig) -> Choice:
-    entry = _index(config).get("scheduler")
-    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    return choose_scheduler(config, load_family(config), name, lambda: component_config(config, "scheduler"))
-
-
-def absent_components(config: ModelConfig) -> list[str]:
-    """Returns the components that ``model_index.json`` lists as absent."""
-    return [name for name, entry in _index(config).items() if entry == [None, None]]
+def class_of(entry: Any) -> Any:
+    """Returns the class of a component in ``model_index.json``; None if the entry names none."""
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
-    """Reads the configuration of a component in ``model_index.json``, which must be of a diffusers class.
-
-    Raises:
-        ConfigError: the configuration cannot be found or read.
-    """
+    """Reads the configuration of a component in ``model_index.json``, which must be of a diffusers class."""
     import diffusers
 
-    entry = _index(config).get(component)
-    kind = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) and len(entry) == 2 else None
-    if component == "scheduler":
-        # any scheduler's class reads the file; the model's own may need packages that are not installed
-        kind = diffusers.DDIMScheduler
+    entry = model_index(config).get(component)
+    # any scheduler's class reads the file; the model's own may need packages that are not installed
+    name = "DDIMScheduler" if component == "scheduler" else class_of(entry)
+    kind = getattr(diffusers, str(name), None)
     if kind is None:
         raise ConfigError(
             f"model.pretrained: model_index.json of {config.pretrained!r} says {entry!r} of its {component}, which is "
             "no class of diffusers"
         )
-    try:
+    failed = f"model.pretrained: cannot load the {component} of {config.pretrained!r}"
+    with as_config_error(failed, OSError, ValueError):
         settings = kind.load_config(str(locate(config)), subfolder=component, revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.pretrained: cannot load the {component} of {config.pretrained!r}: {first_line(error)}"
-        ) from error
     if not isinstance(settings, dict):
         raise ConfigError(
             f"model.pretrained: the configuration of {config.pretrained!r}'s {component} is no object"
@@ -136,61 +89,7 @@ def component_config(config: ModelConfig, component: str) -> dict[str, Any]:
     return dict(settings)
 
 
-def load_schedule(config: ModelConfig, rollout: RolloutConfig) -> TransitionSchedule:
-    """Returns the transition schedule of a model with the sampler's settings of a configuration.
-
-    Raises:
-        ConfigError: the scheduler or a setting cannot be expressed as a transition table.
-    """
-    family = load_family(config)
-    flow = family.process == "flow"
-    if flow and rollout.eta is not None:
-        raise ConfigError("rollout.eta belongs to DDIM; flow-matching models take rollout.noise_level")
-    if not flow and rollout.noise_level is not None:
-        raise ConfigError("rollout.noise_level belongs to flow-matching models; DDIM takes rollout.eta")
-    scheduler = load_scheduler(config)
-    try:
-        return transition_schedule(
-            scheduler,
-            rollout.steps,
-            eta=rollout.eta,
-            noise_level=rollout.noise_level,
-            sigmas=_sigmas(family, scheduler, rollout.steps),
-            mu=_mu(config, family, scheduler),
-        )
-    except ValueError as error:
-        raise ConfigError(f"the scheduler of {config.pretrained!r} cannot be used: {error}") from error
-
-
-def _sigmas(family: Family, scheduler: Any, steps: int) -> list[float] | None:
-    """Returns the noise levels before the shift; None if the family's pipeline takes its scheduler's."""
-    if "FluxPipeline" not in family.pipelines or scheduler.config.get("use_flow_sigmas"):
-        return None
-    return [1.0 - step / steps for step in range(steps)]
-
-
-def _mu(config: ModelConfig, family: Family, scheduler: Any) -> float | None:
-    """Returns the scheduler's shift if it depends on the resolution."""
-    if not scheduler.config.get("use_dynamic_shifting"):
-        return None
-    denoiser, vae = component_config(config, family.denoiser), component_config(config, "vae")
-    height, width = latent_size(config, family, denoiser, vae)
-    return resolution_shift(scheduler.config, height // family.patch * (width // family.patch))
-
-
-def trained_steps(schedule: TransitionSchedule, spec: str) -> tuple[int, ...]:
-    """Returns the transitions that ``train.steps`` selects.
-
-    Raises:
-        ConfigError: it selects none.
-    """
-    try:
-        return schedule.trained_steps(spec)
-    except ValueError as error:
-        raise ConfigError(f"train.steps: {error}") from error
-
-
-def _index(config: ModelConfig) -> dict[str, Any]:
+def model_index(config: ModelConfig) -> dict[str, Any]:
     """Reads the pipeline's ``model_index.json``."""
     source = find_source(config)
     place = source.pipeline
@@ -204,16 +103,17 @@ def _index(config: ModelConfig) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = first_line(error)
         if isinstance(place, str):
-            reason += not_on_the_hub(place) if source.file is None else _DESCRIBED
+            reason += (
+                not_on_the_hub(place)
+                if source.file is None
+                else (
+                    "; it describes the single file that model.pretrained names; a folder with such a pipeline's "
+                    "configuration files can be given as model.config"
+                )
+            )
         raise ConfigError(f"model.pretrained: no diffusers pipeline at {str(place)!r}: {reason}") from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ConfigError(
             f"model.pretrained: {str(place)!r} is no diffusers pipeline: no _class_name in model_index.json"
         )
     return index
-
-
-_DESCRIBED = (
-    "; it describes the single file that model.pretrained names; a folder with such a pipeline's configuration files "
-    "can be given as model.config"
-)

@@ -7,7 +7,7 @@ from pathlib import Path
 from loopfast.config import ModelConfig
 from loopfast.errors import ConfigError, first_line
 from loopfast.policies.families import Family
-from loopfast.policies.loading import load_family
+from loopfast.policies.loading import class_of, load_family, model_index
 from loopfast.policies.lora_file import lora_weights
 from loopfast.policies.source import local_path, locate
 from loopfast.policies.text_limits import TOKENIZERS, TextLimit, encoder_of
@@ -34,18 +34,16 @@ def local_text_limits(config: ModelConfig) -> tuple[TextLimit, ...] | None:
         ConfigError: the model's folder is no pipeline, or its tokenizers cannot be loaded.
     """
     import transformers
-    from diffusers import DiffusionPipeline
 
     folder = _folder(config)
     if folder is None:
         return None
-    policy = load_family(config.model_copy(update={"pretrained": str(folder), "config": None})).policy_class()
-    index = DiffusionPipeline.load_config(str(folder))
+    described = config.model_copy(update={"pretrained": str(folder), "config": None})
+    policy, index = load_family(described).policy_class(), model_index(described)
     tokenizers = {}
     for name in TOKENIZERS:
-        _, kind = index.get(name) or (None, None)
-        _, encoder = index.get(encoder_of(name)) or (None, None)
-        if kind is None or encoder is None:
+        kind = class_of(index.get(name))
+        if kind is None or class_of(index.get(encoder_of(name))) is None:
             continue
         try:
             tokenizers[name] = getattr(transformers, kind).from_pretrained(

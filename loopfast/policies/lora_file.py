@@ -56,11 +56,7 @@ class Lora:
 
 
 def read_lora(config: ModelConfig, family: Family) -> Lora:
-    """Reads the LoRA that ``model.lora.from`` names.
-
-    Raises:
-        ConfigError: there is no such LoRA, or it does not fit the model.
-    """
+    """Reads the LoRA that ``model.lora.from`` names; it is a `ConfigError` if it does not fit the model."""
     file = lora_weights(config)
     names = read_shapes(KEY, file)
     if any("dora_scale" in name for name in names):
@@ -220,9 +216,8 @@ def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(
-            snapshot_download(name, allow_patterns=["adapter_config.json", *_PEFT_FILES, *LORA_FILES])
-        )
+        files = ["adapter_config.json", *_PEFT_FILES, *LORA_FILES]
+        folder = Path(snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{KEY}: no LoRA at {name!r}: {first_line(error)}{not_on_the_hub(name)}") from error
     if not is_lora(folder):
@@ -236,7 +231,7 @@ def _downloaded(name: str) -> Path:
 def _of_diffusers(config: ModelConfig, family: Family, file: Path) -> Lora:
     """Reads a file as the pipeline's ``load_lora_weights`` does: diffusers', kohya's and others' formats."""
     skeleton = _denoiser(config, family)
-    pipeline_class = family.policy_class().pipeline_class
+    pipeline_class = family.pipeline_class()
     if not hasattr(pipeline_class, "lora_state_dict"):
         raise ConfigError(
             f"{KEY}: {str(file)!r}: a LoRA for {family.title} is a folder in peft's form, with adapter_config.json"

@@ -11,35 +11,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from typing_extensions import override
 
 from loopfast.config import ModelConfig
-from loopfast.errors import ConfigError, first_line
-from loopfast.policies.adapter import (
-    add_adapter,
-    exported_adapter,
-    merge_adapter,
-    without_adapter,
-)
+from loopfast.errors import ConfigError, as_config_error
+from loopfast.policies.adapter import add_adapter, exported_adapter, merge_adapter, without_adapter
 from loopfast.policies.base import Conditioning, ForwardWrapper, Policy, call_denoiser
 from loopfast.policies.families import Family
+from loopfast.policies.fast import switches
 from loopfast.policies.fast.guided_unet import shares_trunk
-from loopfast.policies.fast.switches import (
-    compile_blocks,
-    compile_calls,
-    decoder_precision,
-    set_arithmetic,
-    set_attention,
-    set_layers,
-    use_tf32_convolutions,
-    with_one_graph,
-)
-from loopfast.policies.loading import TEXT_ENCODERS, absent_components
+from loopfast.policies.loading import TEXT_ENCODERS, model_index
 from loopfast.policies.lora_file import Lora, load_lora, read_lora
 from loopfast.policies.portable import save_portable
 from loopfast.policies.resolution import decoder_rows, latent_size
+from loopfast.policies.schedulers import load_scheduler
 from loopfast.policies.single_file import load_single_file
 from loopfast.policies.source import find_source
 from loopfast.policies.text_limits import TOKENIZERS, TextLimit, encoder_of
@@ -71,20 +58,13 @@ class PipelinePolicy(Policy):
     A family's class implements the encoding of prompts (:meth:`_encode`), and overrides the call of the denoiser
     (:meth:`forward`) and the defaults here that are not its own.
 
-    Args:
-        config: the section ``model``.
-        family: the pipeline's family.
-        scheduler: the scheduler whose transitions are sampled.
-        seed: the seed of the adapter's initial weights.
-        keep_reference, cast, sharded: as for `loopfast.policies.load_policy`.
+    The other arguments are those of `loopfast.policies.load_policy`.
 
     Raises:
         ConfigError: the pipeline cannot be loaded, no module matches ``model.lora.targets``, or another key of
             ``model`` asks for something that this model or machine does not have.
     """
 
-    pipeline_class: ClassVar[Any]
-    """The diffusers class, or ``DiffusionPipeline``, which chooses it by ``model_index.json``."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
     """Ends of the names of the modules that get an adapter, if the configuration names none."""
     load_options: ClassVar[dict[str, Any]] = {}
@@ -100,34 +80,29 @@ class PipelinePolicy(Policy):
         self,
         config: ModelConfig,
         family: Family,
-        scheduler: Any,
         *,
         seed: int,
         keep_reference: bool,
         cast: bool = False,
         sharded: bool = False,
     ) -> None:
-        self.scheduler = scheduler
+        self.scheduler = load_scheduler(config)
         self.device = torch_device(config.device)
         self.dtype = getattr(torch, config.dtype)
         self._config, self._family = config, family
         self._refuse()
-        set_arithmetic(config, self.device)
+        switches.set_arithmetic(config, self.device)
         trained = self.dtype if cast else torch.float32
         self.pipeline = self.load_pipeline(config, family)
-        self.pipeline.register_modules(scheduler=scheduler)
+        self.pipeline.register_modules(scheduler=self.scheduler)
         self._denoiser = getattr(self.pipeline, family.denoiser).requires_grad_(False).eval()
-        for name in self._text_encoders():
+        encoders = self._text_encoders()
+        for name in encoders:
             getattr(self.pipeline, name).requires_grad_(False).eval().to(self.device)
-        self.text_limits = self.limits_of(
-            config,
-            type(self.pipeline).__name__,
-            {
-                name: getattr(self.pipeline, name)
-                for name in TOKENIZERS
-                if encoder_of(name) in self._text_encoders()
-            },
-        )
+        tokenizers = {
+            name: getattr(self.pipeline, name) for name in TOKENIZERS if encoder_of(name) in encoders
+        }
+        self.text_limits = self.limits_of(config, type(self.pipeline).__name__, tokenizers)
         self._vae = self._decoder()
         size = latent_size(config, family, self._denoiser.config, self._vae.config)
         self.latent_shape: tuple[int, ...] = (self._denoiser.config.in_channels, *size)
@@ -135,18 +110,18 @@ class PipelinePolicy(Policy):
         self._accelerate()
 
         self._start: Lora | None = None
-        self._base: torch.nn.Module | None = None
+        self.reference_denoiser = None
         self._wrapper: ForwardWrapper | None = None
         home = torch.device("cpu") if sharded else self.device
         if config.tune == "full":
             if keep_reference:
-                self._base = copy.deepcopy(self._denoiser).to(home, self.dtype)
+                self.reference_denoiser = copy.deepcopy(self._denoiser).to(home, self.dtype)
             self._denoiser.requires_grad_(True)
             self._denoiser.to(home, trained)
         else:
             self._denoiser.to(home, self.dtype)
             self._add_adapter(seed, trained)
-        self._active: torch.nn.Module = self._denoiser
+        self.denoiser = self._denoiser
         # counted here, before an engine shards them
         self._parameters = (
             sum(parameter.numel() for parameter in self.trainable().values()),
@@ -159,7 +134,7 @@ class PipelinePolicy(Policy):
 
     def _refuse(self) -> None:
         """Raises `ConfigError` if the configuration asks for something that this family does not have."""
-        if self._config.lora.text_encoder:
+        if self._config.lora.text_encoder and not self._family.lora_of_text:
             raise ConfigError(
                 f"model.lora.text_encoder: found true, allowed: false with {self._family.title}; adapters of text "
                 "encoders are for Stable Diffusion 1.x and 2.x"
@@ -172,30 +147,27 @@ class PipelinePolicy(Policy):
 
     @classmethod
     def load_pipeline(cls, config: ModelConfig, family: Family, *without: str) -> Any:
-        """Loads the pipeline before training, without its scheduler and the components named in ``without``.
-
-        Raises:
-            ConfigError: the pipeline cannot be loaded.
-        """
+        """Loads the pipeline before training, without its scheduler and the components named in ``without``."""
         # the base of an adapter is loaded in its final type; the autoencoder computes in float32 anyway
         dtype = getattr(torch, config.dtype)
         types = {"vae": torch.float32, "default": dtype}
         if config.tune == "full":
             types[family.denoiser] = torch.float32
         # the model's own scheduler is replaced, and its class may need packages that are not installed
-        absent = (*absent_components(config), *without, "scheduler")
-        options = {**dict.fromkeys(absent), **cls.load_options}
+        absent = [name for name, entry in model_index(config).items() if entry == [None, None]]
+        options = {**dict.fromkeys((*absent, *without, "scheduler")), **cls.load_options}
         source = find_source(config)
-        try:
+        failed = f"model.pretrained: cannot load {config.pretrained!r}"
+        with as_config_error(failed, OSError, ValueError, KeyError, RuntimeError):
             if source.file is not None:
                 loaded = load_single_file(
-                    cls.pipeline_class, source.file, source.pipeline, config.revision, options
+                    family.pipeline_class(), source.file, source.pipeline, config.revision, options
                 )
                 for name, part in loaded.components.items():
                     if isinstance(part, torch.nn.Module):
                         part.to(types.get(name, dtype))
                 return loaded
-            return cls.pipeline_class.from_pretrained(
+            return DiffusionPipeline.from_pretrained(
                 source.pipeline,
                 revision=config.revision,
                 variant=config.variant,
@@ -204,15 +176,11 @@ class PipelinePolicy(Policy):
                 torch_dtype=types,
                 **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ConfigError(
-                f"model.pretrained: cannot load {config.pretrained!r}: {first_line(error)}"
-            ) from error
 
     def _decoder(self) -> Any:
         """Returns the autoencoder that decodes: the pipeline's, or a copy in the denoiser's type, never exported."""
         vae = self.pipeline.vae.requires_grad_(False).eval()
-        self._precision_of_decoder = decoder_precision(self._config, self.device, vae.config)
+        self._precision_of_decoder = switches.decoder_precision(self._config, self.device, vae.config)
         if self._precision_of_decoder == "model" and self.dtype != torch.float32:
             return copy.deepcopy(vae).to(self.device, self.dtype)
         return vae.to(self.device, torch.float32)
@@ -223,11 +191,11 @@ class PipelinePolicy(Policy):
         if config.vae_tiling:
             self._vae.enable_tiling()
         is_unet = isinstance(self._denoiser, UNet2DConditionModel)
-        attention = set_attention(self._denoiser, config, self.device, self.dtype)
+        attention = switches.set_attention(self._denoiser, config, self.device, self.dtype)
         networks = (self._denoiser, self._vae) if is_unet else (self._vae,)
-        layers = set_layers(networks, config.fast_layers, config.channels_last, self.device.type)
+        layers = switches.set_layers(networks, config.fast_layers, config.channels_last, self.device.type)
         if self._precision_of_decoder == "tf32":
-            use_tf32_convolutions(self._vae)
+            switches.use_tf32_convolutions(self._vae)
         self.performance_options = {
             "attention": attention + (" (auto)" if config.attention == "auto" else ""),
             "shared trunk": config.shared_trunk and shares_trunk(self._denoiser),
@@ -238,14 +206,18 @@ class PipelinePolicy(Policy):
             "decoder": self._precision_of_decoder,
             "deterministic": config.deterministic,
         }
+        if config.compile != "off":
+            switches.prepare_compiling(self.device)
         if config.compile == "blocks":
-            compile_blocks(self._denoiser, self.device)
+            # all calls of a run have one batch size
+            self._denoiser.compile_repeated_blocks(dynamic=False)
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function of a denoiser and its inputs, compiled if ``model.compile`` says so."""
         if self._config.compile == "whole":
-            return compile_calls(function, self.device)
-        return with_one_graph(function) if self._config.compile == "blocks" else function
+            # at its first calls, once for each shape
+            function = torch.compile(function, dynamic=False)
+        return function if self._config.compile == "off" else switches.with_one_graph(function)
 
     def _add_adapter(self, seed: int, dtype: torch.dtype) -> None:
         if self._config.lora.from_ is not None:
@@ -308,34 +280,19 @@ class PipelinePolicy(Policy):
     @override
     def describe(self) -> str:
         count, total = self._parameters
-        what = self._family.denoiser.replace("unet", "UNet")
+        lora, what = self._config.lora, self._family.denoiser.replace("unet", "UNet")
         if self._config.tune == "lora":
-            what = f"{'DoRA' if self._config.lora.dora else 'LoRA'} rank {self._config.lora.rank}{self._origin()}"
+            what = f"{'DoRA' if lora.dora else 'LoRA'} rank {lora.rank}"
+        if self._start is not None:
+            trained = {self._family.denoiser, "text_encoder" if lora.text_encoder else ""}
+            unused = sorted({*self._start.unused, *self._start.layers} - trained)
+            without = f", without its adapter of {' and '.join(unused)}" if unused else ""
+            what += f" from {lora.from_}{without}"
         return f"{self._config.pretrained} ({what}: {count / 1e6:.2f} M of {total / 1e6:.2f} M parameters trained)"
-
-    def _origin(self) -> str:
-        """Returns the source of the adapter's first weights, and the parts of it that are not used."""
-        if self._start is None:
-            return ""
-        unused = [*self._start.unused]
-        if "text_encoder" in self._start.layers and not self._config.lora.text_encoder:
-            unused.append("text_encoder")
-        left_out = f", without its adapter of {' and '.join(sorted(unused))}" if unused else ""
-        return f" from {self._config.lora.from_}{left_out}"
 
     @override
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self._denoiser.named_parameters() if p.requires_grad}
-
-    @property
-    @override
-    def denoiser(self) -> torch.nn.Module:
-        return self._active
-
-    @property
-    @override
-    def reference_denoiser(self) -> torch.nn.Module | None:
-        return self._base
 
     @override
     def attach_engine(self, wrapper: ForwardWrapper) -> None:
@@ -347,7 +304,7 @@ class PipelinePolicy(Policy):
     ) -> PipelinePolicy:
         unconditional = self._unconditional
         twin = copy.copy(self)
-        twin._denoiser = twin._active = denoiser
+        twin._denoiser = twin.denoiser = denoiser
         twin.device, twin.dtype, twin._autocast, twin._wrapper = device, dtype, autocast, None
         twin._unconditional = {name: _moved(value, device, dtype) for name, value in unconditional.items()}
         return twin
@@ -418,8 +375,8 @@ class PipelinePolicy(Policy):
             autocast = torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
         with autocast:
             if self._wrapper is None:
-                return function(self._active, *inputs)
-            return self._wrapper.call(self._active, function, *inputs)
+                return function(self.denoiser, *inputs)
+            return self._wrapper.call(self.denoiser, function, *inputs)
 
     @override
     @contextmanager
@@ -428,13 +385,13 @@ class PipelinePolicy(Policy):
             with without_adapter(self._denoiser):
                 yield
             return
-        if self._base is None:
+        if self.reference_denoiser is None:
             raise RuntimeError("the policy was loaded with keep_reference=False")
-        self._active = self._base
+        self.denoiser = self.reference_denoiser
         try:
             yield
         finally:
-            self._active = self._denoiser
+            self.denoiser = self._denoiser
 
     @cached_property
     def _channel_statistics(self) -> tuple[Tensor, Tensor] | None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 _PREFIX = "text_model."
@@ -28,9 +27,15 @@ def save_portable(pipeline: Any, directory: Path) -> None:
             tokenizer.no_padding()
             tokenizer.no_truncation()
     pipeline.save_pretrained(directory)
+    for name, component in pipeline.components.items():
+        kind = type(component).__name__
+        if kind == "CLIPTextModel":
+            component.save_pretrained(directory / name, state_dict=text_model_names(component.state_dict()))
+        elif kind.startswith("CLIPTokenizer") and not (directory / name / "vocab.json").exists():
+            component.backend_tokenizer.model.save(str(directory / name))
     index = directory / "model_index.json"
     index.write_text(index.read_text("utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), "utf-8")
-    for file in (directory / "model_index.json", *directory.glob("*/config.json")):
+    for file in (index, *directory.glob("*/config.json")):
         config = json.loads(file.read_text("utf-8"))
         # the folder that it was loaded from is private
         if config.pop("_name_or_path", None) is not None:
@@ -40,34 +45,8 @@ def save_portable(pipeline: Any, directory: Path) -> None:
         if isinstance(config.get("extra_special_tokens"), list):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
             file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    for name, component in pipeline.components.items():
-        kind = type(component).__name__
-        if kind == "CLIPTextModel":
-            _name_weights(directory / name)
-        elif kind.startswith("CLIPTokenizer"):
-            _write_vocabulary(directory / name)
 
 
 def text_model_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the weights of a ``CLIPTextModel`` under transformers 4's names, which 5 reads too."""
     return {_PREFIX + name.removeprefix(_PREFIX): value for name, value in weights.items()}
-
-
-def _name_weights(folder: Path) -> None:
-    for file in folder.glob("*.safetensors"):
-        save_file(text_model_names(load_file(file)), file, metadata={"format": "pt"})
-    for file in folder.glob("*.safetensors.index.json"):
-        index = json.loads(file.read_text("utf-8"))
-        index["weight_map"] = {
-            _PREFIX + name.removeprefix(_PREFIX): part for name, part in index["weight_map"].items()
-        }
-        file.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def _write_vocabulary(folder: Path) -> None:
-    if (folder / "vocab.json").exists():
-        return
-    model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), "utf-8")
-    rules = "\n".join(rule if isinstance(rule, str) else " ".join(rule) for rule in model["merges"])
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{rules}\n", "utf-8")

@@ -21,8 +21,9 @@ def latent_size(
     """
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
     step = scale * family.patch
+    size = family.size or denoiser["sample_size"]
     sides = []
-    for key, own in zip(("height", "width"), family.latent_size(denoiser), strict=True):
+    for key, own in zip(("height", "width"), (size, size) if isinstance(size, int) else size, strict=True):
         pixels = getattr(config, key) or own * scale
         if pixels % step:
             raise ConfigError(f"model.{key}: found {pixels}, allowed: a multiple of {step} with this model")
@@ -42,13 +43,9 @@ _DECODER_TENSORS = 4
 
 
 def decoder_rows(vae: Mapping[str, Any], size: tuple[int, int]) -> int:
-    """Returns the number of images to decode at a time, for about 4 GiB of float32 activations; at least 1.
-
-    Args:
-        vae: the autoencoder's configuration. The second of its ``block_out_channels`` is the width at full resolution.
-        size: height and width of the latents.
-    """
+    """Returns the number of latents of this size to decode at a time, for 4 GiB of float32 activations; at least 1."""
     channels = vae["block_out_channels"]
     pixels = size[0] * size[1] * 4 ** (len(channels) - 1)
+    # the second is the width at full resolution
     image = 4 * _DECODER_TENSORS * max(channels[:2]) * pixels
     return int(max(1, _DECODER_BYTES // image))

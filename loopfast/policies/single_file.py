@@ -35,13 +35,8 @@ def load_single_file(
 ) -> Any:
     """Loads the pipeline with a file's weights, in their own types.
 
-    Components that the file lacks (files of FLUX.1 do) come from the pipeline that describes it.
-
-    Args:
-        pipeline_class: the diffusers class.
-        file: the file with the weights.
-        pipeline, revision: the folder or hub name with the configuration files, and its revision.
-        options: more arguments of ``from_single_file``; a component that is None is not loaded.
+    Components that the file lacks (files of FLUX.1 do) come from the pipeline that describes it, a folder or hub name
+    of this revision. ``options`` are more arguments of ``from_single_file``; a component that is None is not loaded.
 
     Raises:
         ConfigError: the file does not hold a whole model, or diffusers reads no single files of this family.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loopfast.config import ModelConfig
-from loopfast.errors import ConfigError
+from loopfast.errors import ConfigError, as_config_error
 from loopfast.policies.single_file import described_by, shapes
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
@@ -80,20 +80,15 @@ def local_path(key: str, name: str) -> Path | None:
     """Returns the file or folder of a name; None for a name on the hub.
 
     A name that begins with ``/``, ``./``, ``../`` or ``~``, or ends like a file of weights, is never on the hub.
-
-    Args:
-        key: the configuration's key, for messages.
-        name: its value.
+    ``key`` is the configuration's key, for messages.
 
     Raises:
         ConfigError: the path does not exist, or the name can be neither a path nor a name on the hub.
     """
-    try:
+    with as_config_error(f"{key}: {name!r} cannot be read", OSError, RuntimeError, ValueError):
         path = Path(name).expanduser()
         if path.exists():
             return path
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{key}: {name!r} cannot be read: {error}") from error
     link = re.match(r"https?://(?:huggingface\.co/)?([^?#]*)", name)
     if link:
         repository = "/".join(link.group(1).split("/")[:2])
@@ -117,11 +112,9 @@ def not_on_the_hub(name: str) -> str:
 
 
 def check_weights(config: ModelConfig, parts: Sequence[str]) -> None:
-    """Checks the names of a folder's weight files for the components in ``parts``.
+    """Raises `ConfigError` if a component in ``parts`` has only pickled weights, or only weights of a variant.
 
-    Raises:
-        ConfigError: all files are pickled, and ``model.allow_pickle`` is false; or all belong to a variant, and the
-            configuration names none.
+    ``model.allow_pickle`` allows the former, and ``model.variant`` the latter.
     """
     source = find_source(config)
     folder = source.pipeline
@@ -186,11 +179,9 @@ def _place(key: str, name: str) -> Path | str:
 
 
 def _require_pipeline(key: str, folder: Path) -> None:
-    try:
+    with as_config_error(f"{key}: {str(folder)!r} cannot be read", OSError):
         if not (folder / "model_index.json").is_file():
             raise ConfigError(f"{key}: {str(folder)!r} {_kind_of_folder(folder)}")
-    except OSError as error:
-        raise ConfigError(f"{key}: {str(folder)!r} cannot be read: {error}") from error
 
 
 def _kind_of_run(run: Path) -> str:

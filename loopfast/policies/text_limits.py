@@ -59,14 +59,7 @@ class TextLimit:
 
 @dataclass(frozen=True)
 class Cut:
-    """A prompt that a text encoder does not read to its end.
-
-    Attributes:
-        index: the prompt's position.
-        limit: the text encoder's limit.
-        prompt: the prompt's text.
-        tokens: the number of its tokens.
-    """
+    """A prompt at a position that a text encoder does not read to its end, with the number of its tokens."""
 
     index: int
     limit: TextLimit
@@ -116,19 +109,15 @@ def read_prompts(limits: Sequence[TextLimit], prompts: Sequence[str]) -> Reading
     """Finds the prompts that text encoders with these limits cut."""
     whole = [limit.ids(prompts, cut=False) for limit in limits]
     # a prompt that fills an encoder may equal the read part of a longer one
-    full = sorted(
-        {
-            index
-            for limit, rows in zip(limits, whole, strict=True)
-            for index, row in enumerate(rows)
-            if len(row) >= limit.tokens
-        }
-    )
+    rows = list(zip(limits, whole, strict=True))
+    full = [
+        index for index in range(len(prompts)) if any(len(ids[index]) >= limit.tokens for limit, ids in rows)
+    ]
     texts = [prompts[index] for index in full]
     read = [dict(zip(full, limit.ids(texts, cut=True), strict=True)) for limit in limits]
     cuts = tuple(
         Cut(index, limit, prompts[index], len(all_ids[index]))
-        for limit, all_ids in zip(limits, whole, strict=True)
+        for limit, all_ids in rows
         for index in full
         if len(all_ids[index]) > limit.tokens
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopfast.errors import ConfigError, MissingExtraError, first_line
-from loopfast.prompts.files import Entry, prompt_key
+from loopfast.prompts.files import Entry, listed, prompt_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,9 +35,7 @@ def read_dataset(name: str) -> list[Entry]:
     dataset = _load(where, split)
     key = prompt_key(dataset.column_names)
     if key is None:
-        raise ConfigError(
-            f"no column is named prompt or text; found: {', '.join(map(repr, dataset.column_names)) or 'nothing'}"
-        )
+        raise ConfigError(f"no column is named prompt or text; found: {listed(dataset.column_names)}")
     columns = [column for column, kind in dataset.features.items() if _is_json(kind)]
     if key not in columns:
         raise ConfigError(f"the column {key!r} does not hold texts")
@@ -73,12 +71,10 @@ def _load(where: str, split: str | None) -> Dataset:
     if not folder.is_dir() and where.startswith(("/", "./", "../", "~")):
         raise ConfigError(f"there is no folder {where!r}")
     try:
-        if not folder.is_dir():
-            found: Any = load_dataset(where, split=split or "train")
-        elif any((folder / file).is_file() for file in _SAVED):
-            found = load_from_disk(str(folder))
+        if any((folder / file).is_file() for file in _SAVED):
+            found: Any = load_from_disk(str(folder))
         else:
-            found = load_dataset(str(folder), split=split or "train")
+            found = load_dataset(str(folder) if folder.is_dir() else where, split=split or "train")
     # readers of files, the network and the hub raise errors of many kinds
     except Exception as error:
         reason = first_line(error.__cause__ or error)

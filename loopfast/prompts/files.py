@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ _LIST_MARK = re.compile(r"[-*•]\s")
 _YAML_KEY = re.compile(r"-\s+(prompt|text)\s*:", re.IGNORECASE)
 _COLUMN_NAME = re.compile(r"""["']?\w[\w .-]*["']?""")
 _TEXT_HINT = "write one prompt a line in a .txt file"
+_JSON_LINES = "JSON lines (an object on each line): name the file .jsonl"
 # Endings of files that hold no text, or text of a form that is not read, with advice.
 _OTHER_FORMS = {
     **dict.fromkeys((".yaml", ".yml"), ("YAML", f"{_TEXT_HINT}, or a list in a .json file")),
@@ -150,7 +151,7 @@ def prompt_of(item: Any, place: str) -> Entry:
         )
     key = prompt_key(list(item))
     if key is None:
-        raise ConfigError(f"{place} has no key prompt or text; found: {_listed(item)}")
+        raise ConfigError(f"{place} has no key prompt or text; found: {listed(item)}")
     if not isinstance(item[key], str):
         raise ConfigError(f"{place}: {key} is {_kind(item[key])}; allowed: a text")
     return Entry(place, item[key], {name: value for name, value in item.items() if name != key})
@@ -171,8 +172,9 @@ def prompt_key(names: list[Any]) -> str | None:
     return None
 
 
-def _listed(names: Any) -> str:
-    return ", ".join(repr(name) for name in names) or "nothing"
+def listed(names: Iterable[object]) -> str:
+    """Lists names in a message."""
+    return ", ".join(map(repr, names)) or "nothing"
 
 
 def _kind(value: Any) -> str:
@@ -204,13 +206,12 @@ def _parsed(text: str) -> Any:
 def _json_lines(text: str) -> list[Entry]:
     entries = []
     for number, line in enumerate(_LINE_END.split(text), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = _parsed(line)
-        except ConfigError as error:
-            raise ConfigError(f"line {number} {error}; expected: JSON lines, an object on each") from None
-        entries.append(prompt_of(item, f"line {number}"))
+        if line.strip():
+            try:
+                item = _parsed(line)
+            except ConfigError as error:
+                raise ConfigError(f"line {number} {error}; expected: JSON lines, an object on each") from None
+            entries.append(prompt_of(item, f"line {number}"))
     return entries
 
 
@@ -220,10 +221,9 @@ def _json(text: str) -> list[Entry]:
     try:
         value = _parsed(text)
     except ConfigError as error:
-        if _is_object(_first_line(text)):
-            raise ConfigError(
-                "looks like JSON lines (an object on each line): name the file .jsonl"
-            ) from None
+        first = _LINE_END.split(text.strip())[0]
+        if _is_json(first, dict):
+            raise ConfigError(f"looks like {_JSON_LINES}") from None
         raise ConfigError(f"the file {error}") from None
     if not isinstance(value, list):
         raise ConfigError(
@@ -244,7 +244,7 @@ def _table(text: str, delimiter: str) -> list[Entry]:
             separator = "commas" if delimiter == "," else "tabs"
             raise ConfigError(
                 "no column is named prompt or text; expected: names of columns in the first line, separated by "
-                f"{separator}; found: {_listed(columns)}"
+                f"{separator}; found: {listed(columns)}"
             )
         for row in rows:
             if not row:
@@ -278,9 +278,9 @@ def _text(text: str) -> tuple[list[Entry], int]:
 def _other_form(text: str, lines: list[str]) -> str | None:
     """The other form that a text seems to have, with advice; None if it seems to have one prompt per line."""
     first = lines[0] if lines else ""
-    if _is_object(first):
-        return "JSON lines (an object on each line): name the file .jsonl"
-    if first in ("[", "{", "[{") or (first[:1] in ("[", "{") and _is_json(text)):
+    if _is_json(first, dict):
+        return _JSON_LINES
+    if first in ("[", "{", "[{") or _is_json(text, list, dict):
         return "JSON: name the file .json"
     if re.match(r"<\?xml|<!doctype", first, re.IGNORECASE):
         return f"a markup document; {_TEXT_HINT}"
@@ -299,19 +299,9 @@ def _other_form(text: str, lines: list[str]) -> str | None:
     return None
 
 
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in _LINE_END.split(text) if line.strip()), "")
-
-
-def _is_object(text: str) -> bool:
+def _is_json(text: str, *kinds: type) -> bool:
+    """Returns whether a text is JSON of one of some kinds."""
     try:
-        return text.startswith("{") and isinstance(_parsed(text), dict)
-    except ConfigError:
-        return False
-
-
-def _is_json(text: str) -> bool:
-    try:
-        return isinstance(_parsed(text), list | dict)
+        return isinstance(_parsed(text), kinds)
     except ConfigError:
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,18 +96,20 @@ def load_prompts(source: str) -> PromptList:
         MissingExtraError: the source is a dataset, and the library ``datasets`` is not installed.
     """
     scheme, _, name = source.partition(":")
-    if scheme == "embedded":
-        prompts = PromptList(_from_embedded_world(source, name))
-    elif scheme == "t2i-compbench":
-        prompts = PromptList(_from_t2i_compbench(source, name))
-    elif scheme == "datasets":
-        prompts = _from_dataset(source, name)
-    elif (path := _path(source)) is not None and path.is_file():
-        prompts = _from_file(source, path)
-    elif is_reference(source):
+    path = _path(source)
+    file = path if path is not None and path.is_file() else None
+    if scheme not in _SCHEMES and file is None and is_reference(source):
         prompts = PromptList(_from_function(source))
     else:
-        raise ConfigError(f"prompts {source!r}: {_absent(source, path)}")
+        try:
+            if scheme in _SCHEMES:
+                prompts = _SCHEMES[scheme](name)
+            elif file is not None:
+                prompts = _checked(*read_prompt_file(file))
+            else:
+                raise ConfigError(_absent(source, path))
+        except ConfigError as error:
+            raise ConfigError(f"prompts {source!r}: {error}") from None
     if not prompts:
         skipped = f"; {prompts.summary()}" if prompts.comments or prompts.invisible else ""
         raise ConfigError(f"prompts {source!r}: there is no prompt in it{skipped}")
@@ -142,11 +144,11 @@ def _visible(text: str) -> bool:
     )
 
 
-def _checked(source: str, entries: Iterable[Entry], comments: int = 0) -> PromptList:
+def _checked(entries: Iterable[Entry], comments: int = 0) -> PromptList:
     """Checks the prompts of a file or a dataset, and skips the invisible ones."""
     found, places, invisible = [], [], 0
     for entry in entries:
-        _refuse_characters(f"prompts {source!r}", entry.place, entry.text)
+        _refuse_characters(entry.place, entry.text)
         if _visible(entry.text):
             found.append(Prompt(entry.text.strip(), entry.metadata))
             places.append(entry.place)
@@ -155,72 +157,57 @@ def _checked(source: str, entries: Iterable[Entry], comments: int = 0) -> Prompt
     return PromptList(found, places, comments, invisible)
 
 
-def _refuse_characters(name: str, place: str, text: str) -> None:
+def _refuse_characters(place: str, text: str) -> None:
     """Raises `ConfigError` if a text holds a character that no tokenizer or file accepts."""
     if "\0" in text:
-        raise ConfigError(f"{name}: {place} holds a NUL character")
+        raise ConfigError(f"{place} holds a NUL character")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConfigError(f"{name}: {place} holds half of a surrogate pair")
+        raise ConfigError(f"{place} holds half of a surrogate pair")
 
 
-def _from_file(source: str, path: Path) -> PromptList:
-    try:
-        entries, comments = read_prompt_file(path)
-    except ConfigError as error:
-        raise ConfigError(f"prompts {source!r}: {error}") from None
-    return _checked(source, entries, comments)
-
-
-def _from_dataset(source: str, name: str) -> PromptList:
-    try:
-        entries = read_dataset(name)
-    except ConfigError as error:
-        raise ConfigError(f"prompts {source!r}: {error}") from None
-    return _checked(source, entries)
-
-
-def _from_embedded_world(source: str, name: str) -> list[Prompt]:
+def _from_embedded_world(name: str) -> PromptList:
     category, _, split = name.partition("-")
     try:
         captions = world.prompts(category, split or "train")
     except ValueError:
         known = ", ".join((*world.CATEGORIES, "all"))
         raise ConfigError(
-            f"prompts {source!r}: no category {name!r}; allowed: {known}, each also with -validation or -heldout"
+            f"no category {name!r}; allowed: {known}, each also with -validation or -heldout"
         ) from None
-    return [Prompt(caption.text, {"category": caption.category}) for caption in captions]
+    return PromptList(Prompt(caption.text, {"category": caption.category}) for caption in captions)
 
 
-def _from_t2i_compbench(source: str, name: str) -> list[Prompt]:
+def _from_t2i_compbench(name: str) -> PromptList:
     directory, _, category = name.rpartition(":")
     category, _, split = category.partition("-")
     if not directory or category not in CATEGORIES or split not in ("", "val"):
+        known = ", ".join(CATEGORIES)
         raise ConfigError(
-            f"prompts {source!r}: allowed: t2i-compbench:<folder>:<category> with a category of "
-            f"{', '.join(CATEGORIES)}, each also with -val"
+            f"allowed: t2i-compbench:<folder>:<category> with a category of {known}, each also with -val"
         )
-    try:
-        found = read_category(Path(directory), category, split or "train")
-    except ConfigError as error:
-        raise ConfigError(f"prompts {source!r}: {error}") from None
-    return [
+    return PromptList(
         Prompt(p.text, {"category": category} | ({"aspects": list(p.aspects)} if p.aspects else {}))
-        for p in found
-    ]
+        for p in read_category(Path(directory), category, split or "train")
+    )
+
+
+_SCHEMES: dict[str, Callable[[str], PromptList]] = {
+    "embedded": _from_embedded_world,
+    "t2i-compbench": _from_t2i_compbench,
+    "datasets": lambda name: _checked(read_dataset(name)),
+}
 
 
 def _from_function(source: str) -> list[Prompt]:
-    function = import_function(source)
+    function, name = import_function(source), f"prompts {source!r}"
     try:
         found = function()
         items = list(found) if isinstance(found, Iterable) and not isinstance(found, str | Mapping) else None
     except Exception as error:
-        raise ConfigError(f"prompts {source!r}: raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{name}: raised {type(error).__name__}: {error}") from error
     if items is None:
-        raise ConfigError(
-            f"prompts {source!r}: returned {type(found).__name__}; allowed: a list of texts or Prompts"
-        )
-    return as_prompts(f"prompts {source!r}", items)
+        raise ConfigError(f"{name}: returned {type(found).__name__}; allowed: a list of texts or Prompts")
+    return as_prompts(name, items)
 
 
 def as_prompts(name: str, items: Iterable[object]) -> list[Prompt]:
@@ -236,6 +223,6 @@ def as_prompts(name: str, items: Iterable[object]) -> list[Prompt]:
             raise ConfigError(f"{name}: item {index} is {type(item).__name__}; allowed: text or a Prompt")
         if not _visible(prompt.text):
             raise ConfigError(f"{name}: item {index} is empty")
-        _refuse_characters(name, f"item {index}", prompt.text)
+        _refuse_characters(f"{name}: item {index}", prompt.text)
         prompts.append(prompt)
     return prompts

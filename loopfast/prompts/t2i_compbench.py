@@ -52,11 +52,6 @@ def read_category(directory: Path, category: str, split: str) -> list[BenchmarkP
     white space becomes one space. With ``complex_<split>.txt`` the benchmark's lists ``complex_<split>_spatial.txt``,
     ``_action.txt`` and ``_spatialaction.txt`` are read if they exist.
 
-    Args:
-        directory: the folder of the files.
-        category: one of `CATEGORIES`.
-        split: ``train`` or ``val``.
-
     Raises:
         ConfigError: there is no such category, folder or file, or the file is not UTF-8 or holds no prompt.
     """

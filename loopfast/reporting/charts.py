@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
@@ -55,7 +55,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 def line_chart(
     series: Sequence[Series], *, title: str, x_label: str, width: int, height: int, from_zero: bool = False
 ) -> Markup:
-    """Draws a chart.
+    """Draws a chart, and returns an ``<svg>`` element.
 
     Args:
         series: the lines, later ones above earlier ones. At least one has a point.
@@ -63,9 +63,6 @@ def line_chart(
         x_label: the label of the horizontal axis.
         width, height: the chart's size in CSS pixels, which the page may scale.
         from_zero: start the vertical axis at 0.
-
-    Returns:
-        An ``<svg>`` element.
     """
     drawn = [_thinned(one) for one in series if len(one.x)]
     lows = [y - s for one in drawn for y, s in zip(one.y, one.spread or [0.0] * len(one.y), strict=True)]
@@ -88,22 +85,20 @@ def line_chart(
     for value, label in zip(y_ticks, labels, strict=True):
         y = py(value)
         parts.append(f'<line class="grid" x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
-        )
+        parts.append(_text("tick", left - 6, f"{y + 4:.1f}", "end", label))
     for value in x_ticks:
         if value <= x_high:
-            x, label = px(value), _number(value, x_ticks[1] - x_ticks[0])
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{label}</text>'
-            )
-    parts.append(
-        f'<text class="axis" x="{right:.1f}" y="{height - 4}" text-anchor="end">{escape(x_label)}</text>'
-    )
+            label = _number(value, x_ticks[1] - x_ticks[0])
+            parts.append(_text("tick", px(value), f"{bottom + 16:.1f}", "middle", label))
+    parts.append(_text("axis", right, height - 4, "end", escape(x_label)))
     for one in drawn:
         parts.extend(_line(one, [px(x) for x in one.x], py))
     parts.append("</svg>")
     return Markup("".join(parts))
+
+
+def _text(kind: str, x: float, y: object, anchor: str, text: str) -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y}" text-anchor="{anchor}">{text}</text>'
 
 
 def _line(one: Series, xs: Sequence[float], py: Callable[[float], float]) -> list[str]:
@@ -120,17 +115,17 @@ def _line(one: Series, xs: Sequence[float], py: Callable[[float], float]) -> lis
         f'<polyline points="{points}" fill="none" stroke="{color}" {style} '
         'stroke-linejoin="round" stroke-linecap="round"/>'
     )
-    every = max(1, math.ceil(len(xs) / _MOST_TOOLTIPS))
     visible = one.marked or len(xs) == 1
-    for index in range(0, len(xs), every):
-        x, y, value = xs[index], py(one.y[index]), one.y[index]
-        tooltip = f"<title>{escape(one.label)}: {value:.4g} at {one.x[index]:,.0f}</title>"
-        if visible:
-            parts.append(
-                f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}">{tooltip}</circle>'
-            )
-        elif not one.faint:
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="transparent">{tooltip}</circle>')
+    if one.faint and not visible:
+        return parts
+    start, end = (
+        ('<circle class="point"', f'r="4" fill="{color}"')
+        if visible
+        else ("<circle", 'r="7" fill="transparent"')
+    )
+    for index in range(0, len(xs), max(1, math.ceil(len(xs) / _MOST_TOOLTIPS))):
+        tooltip = f"<title>{escape(one.label)}: {one.y[index]:.4g} at {one.x[index]:,.0f}</title>"
+        parts.append(f'{start} cx="{xs[index]:.1f}" cy="{py(one.y[index]):.1f}" {end}>{tooltip}</circle>')
     return parts
 
 
@@ -143,8 +138,7 @@ def _thinned(one: Series) -> Series:
     def means(values: Sequence[float]) -> list[float]:
         return [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
 
-    spread = None if one.spread is None else means(one.spread)
-    return Series(one.label, means(one.x), means(one.y), one.color, spread, one.faint, one.marked)
+    return replace(one, x=means(one.x), y=means(one.y), spread=one.spread and means(one.spread))
 
 
 def _number(value: float, step: float) -> str:
@@ -157,8 +151,7 @@ def _number(value: float, step: float) -> str:
     if abs(value) >= 10_000 and step >= 100:
         return f"{value / 1000:.10g}k"
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    if decimals < 6 and round(step, decimals) != round(
-        step, decimals + 1
-    ):  # a step of 0.25 needs its second digit
+    # a step of 0.25 needs its second digit
+    if decimals < 6 and round(step, decimals) != round(step, decimals + 1):
         decimals += 1
     return f"{value:,.{decimals}f}".replace("-", "−")

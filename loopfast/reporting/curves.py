@@ -31,16 +31,13 @@ class Curve:
 
 
 def reward_curves(curves: Sequence[Curve], axes: Mapping[str, str], title: str, path: Path) -> Path:
-    """Draws curves against several axes, side by side.
+    """Draws curves against several axes, side by side, and returns ``path``.
 
     Args:
         curves: the runs' curves, labeled in a legend below.
         axes: the labels of the horizontal axes by name.
         title: the label of the vertical axis.
         path: the PNG file to write, in a folder that exists.
-
-    Returns:
-        ``path``.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

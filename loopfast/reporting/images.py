@@ -38,9 +38,6 @@ def image_grid(
         scores: N numbers, or None.
         columns: the number of images in a row.
 
-    Returns:
-        An RGB image.
-
     Raises:
         ValueError: the shapes or lengths do not match.
     """
@@ -83,12 +80,9 @@ def tiles(sheet: Image.Image, size: tuple[int, int], columns: int, count: int) -
     Tiles outside of the sheet are skipped.
     """
     width, height = size
-    result = []
-    for index in range(count):
-        left, top = index % columns * width, index // columns * height
-        if left + width <= sheet.width and top + height <= sheet.height:
-            result.append(sheet.crop((left, top, left + width, top + height)))
-    return result
+    corners = ((index % columns * width, index // columns * height) for index in range(count))
+    boxes = [(left, top, left + width, top + height) for left, top in corners]
+    return [sheet.crop(box) for box in boxes if box[2] <= sheet.width and box[3] <= sheet.height]
 
 
 def data_uri(image: Image.Image, largest: int = 384) -> str:

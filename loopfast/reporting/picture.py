@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loopfast.errors import LoopfastError
-from loopfast.reporting.records import EvaluationRecord
-from loopfast.run.tracking import read_metrics
+from loopfast.reporting.records import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,25 +18,23 @@ _TRAIN, _HELDOUT, _RULE = "#9a948a", "#4338ca", "#e4e0d8"
 
 
 def run_picture(run_directory: Path, path: Path, *, prompts: int = 8) -> Path:
-    """Draws a run for a README, a slide or a paper.
+    """Draws a run for a README, a slide or a paper, and returns ``path``.
 
     Args:
         run_directory: the run's folder, with at least two evaluations.
         path: the file to write; the suffix selects the format (png, svg, pdf).
         prompts: the largest number of prompts to show.
 
-    Returns:
-        ``path``.
-
     Raises:
         LoopfastError: the run has no two evaluations with preview images, or the file cannot be written.
     """
     from matplotlib.figure import Figure
 
-    evaluations = sorted((run_directory / "evaluation").glob("iteration-*.json"))
-    if len(evaluations) < 2:
-        raise LoopfastError(f"{run_directory} has {len(evaluations)} evaluation(s); the picture needs two")
-    before, after = (EvaluationRecord.read(evaluations[index]) for index in (0, -1))
+    files = sorted((run_directory / "evaluation").glob("iteration-*.json"))
+    if len(files) < 2:
+        raise LoopfastError(f"{run_directory} has {len(files)} evaluation(s); the picture needs two")
+    run = RunRecord.read(run_directory)
+    before, after = run.evaluations[0], run.evaluations[-1]
     shown = [item for item in before.tiles if item in after.tiles][:prompts]
     if not shown:
         raise LoopfastError(f"{run_directory} kept no images of its evaluations (evaluation.preview_images)")
@@ -54,7 +51,7 @@ def run_picture(run_directory: Path, path: Path, *, prompts: int = 8) -> Path:
         grid[row][0].set_ylabel(name, fontsize=10)
     for axes, item in zip(grid[0], shown, strict=True):
         axes.set_title(fill(before.items[item]["prompt"], 15), fontsize=7.5)
-    _curves(right.subplots(), run_directory)
+    _curves(right.subplots(), run)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
@@ -62,33 +59,18 @@ def run_picture(run_directory: Path, path: Path, *, prompts: int = 8) -> Path:
     return path
 
 
-def _curves(axes: Axes, run_directory: Path) -> None:
-    lines = read_metrics(run_directory / "metrics.jsonl")
-    trained = [line for line in lines if "reward_mean" in line]
-    evaluated = [line for line in lines if "eval_reward" in line]
-    axes.plot(
-        [line["images"] for line in trained],
-        [line["reward_mean"] for line in trained],
-        color=_TRAIN,
-        linewidth=1,
-        label="training prompts",
-    )
-    axes.plot(
-        [line["images"] for line in evaluated],
-        [line["eval_reward"] for line in evaluated],
-        "o-",
-        color=_HELDOUT,
-        label="held-out prompts",
-    )
-    for line in (evaluated[0], evaluated[-1]):
-        axes.annotate(
-            f"{line['eval_reward']:.2f}",
-            (line["images"], line["eval_reward"]),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            color=_HELDOUT,
-        )
+def _curves(axes: Axes, run: RunRecord) -> None:
+    axes.plot(*run.column("reward_mean"), color=_TRAIN, linewidth=1, label="training prompts")
+    x, y = run.column("eval_reward")
+    axes.plot(x, y, "o-", color=_HELDOUT, label="held-out prompts")
+    above: dict[str, Any] = {
+        "xytext": (0, 7),
+        "textcoords": "offset points",
+        "ha": "center",
+        "color": _HELDOUT,
+    }
+    for index in (0, -1):
+        axes.annotate(f"{y[index]:.2f}", (x[index], y[index]), **above)
     axes.set(xlabel="images sampled for training", ylabel="reward")
     axes.grid(axis="y", color=_RULE, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)

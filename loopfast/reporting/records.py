@@ -18,12 +18,13 @@ from loopfast.run.tracking import read_metrics
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """One evaluation of a run: the content of its JSON file, and the path of its sprite sheet."""
+    """One evaluation of a run: the content of its JSON file, and the path of its sprite sheet.
+
+    ``means`` and each category have the mean ``reward`` and those of the ``parts``.
+    """
 
     iteration: int
-    images: int
-    reward: float
-    parts: dict[str, float]
+    means: dict[str, Any]
     by_category: dict[str, dict[str, Any]]
     items: list[dict[str, Any]]
     preview: dict[str, Any]
@@ -39,9 +40,7 @@ class EvaluationRecord:
         data = _mapping(json.loads(path.read_text(encoding="utf-8")))
         return cls(
             data["iteration"],
-            data["images"],
-            data["reward"],
-            data.get("parts", {}),
+            {"reward": data["reward"], "parts": data.get("parts", {})},
             data.get("by_category", {}),
             data.get("items", []),
             data.get("preview", {}),
@@ -64,7 +63,10 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The files of a run that reports are made from; those that are not written yet are empty."""
+    """The files of a run that reports are made from; those that are not written yet are empty.
+
+    ``last`` has the last line of the metrics: the complete iterations, the images sampled and the seconds until then.
+    """
 
     directory: Path
     config: dict[str, Any]
@@ -72,6 +74,7 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     evaluations: list[EvaluationRecord]
     summary: dict[str, Any]
+    last: dict[str, Any]
 
     @classmethod
     def read(cls, directory: Path) -> RunRecord:
@@ -80,24 +83,24 @@ class RunRecord:
         Raises:
             LoopfastError: the folder is not a run's, or a file in it is damaged.
         """
-        config_file, metrics_file = directory / "config.yaml", directory / "metrics.jsonl"
-        if not config_file.exists() and not metrics_file.exists():
+        file, metrics_file = directory / "config.yaml", directory / "metrics.jsonl"
+        if not file.exists() and not metrics_file.exists():
             raise LoopfastError(
                 f"{directory} is not the folder of a run: no config.yaml and no metrics.jsonl in it"
             )
-        text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
-        summary_file = directory / "summary.json"
-        file = config_file
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
         try:
             config = _mapping(yaml.safe_load(text) or {})
-            file = summary_file
+            file = directory / "summary.json"
             summary = _mapping(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
             evaluations = []
             for file in sorted((directory / "evaluation").glob("iteration-*.json")):
                 evaluations.append(EvaluationRecord.read(file))
         except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
             raise LoopfastError(f"{file} is damaged: {one_line(error)}") from error
-        return cls(directory, config, text, read_metrics(metrics_file), evaluations, summary)
+        metrics = read_metrics(metrics_file)
+        last = {"iteration": 0, "images": 0, "seconds": 0.0, **(metrics[-1] if metrics else {})}
+        return cls(directory, config, text, metrics, evaluations, summary, last)
 
     def setting(self, section: str, key: str) -> Any:
         """The value of a key of the configuration, or None."""
@@ -115,34 +118,9 @@ class RunRecord:
         return str(self.setting("run", "name") or self.directory.name)
 
     @property
-    def iteration(self) -> int:
-        """The number of complete iterations."""
-        return self.metrics[-1]["iteration"] if self.metrics else 0
-
-    @property
-    def total(self) -> int | None:
-        """The number of iterations of the whole run."""
-        return self.setting("train", "iterations")
-
-    @property
-    def images(self) -> int:
-        """The number of images sampled for training."""
-        return int(self.metrics[-1].get("images", 0)) if self.metrics else 0
-
-    @property
-    def seconds(self) -> float:
-        """The wall-clock seconds of the run."""
-        return float(self.metrics[-1].get("seconds") or 0.0) if self.metrics else 0.0
-
-    @property
     def algorithm(self) -> str:
         """The algorithm's name in capitals."""
         return str(self.setting("algorithm", "name") or "").upper()
-
-    @property
-    def first_and_last(self) -> tuple[EvaluationRecord, EvaluationRecord] | None:
-        """The first and the last evaluation, which may be one."""
-        return (self.evaluations[0], self.evaluations[-1]) if self.evaluations else None
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -23,13 +23,7 @@ __all__ = ["write_report"]
 
 
 def write_report(run_directory: Path) -> Path:
-    """Writes ``report.html`` into a run's folder.
-
-    Args:
-        run_directory: the folder; it holds at least ``config.yaml`` or ``metrics.jsonl``.
-
-    Returns:
-        The report's path. An earlier report is replaced.
+    """Writes ``report.html`` into a run's folder, and returns its path. An earlier report is replaced.
 
     Raises:
         LoopfastError: the folder is not a run's, a file in it is damaged, or the report cannot be written.

@@ -15,15 +15,11 @@ _TRAINED, _LEFT_OUT, _OTHER = "#4338ca", "#9a948a", "#c2701c"
 
 
 def schedule_plot(schedule: TransitionSchedule, trained: Collection[int], path: Path) -> Path:
-    """Plots a, b, σ and the sensitivity (b/σ)² of every step.
+    """Plots a, b, σ and the sensitivity (b/σ)² of every step, and returns ``path``.
 
     Args:
-        schedule: the transitions.
         trained: the trained steps, which are shaded.
         path: the file to write; the suffix selects the format (png, svg, pdf).
-
-    Returns:
-        ``path``.
 
     Raises:
         ValueError: matplotlib cannot write the format of the suffix.

@@ -6,8 +6,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
@@ -54,27 +53,19 @@ _SPEEDS = (
 )
 
 
-class _Stat(NamedTuple):
-    """A number of the header: its label, its value before and now, and a note below."""
-
-    label: str
-    before: float | None
-    after: float
-    note: str
-
-
-def stats(run: RunRecord) -> list[_Stat]:
-    """The rewards at the top of the page."""
+def stats(run: RunRecord) -> list[dict[str, Any]]:
+    """The rewards at the top of the page: their values before and now, and a note below."""
     stats = []
 
     def add(label: str, values: Sequence[float], note: str) -> None:
-        stats.append(_Stat(label, values[0] if len(values) > 1 else None, values[-1], note))
+        before = values[0] if len(values) > 1 else None
+        stats.append({"label": label, "before": before, "after": values[-1], "note": note})
 
     _, held_out = run.column("eval_reward")
     _, training = run.column("reward_mean")
     if held_out:
         notes = []
-        if run.first_and_last and (error := _paired_error(*run.first_and_last, None)) is not None:
+        if (error := _paired_error(run.evaluations, None)) is not None:
             notes.append(f"± {format_score(error)} standard error")
         if max(held_out) > held_out[-1]:
             notes.append(f"highest {format_score(max(held_out))}")
@@ -113,8 +104,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     add("Sampling steps", run.setting("rollout", "steps"))
     add("Learning rate", run.setting("train", "learning_rate"))
     add("Seed", run.setting("run", "seed"))
-    if run.images:
-        add("Images sampled", run.images, "{:,}")
+    add("Images sampled", run.last["images"] or None, "{:,}")
     for metric, name in _MEMORY.items():
         if memory := [row[metric] for row in run.metrics if row.get(metric)]:
             add(name, max(memory) / 2**20, "{:,.0f} MiB")
@@ -160,25 +150,17 @@ def reward(run: RunRecord) -> dict[str, Any] | None:
     return {"wide": wide, "narrow": narrow, "legend": legend, "note": note}
 
 
-@dataclass(frozen=True)
-class _Category:
-    """A row of the table. ``values`` holds (before, after) of the reward and then of each part."""
-
-    name: str
-    count: int
-    values: list[tuple[float | None, float]]
-    error: float | None
-    dumbbell: Markup
-
-
 def categories(run: RunRecord) -> dict[str, Any] | None:
-    """The table of rewards by category at the first and the last evaluation; None without an evaluation."""
-    if run.first_and_last is None:
+    """The table of rewards by category at the first and the last evaluation; None without an evaluation.
+
+    The ``scores`` of a row are (before, after) of the reward and then of each part.
+    """
+    if not run.evaluations:
         return None
-    first, last = run.first_and_last
+    first, last = run.evaluations[0], run.evaluations[-1]
     parts = _parts(run)
-    everything = {"reward": last.reward, "parts": last.parts, "count": len(last.items)}
-    before = {**first.by_category, "all prompts": {"reward": first.reward, "parts": first.parts}}
+    everything = {**last.means, "count": len(last.items)}
+    before = {**first.by_category, "all prompts": first.means}
     after = dict(last.by_category)
     if len(after) != 1:  # with a single category, the row of all prompts would repeat it
         after["all prompts"] = everything
@@ -187,27 +169,27 @@ def categories(run: RunRecord) -> dict[str, Any] | None:
     rows = []
     for name, entry in after.items():
         old = before.get(name) if last is not first else None
-        values = [(old["reward"] if old else None, entry["reward"])]
-        values += [(old["parts"].get(part) if old else None, entry["parts"][part]) for part in parts]
-        category = None if entry is everything else name
-        error = _paired_error(first, last, category) if old else None
-        bar = _dumbbell(values[0][0], values[0][1], low, high)
-        rows.append(_Category(name, entry.get("count", 0), values, error, bar))
+        scores = [(old["reward"] if old else None, entry["reward"])]
+        scores += [(old["parts"].get(part) if old else None, entry["parts"][part]) for part in parts]
+        error = _paired_error(run.evaluations, None if entry is everything else name) if old else None
+        bar = _dumbbell(*scores[0], low, high)
+        count = entry.get("count", 0)
+        rows.append({"name": name, "count": count, "scores": scores, "error": error, "dumbbell": bar})
     return {
         "parts": parts,
         "rows": rows,
         "scale": (low, high),
         "before": first.iteration,
         "after": last.iteration,
-        "errors": any(row.error is not None for row in rows),
+        "errors": any(row["error"] is not None for row in rows),
     }
 
 
 def pairs(run: RunRecord) -> list[dict[str, Any]]:
     """The preview's images of the first and the last evaluation, where prompt and seed are the same."""
-    if run.first_and_last is None or len(run.evaluations) < 2:
+    if len(run.evaluations) < 2:
         return []
-    first, last = run.first_and_last
+    first, last = run.evaluations[0], run.evaluations[-1]
     return [
         {
             "caption": last.items[index]["prompt"],
@@ -259,41 +241,31 @@ def diagnostics(run: RunRecord) -> list[dict[str, Any]]:
     return charts
 
 
-class _Phase(NamedTuple):
-    name: str
-    color: str
-    seconds: float
-    share: float
-    each: float
-
-
-def phases(run: RunRecord) -> list[_Phase]:
+def phases(run: RunRecord) -> list[dict[str, Any]]:
     """The seconds of each phase of an iteration, and the rest."""
-    sums = [(name, color, run.column(metric)[1]) for metric, name, color in _PHASES]
-    measured = sum(sum(values) for _, _, values in sums)
+    columns = [(name, color, run.column(metric)[1]) for metric, name, color in _PHASES]
+    sums = [(name, color, sum(values), len(values)) for name, color, values in columns if values]
+    measured = sum(seconds for _, _, seconds, _ in sums)
     if measured <= 0:
         return []
-    total = max(measured, run.seconds)
-    phases = [
-        _Phase(name, color, sum(values), sum(values) / total, sum(values) / len(values))
-        for name, color, values in sums
-        if values
+    total = max(measured, run.last["seconds"] or 0.0)
+    if total - measured > 0.005 * total:
+        sums.append(("Other", "phase-5", total - measured, len(run.metrics)))
+    return [
+        {"name": name, "color": color, "seconds": seconds, "share": seconds / total, "each": seconds / times}
+        for name, color, seconds, times in sums
     ]
-    other = total - measured
-    if other > 0.005 * total:
-        phases.append(_Phase("Other", "phase-5", other, other / total, other / len(run.metrics)))
-    return phases
 
 
 def _parts(run: RunRecord) -> list[str]:
     """The single rewards that have a column: all but one that equals the total."""
-    last = run.evaluations[-1] if run.evaluations else None
-    if last is None:
+    if not run.evaluations:
         return []
-    rows = [{"reward": last.reward, "parts": last.parts}, *last.by_category.values()]
+    last = run.evaluations[-1]
+    rows = [last.means, *last.by_category.values()]
     return [
         part
-        for part in last.parts
+        for part in last.means["parts"]
         if any(not math.isclose(row["reward"], row["parts"].get(part, math.nan)) for row in rows)
     ]
 
@@ -302,16 +274,16 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one["prompt"] == other["prompt"] and one.get("seed") == other.get("seed")
 
 
-def _paired_error(first: EvaluationRecord, last: EvaluationRecord, category: str | None) -> float | None:
-    """The standard error over prompts of the mean change in reward, with the same seeds.
+def _paired_error(evaluations: Sequence[EvaluationRecord], category: str | None) -> float | None:
+    """The standard error over prompts of the mean change in reward from the first to the last, with the same seeds.
 
     Images of one prompt are not independent, so a prompt's mean change counts once. The error is None where the two
     evaluations cannot be paired or there is only one prompt.
     """
-    if first is last or len(first.items) != len(last.items):
+    if len(evaluations) < 2 or len(evaluations[0].items) != len(evaluations[-1].items):
         return None
     changes: dict[str, list[float]] = defaultdict(list)
-    for one, other in zip(first.items, last.items, strict=True):
+    for one, other in zip(evaluations[0].items, evaluations[-1].items, strict=True):
         if not _same(one, other):
             return None
         if category is None or one.get("category") == category:

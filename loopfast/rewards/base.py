@@ -16,9 +16,9 @@ from loopfast.errors import RewardError, one_line
 from loopfast.rewards.fitting import ImagesPerCall, RewardMemoryError
 from loopfast.system.memory import is_out_of_memory
 
-__all__ = ["CountError", "Reward", "RewardSet", "RewardTerm", "Scores", "quoted", "scaled", "shown"]
+__all__ = ["CountError", "Reward", "RewardSet", "RewardTerm", "Scores", "listed", "quoted", "scaled", "shown"]
 
-_PROMPTS_SHOWN = 3
+_MOST_SHOWN = 3
 _PROMPT_LENGTH = 60
 
 
@@ -224,7 +224,7 @@ def _finite(
     at_fault = (bad if among is None else bad & among).nonzero().flatten().tolist()
     if not at_fault:
         return values.masked_fill(bad, torch.nan), None
-    numbers = ", ".join(f"{values[index]:g}" for index in at_fault[:_PROMPTS_SHOWN])
+    numbers = ", ".join(f"{values[index]:g}" for index in at_fault[:_MOST_SHOWN])
     return values.masked_fill(bad, torch.nan), RewardError(
         f"{name} is not finite for {len(at_fault)} of {len(prompts)} image(s): {numbers} for "
         f"prompts {quoted(prompts, at_fault)}",
@@ -239,10 +239,13 @@ def shown(prompt: str) -> str:
 
 def quoted(prompts: Sequence[str], positions: Sequence[int]) -> str:
     """Quotes the first of the prompts at some positions, each once, and says how many more there are."""
-    texts = list(dict.fromkeys(prompts[position] for position in positions))
-    first = ", ".join(map(shown, texts[:_PROMPTS_SHOWN]))
-    rest = len(texts) - _PROMPTS_SHOWN
-    return f"{first} and {rest} more" if rest > 0 else first
+    return listed([shown(text) for text in dict.fromkeys(prompts[position] for position in positions)])
+
+
+def listed(texts: Sequence[str]) -> str:
+    """Lists the first of the texts, and says how many more there are."""
+    more = len(texts) - _MOST_SHOWN
+    return ", ".join(texts[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _raised(error: BaseException) -> str:

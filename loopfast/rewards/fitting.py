@@ -46,8 +46,7 @@ class ImagesPerCall:
         """Returns what ``attempt(size)`` returns, called with half the size for as long as memory does not suffice.
 
         Args:
-            count: number of images.
-            device: the device that has the memory, for messages.
+            count, device: number of images, and the device that has the memory, for messages.
             attempt: scores all images, ``size`` in a call.
 
         Raises:

@@ -75,7 +75,7 @@ def http(
     if token_env is not None:
         token = os.environ.get(token_env)
         _require(bool(token), "token_env", token_env, "an environment variable that is set")
-    client = _Client(url.rstrip("/"), timeout, retries, backoff, concurrency, token, token_env)
+    client = _Client(url.rstrip("/"), timeout, retries, backoff, token_env, _session(concurrency, token))
     client.require_health(batch_size)
     workers = ThreadPoolExecutor(concurrency, thread_name_prefix="loopfast-http")
 
@@ -108,25 +108,13 @@ class _Client:
     timeout: float
     retries: int
     backoff: float
-    concurrency: int
-    token: str | None
     token_env: str | None
-
-    def __post_init__(self) -> None:
-        import requests
-        from requests.adapters import HTTPAdapter
-
-        self.session = requests.Session()
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(pool_maxsize=self.concurrency))
+    session: requests.Session
 
     def require_health(self, batch_size: int) -> None:
         """Raises a `RewardError` unless the server answers and takes ``batch_size`` images in a request."""
         answer = self._ask("GET", "/health", None, threading.Event())
-        try:
-            most = answer.json().get("max_batch")
-        except (ValueError, AttributeError):  # a server need not say anything about itself
-            return
+        most = _field(answer, "max_batch")  # a server need not have one
         if isinstance(most, int) and batch_size > most:
             raise RewardError(
                 f"reward server {self.url}: batch_size: found {batch_size}, allowed: at most {most}, as it says"
@@ -151,12 +139,10 @@ class _Client:
         except TypeError as error:
             raise RewardError(f"the prompts' metadata cannot be sent as JSON: {error}") from None
         answer = self._ask("POST", "/score", body, stop)
-        try:
-            found = answer.json()
-        except ValueError:
-            found = None
-        scores = found.get("scores") if isinstance(found, dict) else None
-        if not isinstance(scores, list) or not all(_is_score(score) for score in scores):
+        scores = _field(answer, "scores")
+        if not isinstance(scores, list) or not all(
+            score is None or type(score) in (int, float) for score in scores
+        ):
             raise RewardError(
                 f"reward server {self.url} answered {one_line(answer.text)!r}, allowed: "
                 '{"scores": [...]} with a number or null for each image'
@@ -179,7 +165,6 @@ class _Client:
                     self.url + path,
                     data=body,
                     headers={"Content-Type": "application/json"} if body else {},
-                    auth=self._authorize,
                     timeout=self.timeout,
                     allow_redirects=False,
                 )
@@ -194,23 +179,16 @@ class _Client:
             else:
                 if answer.status_code == 200:
                     return answer
-                problem = f"it answered {answer.status_code} {answer.reason}: {one_line(_reason(answer))!r}"
+                reason = one_line(_field(answer, "error") or answer.text)
+                problem = f"it answered {answer.status_code} {answer.reason}: {reason!r}"
                 if answer.status_code != 429 and answer.status_code < 500:
                     raise RewardError(f"reward server {self.url}{path}: {problem}{self._hint(answer)}")
                 retry_after = _retry_after(answer.headers.get("Retry-After"))
-            if attempt < self.retries and stop.wait(max(retry_after, self._delay(attempt))):
+            # random, so that clients that were turned away together do not return together
+            delay = min(self.backoff * 2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+            if attempt < self.retries and stop.wait(max(retry_after, delay)):
                 raise RewardError(f"reward server {self.url}: another request has failed")
         raise RewardError(f"reward server {self.url}{path}: {problem} ({self.retries + 1} attempt(s))")
-
-    def _delay(self, attempt: int) -> float:
-        # random, so that clients that were turned away together do not return together
-        return min(self.backoff * 2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
-
-    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        # a function, as requests would replace a header by the password of a ~/.netrc
-        if self.token is not None:
-            request.headers["Authorization"] = f"Bearer {self.token}"
-        return request
 
     def _hint(self, answer: requests.Response) -> str:
         if answer.status_code not in (401, 403):
@@ -220,15 +198,28 @@ class _Client:
         return f"; the token sent is that of the environment variable {self.token_env}"
 
 
+def _session(concurrency: int, token: str | None) -> requests.Session:
+    import requests
+    from requests.adapters import HTTPAdapter
+
+    def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if token is not None:
+            request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    session = requests.Session()
+    # a function, as requests would replace a header by the password of a ~/.netrc
+    session.auth = authorize
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency))
+    return session
+
+
 def _png(pixels: Any) -> str:
     file = io.BytesIO()
     # sending more bytes takes less time than compressing them further
     Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def _is_score(value: object) -> bool:
-    return value is None or type(value) in (int, float)
 
 
 def _is_number(value: object) -> bool:
@@ -248,12 +239,12 @@ def _retry_after(header: str | None) -> float:
     return min(max(seconds, 0.0), LONGEST_ASKED)
 
 
-def _reason(answer: requests.Response) -> str:
-    """Returns the error message of a server's answer."""
+def _field(answer: requests.Response, name: str) -> Any:
+    """Returns a value of an answer that is a JSON object; None if it has none of this name, or is something else."""
     try:
-        return str(answer.json()["error"])
+        return answer.json()[name]
     except (ValueError, KeyError, TypeError):
-        return answer.text
+        return None
 
 
 def _cause(error: BaseException) -> str:
@@ -264,17 +255,14 @@ def _cause(error: BaseException) -> str:
 
 
 def _require_url(url: object) -> None:
-    allowed = "http://HOST:PORT or https://..., without a query"
-    if not isinstance(url, str):
-        raise ValueError(f"url: found {url!r}, allowed: {allowed}")
-    parts = urlsplit(url)
+    parts = urlsplit(url if isinstance(url, str) else "")
     if parts.username is not None or parts.password is not None:
         raise ValueError("url: found one with a password in it, allowed: token_env for what is secret")
     _require(
         parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment,
         "url",
         url,
-        allowed,
+        "http://HOST:PORT or https://..., without a query",
     )
 
 

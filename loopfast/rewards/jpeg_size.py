@@ -41,13 +41,12 @@ def _size(sign: float, quality: int) -> Reward:
         raise ValueError(f"quality: found {quality!r}, allowed: a whole number from 1 to 100")
 
     def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        sizes = []
         pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-        return [sign * _kilobytes(image.numpy(), quality) for image in pixels.permute(0, 2, 3, 1).cpu()]
+        for image in pixels.permute(0, 2, 3, 1).cpu():
+            file = io.BytesIO()
+            Image.fromarray(image.numpy()).save(file, format="JPEG", quality=quality)
+            sizes.append(sign * file.tell() / 1000)
+        return sizes
 
     return reward
-
-
-def _kilobytes(pixels: Any, quality: int) -> float:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="JPEG", quality=quality)
-    return file.tell() / 1000

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
+from loopfast.rewards.models.pretrained import COMMON_OPTIONS
 from loopfast.rewards.registry import REWARDS, RewardInfo, find_reward
 
 __all__ = ["all_rewards", "one_reward", "options_of"]
@@ -61,14 +62,10 @@ def _facts(info: RewardInfo) -> dict[str, str]:
 
 def options_of(make: Callable[..., Any]) -> list[tuple[str, str, str]]:
     """Returns each option of a reward: name, default as YAML, and meaning from the docstring of ``make``."""
-    meanings = _arguments(inspect.getdoc(make) or "")
+    meanings = COMMON_OPTIONS | _arguments(inspect.getdoc(make) or "")
     return [
-        (
-            parameter.name,
-            "required" if parameter.default is parameter.empty else json.dumps(parameter.default),
-            meanings.get(parameter.name, ""),
-        )
-        for parameter in inspect.signature(make).parameters.values()
+        (name, "required" if option.default is option.empty else json.dumps(option.default), meanings[name])
+        for name, option in inspect.signature(make).parameters.items()
     ]
 
 

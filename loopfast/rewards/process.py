@@ -81,7 +81,9 @@ class RewardProcess:
         """
         entries = None if metadata is None else [dict(entry) for entry in metadata]
         try:
-            found = self._ask((images.detach().cpu().numpy(), list(prompts), entries, keep_bad))
+            total, parts, problems = self._ask(
+                (images.detach().cpu().numpy(), list(prompts), entries, keep_bad)
+            )
         except (TypeError, AttributeError, ValueError) as error:
             if "pickle" not in str(error):
                 raise
@@ -90,7 +92,6 @@ class RewardProcess:
                 "rollout.reward_worker=thread",
                 range(len(prompts)),
             ) from error
-        total, parts, problems = found
         named = {name: torch.from_numpy(part) for name, part in parts.items()}
         return Scores(torch.from_numpy(total), named, problems)
 

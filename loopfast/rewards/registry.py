@@ -41,112 +41,87 @@ class RewardInfo:
     Attributes:
         make: makes the reward from its options.
         summary: its meaning, in a few words.
-        range: range of its values.
-        weights: origin of its weights; None if it has none.
-        license: license of the weights; None if it has none.
+        weights, license: origin of its weights, and their license; None if it has none.
         extra: the package's extra with its imports; None means ``train``.
+        range: range of its values.
     """
 
     make: Callable[..., Reward]
     summary: str
-    range: str
     weights: str | None = None
     license: str | None = None
     extra: str | None = None
+    range: str = "0 to 1"
 
 
-REWARDS: dict[str, RewardInfo] = {
-    "embedded": RewardInfo(embedded, "faithfulness to a caption of the embedded world", "0 to 1"),
-    "embedded_exact": RewardInfo(embedded_exact, "exact faithfulness in the embedded world", "0 or 1"),
-    "jpeg_compressibility": RewardInfo(jpeg_compressibility, "minus the size as a JPEG, in kB", "below 0"),
-    "jpeg_incompressibility": RewardInfo(jpeg_incompressibility, "size as a JPEG, in kB", "above 0"),
-    "aesthetic": RewardInfo(
+_CLIP = "openai/clip-vit-large-patch14"
+_BLIP = "Salesforce/blip-vqa-capfilt-large"
+_INFOS = (
+    RewardInfo(embedded, "faithfulness to a caption of the embedded world"),
+    RewardInfo(embedded_exact, "exact faithfulness in the embedded world", range="0 or 1"),
+    RewardInfo(jpeg_compressibility, "minus the size as a JPEG, in kB", range="below 0"),
+    RewardInfo(jpeg_incompressibility, "size as a JPEG, in kB", range="above 0"),
+    RewardInfo(
         aesthetic,
         "LAION's aesthetic score",
-        "about 1 to 10",
-        "openai/clip-vit-large-patch14, trl-lib/ddpo-aesthetic-predictor",
+        f"{_CLIP}, trl-lib/ddpo-aesthetic-predictor",
         "MIT (CLIP); Apache-2.0 (head)",
+        range="about 1 to 10",
     ),
-    "clip_score": RewardInfo(
-        clip_score,
-        "agreement of image and prompt by CLIP",
-        "-1 to 1",
-        "openai/clip-vit-large-patch14",
-        "MIT",
-    ),
-    "pickscore": RewardInfo(
+    RewardInfo(clip_score, "agreement of image and prompt by CLIP", _CLIP, "MIT", range="-1 to 1"),
+    RewardInfo(
         pickscore,
         "human preference, learned on Pick-a-Pic",
-        "-s to s, s the model's logit scale",
         "yuvalkirstain/PickScore_v1",
         "see its model card",
+        range="-s to s, s the model's logit scale",
     ),
-    "hps_v2": RewardInfo(
-        hps_v2,
-        "human preference, HPS v2.1 or v2",
-        "-1 to 1",
-        "xswu/HPSv2",
-        "Apache-2.0",
-    ),
-    "image_reward": RewardInfo(
+    RewardInfo(hps_v2, "human preference, HPS v2.1 or v2", "xswu/HPSv2", "Apache-2.0", range="-1 to 1"),
+    RewardInfo(
         image_reward,
         "human preference, ImageReward",
-        "unbounded; mean 0, deviation 1",
         "THUDM/ImageReward",
         "Apache-2.0",
+        range="unbounded; mean 0, deviation 1",
     ),
-    "blip_vqa": RewardInfo(
-        blip_vqa,
-        "attributes bound to their objects (T2I-CompBench's, by BLIP)",
-        "0 to 1",
-        "Salesforce/blip-vqa-capfilt-large",
-        "BSD-3-Clause",
+    RewardInfo(
+        blip_vqa, "attributes bound to their objects (T2I-CompBench's, by BLIP)", _BLIP, "BSD-3-Clause"
     ),
-    "vqa_score": RewardInfo(
+    RewardInfo(
         vqa_score,
         'probability of "yes, this shows the prompt" (VQAScore)',
-        "0 to 1",
         "Salesforce/instructblip-flan-t5-xl",
         "MIT",
     ),
-    "ocr": RewardInfo(
+    RewardInfo(
         ocr,
         "how much of the text asked for can be read",
-        "0 to 1",
         "in the package rapidocr",
         "Apache-2.0",
-        "ocr",
+        extra="ocr",
     ),
-    "spatial": RewardInfo(
+    RewardInfo(
         spatial,
         "two objects beside, above or near each other as the prompt says (T2I-CompBench's geometry)",
-        "0 to 1",
         OWLV2,
         "Apache-2.0",
     ),
-    "spatial_3d": RewardInfo(
+    RewardInfo(
         spatial_3d,
         "an object in front of or behind the other as the prompt says (T2I-CompBench's geometry)",
-        "0 to 1",
         f"{OWLV2}, {DEPTH_ANYTHING}",
         "Apache-2.0",
     ),
-    "numeracy": RewardInfo(
-        numeracy,
-        "as many objects as the prompt says (T2I-CompBench's rules)",
-        "0 to 1",
-        OWLV2,
-        "Apache-2.0",
-    ),
-    "three_in_one": RewardInfo(
+    RewardInfo(numeracy, "as many objects as the prompt says (T2I-CompBench's rules)", OWLV2, "Apache-2.0"),
+    RewardInfo(
         three_in_one,
         "mean of blip_vqa, spatial and clip_score for complex prompts (T2I-CompBench's)",
-        "0 to 1",
-        f"Salesforce/blip-vqa-capfilt-large, {OWLV2}, openai/clip-vit-large-patch14",
+        f"{_BLIP}, {OWLV2}, {_CLIP}",
         "BSD-3-Clause (BLIP); Apache-2.0 (OWLv2); MIT (CLIP)",
     ),
-    "http": RewardInfo(http, "what a reward server says (docs/reward-server.md)", "the server's"),
-}
+    RewardInfo(http, "what a reward server says (docs/reward-server.md)", range="the server's"),
+)
+REWARDS: dict[str, RewardInfo] = {info.make.__name__: info for info in _INFOS}
 """The rewards of the package by their names."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hmac
 import io
 import json
@@ -101,37 +100,22 @@ def reward_app(
         return JSONResponse({"error": message}, error.status_code)
 
     return Starlette(
-        routes=[
-            Route("/score", score, methods=["POST"]),
-            Route("/health", health, methods=["GET"]),
-        ],
+        routes=[Route("/score", score, methods=["POST"]), Route("/health", health, methods=["GET"])],
         exception_handlers={
-            _Refused: refused,
-            RewardError: refused,
-            RewardMemoryError: refused,
             HTTPException: unknown,
+            **dict.fromkeys((_Refused, RewardError, RewardMemoryError), refused),
         },
     )
 
 
-def serve_rewards(
-    rewards: RewardSet,
-    *,
-    host: str,
-    port: int,
-    token: str | None,
-    max_batch: int,
-    max_body: int,
-    say: Callable[[str], None],
-) -> None:
-    """Serves rewards until SIGINT or SIGTERM, then finishes the requests that it is answering.
+def serve_rewards(app: Starlette, *, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Serves an application of `reward_app` until SIGINT or SIGTERM, then finishes the requests that it is answering.
 
     Float32 is IEEE float32 on a GPU, as in a run without ``model.tf32``.
 
     Args:
-        rewards: as for `reward_app`.
+        app: the application.
         host, port: the address to listen at; port 0 takes any that is free.
-        token, max_batch, max_body: as for `reward_app`.
         say: called with the address, once the server answers there.
 
     Raises:
@@ -143,7 +127,6 @@ def serve_rewards(
     except ImportError as error:
         raise MissingExtraError("loopfast serve-reward", "serve", error.name) from error
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    app = reward_app(rewards, token=token, max_batch=max_batch, max_body=max_body)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
@@ -222,8 +205,6 @@ def _pixels(text: str, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
             data = base64.b64decode(text, validate=True)
             with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
                 return np.asarray(image.convert("RGB"))
-    except (binascii.Error, OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, RuntimeWarning) as error:
         reason = f"{type(error).__name__}: {error}"
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = str(error)
-    raise _Refused(400, f"images: number {index} is not a PNG in base64 ({reason})")
+        raise _Refused(400, f"images: number {index} is not a PNG in base64 ({reason})") from None

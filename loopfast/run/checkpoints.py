@@ -106,8 +106,7 @@ class CheckpointStore:
         removed too: the run was resumed from an earlier point, and they are no longer its history.
 
         Args:
-            iteration: the number of complete iterations.
-            update: the number of updates done in the next iteration.
+            iteration, update: see `Checkpoint`.
             tensors: file names without their ending, each with its named tensors of any dtype and device.
             state: the rest of the run's state; anything JSON can hold.
             score: the score that `best` compares; higher is better. None if this point was not evaluated: the
@@ -150,20 +149,20 @@ class CheckpointStore:
             _sync(temporary)
             final = self._put_in_place(temporary, name)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(self._cannot_save(name, error)) from error
+            paths = self.paths()
+            intact = (
+                f"the last one saved, {paths[-1].name}, is intact" if paths else "there is none from before"
+            )
+            raise CheckpointError(
+                f"cannot save checkpoint {name} in {self.directory}: {reason(error)}; {intact}"
+            ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self._prune(final)
         return final
 
     def load(self, path: Path) -> Checkpoint:
-        """Reads a checkpoint and checks every file against its manifest.
-
-        Args:
-            path: the checkpoint's folder. It may belong to another store.
-
-        Returns:
-            The checkpoint, with its tensors on the CPU.
+        """Reads a checkpoint, also of another store, to the CPU, and checks every file against its manifest.
 
         Raises:
             CheckpointError: a file is missing, truncated or altered; the message names it.
@@ -186,8 +185,7 @@ class CheckpointStore:
     def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Loads the newest checkpoint that is undamaged, or returns None if there is none.
 
-        Args:
-            warn: called with one line for each damaged checkpoint that is skipped: its path and its fault.
+        It calls ``warn`` with one line for each damaged checkpoint that is skipped: its path and its fault.
         """
         for path in reversed(self.paths()):
             try:
@@ -260,16 +258,11 @@ class CheckpointStore:
             return
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def _cannot_save(self, name: str, error: Exception) -> str:
-        paths = self.paths()
-        intact = f"the last one saved, {paths[-1].name}, is intact" if paths else "there is none from before"
-        return f"cannot save checkpoint {name} in {self.directory}: {reason(error)}; {intact}"
-
 
 def _storable(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the tensors in the form that safetensors accepts: on the CPU, contiguous, none sharing memory."""
     seen: set[int] = set()
-    result: dict[str, torch.Tensor] = {}
+    result = {}
     for name, tensor in named.items():
         local = tensor.detach().cpu().contiguous()
         storage = local.untyped_storage().data_ptr()

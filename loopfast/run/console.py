@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from PIL import Image
@@ -57,14 +56,27 @@ class Display:
     def __enter__(self) -> Display:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop()
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Describes the run that starts: a title, then a line for each (name, value)."""
-        self._facts(title, rows)
+        if self._quiet:
+            return
+        if self._interactive:
+            table = Table.grid(padding=(0, 2))
+            table.add_column(style="dim", no_wrap=True)
+            table.add_column(overflow="fold")
+            for name, value in rows:
+                table.add_row(Text(name), Text(value))
+            heading = Text(title, style="bold") if title else None
+            self._console.print(Panel.fit(table, title=heading, title_align="left", border_style="dim"))
+            return
+        if title:
+            self.message(title)
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, value in rows:
+            self.message(f"  {name:<{width}}  {value}")
 
     def start(self, total_iterations: int, completed: int = 0) -> None:
         """Begins to show progress.
@@ -90,11 +102,7 @@ class Display:
         self._phase = name
 
     def advance(self, metrics: Mapping[str, Any]) -> None:
-        """Reports an iteration.
-
-        Args:
-            metrics: its numbers by the names of `loopfast.run.tracking.METRICS`; ``iteration`` is required.
-        """
+        """Reports an iteration: its numbers by the names of `loopfast.run.tracking.METRICS`, with ``iteration``."""
         self._note(metrics)
         if self._live is None or metrics.get("eval_reward") is not None:
             self.message(self._summary(metrics))
@@ -116,7 +124,7 @@ class Display:
     def finish(self, rows: Sequence[tuple[str, str]]) -> None:
         """Ends the progress and shows a summary: a line for each (name, value)."""
         self._stop()
-        self._facts("", rows)
+        self.header("", rows)
 
     def _note(self, metrics: Mapping[str, Any]) -> None:
         """Stores the number of complete iterations and the latest rewards."""
@@ -143,24 +151,6 @@ class Display:
     @property
     def _interactive(self) -> bool:
         return self._console.is_terminal and not self._console.is_dumb_terminal
-
-    def _facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        if self._quiet:
-            return
-        if self._interactive:
-            table = Table.grid(padding=(0, 2))
-            table.add_column(style="dim", no_wrap=True)
-            table.add_column(overflow="fold")
-            for name, value in rows:
-                table.add_row(Text(name), Text(value))
-            heading = Text(title, style="bold") if title else None
-            self._console.print(Panel.fit(table, title=heading, title_align="left", border_style="dim"))
-            return
-        if title:
-            self.message(title)
-        width = max((len(name) for name, _ in rows), default=0)
-        for name, value in rows:
-            self.message(f"  {name:<{width}}  {value}")
 
     def _progress(self) -> RenderableType:
         left = self._seconds_left()

@@ -89,9 +89,6 @@ class RunFolder:
     def continues(self, resume: str | None) -> bool:
         """Returns whether the run in this folder is resumed. It makes the checks of `open`, and writes nothing.
 
-        Args:
-            resume: the same as for `open`.
-
         Raises:
             RunExistsError: the folder holds a run, and another run or none is resumed.
             ConfigError: the configuration is not that of the run to resume.
@@ -148,17 +145,12 @@ class RunFolder:
         *,
         place: str = "failures",
     ) -> Path:
-        """Writes the images that caused a failure, with their prompts.
+        """Writes the images that caused a failure, with their prompts, and returns their folder.
 
         Args:
-            iteration: their iteration.
             images: N float ``[3, H, W]`` in [0, 1]; NaN is drawn black.
-            prompts: N texts.
             rank: the rank of the process that writes, if every process writes its own.
             place: the folder within the run's. Images at which the run stopped are in ``failures``.
-
-        Returns:
-            The folder with the images.
 
         Raises:
             LoopfastError: the folder cannot be written.

@@ -156,12 +156,9 @@ def describe(name: str) -> Metric:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a ``metrics.jsonl``.
+    """Reads a ``metrics.jsonl``: one dict per line, and none if there is no file.
 
     A half-written last line is skipped: the process was killed, or is writing now.
-
-    Returns:
-        One dict per line, in the order of the file. Empty if there is no file.
 
     Raises:
         LoopfastError: a line before the last is not a JSON object; the message names it.
@@ -222,21 +219,27 @@ class Tracker:
         self._warn = warn
         with writing(self._path.parent, "the metrics "):
             directory.mkdir(parents=True, exist_ok=True)
-            kept = []
-            if resume_at is not None:
-                kept = [line for line in read_metrics(self._path) if line["iteration"] <= resume_at]
+            lines = [] if resume_at is None else read_metrics(self._path)
+            kept = [line for line in lines if line["iteration"] <= (resume_at or 0)]
             write_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = self._path.open("a", encoding="utf-8")
         self._sinks: dict[str, _Sink] = {}
         for name in trackers:
-            self._start(name, directory, resume_at)
+            try:
+                self._sinks[name] = _SINKS[name](directory, resume_at)
+            except LoopfastError:
+                raise
+            except Exception as error:
+                problem = f"the tracker {name!r} cannot start: {_described(error)}"
+                if resume_at is None:
+                    raise LoopfastError(f"{problem}; without it in run.trackers the run can start") from error
+                self._warn(f"{problem}; the run goes on without it")
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Records one iteration.
 
-        Args:
-            metrics: numbers, or tensors of one element, by the names of `METRICS`. ``iteration`` is required; a value
-                of None is skipped.
+        The metrics are numbers, or tensors of one element, by the names of `METRICS`. ``iteration`` is required; a
+        value of None is skipped.
 
         Raises:
             KeyError: a name is not in `METRICS`, or ``iteration`` is missing.
@@ -244,9 +247,9 @@ class Tracker:
         """
         numbers = {name: _number(value) for name, value in metrics.items() if value is not None}
         iteration = int(metrics["iteration"])
-        for name in numbers:
-            describe(name)
-        finite = {name: value for name, value in numbers.items() if value is not None and name != "iteration"}
+        titled = {f"{describe(name).section}/{name}": value for name, value in numbers.items()}
+        finite = {name: value for name, value in titled.items() if value is not None}
+        del finite["run/iteration"]
         with writing(self._path.parent, "the metrics "):
             self._file.write(json.dumps(numbers) + "\n")
             self._file.flush()
@@ -268,18 +271,6 @@ class Tracker:
         finally:
             self._each(lambda sink: sink.close())
             self._sinks = {}
-
-    def _start(self, name: str, directory: Path, resume_at: int | None) -> None:
-        """Adds a tracker. If it fails, a new run ends, and a resumed run continues without it."""
-        try:
-            self._sinks[name] = _SINKS[name](directory, resume_at)
-        except LoopfastError:
-            raise
-        except Exception as error:
-            problem = f"the tracker {name!r} cannot start: {_described(error)}"
-            if resume_at is None:
-                raise LoopfastError(f"{problem}; without it in run.trackers the run can start") from error
-            self._warn(f"{problem}; the run goes on without it")
 
     def _each(self, use: Callable[[_Sink], None]) -> None:
         """Applies a function to every tracker, and drops those that fail."""
@@ -312,7 +303,7 @@ class _TensorBoard:
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(f"{describe(name).section}/{name}", value, iteration)
+            self._writer.add_scalar(name, value, iteration)
         self._writer.flush()
 
     def image(self, tag: str, iteration: int, image: Image.Image) -> None:
@@ -344,9 +335,8 @@ class _WandB:
             raise MissingExtraError("the tracker 'wandb'", "wandb", error.name) from error
         self._wandb = wandb
         marker = directory / "wandb-run-id"
-        known = None
-        if resume_at is not None and marker.exists():
-            known = marker.read_text(encoding="utf-8")
+        resumed = resume_at is not None and marker.exists()
+        known = marker.read_text(encoding="utf-8") if resumed else None
         self._run = self._wandb.init(
             project="loopfast", name=directory.name, dir=str(directory), id=known, resume="allow"
         )
@@ -354,8 +344,7 @@ class _WandB:
         marker.write_text(self._run.id, encoding="utf-8")
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
-        named = {f"{describe(name).section}/{name}": value for name, value in values.items()}
-        self._run.log({"iteration": iteration, **named})
+        self._run.log({"iteration": iteration, **values})
 
     def image(self, tag: str, iteration: int, image: Image.Image) -> None:
         self._run.log({"iteration": iteration, tag: self._wandb.Image(image)})

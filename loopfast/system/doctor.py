@@ -23,7 +23,12 @@ def examine() -> str:
     The line of a missing package contains the command that installs it.
     """
     sections = {
-        "loopfast": _versions(),
+        "loopfast": [
+            ("loopfast", __version__),
+            ("python", platform.python_version()),
+            ("torch", torch.__version__),
+            ("platform", platform.platform()),
+        ],
         "processor": processor.describe(),
         "devices": _devices(),
         "kernels": iter(loopfast_kernels.info().items()),
@@ -35,13 +40,6 @@ def examine() -> str:
         width = max(len(name) for name, _ in rows)
         lines += ["", title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
     return "\n".join(lines[1:])
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "loopfast", __version__
-    yield "python", platform.python_version()
-    yield "torch", torch.__version__
-    yield "platform", platform.platform()
 
 
 def _devices() -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
@@ -47,9 +47,7 @@ class StopRequest:
                 self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore(*list(self._previous))
 
     def _note(self, number: int, frame: FrameType | None) -> None:

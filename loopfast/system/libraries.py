@@ -6,8 +6,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from operator import setitem
 from typing import Any
 
 VERBOSITY = {"diffusers": "DIFFUSERS_VERBOSITY", "transformers": "TRANSFORMERS_VERBOSITY"}
@@ -25,7 +27,7 @@ def quiet_libraries() -> None:
         # other libraries import DeepSpeed if it is installed, and it prints at length which accelerator it found
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for library, variable in VERBOSITY.items():
-        log = _logging_of(library)
+        log = import_module(f"{library}.utils.logging")
         log.disable_progress_bar()
         if os.environ[variable] == "error":  # the library reads the variable only when it is imported
             log.set_verbosity_error()
@@ -43,11 +45,12 @@ def undisturbed() -> Iterator[None]:
         after.callback(_restore_environment, dict(os.environ))
         root = logging.getLogger()
         after.callback(root.setLevel, root.level)
-        after.callback(_restore_list, root.handlers, list(root.handlers))
-        after.callback(_restore_list, sys.path, list(sys.path))
+        lists: tuple[list[Any], ...] = (root.handlers, sys.path)
+        for settings in lists:
+            after.callback(setitem, settings, slice(None), list(settings))
         for library, variable in VERBOSITY.items():
             if f"{library}.utils.logging" in sys.modules:
-                log = _logging_of(library)
+                log = sys.modules[f"{library}.utils.logging"]
                 after.callback(_set_verbosity, library, log.get_verbosity(), log.is_progress_bar_enabled())
             elif variable not in os.environ:
                 # the library's defaults, as if the user imported it
@@ -57,22 +60,10 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-def _logging_of(library: str) -> Any:
-    if library == "diffusers":
-        from diffusers.utils import logging as found
-    else:
-        from transformers.utils import logging as found
-    return found
-
-
 def _set_verbosity(library: str, level: int, loading_bars: bool) -> None:
-    log = _logging_of(library)
+    log = import_module(f"{library}.utils.logging")
     log.set_verbosity(level)
     (log.enable_progress_bar if loading_bars else log.disable_progress_bar)()
-
-
-def _restore_list(now: list[Any], before: list[Any]) -> None:
-    now[:] = before
 
 
 def _restore_environment(before: dict[str, str]) -> None:
@@ -92,9 +83,8 @@ def _keep_arithmetic(after: ExitStack) -> None:
     ]
     for owner, name in settings:
         after.callback(setattr, owner, name, getattr(owner, name))
-    restore: Callable[..., None] = torch.use_deterministic_algorithms
     after.callback(
-        restore,
+        torch.use_deterministic_algorithms,
         torch.are_deterministic_algorithms_enabled(),
         warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
     )

@@ -70,10 +70,8 @@ def open_streams(*, keep_going: bool = False) -> None:
         keep_going: the process does more than print, so a warning on stderr reports dropped output at once.
     """
     _open_descriptors()
-    sys.stdout, sys.stderr = (
-        _steady(sys.stdout, sys.__stdout__, keep_going),
-        _steady(sys.stderr, sys.__stderr__),
-    )
+    sys.stdout = _steady(sys.stdout, sys.__stdout__, keep_going)
+    sys.stderr = _steady(sys.stderr, sys.__stderr__)
 
 
 def lost_output() -> str | None:
@@ -88,11 +86,7 @@ def lost_output() -> str | None:
 class _SteadyFile(io.FileIO):
     """A file that accepts everything, and drops what the file behind it does not accept.
 
-    Every write is tried, because a full disk may have space again.
-
-    Attributes:
-        failure: the first error, or None.
-        keep_going: as in `open_streams`.
+    The attribute ``failure`` is the first error. Every write is tried, because a full disk may have space again.
     """
 
     def __init__(self, descriptor: int, name: str, keep_going: bool) -> None:

@@ -26,7 +26,7 @@ def why_unusable() -> str | None:
         version, cuda = str(built["torch"]), built["cuda"]
     except (OSError, ValueError, KeyError, TypeError):
         return "it has no kernels (a readable cpp_lib.json is missing in its folder)"
-    here = f"this is torch {torch.__version__} for {_platform()}"
+    here = f"this is torch {torch.__version__} for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'no CUDA'}"
     if cuda is None:
         return f"it was built for torch {version} without CUDA, and {here}"
     if torch.version.cuda is None or cuda // 100 != int(torch.version.cuda.partition(".")[0]):
@@ -53,10 +53,6 @@ def _folder() -> Path | None:
     found = importlib.util.find_spec("xformers")
     places = None if found is None else found.submodule_search_locations
     return Path(next(iter(places))) if places else None
-
-
-def _platform() -> str:
-    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
 
 
 def _pinned_torch() -> str | None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.models.detection import Box, Detection, Detector, load_detector, without_overlaps
+from loopfast.rewards.models.detection import Box, Detection, Detector, without_overlaps
 from loopfast.rewards.models.pretrained import placement
+from loopfast.rewards.models.weights import Source
 from tests.tiny_models import SIZE, write_detector
 
 NAMES = [["red circle", "blue square"], ["dog"], ["cat", "green star", "bowl"], ["dog", "cat"], ["cow"]]
@@ -24,7 +25,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def detector(folder: Path, threshold: float = 0.1, dtype: str = "float32") -> Detector:
-    return load_detector(placement("spatial", "cpu", dtype, 4), str(folder), None, threshold)
+    source = Source("spatial", "weights", str(folder))
+    return Detector(placement("spatial", "cpu", dtype, 4), source, threshold)
 
 
 def by_transformers(folder: Path, image: Tensor, names: list[str]) -> list[tuple[str, float, list[float]]]:

@@ -11,6 +11,7 @@ from transformers import BlipImageProcessor, CLIPImageProcessor
 
 from loopfast.errors import ConfigError
 from loopfast.rewards.models.preprocessing import ImagePreprocessing, load_preprocessing
+from loopfast.rewards.models.weights import Source
 
 # of a value in [0, 1] to 8 bits, over the smallest of CLIP's deviations; of the picture, and in each pass of resizing
 ROUNDING = 0.5 / 255 / 0.26
@@ -27,7 +28,7 @@ def test_agrees_with_clips_processor(
     processor.save_pretrained(tmp_path)
     images = torch.rand(2, 3, *shape)
     expected = processor(as_pictures(images), return_tensors="pt")["pixel_values"]
-    found = load_preprocessing("aesthetic", str(tmp_path))(images)
+    found = load_preprocessing(Source("aesthetic", "weights", str(tmp_path)))(images)
     assert found.dtype == torch.float32
     assert found.shape == expected.shape == (2, 3, 32, 32)
     assert (found - expected).abs().max() < 3 * ROUNDING
@@ -40,16 +41,16 @@ def test_agrees_with_blips_processor(tmp_path: Path, as_pictures: Callable[[Tens
     processor.save_pretrained(tmp_path)
     images = torch.rand(2, 3, 40, 48)
     expected = processor(as_pictures(images), return_tensors="pt")["pixel_values"]
-    found = load_preprocessing("blip_vqa", str(tmp_path), kind="BLIP")(images)
+    found = load_preprocessing(Source("blip_vqa", "weights", str(tmp_path)), kind="BLIP")(images)
     assert found.shape == expected.shape == (2, 3, 24, 32)
     assert (found - expected).abs().max() < 3 * ROUNDING
 
 
 def test_old_files_give_sizes_as_numbers(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"size": 224, "crop_size": 224, "resample": 3}')
-    found = load_preprocessing("aesthetic", str(tmp_path))
+    found = load_preprocessing(Source("aesthetic", "weights", str(tmp_path)))
     assert (found.resize, found.crop) == (224, (224, 224))
-    assert load_preprocessing("blip_vqa", str(tmp_path), kind="BLIP").resize == (224, 224)
+    assert load_preprocessing(Source("blip_vqa", "weights", str(tmp_path)), kind="BLIP").resize == (224, 224)
 
 
 def test_images_are_not_changed_in_place() -> None:
@@ -77,6 +78,6 @@ def test_unusable_processor_is_named(tmp_path: Path, document: str | None, reaso
     if document is not None:
         (tmp_path / "preprocessor_config.json").write_text(document)
     with pytest.raises(ConfigError) as caught:
-        load_preprocessing("aesthetic", str(tmp_path))
+        load_preprocessing(Source("aesthetic", "weights", str(tmp_path)))
     assert f"reward 'aesthetic': the image processor of {str(tmp_path)!r}" in str(caught.value)
     assert reason in str(caught.value)

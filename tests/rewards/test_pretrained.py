@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import inspect
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +10,14 @@ import torch
 from torch import Tensor
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.models.pretrained import Placement, PretrainedReward, number, placement
+from loopfast.rewards.models.pretrained import (
+    Placement,
+    PretrainedReward,
+    ScoreBatch,
+    number,
+    placement,
+    pretrained,
+)
 
 CPU = torch.device("cpu")
 
@@ -108,3 +117,22 @@ def test_a_number_is_finite(value: Any) -> None:
     assert number("r", "scale", 2) == 2.0
     with pytest.raises(ConfigError, match=r"reward 'r': scale: found .*, allowed: a finite number"):
         number("r", "scale", value)
+
+
+def test_a_decorated_function_has_the_common_options_too() -> None:
+    inner = Brightness()
+
+    @pretrained
+    def bright(place: Placement, scale: float = 1.0) -> Callable[[], ScoreBatch]:
+        number(place.reward, "scale", scale)
+        return inner.load
+
+    assert list(inspect.signature(bright).parameters) == ["scale", "device", "dtype", "batch_size"]
+    reward = bright(scale=2.0, device="cpu", batch_size=3)
+    assert reward.place == Placement("bright", CPU, torch.float32, 3)
+    assert inner.loads == 0
+    assert reward(torch.ones(1, 3, 4, 4), ["a"], [{}]).tolist() == [1.0]
+    with pytest.raises(ConfigError, match="reward 'bright': dtype: found 'int8'"):
+        bright(dtype="int8")
+    with pytest.raises(TypeError, match=r"bright\(\) got an unexpected keyword argument 'size'"):
+        bright(size=1)

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.models.sources import is_file, require_file, require_folder
+from loopfast.rewards.models.weights import is_file, require_file, require_folder
 
 
 def test_sources_are_local_or_on_the_hub(tmp_path: Path) -> None:
     file = tmp_path / "head.pth"
     file.touch()
-    assert require_folder("r", "weights", "owner/name") == "owner/name"
-    assert require_folder("r", "weights", "name") == "name"
-    assert require_file("r", "head", "owner/name/folder/head.pth") == "owner/name/folder/head.pth"
-    assert require_file("r", "head", str(file)) == str(file)
+    assert require_folder("r", "weights", "owner/name").name == "owner/name"
+    assert require_folder("r", "weights", "name").name == "name"
+    assert require_file("r", "head", "owner/name/folder/head.pth").name == "owner/name/folder/head.pth"
+    assert require_file("r", "head", str(file)).name == str(file)
     assert is_file(str(file))
     assert is_file("owner/name/file.pt")
     assert is_file("./absent.pt")

@@ -216,8 +216,10 @@ def test_the_depth_map_has_the_images_size(weights: dict[str, str], images: Tens
 
     from loopfast.rewards.models.depth import load_depth
     from loopfast.rewards.models.pretrained import placement
+    from loopfast.rewards.models.weights import Source
 
-    depth = load_depth(placement("spatial_3d", "cpu", "float32", 4), weights["depth"], None)
+    source = Source("spatial_3d", "depth_weights", weights["depth"])
+    depth = load_depth(placement("spatial_3d", "cpu", "float32", 4), source)
     assert depth(images).shape == (5, 40, 48)
     # of the model's own size: the map that transformers gives
     own = torch.rand(2, 3, 28, 28)

@@ -92,15 +92,8 @@ def denoise_step(
         TypeError: an argument has a wrong type or dtype.
         ValueError: a wrong shape, device or value; on the CPU also a step outside the table.
     """
-    check_transition(
-        model_output,
-        table,
-        step,
-        guidance_scale,
-        reduction,
-        sample=sample,
-        uncond_output=uncond_output,
-    )
+    latents = {"sample": sample, "uncond_output": uncond_output}
+    check_transition(model_output, latents, table, step, guidance_scale, reduction)
     check_tensor(
         "seed", seed, dtypes=(torch.int64,), shape=(model_output.shape[0],), device=model_output.device
     )
@@ -153,7 +146,7 @@ def denoise_step_(
         TypeError: an argument has a wrong type or dtype.
         ValueError: a wrong shape, device or value; on the CPU also a step outside the table.
     """
-    check_transition(model_output, table, None, guidance_scale, reduction, uncond_output=uncond_output)
+    check_transition(model_output, {"uncond_output": uncond_output}, table, None, guidance_scale, reduction)
     rows, device = model_output.shape[:1], model_output.device
     check_tensor("step", step, dtypes=(torch.int64,), shape=(1,), device=device)
     steps = table.shape[0]

@@ -269,17 +269,13 @@ def loop_loss(
     if rewards.dim() != 2:
         raise ValueError(f"rewards must have shape [G, K], got {list(rewards.shape)}")
     check_group(rewards)
-    check_transition(
-        model_output,
-        table,
-        step,
-        guidance_scale,
-        reduction,
-        sample=sample,
-        prev_sample=prev_sample,
-        uncond_output=uncond_output,
-        reference_output=reference_output,
-    )
+    latents = {
+        "sample": sample,
+        "prev_sample": prev_sample,
+        "uncond_output": uncond_output,
+        "reference_output": reference_output,
+    }
+    check_transition(model_output, latents, table, step, guidance_scale, reduction)
     rows, device = model_output.shape[:1], model_output.device
     check_tensor("old_logprob", old_logprob, dtypes=REAL_DTYPES, shape=rows, device=device)
     check_tensor("trajectory", trajectory, dtypes=(torch.int64,), shape=rows, device=device)
@@ -354,17 +350,13 @@ def clipped_loss(
         TypeError: an argument has a wrong type or dtype.
         ValueError: a wrong shape, device or value; on the CPU also a step outside the table.
     """
-    check_transition(
-        model_output,
-        table,
-        step,
-        guidance_scale,
-        reduction,
-        sample=sample,
-        prev_sample=prev_sample,
-        uncond_output=uncond_output,
-        reference_output=reference_output,
-    )
+    latents = {
+        "sample": sample,
+        "prev_sample": prev_sample,
+        "uncond_output": uncond_output,
+        "reference_output": reference_output,
+    }
+    check_transition(model_output, latents, table, step, guidance_scale, reduction)
     rows, device = model_output.shape[:1], model_output.device
     check_tensor("old_logprob", old_logprob, dtypes=REAL_DTYPES, shape=rows, device=device)
     check_tensor("advantage", advantage, dtypes=REAL_DTYPES, shape=rows, device=device)

@@ -287,7 +287,7 @@ def loss_partials_kernel(
     elements,
     TILE: tl.constexpr,
 ):
-    """Split path, first launch: leaves the sums of a tile, one for each column."""
+    """Leaves the sums of a tile, one for each column: the first launch for larger rows."""
     row = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     residual, shift = load_residual(transition, latents, row, program, elements, TILE)
@@ -310,7 +310,7 @@ def finish_kernel(
     GROUP_BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Split path, second launch: finishes a row from its partial sums and leaves the gradient's factors."""
+    """Finishes a row from its partial sums and leaves the gradient's factors: the second launch for larger rows."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     squares = total(tl.load(partials + row * COLUMNS + column), COLUMNS)
@@ -333,7 +333,7 @@ def loss_gradients_kernel(
     elements,
     TILE: tl.constexpr,
 ):
-    """Split path, third launch: writes the gradients of a block.
+    """Writes the gradients of a block: the third launch for larger rows.
 
     Rows are taken in reverse: the part that the first launch read last is still in the cache.
     """

@@ -110,16 +110,8 @@ def transition_logprob(
         TypeError: an argument has a wrong type or dtype.
         ValueError: a wrong shape, device or value; on the CPU also a step outside the table.
     """
-    check_transition(
-        model_output,
-        table,
-        step,
-        guidance_scale,
-        reduction,
-        sample=sample,
-        prev_sample=prev_sample,
-        uncond_output=uncond_output,
-    )
+    latents = {"sample": sample, "prev_sample": prev_sample, "uncond_output": uncond_output}
+    check_transition(model_output, latents, table, step, guidance_scale, reduction)
     result: Tensor = _transition_logprob(
         model_output, sample, prev_sample, table, step, uncond_output, float(guidance_scale), reduction
     )

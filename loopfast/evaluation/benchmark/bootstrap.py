@@ -52,14 +52,9 @@ def mean_interval(
     mean = math.fsum(values) / len(values)
     random = generator(seed, "bootstrap", len(values))
     rows = max(1, _AT_ONCE // len(values))
-    means = torch.cat(
-        [
-            sample[
-                torch.randint(len(values), (min(rows, resamples - done), len(values)), generator=random)
-            ].mean(1)
-            for done in range(0, resamples, rows)
-        ]
-    )
+    shapes = [(min(rows, resamples - done), len(values)) for done in range(0, resamples, rows)]
+    draws = (torch.randint(len(values), shape, generator=random) for shape in shapes)
+    means = torch.cat([sample[drawn].mean(1) for drawn in draws])
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     # rounding, or few resamples of a skewed sample, may leave the mean slightly outside

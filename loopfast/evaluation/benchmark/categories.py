@@ -1,4 +1,4 @@
-"""The categories of the benchmarks: T2I-CompBench (arXiv 2307.06350), and the embedded one."""
+"""The categories of T2I-CompBench (arXiv 2307.06350)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loopfast.config import RewardConfig
-from loopfast.embedded import world
 from loopfast.evaluation.benchmark.run import Category
 from loopfast.prompts import load_prompts
 from loopfast.prompts.t2i_compbench import CATEGORIES
@@ -38,26 +37,14 @@ _METRICS: dict[str, RewardConfig] = {
 
 
 def t2i_compbench(directory: Path, names: Sequence[str] = CATEGORIES) -> list[Category]:
-    """Reads categories with the 300 prompts of their evaluation split and the benchmark's metrics.
+    """Reads categories from the folder of the prompt files: their 300 prompts to evaluate on, and their metrics.
 
     `spatial`, `spatial_3d` and `numeracy` use another detector than the benchmark. The other metrics are the same.
-
-    Args:
-        directory: the folder of the benchmark's prompt files.
-        names: the categories.
 
     Raises:
         ConfigError: a file is missing or cannot be used.
     """
     return [
         Category(name, load_prompts(f"t2i-compbench:{directory}:{name}-val"), _METRICS[name])
-        for name in names
-    ]
-
-
-def embedded_benchmark(names: Sequence[str] = world.CATEGORIES) -> list[Category]:
-    """Reads categories of the embedded world with their held-out captions, scored by its detector."""
-    return [
-        Category(name, load_prompts(f"embedded:{name}-heldout"), RewardConfig(name="embedded"))
         for name in names
     ]

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loopfast.config import Config
+from loopfast.config import Config, RewardConfig
 from loopfast.embedded.world import CATEGORIES as EMBEDDED_CATEGORIES
 from loopfast.errors import ConfigError
-from loopfast.evaluation.benchmark.categories import (
-    TITLES,
-    embedded_benchmark,
-    t2i_compbench,
-)
+from loopfast.evaluation.benchmark.categories import t2i_compbench
 from loopfast.evaluation.benchmark.metrics import with_metrics, with_options
 from loopfast.evaluation.benchmark.results import summarize, write_results
 from loopfast.evaluation.benchmark.run import Category, MeasuredModel, SamplingPlan, run_benchmark
 from loopfast.evaluation.models import RunModels, find_trained, with_rollout
 from loopfast.policies import lora_weights
+from loopfast.prompts import load_prompts
 from loopfast.prompts.t2i_compbench import CATEGORIES as T2I_CATEGORIES
 from loopfast.run.checkpoints import Checkpoint
 from loopfast.run.console import Display
 
-BENCHMARKS: dict[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
-    "t2i-compbench": (T2I_CATEGORIES, TITLES),
-    "embedded": (EMBEDDED_CATEGORIES, {}),
-}
-"""Each benchmark's categories, and the titles of its table's columns where they differ from the categories' names."""
+BENCHMARKS = {"t2i-compbench": T2I_CATEGORIES, "embedded": EMBEDDED_CATEGORIES}
+"""Each benchmark's categories."""
 
 # Keys of a configuration that change an image by rounding at most, or whose effect is in a checkpoint's weights.
 _WITHOUT_EFFECT = {
@@ -89,25 +83,25 @@ class BenchmarkChoice:
         """
         if self.name not in BENCHMARKS:
             raise ConfigError(f"--benchmark: found {self.name!r}, allowed: {', '.join(BENCHMARKS)}")
-        known, _ = BENCHMARKS[self.name]
+        known = BENCHMARKS[self.name]
         for name in self.categories:
             if name not in known:
                 raise ConfigError(
                     f"--category: {self.name} has no category {name!r}; allowed: {', '.join(known)}"
                 )
         names = [name for name in known if name in self.categories or not self.categories]
-        return with_options(with_metrics(self._categories(names), self.metrics), self.metric_options)
-
-    def _categories(self, names: Sequence[str]) -> list[Category]:
         if self.name == "embedded":
             if self.prompts_dir is not None:
                 raise ConfigError(
                     "--prompts-dir belongs to t2i-compbench; the embedded benchmark has its own"
                 )
-            return embedded_benchmark(names)
-        if self.prompts_dir is None:
+            detector = RewardConfig(name="embedded")
+            found = [Category(name, load_prompts(f"embedded:{name}-heldout"), detector) for name in names]
+        elif self.prompts_dir is None:
             raise ConfigError("t2i-compbench needs --prompts-dir, the folder of its prompt files")
-        return t2i_compbench(self.prompts_dir, names)
+        else:
+            found = t2i_compbench(self.prompts_dir, names)
+        return with_options(with_metrics(found, self.metrics), self.metric_options)
 
 
 def evaluate_benchmark(
@@ -115,29 +109,22 @@ def evaluate_benchmark(
     choice: BenchmarkChoice,
     plan: SamplingPlan,
     *,
-    steps: int | None = None,
-    eta: float | None = None,
-    noise_level: float | None = None,
-    guidance_scale: float | None = None,
     pretrained: str | None = None,
     base: bool = True,
     output: Path | None = None,
     display: Display,
-) -> tuple[dict[str, Any], Mapping[str, str]]:
+    **rollout: float | None,
+) -> dict[str, Any]:
     """Measures a run's newest good checkpoint, or an exported LoRA, and the model before training, on a benchmark.
 
     Args:
-        target: the run's folder, or a LoRA's.
-        choice: the benchmark, its categories and their metrics.
-        plan: the number of images and the seed of their noise.
-        steps, eta, noise_level, guidance_scale: settings of the sampler; None stands for the run's.
         pretrained: the base model of a LoRA; None stands for the one that its card names.
         base: measure the model before training, too.
         output: the folder for scores and results; None stands for ``benchmarks/<name>`` in the run's folder.
-        display: where progress is shown.
+        rollout: keys of the section ``rollout``; None stands for the run's setting.
 
     Returns:
-        The result of `loopfast.evaluation.benchmark.results.summarize`, and the titles of the table's columns.
+        The result of `loopfast.evaluation.benchmark.results.summarize`.
 
     Raises:
         ConfigError: an option, a file or a metric cannot be used, or the folder holds scores of other settings.
@@ -146,28 +133,21 @@ def evaluate_benchmark(
     """
     categories = choice.load()
     config, checkpoint = find_trained(target, display, pretrained=pretrained)
-    config = with_rollout(
-        config, steps=steps, eta=eta, noise_level=noise_level, guidance_scale=guidance_scale
-    )
+    config = with_rollout(config, **rollout)
     folder = output or target / "benchmarks" / choice.name
     models = _models(config, target, checkpoint, base=base)
     scores = run_benchmark(models, categories, plan, folder, display)
     result = summarize(choice.name, models, categories, plan, scores)
-    _, titles = BENCHMARKS[choice.name]
-    for file in write_results(result, titles, folder):
+    for file in write_results(result, folder):
         display.message(f"written: {file}")
-    return result, titles
+    return result
 
 
 def _models(
     config: Config, target: Path, checkpoint: Checkpoint | None, *, base: bool
 ) -> list[MeasuredModel]:
     common = {
-        section: {
-            key: value
-            for key, value in getattr(config, section).model_dump(mode="json").items()
-            if key not in without
-        }
+        section: getattr(config, section).model_dump(mode="json", exclude=without)
         for section, without in _WITHOUT_EFFECT.items()
     }
     if checkpoint is None:

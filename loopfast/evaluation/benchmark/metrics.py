@@ -23,7 +23,6 @@ def with_metrics(categories: Sequence[Category], metrics: Sequence[str]) -> list
     """Returns categories with other metrics.
 
     Args:
-        categories: the benchmark's categories.
         metrics: ``CATEGORY=NAME`` or ``CATEGORY={name: NAME, options: {KEY: VALUE}}``, where NAME is a reward of the
             package or a ``module:function``.
 
@@ -53,7 +52,6 @@ def with_options(categories: Sequence[Category], options: Sequence[str]) -> list
     """Returns categories whose metrics have other options.
 
     Args:
-        categories: the categories with their metrics.
         options: ``NAME.KEY=VALUE`` sets the option of every metric of that name, also inside `three_in_one`. Other
             weights are used without the revision of the default ones.
 

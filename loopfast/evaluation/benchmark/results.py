@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loopfast.errors import LoopfastError, one_line
 from loopfast.evaluation.benchmark.bootstrap import LEVEL, RESAMPLES, mean_interval
+from loopfast.evaluation.benchmark.categories import TITLES
 from loopfast.evaluation.benchmark.run import Category, MeasuredModel, SamplingPlan
 from loopfast.reporting.tables import plain_table
 from loopfast.system.files import write_file, writing
@@ -35,10 +36,7 @@ def summarize(
     """Collects the results of a benchmark in a form that JSON can hold.
 
     Args:
-        benchmark: the benchmark's name.
         models: the models. With two models, the second's difference from the first is computed, too.
-        categories: the measured categories.
-        plan: the number of images and their noise.
         scores: float64 ``[P, K]`` by model and category.
 
     Returns:
@@ -50,36 +48,28 @@ def summarize(
     for category in categories:
         by_model = {model.name: scores[model.name][category.name] for model in models}
         means = {name: values.mean(1).tolist() for name, values in by_model.items()}
+        intervals = dict(means)
         if len(models) == 2:
             first, second = means.values()
-            differences = [after - before for before, after in zip(first, second, strict=True)]
-            intervals = {**means, DIFFERENCE: differences}
-        else:
-            intervals = means
+            intervals[DIFFERENCE] = [after - before for before, after in zip(first, second, strict=True)]
+        items = []
+        for index in range(len(means[models[0].name])):
+            item: dict[str, Any] = {"prompt": category.prompts[index].text}
+            for name, values in by_model.items():
+                item[name] = {"mean": means[name][index], "images": values[index].tolist()}
+            items.append(item)
         found[category.name] = {
             "metric": {"name": category.metric.name, "options": category.metric.options},
-            "prompts": len(next(iter(means.values()))),
+            "prompts": len(items),
             "images_per_prompt": plan.images_per_prompt,
             "intervals": {
                 name: mean_interval(values, seed=plan.seed).as_dict() for name, values in intervals.items()
             },
-            "items": [
-                {
-                    "prompt": category.prompts[index].text,
-                    **{
-                        name: {"mean": means[name][index], "images": values[index].tolist()}
-                        for name, values in by_model.items()
-                    },
-                }
-                for index in range(len(next(iter(means.values()))))
-            ],
+            "items": items,
         }
     return {
         "benchmark": benchmark,
-        "versions": {
-            "loopfast": __version__,
-            **{name: metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": {"loopfast": __version__, **{name: metadata.version(name) for name in _PACKAGES}},
         "seed": plan.seed,
         "models": {model.name: dict(model.settings) for model in models},
         "confidence": {"level": LEVEL, "resamples": RESAMPLES, "over": "prompts"},
@@ -87,77 +77,60 @@ def summarize(
     }
 
 
-def _table(
-    result: Mapping[str, Any], titles: Mapping[str, str]
-) -> tuple[list[str], list[tuple[str, list[tuple[str, str, str]]]]]:
-    """Makes the table in the paper's layout, with a row for each model and a column for each category.
+def _titles(result: Mapping[str, Any]) -> list[str]:
+    """The table's columns. The paper names T2I-CompBench's."""
+    paper = TITLES if result["benchmark"] == "t2i-compbench" else {}
+    return [paper.get(name, name) for name in result["categories"]]
 
-    Args:
-        result: the result of `summarize`.
-        titles: the columns' titles by category, where they differ from the categories' names.
 
-    Returns:
-        The head, and for each row its title and the mean, low and high of each category as text.
-    """
-    categories = result["categories"]
-    names = list(next(iter(categories.values()))["intervals"])
-    head = ["model", *(titles.get(name, name) for name in categories)]
-    rows = []
-    for name in names:
+def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Yields the table's rows: the model, and the mean, low and high of each category as text."""
+    categories = list(result["categories"].values())
+    for name in categories[0]["intervals"]:
         sign = "+" if name == DIFFERENCE else ""
-        intervals = [category["intervals"][name] for category in categories.values()]
-        numbers = [
-            (f"{i['mean']:{sign}.4f}", f"{i['low']:{sign}.4f}", f"{i['high']:{sign}.4f}") for i in intervals
-        ]
-        rows.append((name, numbers))
-    return head, rows
+        intervals = [category["intervals"][name] for category in categories]
+        yield name, [tuple(f"{i[key]:{sign}.4f}" for key in ("mean", "low", "high")) for i in intervals]
 
 
-def as_rich(result: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
+def as_rich(result: Mapping[str, Any]) -> Table:
     """The table for a terminal. Bounds stand below their mean, so that eight categories fit into 80 columns."""
-    head, rows = _table(result, titles)
     caption = f"means and {result['confidence']['level']:.0%} confidence intervals"
-    table = Table(head[0], box=SIMPLE_HEAD, padding=0, show_edge=False, caption=caption)
-    for name in head[1:]:
-        table.add_column(name.replace("-", "-\n"), justify="right")
-    for title, numbers in rows:
-        table.add_row(f"{title}\n  from\n  to", *("\n".join(values) for values in numbers))
+    table = Table("model", box=SIMPLE_HEAD, padding=0, show_edge=False, caption=caption)
+    for title in _titles(result):
+        table.add_column(title.replace("-", "-\n"), justify="right")
+    for name, numbers in _rows(result):
+        table.add_row(f"{name}\n  from\n  to", *("\n".join(values) for values in numbers))
     return table
 
 
-def as_markdown(result: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+def as_markdown(result: Mapping[str, Any]) -> str:
     """The table and the metrics of the categories as Markdown."""
-    head, rows = _table(result, titles)
+    titles = _titles(result)
     # the full name of the difference, for which a terminal has no room
-    named = {DIFFERENCE: " − ".join(reversed([title for title, _ in rows[:2]]))}
+    named = {DIFFERENCE: " − ".join(reversed(list(result["models"])))}
     means = [
-        [named.get(title, title), *(f"{mean} [{low}, {high}]" for mean, low, high in numbers)]
-        for title, numbers in rows
+        [named.get(name, name), *(f"{mean} [{low}, {high}]" for mean, low, high in numbers)]
+        for name, numbers in _rows(result)
+    ]
+    measured = [
+        (title, category["metric"]["name"], str(category["prompts"]), str(category["images_per_prompt"]))
+        for title, category in zip(titles, result["categories"].values(), strict=True)
     ]
     confidence = result["confidence"]
     sentence = (
         f"Means over prompts with {confidence['level']:.0%} confidence intervals from {confidence['resamples']} "
         f"bootstrap resamples of the prompts. Seed {result['seed']}."
     )
-    measured = [
-        (
-            titles.get(name, name),
-            category["metric"]["name"],
-            str(category["prompts"]),
-            str(category["images_per_prompt"]),
-        )
-        for name, category in result["categories"].items()
-    ]
     parts = [
         f"# {result['benchmark']}",
-        plain_table(head, means),
+        plain_table(["model", *titles], means),
         sentence,
         plain_table(["category", "metric", "prompts", "images each"], measured),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def write_results(result: Mapping[str, Any], titles: Mapping[str, str], folder: Path) -> tuple[Path, Path]:
+def write_results(result: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     """Writes ``results.json`` and ``results.md`` into a folder, and returns both.
 
     Raises:
@@ -165,7 +138,7 @@ def write_results(result: Mapping[str, Any], titles: Mapping[str, str], folder: 
     """
     with writing(folder):
         write_file(folder / RESULTS, (json.dumps(result, indent=1) + "\n").encode())
-        write_file(folder / TABLE, as_markdown(result, titles).encode())
+        write_file(folder / TABLE, as_markdown(result).encode())
     return folder / RESULTS, folder / TABLE
 
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,8 @@ class SamplingPlan:
 def image_seed(seed: int, prompt: str, occurrence: int, image: int) -> int:
     """The seed of an image's noise, in [0, 2⁶³).
 
-    It is the same for every model and in every category, and does not depend on the other prompts and images.
-
-    Args:
-        seed: the benchmark's seed.
-        prompt: the text.
-        occurrence: 0 for the first time that a category has this text, 1 for the second.
-        image: the image's index among the prompt's images.
+    It is the same for every model and in every category, and does not depend on the other prompts and images. The
+    ``occurrence`` is 0 for the first time that a category has this text, and 1 for the second.
     """
     return derive(seed, "benchmark", prompt, occurrence, image)
 
@@ -95,12 +90,9 @@ def run_benchmark(
     """Draws and scores the images that the folder has no scores of yet.
 
     Args:
-        models: the models, with names that differ.
-        categories: the categories, with names that differ.
-        plan: the number of images and their noise.
+        models, categories: each with names that differ.
         folder: the folder for scores, ``scores/<model>-<category>.jsonl``, and images,
             ``images/<model>/<category>/samples/<prompt>_<number>.png``, which T2I-CompBench's own programs can read.
-        display: where progress is shown.
 
     Returns:
         Scores float64 ``[P, K]`` by model and category.
@@ -129,92 +121,70 @@ def _run_tasks(
     """Runs the tasks of one model and frees it. Metrics that are not in ``metrics`` yet are built and added."""
     with model.open() as sampler:
         for task in tasks:
-            key = _metric_key(task.category.metric)
+            metric = task.category.metric
+            key = json.dumps([metric.name, metric.options], sort_keys=True, default=str)
             if key not in metrics:
-                metrics[key] = build_rewards([task.category.metric])
+                metrics[key] = build_rewards([metric])
             task.run(sampler, metrics[key], display)
 
 
-@dataclass
 class _Task:
-    """The measurement of one model on one category."""
+    """The measurement of one model on one category.
 
-    model: MeasuredModel
-    category: Category
-    plan: SamplingPlan
-    folder: Path
-    file: ScoreFile = field(init=False)
+    Attributes:
+        wanted: every image, as (prompt index, image index).
+    """
 
-    def __post_init__(self) -> None:
-        metric = self.category.metric
-        options = {key: value for key, value in metric.options.items() if key not in _PLACES}
+    def __init__(self, model: MeasuredModel, category: Category, plan: SamplingPlan, folder: Path) -> None:
+        self.model, self.category, self.plan, self.folder = model, category, plan, folder
+        self.prompts = category.prompts[: plan.limit_prompts]
+        self.wanted = [(p, k) for p in range(len(self.prompts)) for k in range(plan.images_per_prompt)]
+        metric = category.metric
         settings = {
-            "category": self.category.name,
-            "prompts": _digest(self.category.prompts),
-            "metric": {"name": metric.name, "options": options},
-            "seed": self.plan.seed,
-            "model": self.model.settings,
+            "category": category.name,
+            "prompts": _digest(category.prompts),
+            "metric": {
+                "name": metric.name,
+                "options": {key: value for key, value in metric.options.items() if key not in _PLACES},
+            },
+            "seed": plan.seed,
+            "model": model.settings,
         }
-        name = f"{self.model.name}-{self.category.name}.jsonl"
-        self.file = ScoreFile(self.folder / "scores" / name, settings)
-
-    @property
-    def prompts(self) -> Sequence[Prompt]:
-        return self.category.prompts[: self.plan.limit_prompts]
-
-    def wanted(self) -> list[tuple[int, int]]:
-        """Every image, as (prompt index, image index)."""
-        return [(p, k) for p in range(len(self.prompts)) for k in range(self.plan.images_per_prompt)]
+        self.file = ScoreFile(folder / "scores" / f"{model.name}-{category.name}.jsonl", settings)
 
     def pending(self) -> list[tuple[int, int]]:
         """The images that have no score yet."""
-        return [image for image in self.wanted() if image not in self.file.scores]
+        return [image for image in self.wanted if image not in self.file.scores]
 
     def scores(self) -> Tensor:
-        values = [self.file.scores[image] for image in self.wanted()]
+        values = [self.file.scores[image] for image in self.wanted]
         return torch.tensor(values, dtype=torch.float64).view(-1, self.plan.images_per_prompt)
 
     def run(self, sampler: Sampler, metric: RewardSet, display: Display) -> None:
+        """Draws and scores the pending images, and keeps those that are to be kept."""
         pending = self.pending()
-        total = len(self.wanted())
+        total = len(self.wanted)
         title = f"{self.model.name}, {self.category.name}"
         if len(pending) < total:
             display.message(f"{title}: {total - len(pending)} of {total} images are scored already")
         prompts = [self.prompts[p] for p, _ in pending]
-        occurrences = _occurrences(self.prompts)
-        seeds = torch.tensor(
-            [image_seed(self.plan.seed, self.prompts[p].text, occurrences[p], k) for p, k in pending],
-            dtype=torch.int64,
-        )
+        texts = [prompt.text for prompt in self.prompts]
+        occurrences = [texts[:p].count(text) for p, text in enumerate(texts)]
+        numbers = [image_seed(self.plan.seed, texts[p], occurrences[p], k) for p, k in pending]
+        seeds = torch.tensor(numbers, dtype=torch.int64)
         announced = time.monotonic()
         for rows, images in draw(sampler, prompts, seeds):
-            self._score(metric, prompts[rows], images, pending[rows], seeds[rows].tolist())
+            batch = prompts[rows]
+            scores = metric.score(images, [each.text for each in batch], [each.metadata for each in batch])
+            for image, (p, k) in zip(images, pending[rows], strict=True):
+                if k < self.plan.keep_images:
+                    self._keep(image, texts[p], p * self.plan.keep_images + k)
+            found = zip(pending[rows], seeds[rows].tolist(), scores.total.tolist(), strict=True)
+            self.file.add([Scored(p, k, seed, score) for (p, k), seed, score in found])
             missing = len(pending) - rows.stop
             if missing == 0 or time.monotonic() - announced >= _SECONDS_BETWEEN_MESSAGES:
                 announced = time.monotonic()
                 display.message(f"{title}: {total - missing}/{total} images")
-
-    def _score(
-        self,
-        metric: RewardSet,
-        prompts: Sequence[Prompt],
-        images: Tensor,
-        positions: Sequence[tuple[int, int]],
-        seeds: Sequence[int],
-    ) -> None:
-        """Scores images and writes their scores, and those images that are to be kept."""
-        scores = metric.score(
-            images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-        )
-        for image, prompt, (p, k) in zip(images, prompts, positions, strict=True):
-            if k < self.plan.keep_images:
-                self._keep(image, prompt.text, p * self.plan.keep_images + k)
-        self.file.add(
-            [
-                Scored(p, k, seed, score)
-                for (p, k), seed, score in zip(positions, seeds, scores.total.tolist(), strict=True)
-            ]
-        )
 
     def _keep(self, image: Tensor, text: str, number: int) -> None:
         samples = self.folder / "images" / self.model.name / self.category.name / "samples"
@@ -225,21 +195,7 @@ class _Task:
             save_image(image, samples / f"{name}_{number:06d}.png")
 
 
-def _occurrences(prompts: Sequence[Prompt]) -> list[int]:
-    """The number of earlier prompts with the same text, for each prompt."""
-    seen: dict[str, int] = {}
-    found = []
-    for prompt in prompts:
-        found.append(seen.get(prompt.text, 0))
-        seen[prompt.text] = found[-1] + 1
-    return found
-
-
 def _digest(prompts: Sequence[Prompt]) -> str:
     """A digest of all texts and their metadata, in their order."""
     entries = [[prompt.text, dict(prompt.metadata)] for prompt in prompts]
     return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _metric_key(metric: RewardConfig) -> str:
-    return json.dumps([metric.name, metric.options], sort_keys=True, default=str)

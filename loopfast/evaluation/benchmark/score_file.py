@@ -43,16 +43,13 @@ class ScoreFile:
         self.path = path
         self.scores: dict[tuple[int, int], float] = {}
         with writing(path.parent):
-            lines = path.read_bytes().split(b"\n") if path.exists() else []
-        complete = lines[:-1]  # the rest, after the last line end, was cut off
-        if not complete:
-            with writing(path.parent):
-                write_file(path, _line({"settings": settings}))
-            return
-        self._read(complete, settings)
-        if lines[-1]:
-            with writing(path.parent):
-                write_file(path, b"".join(line + b"\n" for line in complete))
+            # the rest, after the last line end, was cut off
+            *complete, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+            if complete:
+                self._read(complete, settings)
+            if rest or not complete:
+                lines = complete or [json.dumps({"settings": settings}).encode()]
+                write_file(path, b"".join(line + b"\n" for line in lines))
 
     def add(self, rows: Sequence[Scored]) -> None:
         """Adds scores. When this returns, they are on the disk.
@@ -60,7 +57,7 @@ class ScoreFile:
         Raises:
             LoopfastError: the disk is full or cannot be written.
         """
-        data = b"".join(_line(asdict(row)) for row in rows)
+        data = b"".join(json.dumps(asdict(row)).encode() + b"\n" for row in rows)
         with writing(self.path.parent), self.path.open("ab") as file:
             file.write(data)
             file.flush()
@@ -80,12 +77,8 @@ class ScoreFile:
                 raise LoopfastError(
                     f"{self.path} is damaged: line {number} is not as it was written; remove the file to begin anew"
                 ) from None
-        if changed := differences(before, json.loads(_line(settings))):
+        if changed := differences(before, json.loads(json.dumps(settings))):
             raise ConfigError(
                 f"{self.path} holds scores of other settings: {', '.join(changed)}; choose another folder with "
                 f"--output, or remove the file"
             )
-
-
-def _line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry).encode() + b"\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
@@ -34,15 +33,14 @@ class Family:
     scheduler_options: tuple[tuple[str, object], ...] = ()
     lora_of_text: bool = False
 
+    def pipeline_class(self) -> Any:
+        """Imports and returns the diffusers class of its pipelines."""
+        return getattr(import_module("diffusers"), self.pipelines[0])
+
     def policy_class(self) -> Any:
         """Imports and returns its policy's class, a `loopfast.policies.pipeline.PipelinePolicy`."""
         module, name = self.policy.split(":")
         return getattr(import_module(module), name)
-
-    def latent_size(self, denoiser: Mapping[str, Any]) -> tuple[int, int]:
-        """Returns the height and width of the latents that a denoiser of this configuration was made for."""
-        size = self.size or denoiser["sample_size"]
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 FAMILIES = (

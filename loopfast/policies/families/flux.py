@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FluxPipeline
 from torch import Tensor
 from typing_extensions import override
 
@@ -21,7 +20,6 @@ class FluxPolicy(PipelinePolicy):
     models are, if the scale is not 1.
     """
 
-    pipeline_class: ClassVar[Any] = FluxPipeline
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     sequence_length: ClassVar[int | None] = 512
     t5_tokenizer: ClassVar[str | None] = "tokenizer_2"

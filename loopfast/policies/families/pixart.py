@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
@@ -25,7 +24,6 @@ class PixArtPolicy(PipelinePolicy):
     ``peft.PeftModel.from_pretrained(pipeline.transformer, folder)`` reads.
     """
 
-    pipeline_class: ClassVar[Any] = DiffusionPipeline
     sequence_length: ClassVar[int | None] = 300
     t5_tokenizer: ClassVar[str | None] = "tokenizer"
     lowers_prompts: ClassVar[bool] = True

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from typing_extensions import override
 
@@ -36,17 +35,11 @@ class StableDiffusionPolicy(PipelinePolicy):
     call encodes them anew.
     """
 
-    pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     load_options: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._guided = self._compiled(_guided)
-
-    @override
-    def _refuse(self) -> None:
-        if not self._config.lora.text_encoder:
-            super()._refuse()
 
     @override
     def _add_adapter(self, seed: int, dtype: torch.dtype) -> None:
@@ -85,7 +78,7 @@ class StableDiffusionPolicy(PipelinePolicy):
     def predict(
         self, sample: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
-        if guidance_scale == 1.0 or not (self._config.shared_trunk and shares_trunk(_unet(self._active))):
+        if guidance_scale == 1.0 or not (self._config.shared_trunk and shares_trunk(_unet(self.denoiser))):
             return super().predict(sample, timestep, conditioning, guidance_scale)
         empty = {name: self._unconditional[name].expand_as(value) for name, value in conditioning.items()}
         conditional, unconditional = self._call(self._guided, sample, timestep, conditioning, empty)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from diffusers import StableDiffusion3Pipeline
 from typing_extensions import override
 
 from loopfast.policies.base import Conditioning
@@ -14,7 +13,6 @@ from loopfast.policies.pipeline import JOINT_ATTENTION, PipelinePolicy
 class StableDiffusion3Policy(PipelinePolicy):
     """A ``StableDiffusion3Pipeline``; see `PipelinePolicy`. Its T5 encoder may be missing, as diffusers allows."""
 
-    pipeline_class: ClassVar[Any] = StableDiffusion3Pipeline
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     sequence_length: ClassVar[int | None] = 256
     t5_tokenizer: ClassVar[str | None] = "tokenizer_3"

@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 from typing_extensions import override
 
@@ -21,7 +20,6 @@ class StableDiffusionXLPolicy(PipelinePolicy):
     section 2.2).
     """
 
-    pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
     load_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
 
     @override

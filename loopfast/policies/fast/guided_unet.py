@@ -44,11 +44,8 @@ def guided_forward(
     backward pass, is computed for M rows: in Stable Diffusion the first convolution and residual block, in UNets whose
     first blocks have no attention (the embedded one's) those blocks too.
 
-    Args:
-        unet: a model that :func:`shares_trunk` accepts.
-        sample: ``[M, C, H, W]``.
-        timestep: ``[M]``, on the sample's device.
-        text, empty: ``[M, S, D]``, the encoded prompts and the encoded empty prompt.
+    The UNet is one that :func:`shares_trunk` accepts. ``sample`` is ``[M, C, H, W]``, ``timestep`` ``[M]`` on its
+    device, and ``text`` and ``empty`` are the encoded prompts and the encoded empty prompt, ``[M, S, D]``.
 
     Returns:
         ``(conditional, unconditional)``, ``[M, C, H, W]`` each.

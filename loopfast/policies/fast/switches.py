@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
 from loopfast.config import ModelConfig
-from loopfast.errors import ConfigError, first_line
+from loopfast.errors import ConfigError, as_config_error, first_line
 from loopfast.policies.fast.layers import ShortAttnProcessor, use_fast_layers
 from loopfast.system.device import CUBLAS_WORKSPACE, CUBLAS_WORKSPACES
 from loopfast.system.xformers_build import why_unusable
@@ -39,10 +39,7 @@ class FlashAttention(AttnProcessor2_0):
 
 
 def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Gives a UNet the attention of ``model.attention``; a transformer keeps PyTorch's.
-
-    Returns:
-        The implementation in use: ``sdpa``, ``matmul``, ``xformers`` or ``flash``.
+    """Gives a UNet the attention of ``model.attention``, and returns its name; a transformer keeps PyTorch's.
 
     Raises:
         ConfigError: the implementation that the configuration names cannot work here.
@@ -65,12 +62,9 @@ def set_attention(unet: Any, config: ModelConfig, device: torch.device, dtype: t
     if reason is not None:
         raise ConfigError(f"model.attention: {name} cannot be used here: {reason}")
     if name == "xformers":
-        try:
+        refused = "model.attention: xformers cannot be used here"
+        with as_config_error(refused, ImportError, RuntimeError, ValueError):
             unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
-            raise ConfigError(
-                f"model.attention: xformers cannot be used here: {first_line(error)}"
-            ) from error
     else:
         unet.set_attn_processor(_PROCESSORS[name]())
     return name
@@ -142,11 +136,7 @@ def _attentions(unet: Any) -> list[Any]:
 
 
 def set_layers(models: Sequence[Any], fast_layers: str, channels_last: str, device: str) -> dict[str, bool]:
-    """Gives models on a kind of device the layers and the memory format of these two keys of ``model``.
-
-    Returns:
-        Whether each of the two is in use, by its name.
-    """
+    """Gives models on a kind of device the layers and the memory format of these keys, and returns which are in use."""
     fast = fast_layers == "on" or (fast_layers == "auto" and device == "cpu")
     last = channels_last == "on" or (channels_last == "auto" and fast and device == "cpu")
     for model in models:
@@ -223,11 +213,7 @@ class Tf32Conv2d(nn.Conv2d):
 
 
 def decoder_precision(config: ModelConfig, device: torch.device, vae: Any) -> str:
-    """Returns the decoder's precision by ``model.decoder_precision``: ``float32``, ``tf32`` or ``model``.
-
-    Raises:
-        ConfigError: the precision that the configuration names cannot work here.
-    """
+    """Returns ``model.decoder_precision``, with ``auto`` resolved; it is a `ConfigError` if it cannot work here."""
     name: str = config.decoder_precision
     if name == "auto":
         return "float32" if _without_tf32(device) else "tf32"
@@ -246,27 +232,6 @@ def use_tf32_convolutions(vae: nn.Module) -> None:
     for module in vae.modules():
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and isinstance(module.padding, tuple):
             module.__class__ = Tf32Conv2d
-
-
-def compile_blocks(unet: Any, device: torch.device) -> None:
-    """Compiles a UNet's repeated blocks, in place; no name in its state dict changes.
-
-    Raises:
-        ConfigError: there is no compiler for the device.
-    """
-    _prepare_compiling(device)
-    # all calls of a run have one batch size
-    unet.compile_repeated_blocks(dynamic=False)
-
-
-def compile_calls(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Returns a function of a UNet and its inputs that is compiled at its first calls, once for each shape.
-
-    Raises:
-        ConfigError: there is no compiler for the device.
-    """
-    _prepare_compiling(device)
-    return with_one_graph(torch.compile(function, dynamic=False))
 
 
 def with_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -292,17 +257,15 @@ def _forget(saved: Any) -> Any:
     """Replaces a tensor that autograd saves by None."""
 
 
-def _prepare_compiling(device: torch.device) -> None:
+def prepare_compiling(device: torch.device) -> None:
+    """Lets torch.compile keep the variants of a run; it is a `ConfigError` if the device has no compiler."""
     if device.type != "cuda":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
-        try:
+        needed = "model.compile: needs a C++ compiler on the CPU, such as g++"
+        with as_config_error(needed, InvalidCxxCompiler, RuntimeError):
             get_cpp_compiler()
-        except (InvalidCxxCompiler, RuntimeError) as error:
-            raise ConfigError(
-                f"model.compile: needs a C++ compiler on the CPU, such as g++ ({first_line(error)})"
-            ) from error
     elif not importlib.util.find_spec("triton"):
         raise ConfigError("model.compile: needs triton, which is not installed")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)

@@ -5,17 +5,16 @@ github.com/christophschuhmann/improved-aesthetic-predictor; the reward of DDPO (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from loopfast.rewards.base import Reward
 from loopfast.rewards.models.preprocessing import load_preprocessing
-from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
-from loopfast.rewards.models.sources import require_file, require_folder
-from loopfast.rewards.models.weights import load_pretrained, load_state, read_state
+from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
+from loopfast.rewards.models.weights import require_file, require_folder
 
 __all__ = ["ScoreHead", "aesthetic"]
 
@@ -43,42 +42,30 @@ class ScoreHead(nn.Module):
         return embeddings.squeeze(-1)
 
 
+@pretrained
 def aesthetic(
+    place: Placement,
     weights: str = "openai/clip-vit-large-patch14",
     head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
     revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+) -> Callable[[], ScoreBatch]:
     """LAION's aesthetic score: about 1 to 10, higher is better; the prompt does not matter.
 
     Args:
         weights: CLIP ViT-L/14, a folder or a hub name.
         head: the published predictor, such as sac+logos+ava1-l14-linearMSE.pth: a .pth or .safetensors file, or
             owner/name/file on the hub.
-        revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16 for CLIP; the head computes in float32.
-        batch_size: images per model call.
     """
-    place = placement("aesthetic", device, dtype, batch_size)
-    weights = require_folder("aesthetic", "weights", weights)
-    head = require_file("aesthetic", "head", head)
+    model = require_folder(place.reward, "weights", weights, revision)
+    predictor = require_file(place.reward, "head", head)
 
     def load() -> ScoreBatch:
         from transformers import CLIPVisionModelWithProjection
 
-        clip: Any = load_pretrained("aesthetic", CLIPVisionModelWithProjection, weights, revision=revision)
-        preprocess = load_preprocessing("aesthetic", weights, revision=revision)
-        layers = load_state(
-            "aesthetic",
-            "head",
-            head,
-            ScoreHead(clip.config.projection_dim),
-            read_state("aesthetic", "head", head),
-        )
-        clip.to(device=place.device, dtype=place.dtype)
+        clip = model.load_model(CLIPVisionModelWithProjection).to(place.device, place.dtype)
+        preprocess = load_preprocessing(model)
+        layers = predictor.fill(ScoreHead(clip.config.projection_dim), predictor.read_state())
         layers.to(place.device)
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
@@ -88,4 +75,4 @@ def aesthetic(
 
         return score
 
-    return PretrainedReward(place, load)
+    return load

@@ -11,7 +11,7 @@ and the score is the product over the phrases. The benchmark rounds each probabi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from loopfast.errors import ConfigError, RewardError
 from loopfast.policies import pad_rows
-from loopfast.rewards.base import Reward, shown
+from loopfast.rewards.base import shown
 from loopfast.rewards.models.noun_phrases import SPLITTERS, load_spacy
 from loopfast.rewards.models.preprocessing import load_preprocessing
-from loopfast.rewards.models.pretrained import Placement, PretrainedReward, ScoreBatch, placement
-from loopfast.rewards.models.sources import require_folder
-from loopfast.rewards.models.weights import load_pretrained, load_tokenizer
+from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
+from loopfast.rewards.models.weights import Source, require_folder
 
 __all__ = ["blip_vqa"]
 
@@ -35,14 +34,10 @@ _QUESTION_TOKENS = 35
 _REMOVED = re.compile(r"[.!\"()*#:;~]")
 
 
+@pretrained
 def blip_vqa(
-    weights: str = _WEIGHTS,
-    phrases: str = "rules",
-    revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+    place: Placement, weights: str = _WEIGHTS, phrases: str = "rules", revision: str | None = None
+) -> Callable[[], ScoreBatch]:
     """Score of the attributes of a prompt's objects, in [0, 1]: the product of the yes-probabilities.
 
     The phrases are the list ``phrases`` of the prompt's metadata, if given, else the prompt is split. A prompt
@@ -52,22 +47,18 @@ def blip_vqa(
         weights: a BLIP VQA model of transformers, a folder or a hub name.
         phrases: the splitter of prompts: ``rules`` (the package's own) or ``spacy`` (the benchmark's; needs the extra
             ``spacy`` and its model ``en_core_web_sm``).
-        revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
-        dtype: float32, float16 or bfloat16.
         batch_size: images per call of the vision model, and questions per call of the text model.
     """
-    place = placement("blip_vqa", device, dtype, batch_size)
-    folder = require_folder("blip_vqa", "weights", weights)
     if phrases not in SPLITTERS:
         raise ConfigError(f"reward 'blip_vqa': phrases: found {phrases!r}, allowed: {', '.join(SPLITTERS)}")
     if weights == _WEIGHTS and revision is None:
         revision = _REVISION
+    source = require_folder(place.reward, "weights", weights, revision)
 
     def load() -> ScoreBatch:
         if phrases == "spacy":
             load_spacy()
-        answer = _Questioner(place, folder, revision)
+        answer = _Questioner(place, source)
         split = SPLITTERS[phrases]
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
@@ -81,7 +72,7 @@ def blip_vqa(
 
         return score
 
-    return PretrainedReward(place, load)
+    return load
 
 
 def _metadata_phrases(prompt: str, entry: Mapping[str, Any]) -> list[str]:
@@ -97,23 +88,15 @@ def _metadata_phrases(prompt: str, entry: Mapping[str, Any]) -> list[str]:
 
 
 class _Questioner:
-    """BLIP, which answers yes-or-no questions about images.
+    """BLIP, which answers yes-or-no questions about images."""
 
-    Args:
-        place: device and type of the model.
-        weights: a folder or a hub name.
-        revision: branch, tag or commit of the weights on the hub.
-    """
-
-    def __init__(self, place: Placement, weights: str, revision: str | None) -> None:
+    def __init__(self, place: Placement, source: Source) -> None:
         from transformers import BlipForQuestionAnswering
 
         self._place = place
-        self._model = load_pretrained("blip_vqa", BlipForQuestionAnswering, weights, revision=revision).to(
-            place.device, place.dtype
-        )
-        self._preprocess = load_preprocessing("blip_vqa", weights, kind="BLIP", revision=revision)
-        self._tokenizer = load_tokenizer("blip_vqa", weights, revision=revision)
+        self._model = source.load_model(BlipForQuestionAnswering).to(place.device, place.dtype)
+        self._preprocess = load_preprocessing(source, "BLIP")
+        self._tokenizer = source.load_tokenizer()
         self._start: int = self._model.decoder_start_token_id
         # BLIP adds two tokens to BERT's: [DEC], which starts answers, then [ENC], which starts questions. Its published
         # tokenizer has neither and starts questions with [CLS].
@@ -122,7 +105,7 @@ class _Questioner:
         missing = [word for word in ("yes", "no") if word not in vocabulary]
         if missing or self._question_start >= self._model.config.text_config.vocab_size:
             what = f"no token {missing[0]!r}" if missing else "no token [ENC] after the start token"
-            raise ConfigError(f"reward 'blip_vqa': weights {weights!r}: {what} in the vocabulary")
+            raise ConfigError(f"{source}: {what} in the vocabulary")
         self._yes, self._no = vocabulary["yes"], vocabulary["no"]
 
     def __call__(self, images: Tensor, image_rows: list[int], questions: list[str]) -> Tensor:
@@ -137,29 +120,26 @@ class _Questioner:
         pixels = self._preprocess(images).to(self._place.dtype)
         seen = self._model.vision_model(pixel_values=pixels).last_hidden_state
         yes = torch.empty(len(questions), device=self._place.device)
-        # Questions of one length share a call, so that none is padded: transformers (5.23) does not mask the padding
-        # where the decoder attends to the question.
-        for rows, ids in self._by_length(questions):
-            for start in range(0, len(rows), size):
-                chunk = rows[start : start + size]
-                about = seen[[image_rows[row] for row in chunk]]
-                found = self._ask(pad_rows(about, size), pad_rows(ids[start : start + size], size))
-                yes[chunk] = found[: len(chunk)]
-        return yes
-
-    def _by_length(self, questions: list[str]) -> list[tuple[list[int], Tensor]]:
-        """Groups questions by length; returns the rows of each group, and their tokens ``[R, L]``."""
-        rows: dict[int, list[int]] = {}
         tokens = []
+        by_length: dict[int, list[int]] = {}
         for row, question in enumerate(questions):
             text = _REMOVED.sub("", question.lower())
             ids = self._tokenizer(text, truncation=True, max_length=_QUESTION_TOKENS).input_ids
             tokens.append([self._question_start, *ids[1:]])
-            rows.setdefault(len(ids), []).append(row)
-        device = self._place.device
-        return [
-            (found, torch.tensor([tokens[row] for row in found], device=device)) for found in rows.values()
+            by_length.setdefault(len(ids), []).append(row)
+        groups = [
+            (rows, torch.tensor([tokens[row] for row in rows], device=yes.device))
+            for rows in by_length.values()
         ]
+        # Questions of one length share a call, so that none is padded: transformers (5.23) does not mask the padding
+        # where the decoder attends to the question.
+        for rows, asked in groups:
+            for start in range(0, len(rows), size):
+                chunk = rows[start : start + size]
+                about = seen[[image_rows[row] for row in chunk]]
+                found = self._ask(pad_rows(about, size), pad_rows(asked[start : start + size], size))
+                yes[chunk] = found[: len(chunk)]
+        return yes
 
     def _ask(self, seen: Tensor, ids: Tensor) -> Tensor:
         """Returns P(yes), float32 ``[R]``, of questions ``ids`` ``[R, L]`` about encoded images ``[R, S, D]``."""

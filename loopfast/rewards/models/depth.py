@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from loopfast.errors import ConfigError
 from loopfast.rewards.models.preprocessing import normalized
 from loopfast.rewards.models.pretrained import Placement
-from loopfast.rewards.models.weights import load_config, load_pretrained
+from loopfast.rewards.models.weights import Source
 
 __all__ = ["DEPTH_ANYTHING", "load_depth"]
 
@@ -25,7 +25,7 @@ DEPTH_ANYTHING = "depth-anything/Depth-Anything-V2-Small-hf"
 _KINDS = ("depth_anything", "dpt")
 
 
-def load_depth(place: Placement, weights: str, revision: str | None) -> Callable[[Tensor], Tensor]:
+def load_depth(place: Placement, source: Source) -> Callable[[Tensor], Tensor]:
     """Loads a model of relative inverse depth from a folder or the hub.
 
     Returns:
@@ -38,26 +38,24 @@ def load_depth(place: Placement, weights: str, revision: str | None) -> Callable
     import transformers
     from transformers.image_processing_utils import BaseImageProcessor
 
-    config = load_config(place.reward, transformers.AutoConfig, weights, revision=revision)
+    config = source.load_config(transformers.AutoConfig)
     kind = config.model_type
     if kind not in _KINDS or getattr(config, "depth_estimation_type", "relative") != "relative":
         raise ConfigError(
-            f"reward {place.reward!r}: depth_weights {weights!r}: found a model of type {kind!r}, expected one of "
-            f"{' or '.join(_KINDS)} that predicts relative depth"
+            f"{source}: found a model of type {kind!r}, expected one of {' or '.join(_KINDS)} that predicts relative "
+            "depth"
         )
-    model = load_pretrained(
-        place.reward, transformers.AutoModelForDepthEstimation, weights, revision=revision
-    ).to(place.device, place.dtype)
+    model = source.load_model(transformers.AutoModelForDepthEstimation).to(place.device, place.dtype)
     try:
-        processor, _ = BaseImageProcessor.get_image_processor_dict(weights, revision=revision)
+        processor, _ = BaseImageProcessor.get_image_processor_dict(source.name, revision=source.revision)
         size = processor["size"]
         # DPT's first files have one number for both
         height, width = (size, size) if isinstance(size, int) else (size["height"], size["width"])
         mean, std = tuple(processor["image_mean"]), tuple(processor["image_std"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"reward {place.reward!r}: depth_weights {weights!r}: preprocessor_config.json cannot be used; expected: "
-            f"size with height and width, image_mean, image_std ({type(error).__name__}: {error})"
+            f"{source}: preprocessor_config.json cannot be used; expected: size with height and width, image_mean, "
+            f"image_std ({type(error).__name__}: {error})"
         ) from error
 
     @torch.no_grad()

@@ -7,9 +7,9 @@ its own. Scores are for comparing models with each other, not with published num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from torch.nn.functional import interpolate, pad
 from loopfast.errors import ConfigError
 from loopfast.rewards.models.preprocessing import OPENAI_MEAN, OPENAI_STD, normalized
 from loopfast.rewards.models.pretrained import Placement
-from loopfast.rewards.models.weights import load_config, load_pretrained, load_tokenizer
+from loopfast.rewards.models.weights import Source, require_folder
 from loopfast.system.memory import to_device
 
-__all__ = ["OWLV2", "Box", "Detection", "Detector", "check_threshold", "load_detector", "without_overlaps"]
+__all__ = ["OWLV2", "Box", "Detection", "Detector", "detector_loader", "without_overlaps", "without_same"]
 
 OWLV2 = "google/owlv2-base-patch16-ensemble"
 """The default detector: Apache-2.0, 155 million parameters, images of 960 × 960."""
@@ -74,27 +74,39 @@ class Detection:
 
 def without_overlaps(found: Sequence[Detection]) -> list[Detection]:
     """Sorts detections by falling confidence; drops those that overlap one of their name by an IoU above 0.5."""
+    found = sorted(found, key=lambda detection: -detection.score)
+    return without_same(found, lambda a, b: a.iou(b) > _SAME_OBJECT)
+
+
+def without_same(found: Sequence[Detection], same: Callable[[Box, Box], bool]) -> list[Detection]:
+    """Drops detections whose box is the ``same`` as that of an earlier one of their name."""
     kept: list[Detection] = []
-    for one in sorted(found, key=lambda detection: -detection.score):
-        if not any(one.name == other.name and one.box.iou(other.box) > _SAME_OBJECT for other in kept):
+    for one in found:
+        if not any(one.name == other.name and same(one.box, other.box) for other in kept):
             kept.append(one)
     return kept
 
 
 class Detector:
-    """A detector that finds objects by their names.
+    """An OWL-ViT or OWLv2 model that finds objects by their names; see `detector_loader`.
 
-    Args:
-        place: device and type of the model.
-        model: an ``OwlViTForObjectDetection`` or ``Owlv2ForObjectDetection`` on that device, in that type.
-        tokenizer: tokenizer of the model.
-        threshold: detections of a lower confidence do not count.
+    Raises:
+        ConfigError: the weights cannot be found or read, or are another model's.
     """
 
-    def __init__(self, place: Placement, model: Any, tokenizer: Any, threshold: float) -> None:
-        self._place, self._model, self._tokenizer, self._threshold = place, model, tokenizer, threshold
-        self._size: int = model.config.vision_config.image_size
-        self._squared = model.config.model_type == "owlv2"
+    def __init__(self, place: Placement, source: Source, threshold: float) -> None:
+        import transformers
+
+        kind = source.load_config(transformers.AutoConfig).model_type
+        if kind not in _CLASSES:
+            raise ConfigError(
+                f"{source}: found a model of type {kind!r}, expected a detector of type {' or '.join(_CLASSES)}"
+            )
+        self._place, self._threshold = place, threshold
+        self._model = source.load_model(getattr(transformers, _CLASSES[kind])).to(place.device, place.dtype)
+        self._tokenizer = source.load_tokenizer()
+        self._size: int = self._model.config.vision_config.image_size
+        self._squared = kind == "owlv2"
 
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Detection]]:
@@ -102,12 +114,13 @@ class Detector:
 
         Args:
             images: float32 ``[B, 3, H, W]`` in [0, 1] on the model's device.
-            names: the names to look for in each of the B images, at least one.
+            names: the names to look for in each of the B images, at least one; the same name twice counts once.
 
         Returns:
             The detections in each image, highest confidence first, no object twice under one name, with boxes in pixels
             of the images.
         """
+        names = [list(dict.fromkeys(wanted)) for wanted in names]
         ids, mask, count = self._queries(names)
         output = self._model(input_ids=ids, attention_mask=mask, pixel_values=self._prepared(images))
         best = output.logits.float().view(len(names), -1, count).max(-1)
@@ -119,14 +132,9 @@ class Detector:
         found = []
         for index, wanted in enumerate(names):
             kept = (scores[index] > self._threshold).nonzero().flatten()
+            rows = zip(*(values[index, kept].tolist() for values in (labels, scores, boxes)), strict=True)
             detections = [
-                Detection(wanted[label], score, _corners(box, width, height))
-                for score, label, box in zip(
-                    scores[index, kept].tolist(),
-                    labels[index, kept].tolist(),
-                    boxes[index, kept].tolist(),
-                    strict=True,
-                )
+                Detection(wanted[label], score, _corners(box, width, height)) for label, score, box in rows
             ]
             # OWLv2 may find something in the padding
             found.append(without_overlaps([one for one in detections if one.box.area > 0]))
@@ -158,40 +166,19 @@ class Detector:
         return normalized(images, OPENAI_MEAN, OPENAI_STD).to(self._place.dtype)
 
 
-def load_detector(place: Placement, weights: str, revision: str | None, threshold: float) -> Detector:
-    """Loads an OWL-ViT or OWLv2 detector.
-
-    Args:
-        place: device and type of the model.
-        weights: a folder or a hub name.
-        revision: branch, tag or commit on the hub.
-        threshold: detections of a lower confidence do not count.
+def detector_loader(
+    place: Placement, weights: str, revision: str | None, threshold: float
+) -> Callable[[], Detector]:
+    """Checks the options of a reward with a detector, and returns the function that loads the detector.
 
     Raises:
-        ConfigError: the detector cannot be found or read, or the weights are another model's.
-    """
-    import transformers
-
-    kind = load_config(place.reward, transformers.AutoConfig, weights, revision=revision).model_type
-    if kind not in _CLASSES:
-        raise ConfigError(
-            f"reward {place.reward!r}: weights {weights!r}: found a model of type {kind!r}, expected a detector of "
-            f"type {' or '.join(_CLASSES)}"
-        )
-    model = load_pretrained(
-        place.reward, getattr(transformers, _CLASSES[kind]), weights, revision=revision
-    ).to(place.device, place.dtype)
-    return Detector(place, model, load_tokenizer(place.reward, weights, revision=revision), threshold)
-
-
-def check_threshold(reward: str, threshold: float) -> None:
-    """Checks the option ``threshold`` of a reward.
-
-    Raises:
-        ConfigError: the value is no number in [0, 1).
+        ConfigError: ``weights`` are not there, or ``threshold`` is no number in [0, 1).
     """
     if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold < 1:
-        raise ConfigError(f"reward {reward!r}: threshold: found {threshold!r}, allowed: from 0 to below 1")
+        raise ConfigError(
+            f"reward {place.reward!r}: threshold: found {threshold!r}, allowed: from 0 to below 1"
+        )
+    return partial(Detector, place, require_folder(place.reward, "weights", weights, revision), threshold)
 
 
 def _corners(box: Sequence[float], width: int, height: int) -> Box:

@@ -6,57 +6,47 @@ transformers.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.base import Reward
 from loopfast.rewards.models.clip_score import clip_similarity
-from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, number, placement
-from loopfast.rewards.models.sources import is_file, require_file, require_folder
-from loopfast.rewards.models.weights import load_config, load_pretrained, read_state
+from loopfast.rewards.models.pretrained import Placement, ScoreBatch, number, pretrained
+from loopfast.rewards.models.weights import is_file, renamed, require_file, require_folder
 
 __all__ = ["from_open_clip", "hps_v2"]
 
-# open_clip's names outside of the layers, and those of transformers
-_NAMES = {
-    "logit_scale": "logit_scale",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "text_projection": "text_projection.weight",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "visual.proj": "visual_projection.weight",
-}
-_TRANSPOSED = ("text_projection", "visual.proj")
-_LAYER_NAMES = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-_LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+# open_clip's names, and those of transformers
+_NAMES = (
+    (r"token_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
+    (r"positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"ln_final\.(\w+)", r"text_model.final_layer_norm.\1"),
+    (r"text_projection", "text_projection.weight"),
+    (r"visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight"),
+    (r"visual\.ln_pre\.(\w+)", r"vision_model.pre_layrnorm.\1"),
+    (r"visual\.ln_post\.(\w+)", r"vision_model.post_layernorm.\1"),
+    (r"visual\.proj", "visual_projection.weight"),
+    (r"transformer\.resblocks\.(.+)", r"text_model.encoder.layers.\1"),
+    (r"visual\.transformer\.resblocks\.(.+)", r"vision_model.encoder.layers.\1"),
+    (r"(.+\.layers\.\d+)\.ln_(\d\.\w+)", r"\1.layer_norm\2"),
+    (r"(.+\.layers\.\d+)\.attn\.in_proj_(\w+)", r"\1.self_attn.qkv_proj.\2"),
+    (r"(.+\.layers\.\d+)\.attn\.out_proj\.(\w+)", r"\1.self_attn.out_proj.\2"),
+    (r"(.+\.layers\.\d+)\.mlp\.c_fc\.(\w+)", r"\1.mlp.fc1.\2"),
+    (r"(.+\.layers\.\d+)\.mlp\.c_proj\.(\w+)", r"\1.mlp.fc2.\2"),
+)
 
 
+@pretrained
 def hps_v2(
+    place: Placement,
     weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt",
     processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     scale: float = 1.0,
     revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+) -> Callable[[], ScoreBatch]:
     """Human preference score v2.1: the cosine similarity of image and prompt, in [-1, 1] times scale.
 
     Args:
@@ -65,33 +55,28 @@ def hps_v2(
         processor: configuration, tokenizer and image processor of CLIP ViT-H/14, a folder or a hub name; with a model
             of transformers as weights, its tokenizer and image processor.
         scale: factor of the similarity; the benchmark's tables take 100.
-        revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
-        dtype: float32, float16 or bfloat16.
-        batch_size: images per model call.
     """
-    place = placement("hps_v2", device, dtype, batch_size)
     as_file = is_file(weights)
-    weights = (require_file if as_file else require_folder)("hps_v2", "weights", weights)
-    processor = require_folder("hps_v2", "processor", processor, "config.json", "preprocessor_config.json")
-    factor = number("hps_v2", "scale", scale)
+    source = (require_file if as_file else require_folder)(place.reward, "weights", weights, revision)
+    base = require_folder(
+        place.reward, "processor", processor, files=("config.json", "preprocessor_config.json")
+    )
+    factor = number(place.reward, "scale", scale)
 
     def load() -> ScoreBatch:
         from transformers import CLIPConfig, CLIPModel
 
         if as_file:
-            config = load_config("hps_v2", CLIPConfig, processor)
-            state = read_state("hps_v2", "weights", weights, revision=revision)
+            config = base.load_config(CLIPConfig)
+            state = source.read_state()
             if "visual.proj" not in state:
-                raise ConfigError(
-                    f"reward 'hps_v2': weights {weights!r} is no CLIP model of open_clip: without visual.proj"
-                )
-            model = load_pretrained("hps_v2", CLIPModel, weights, config=config, state=from_open_clip(state))
+                raise ConfigError(f"{source} is no CLIP model of open_clip: without visual.proj")
+            model = source.load_model(CLIPModel, from_open_clip(state), config=config)
         else:
-            model = load_pretrained("hps_v2", CLIPModel, weights, revision=revision)
-        return clip_similarity(place, model, processor, factor)
+            model = source.load_model(CLIPModel)
+        return clip_similarity(place, model, base, factor)
 
-    return PretrainedReward(place, load)
+    return load
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,17 +87,10 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     converted = {}
     for name, value in state.items():
-        layer = _LAYER.fullmatch(name)
-        if name in _NAMES:
-            converted[_NAMES[name]] = value.T.contiguous() if name in _TRANSPOSED else value
-        elif layer is None:
-            converted[name] = value
+        new = renamed(name, _NAMES)
+        if ".qkv_proj." in new:
+            for letter, third in zip("qkv", value.chunk(3), strict=True):
+                converted[new.replace(".qkv_", f".{letter}_")] = third.contiguous()
         else:
-            part, kind = layer[3], layer[4]
-            stem = f"{'vision' if layer[1] else 'text'}_model.encoder.layers.{layer[2]}"
-            if part == "attn.in_proj":
-                for letter, third in zip("qkv", value.chunk(3), strict=True):
-                    converted[f"{stem}.self_attn.{letter}_proj.{kind}"] = third.contiguous()
-            else:
-                converted[f"{stem}.{_LAYER_NAMES.get(part, part)}.{kind}"] = value
+            converted[new] = value.T.contiguous() if name in ("text_projection", "visual.proj") else value
     return converted

@@ -7,20 +7,17 @@ names of BLIP's own code; they are read into BLIP of transformers.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.base import Reward
 from loopfast.rewards.models.aesthetic import ScoreHead
 from loopfast.rewards.models.preprocessing import OPENAI_MEAN, OPENAI_STD, ImagePreprocessing
-from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
-from loopfast.rewards.models.sources import require_file, require_folder
-from loopfast.rewards.models.weights import load_pretrained, load_state, load_tokenizer, read_state
+from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
+from loopfast.rewards.models.weights import renamed, require_file, require_folder
 from loopfast.system.memory import to_device
 
 __all__ = ["from_blip", "image_reward"]
@@ -43,52 +40,38 @@ _VISION_NAMES = (
 _VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
 
 
+@pretrained
 def image_reward(
+    place: Placement,
     weights: str = "THUDM/ImageReward/ImageReward.pt",
     tokenizer: str = "google-bert/bert-base-uncased",
     revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+) -> Callable[[], ScoreBatch]:
     """ImageReward: unbounded, with mean 0 and standard deviation 1 over its authors' data.
 
     Args:
         weights: the published file, local or owner/name/file on the hub.
         tokenizer: BERT's, uncased, a folder or a hub name.
-        revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16 for BLIP; the head computes in float32.
-        batch_size: images per model call.
     """
-    place = placement("image_reward", device, dtype, batch_size)
-    weights = require_file("image_reward", "weights", weights)
-    tokenizer = require_folder("image_reward", "tokenizer", tokenizer, "tokenizer_config.json")
+    source = require_file(place.reward, "weights", weights, revision)
+    words = require_folder(place.reward, "tokenizer", tokenizer, files=["tokenizer_config.json"])
 
     def load() -> ScoreBatch:
         from transformers import BlipTextModel, BlipVisionModel
 
-        tokenize = load_tokenizer("image_reward", tokenizer)
-        vision_state, text_state, head_state = from_blip(
-            weights, read_state("image_reward", "weights", weights, revision=revision)
-        )
-        vision_config = _vision_config(vision_state)
-        vision: Any = load_pretrained(
-            "image_reward", BlipVisionModel, weights, config=vision_config, state=vision_state
-        )
-        text: Any = load_pretrained(
-            "image_reward",
-            BlipTextModel,
-            weights,
-            config=_text_config(text_state, vision_config.hidden_size),
-            state=text_state,
-            add_pooling_layer=False,
-        )
-        head = load_state(
-            "image_reward", "weights", weights, ScoreHead(text.config.hidden_size), head_state
-        ).to(place.device)
-        vision.to(device=place.device, dtype=place.dtype)
-        text.to(device=place.device, dtype=place.dtype)
+        tokenize = words.load_tokenizer()
+        vision_state, text_state, head_state = from_blip(source.read_state())
+        try:
+            vision_config = _vision_config(vision_state)
+            text_config = _text_config(text_state, vision_config.hidden_size)
+        except KeyError as error:
+            raise ConfigError(f"{source} is no ImageReward: without {error.args[0]}") from None
+        vision = source.load_model(BlipVisionModel, vision_state, config=vision_config)
+        text = source.load_model(BlipTextModel, text_state, config=text_config, add_pooling_layer=False)
+        head = source.fill(ScoreHead(text.config.hidden_size), head_state).to(place.device)
+        vision.to(place.device, place.dtype)
+        text.to(place.device, place.dtype)
         size = vision_config.image_size
         preprocess = ImagePreprocessing(size, (size, size), OPENAI_MEAN, OPENAI_STD)
 
@@ -108,54 +91,21 @@ def image_reward(
 
         return score
 
-    return PretrainedReward(place, load)
+    return load
 
 
-def from_blip(
-    source: str, state: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Renames the weights of ImageReward as transformers names them: for its vision and text model, and for the head.
+def from_blip(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Renames the weights of ImageReward as transformers names them: of its vision model, its text model, and its head.
 
     BLIP's projections for contrastive learning, which the score does not use, are dropped.
-
-    Args:
-        source: origin of the weights, for messages.
-        state: tensors by the names of the published file.
-
-    Raises:
-        ConfigError: weights that tell the sizes of the models are missing.
     """
-    vision: dict[str, Tensor] = {}
-    text: dict[str, Tensor] = {}
-    head: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in (_VISION, _TEXT, _HEAD)}
     for name, value in state.items():
-        if name.startswith(_VISION):
-            vision[_vision_name(name.removeprefix(_VISION))] = value
-        elif name.startswith(_TEXT) and not name.endswith("position_ids"):
-            text[name.removeprefix(_TEXT)] = value
-        elif name.startswith(_HEAD):
-            head[name.removeprefix(_HEAD)] = value
-    for found, name, prefix in (
-        (vision, "embeddings.patch_embedding.weight", _VISION),
-        (vision, "embeddings.position_embedding", _VISION),
-        (vision, "encoder.layers.0.mlp.fc1.weight", _VISION),
-        (text, "embeddings.word_embeddings.weight", _TEXT),
-        (text, "embeddings.position_embeddings.weight", _TEXT),
-        (text, "encoder.layer.0.intermediate.dense.weight", _TEXT),
-    ):
-        if name not in found:
-            raise ConfigError(
-                f"reward 'image_reward': weights {source!r} is no ImageReward: without {name} under {prefix}*"
-            )
-    return vision, text, head
-
-
-def _vision_name(name: str) -> str:
-    for pattern, replacement in _VISION_NAMES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(replacement)
-    return name
+        for prefix, part in parts.items():
+            if name.startswith(prefix) and not name.endswith("position_ids"):
+                own = name.removeprefix(prefix)
+                part[renamed(own, _VISION_NAMES) if prefix == _VISION else own] = value
+    return list(parts.values())
 
 
 def _vision_config(state: Mapping[str, Tensor]) -> Any:

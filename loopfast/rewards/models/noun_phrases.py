@@ -121,33 +121,25 @@ def _phrase(words: list[str], start: int) -> tuple[list[str], int]:
 
 
 def _closes(word: str) -> bool:
-    return word in _PREPOSITIONS or word in _OTHER_CLOSERS or not word[0].isalnum() or _is_adverb(word)
-
-
-def _is_adverb(word: str) -> bool:
+    if word in _PREPOSITIONS or word in _OTHER_CLOSERS or not word[0].isalnum():
+        return True
     return _ADVERB.fullmatch(word) is not None and word not in _NOT_ADVERBS and word not in _ADJECTIVES
 
 
 def _is_verb(word: str, following: str, *, after_noun: bool, first: bool) -> bool:
-    """True if a word is a verb, or a participle that describes the noun before it."""
+    """True if a word is a verb, or a participle such as "parked", which describes the noun before it."""
     if word in _VERBS_OR_NOUNS:
         return after_noun and (following in _DETERMINERS or following in _ADJECTIVES)
-    return (after_noun or first) and (word in _VERBS or _is_participle(word, following))
-
-
-def _is_participle(word: str, following: str) -> bool:
-    """True if a word such as "parked" or "standing" is no adjective or noun, as no noun follows it."""
-    if not word.endswith(("ed", "ing")) or word in _NOUNS_LIKE_PARTICIPLES or word in _ADJECTIVES:
+    if not after_noun and not first:
         return False
-    return following in _DETERMINERS or _closes(following)
+    # a participle that a noun follows is an adjective or a noun
+    if word.endswith(("ed", "ing")) and word not in _NOUNS_LIKE_PARTICIPLES and word not in _ADJECTIVES:
+        return word in _VERBS or following in _DETERMINERS or _closes(following)
+    return word in _VERBS
 
 
 def spacy_phrases(prompt: str) -> list[str]:
-    """Returns the noun chunks that spaCy's ``en_core_web_sm`` finds, at most `MOST_PHRASES`, as the benchmark does.
-
-    Raises:
-        ConfigError: see `load_spacy`.
-    """
+    """Returns the noun chunks that spaCy's ``en_core_web_sm`` finds, at most `MOST_PHRASES`, as the benchmark does."""
     chunks = [chunk.text for chunk in load_spacy()(prompt).noun_chunks]
     return [chunk for chunk in chunks if chunk not in _PLACES][:MOST_PHRASES]
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loopfast.errors import ConfigError, RewardError
-from loopfast.rewards.base import Reward, shown
-from loopfast.rewards.models.detection import OWLV2, Detection, check_threshold, load_detector
-from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
-from loopfast.rewards.models.sources import require_folder
+from loopfast.rewards.base import shown
+from loopfast.rewards.models.detection import OWLV2, Detection, detector_loader, without_same
+from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
 
 __all__ = ["OBJECTS", "count_objects", "count_score", "counted_objects", "numeracy"]
 
@@ -33,25 +32,10 @@ table television tent tomato toy train truck turtle vase woman
 OBJECTS: tuple[str, ...] = tuple(_OBJECTS.split())
 """The nouns that the benchmark counts, in the singular."""
 
-_NUMBERS: dict[str, int] = {
-    word: number
-    for number, words in enumerate(
-        ("a an one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"), start=1
-    )
-    for word in words.split()
-}
-_IRREGULAR = {
-    "deer": "deer",
-    "fish": "fish",
-    "goldfish": "goldfish",
-    "knife": "knives",
-    "man": "men",
-    "mouse": "mice",
-    "person": "people",
-    "sheep": "sheep",
-    "shrimp": "shrimp",
-    "woman": "women",
-}
+_DIGITS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"a": 1, "an": 1, **{word: number for number, word in enumerate(_DIGITS, start=1)}}
+_IRREGULAR = {"knife": "knives", "man": "men", "mouse": "mice", "person": "people", "woman": "women"}
+_IRREGULAR |= {name: name for name in ("deer", "fish", "goldfish", "sheep", "shrimp")}
 _CONTAINED = 0.9  # share of a box's area in another box of its name from which they are one object
 
 
@@ -59,11 +43,7 @@ def counted_objects(prompt: str, objects: Iterable[str] = OBJECTS) -> list[tuple
     """Returns the objects that a prompt counts, in the singular, each with its number, in their order.
 
     An object is counted if its name, of one or two words, follows a number in words or digits, or an article. Other
-    nouns after an article ("created a relaxing atmosphere") are not counted.
-
-    Args:
-        prompt: the text.
-        objects: names in the singular.
+    nouns after an article ("created a relaxing atmosphere") are not counted. ``objects`` are names in the singular.
     """
     names = {form: name for name in objects for form in (name, _plural(name))}
     words = re.findall(r"[\w'-]+", prompt.lower())
@@ -81,20 +61,8 @@ def counted_objects(prompt: str, objects: Iterable[str] = OBJECTS) -> list[tuple
 
 
 def count_objects(found: Sequence[Detection]) -> dict[str, int]:
-    """Returns the number of objects of each name, without boxes that lie within another box of their name.
-
-    Args:
-        found: detections, highest confidence first.
-    """
-    kept: list[Detection] = []
-    for one in found:
-        inside = any(
-            one.name == other.name
-            and one.box.overlap(other.box) > _CONTAINED * min(one.box.area, other.box.area)
-            for other in kept
-        )
-        if not inside:
-            kept.append(one)
+    """Returns the number of objects of each name, without boxes that lie within a more certain one of their name."""
+    kept = without_same(found, lambda a, b: a.overlap(b) > _CONTAINED * min(a.area, b.area))
     return Counter(one.name for one in kept)
 
 
@@ -104,15 +72,14 @@ def count_score(wanted: Sequence[tuple[str, int]], counts: Mapping[str, int]) ->
     return points / len(wanted)
 
 
+@pretrained
 def numeracy(
+    place: Placement,
     weights: str = OWLV2,
     revision: str | None = None,
     threshold: float = 0.2,
     objects: Sequence[str] = (),
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+) -> Callable[[], ScoreBatch]:
     """Score of the objects that the prompt counts, in [0, 1]: whether they are in the image, and in that number.
 
     The objects are read from the metadata's ``objects``, such as ``{zebra: 2}``, if given, else from the prompt.
@@ -120,26 +87,19 @@ def numeracy(
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
-        revision: branch, tag or commit on the hub.
-        threshold: detections of a lower confidence do not count.
         objects: names, in the singular, to count besides the benchmark's nouns.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``float32``, ``float16`` or ``bfloat16``.
-        batch_size: images per model call.
     """
-    place = placement("numeracy", device, dtype, batch_size)
-    check_threshold("numeracy", threshold)
     if isinstance(objects, str) or not all(isinstance(name, str) and name.strip() for name in objects):
         raise ConfigError(f"reward 'numeracy': objects: found {objects!r}, allowed: a list of nouns")
-    source = require_folder("numeracy", "weights", weights)
+    load_detector = detector_loader(place, weights, revision, threshold)
     known = (*OBJECTS, *(name.strip().lower() for name in objects))
 
     def load() -> ScoreBatch:
-        detector = load_detector(place, source, revision, threshold)
+        detector = load_detector()
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             wanted = [_required(p, entry, known) for p, entry in zip(prompts, metadata, strict=True)]
-            found = detector(images, [list(dict.fromkeys(name for name, _ in pairs)) for pairs in wanted])
+            found = detector(images, [[name for name, _ in pairs] for pairs in wanted])
             return torch.tensor(
                 [
                     count_score(pairs, count_objects(detections))
@@ -149,7 +109,7 @@ def numeracy(
 
         return score
 
-    return PretrainedReward(place, load)
+    return load
 
 
 def _required(prompt: str, entry: Mapping[str, Any], known: Iterable[str]) -> list[tuple[str, int]]:

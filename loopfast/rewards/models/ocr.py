@@ -12,7 +12,7 @@ The text is read by RapidOCR, which runs PaddleOCR's models in ONNX; Flow-GRPO r
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,16 @@ def ocr(weights: str | None = None) -> Reward:
     place = placement("ocr", "cpu", "float32", batch_size=1)
 
     def load() -> ScoreBatch:
-        read = _reader(paths)
+        from rapidocr import RapidOCR
+
+        # as in Flow-GRPO, text that is upside down is not turned
+        engine = RapidOCR(params={"Global.log_level": "critical", "Global.use_cls": False, **paths})
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             wanted = [wanted_text(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]
-            return torch.tensor(
-                [similarity(read(image), text) for image, text in zip(images, wanted, strict=True)]
-            )
+            pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+            read = ["".join(engine(bgr).txts or ()) for bgr in pixels.flip(-1).contiguous().numpy()]
+            return torch.tensor([similarity(*texts) for texts in zip(read, wanted, strict=True)])
 
         return score
 
@@ -112,18 +115,3 @@ def _models(weights: str) -> dict[str, str]:
             )
         paths[option] = str(found[0])
     return paths
-
-
-def _reader(paths: Mapping[str, str]) -> Callable[[Tensor], str]:
-    """Returns a function that reads the text of an image, float32 ``[3, H, W]`` in [0, 1] on the CPU, line by line."""
-    from rapidocr import RapidOCR
-
-    # as in Flow-GRPO, text that is upside down is not turned
-    engine = RapidOCR(params={"Global.log_level": "critical", "Global.use_cls": False, **paths})
-
-    def read(image: Tensor) -> str:
-        pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
-        bgr = pixels.flip(-1).contiguous().numpy()
-        return "".join(engine(bgr).txts or ())
-
-    return read

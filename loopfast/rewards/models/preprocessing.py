@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from loopfast.errors import ConfigError, first_line
+from loopfast.rewards.models.weights import Source
 
 __all__ = ["OPENAI_MEAN", "OPENAI_STD", "ImagePreprocessing", "load_preprocessing", "normalized"]
 
@@ -81,16 +82,10 @@ def _channels(values: tuple[float, float, float], device: torch.device) -> Tenso
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-def load_preprocessing(
-    reward: str, source: str, *, kind: str = "CLIP", revision: str | None = None
-) -> ImagePreprocessing:
+def load_preprocessing(source: Source, kind: str = "CLIP") -> ImagePreprocessing:
     """Makes the preprocessing that a model's ``preprocessor_config.json`` describes.
 
-    Args:
-        reward: name of the reward, for messages.
-        source: a folder or a hub name.
-        kind: ``CLIP`` or ``BLIP``, whose defaults hold for keys that the file does not have.
-        revision: branch, tag or commit on the hub.
+    ``kind`` is ``CLIP`` or ``BLIP``, whose defaults hold for keys that the file does not have.
 
     Raises:
         ConfigError: the file cannot be found or read, or describes another kind of preprocessing.
@@ -98,10 +93,10 @@ def load_preprocessing(
     import transformers
 
     # the processors are only read for their settings: they need torchvision or PIL to be called
-    where = f"reward {reward!r}: the image processor of {source!r}"
+    where = f"reward {source.reward!r}: the image processor of {source.name!r}"
     cls: Any = getattr(transformers, _CLASSES[kind])
     try:
-        processor = cls.from_pretrained(source, revision=revision)
+        processor = cls.from_pretrained(source.name, revision=source.revision)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{where} cannot be loaded: {first_line(error)}") from error
     found = processor.to_dict()

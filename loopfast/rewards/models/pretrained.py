@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
@@ -17,10 +19,29 @@ from loopfast.rewards.fitting import ImagesPerCall, RewardMemoryError, shortage
 from loopfast.system.device import torch_device
 from loopfast.system.memory import is_out_of_memory, to_device
 
-__all__ = ["Placement", "PretrainedReward", "ScoreBatch", "number", "placement"]
+__all__ = [
+    "COMMON_OPTIONS",
+    "Placement",
+    "PretrainedReward",
+    "ScoreBatch",
+    "number",
+    "placement",
+    "pretrained",
+]
+
+Options = ParamSpec("Options")
 
 ScoreBatch = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor]
 """Returns the scores ``[B]`` of images ``[B, 3, H, W]``, float32 in [0, 1] on the reward's device."""
+
+COMMON_OPTIONS = {
+    "revision": "branch, tag or commit of the weights on the hub.",
+    "threshold": "detections of a lower confidence do not count.",
+    "device": "auto (cuda if available, else cpu), cpu, cuda or cuda:N.",
+    "dtype": "float32, float16 or bfloat16.",
+    "batch_size": "images per model call.",
+}
+"""The meanings of options that rewards with weights share, where their docstrings do not give others."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -43,16 +64,10 @@ class Placement:
 
 
 def placement(reward: str, device: str, dtype: str, batch_size: int) -> Placement:
-    """Checks the options that every reward with weights has.
-
-    Args:
-        reward: name of the reward.
-        device: ``auto`` (cuda if available, else cpu), ``cpu``, ``cuda`` (the current GPU) or ``cuda:N``.
-        dtype: ``float32``, ``float16`` or ``bfloat16``.
-        batch_size: images per model call, at least 1.
+    """Checks the options that every reward with weights has; see `COMMON_OPTIONS`.
 
     Raises:
-        ConfigError: an option has another value, or this machine has no such device.
+        ConfigError: an option has a value that is not allowed, or this machine has no such device.
     """
     key = f"reward {reward!r}: "
     if dtype not in _DTYPES:
@@ -94,27 +109,24 @@ class PretrainedReward:
 
     def __init__(self, place: Placement, load: Callable[[], ScoreBatch]) -> None:
         self.place = place
-        self._load = load
+        self._read = load
         self._score: ScoreBatch | None = None
         self._lock = threading.Lock()
         self._calls = ImagesPerCall(
             place.reward, place.batch_size, advice="its options dtype=float16 and a smaller batch_size, "
         )
 
-    def load(self) -> None:
-        """Reads the weights, unless they are read already.
+    def load(self) -> ScoreBatch:
+        """Reads the weights, unless they are read already, and returns the function that scores a batch.
 
         Raises:
             ConfigError: they cannot be found or are not those of the expected model.
             RewardMemoryError: they do not fit into a GPU's memory.
         """
-        self._loaded()
-
-    def _loaded(self) -> ScoreBatch:
         with self._lock:
             if self._score is None:
                 try:
-                    self._score = self._load()
+                    self._score = self._read()
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
@@ -127,7 +139,7 @@ class PretrainedReward:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Returns the scores, float32 ``[N]`` on the CPU; see `loopfast.rewards.base.Reward`."""
-        score, place = self._loaded(), self.place
+        score, place = self.load(), self.place
 
         def attempt(size: int) -> Tensor:
             parts = []
@@ -141,3 +153,25 @@ class PretrainedReward:
             return torch.cat(parts).cpu() if parts else torch.zeros(0)
 
         return self._calls.with_oom_fallback(len(prompts), place.device, attempt)
+
+
+def pretrained(
+    build: Callable[Concatenate[Placement, Options], Callable[[], ScoreBatch]],
+) -> Callable[..., PretrainedReward]:
+    """Decorator that makes a reward with weights, which also has the options device, dtype and batch_size.
+
+    ``build`` has the reward's name. It checks the other options, and returns the function ``load`` of
+    `PretrainedReward`.
+    """
+
+    @functools.wraps(build)
+    def make(
+        *args: Any, device: str = "auto", dtype: str = "float32", batch_size: int = 8, **options: Any
+    ) -> PretrainedReward:
+        place = placement(build.__name__, device, dtype, batch_size)
+        return PretrainedReward(place, build(place, *args, **options))
+
+    own, common = (inspect.signature(function, follow_wrapped=False) for function in (build, make))
+    parameters = [*own.parameters.values()][1:] + [*common.parameters.values()][1:-1]
+    make.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return make

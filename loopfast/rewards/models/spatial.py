@@ -8,7 +8,7 @@ their boxes. The detector is another one, see `loopfast.rewards.models.detection
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,19 +17,12 @@ import torch
 from torch import Tensor
 
 from loopfast.errors import RewardError
-from loopfast.rewards.base import Reward, shown
+from loopfast.rewards.base import shown
 from loopfast.rewards.models.depth import DEPTH_ANYTHING, load_depth
-from loopfast.rewards.models.detection import (
-    OWLV2,
-    Box,
-    Detection,
-    Detector,
-    check_threshold,
-    load_detector,
-)
+from loopfast.rewards.models.detection import OWLV2, Box, Detection, Detector, detector_loader
 from loopfast.rewards.models.noun_phrases import rule_phrases
-from loopfast.rewards.models.pretrained import PretrainedReward, ScoreBatch, placement
-from loopfast.rewards.models.sources import require_folder
+from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
+from loopfast.rewards.models.weights import require_folder
 
 __all__ = [
     "Relation",
@@ -43,28 +36,17 @@ __all__ = [
 ]
 
 _IN_THE_PLANE = {
-    "on the left of": "left",
-    "to the left of": "left",
-    "on the right of": "right",
-    "to the right of": "right",
-    "on the top of": "top",
-    "on top of": "top",
-    "above": "top",
-    "on the bottom of": "bottom",
-    "on bottom of": "bottom",
-    "below": "bottom",
-    "next to": "near",
-    "on side of": "near",
-    "on the side of": "near",
-    "near": "near",
+    **dict.fromkeys(("on the left of", "to the left of"), "left"),
+    **dict.fromkeys(("on the right of", "to the right of"), "right"),
+    **dict.fromkeys(("on the top of", "on top of", "above"), "top"),
+    **dict.fromkeys(("on the bottom of", "on bottom of", "below"), "bottom"),
+    **dict.fromkeys(("next to", "on side of", "on the side of", "near"), "near"),
 }
 _IN_DEPTH = {"in front of": "front", "behind": "behind", "hidden by": "behind", "hidden behind": "behind"}
 
 _OVERLAP = 0.1  # IoU up to which boxes count as beside each other
 _DEPTH_OVERLAP = 0.5  # IoU from which on boxes count as in front of each other
-_DISTANCE = (
-    150 / 512
-)  # distance of "near" over the image's larger side: the benchmark's 150 of its 512 pixels
+_DISTANCE = 150 / 512  # distance of "near" over the image's larger side
 _LEAST = 0.5  # 2D scores below this are 0
 _ARTICLE = re.compile(r"(?:a|an|the)\s+", re.IGNORECASE)
 
@@ -84,9 +66,7 @@ class Relation:
 def find_relation(prompt: str, *, depth: bool = False) -> Relation | None:
     """Returns the first relation of a prompt, between the noun phrases right before and after it; None without one.
 
-    Args:
-        prompt: the text.
-        depth: looks for relations in depth (in front of, behind, hidden by), not for those in the image's plane.
+    With ``depth`` it is one in depth (in front of, behind, hidden by), else one in the image's plane.
     """
     words = _IN_DEPTH if depth else _IN_THE_PLANE
     match = re.search(rf"\b({'|'.join(sorted(words, key=len, reverse=True))})\b", prompt, re.IGNORECASE)
@@ -104,12 +84,8 @@ def position_agreement(kind: str, first: Box, second: Box, side: float) -> float
 
     Left, right, top and bottom: 1 if the centers differ in that direction, and more than in the other, else 0; boxes
     that overlap by an IoU above 0.1 count 0.1 / IoU. Near: 1 if the centers are less than 150 of 512 pixels apart in x
-    or in y, else that distance over the larger of the two.
-
-    Args:
-        kind: left, right, top, bottom or near.
-        first, second: boxes in pixels.
-        side: the image's larger side in pixels. The benchmark's images have 512; its distance is scaled to others.
+    or in y, else that distance over the larger of the two. ``side`` is the image's larger side in pixels: the
+    benchmark's images have 512; its distance is scaled to others.
     """
     across, down = (b - a for a, b in zip(first.center, second.center, strict=True))
     if kind == "near":
@@ -133,12 +109,8 @@ def depth_agreement(kind: str, first: Box, second: Box, nearness: Tensor) -> flo
     """Returns how well two boxes agree with a relation in depth, in [0, 1].
 
     IoU / 0.5, at most 1, if the mean nearness inside the first box is larger (front) or smaller (behind) than inside
-    the second, else 0. The benchmark's code takes rows of the depth map for columns; this code does not.
-
-    Args:
-        kind: front or behind.
-        first, second: boxes in pixels.
-        nearness: ``[H, W]``, larger is nearer.
+    the second, else 0. The benchmark's code takes rows of the depth map for columns; this code does not. ``nearness``
+    is ``[H, W]``, larger is nearer.
     """
     difference = _mean_inside(nearness, first) - _mean_inside(nearness, second)
     if (difference if kind == "front" else -difference) <= 0:
@@ -155,8 +127,7 @@ def pair_score(
     highest.
 
     Args:
-        relation: the relation of the two objects.
-        found: detections, highest confidence first.
+        relation, found: the objects' relation, and detections, highest confidence first.
         agreement: returns how well two boxes agree with the relation, in [0, 1].
         least: lower scores become 0.
     """
@@ -171,14 +142,10 @@ def pair_score(
     return score if score >= least else 0.0
 
 
+@pretrained
 def spatial(
-    weights: str = OWLV2,
-    revision: str | None = None,
-    threshold: float = 0.1,
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+    place: Placement, weights: str = OWLV2, revision: str | None = None, threshold: float = 0.1
+) -> Callable[[], ScoreBatch]:
     """Score of two objects that are left, right, on top, below or near each other as the prompt says, in [0, 1].
 
     The relation is read from the metadata's ``relation``, such as ``[cat, left, dog]``, with left, right, top, bottom
@@ -186,43 +153,20 @@ def spatial(
 
     Args:
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
-        revision: branch, tag or commit on the hub.
-        threshold: detections of a lower confidence do not count.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``float32``, ``float16`` or ``bfloat16``.
-        batch_size: images per model call.
     """
-    place = placement("spatial", device, dtype, batch_size)
-    check_threshold("spatial", threshold)
-    source = require_folder("spatial", "weights", weights)
-
-    def load() -> ScoreBatch:
-        detector = load_detector(place, source, revision, threshold)
-
-        def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            agreement = partial(position_agreement, side=max(images.shape[-2:]))
-            return torch.tensor(
-                [
-                    pair_score(relation, found, partial(agreement, relation.kind), _LEAST)
-                    for relation, found in _detected(detector, images, prompts, metadata, depth=False)
-                ]
-            )
-
-        return score
-
-    return PretrainedReward(place, load)
+    load_detector = detector_loader(place, weights, revision, threshold)
+    return lambda: _pair_scores(load_detector())
 
 
+@pretrained
 def spatial_3d(
+    place: Placement,
     weights: str = OWLV2,
     depth_weights: str = DEPTH_ANYTHING,
     revision: str | None = None,
     depth_revision: str | None = None,
     threshold: float = 0.1,
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+) -> Callable[[], ScoreBatch]:
     """Score of one object that is in front of, behind or hidden by the other as the prompt says, in [0, 1].
 
     The relation is read from the metadata's ``relation``, such as ``[cat, front, dog]``, with front or behind, if
@@ -232,34 +176,39 @@ def spatial_3d(
         weights: an OWL-ViT or OWLv2 detector, a folder or a hub name.
         depth_weights: a DPT or Depth Anything model of relative depth, a folder or a hub name.
         revision, depth_revision: branch, tag or commit of each on the hub.
-        threshold: detections of a lower confidence do not count.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``float32``, ``float16`` or ``bfloat16``.
-        batch_size: images per model call.
     """
-    place = placement("spatial_3d", device, dtype, batch_size)
-    check_threshold("spatial_3d", threshold)
-    source = require_folder("spatial_3d", "weights", weights)
-    depth_source = require_folder(
-        "spatial_3d", "depth_weights", depth_weights, "config.json", "preprocessor_config.json"
-    )
+    load_detector = detector_loader(place, weights, revision, threshold)
+    files = "config.json", "preprocessor_config.json"
+    depth_source = require_folder(place.reward, "depth_weights", depth_weights, depth_revision, files)
+    return lambda: _pair_scores(load_detector(), load_depth(place, depth_source))
 
-    def load() -> ScoreBatch:
-        detector = load_detector(place, source, revision, threshold)
-        depth = load_depth(place, depth_source, depth_revision)
 
-        def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-            pairs = _detected(detector, images, prompts, metadata, depth=True)
-            return torch.tensor(
-                [
-                    pair_score(relation, found, partial(depth_agreement, relation.kind, nearness=nearness))
-                    for (relation, found), nearness in zip(pairs, depth(images).cpu(), strict=True)
-                ]
-            )
+def _pair_scores(detector: Detector, depth: Callable[[Tensor], Tensor] | None = None) -> ScoreBatch:
+    """Returns the function that scores by relations in the plane, or with ``depth`` by relations in depth."""
 
-        return score
+    def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        relations = []
+        for prompt, entry in zip(prompts, metadata, strict=True):
+            relation = relation_of(prompt, entry, depth=depth is not None)
+            if relation is None:
+                words = ", ".join(_IN_THE_PLANE if depth is None else _IN_DEPTH)
+                raise RewardError(f"no relation of two objects in the prompt {shown(prompt)}; known: {words}")
+            relations.append(relation)
+        found = detector(images, [[relation.first, relation.second] for relation in relations])
+        agreements: Iterable[Callable[[str, Box, Box], float]]
+        if depth is None:
+            agreements = [partial(position_agreement, side=max(images.shape[-2:]))] * len(relations)
+        else:
+            agreements = [partial(depth_agreement, nearness=nearness) for nearness in depth(images).cpu()]
+        least = _LEAST if depth is None else 0.0
+        return torch.tensor(
+            [
+                pair_score(relation, detections, partial(agreement, relation.kind), least)
+                for relation, detections, agreement in zip(relations, found, agreements, strict=True)
+            ]
+        )
 
-    return PretrainedReward(place, load)
+    return score
 
 
 def relation_of(prompt: str, entry: Mapping[str, Any], *, depth: bool = False) -> Relation | None:
@@ -279,21 +228,6 @@ def relation_of(prompt: str, entry: Mapping[str, Any], *, depth: bool = False) -
             f"{', '.join(kinds)}, a name"
         )
     return Relation(*found)
-
-
-def _detected(
-    detector: Detector, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]], *, depth: bool
-) -> list[tuple[Relation, list[Detection]]]:
-    """Returns each prompt's relation, and the detections of its objects."""
-    relations = []
-    for prompt, entry in zip(prompts, metadata, strict=True):
-        relation = relation_of(prompt, entry, depth=depth)
-        if relation is None:
-            words = ", ".join(_IN_DEPTH if depth else _IN_THE_PLANE)
-            raise RewardError(f"no relation of two objects in the prompt {shown(prompt)}; known: {words}")
-        relations.append(relation)
-    names = [list(dict.fromkeys((relation.first, relation.second))) for relation in relations]
-    return [*zip(relations, detector(images, names), strict=True)]
 
 
 def _mean_inside(values: Tensor, box: Box) -> float:

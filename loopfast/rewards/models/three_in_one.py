@@ -19,6 +19,7 @@ from loopfast.errors import ConfigError
 from loopfast.rewards.base import Reward
 from loopfast.rewards.models.blip_vqa import blip_vqa as _blip_vqa
 from loopfast.rewards.models.clip_score import clip_score as _clip_score
+from loopfast.rewards.models.pretrained import PretrainedReward
 from loopfast.rewards.models.spatial import relation_of
 from loopfast.rewards.models.spatial import spatial as _spatial
 
@@ -49,14 +50,13 @@ class ThreeInOne:
         rewards: the rewards by aspect: attribute, spatial, action.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward]) -> None:
-        self.rewards = dict(rewards)
+    def __init__(self, rewards: Mapping[str, PretrainedReward]) -> None:
+        self.rewards = rewards
 
     def load(self) -> None:
         """Reads the weights of all, unless they are read already."""
         for reward in self.rewards.values():
-            if hasattr(reward, "load"):
-                reward.load()
+            reward.load()
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Returns the scores, float32 ``[N]`` on the CPU; see `loopfast.rewards.base.Reward`.
@@ -71,15 +71,11 @@ class ThreeInOne:
         ]
         total = torch.zeros(len(prompts))
         for aspect, reward in self.rewards.items():
-            rows = [
-                index
-                for index, found in enumerate(aspects)
-                if aspect in found
-                and (aspect != "spatial" or relation_of(prompts[index], metadata[index]) is not None)
-            ]
+            rows = [index for index, found in enumerate(aspects) if aspect in found]
+            if aspect == "spatial":
+                rows = [row for row in rows if relation_of(prompts[row], metadata[row]) is not None]
             if rows:
-                scores = reward(images[rows], [prompts[i] for i in rows], [metadata[i] for i in rows])
-                total[rows] += torch.as_tensor(scores, dtype=torch.float32).cpu()
+                total[rows] += reward(images[rows], [prompts[i] for i in rows], [metadata[i] for i in rows])
         return total / torch.tensor([float(len(found)) for found in aspects])
 
 

@@ -12,16 +12,15 @@ The paper's own CLIP-FlanT5 is not in transformers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loopfast.errors import ConfigError
-from loopfast.rewards.base import Reward
-from loopfast.rewards.models.pretrained import Placement, PretrainedReward, ScoreBatch, placement
-from loopfast.rewards.models.sources import require_folder
-from loopfast.rewards.models.weights import load_config, load_pretrained
+from loopfast.rewards.models.pretrained import Placement, ScoreBatch, pretrained
+from loopfast.rewards.models.weights import require_folder
 
 __all__ = ["vqa_score"]
 
@@ -35,15 +34,14 @@ _BLIP_WORDS = ('Question: Does this figure show "{text}"? Please answer yes or n
 _CHAT_WORDS = ('Does this figure show "{text}"? Please answer yes or no.', "Yes")
 
 
+@pretrained
 def vqa_score(
+    place: Placement,
     weights: str = "Salesforce/instructblip-flan-t5-xl",
     question: str | None = None,
     answer: str | None = None,
     revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-    batch_size: int = 8,
-) -> Reward:
+) -> Callable[[], ScoreBatch]:
     """The probability of "yes" to the question whether the image shows its prompt, in [0, 1].
 
     Args:
@@ -52,72 +50,58 @@ def vqa_score(
         question: the question, with ``{text}`` in place of the prompt; None takes the reference code's for this kind
             of model.
         answer: the answer whose probability is the score; None takes the reference code's for this kind of model.
-        revision: branch, tag or commit of the weights on the hub.
-        device: auto (cuda if available, else cpu), cpu, cuda or cuda:N.
-        dtype: float32, float16 or bfloat16.
-        batch_size: images per model call.
     """
-    place = placement("vqa_score", device, dtype, batch_size)
-    folder = require_folder("vqa_score", "weights", weights)
+    source = require_folder(place.reward, "weights", weights, revision)
     if question is not None and _TEXT not in question:
         raise ConfigError(f"reward 'vqa_score': question: found {question!r}, expected: a text with {_TEXT}")
 
     def load() -> ScoreBatch:
         import transformers
+        from PIL import Image
 
-        config = load_config("vqa_score", transformers.AutoConfig, folder, revision=revision)
-        processor = load_config("vqa_score", transformers.AutoProcessor, folder, revision=revision)
-        encoder_decoder = config.model_type in _ENCODER_DECODERS
-        words = _BLIP_WORDS if encoder_decoder else _CHAT_WORDS
+        config = source.load_config(transformers.AutoConfig)
+        processor = source.load_config(transformers.AutoProcessor)
+        if config.model_type in _ENCODER_DECODERS:
+            words, probability = _BLIP_WORDS, _by_encoder_decoder
+        else:
+            words, probability = _CHAT_WORDS, _by_chat_model
         template, reply = question or words[0], answer or words[1]
-        check = _check_encoder_decoder if encoder_decoder else _check_chat_model
-        problem = check(config, processor, reply)
-        if problem:
-            raise ConfigError(f"reward 'vqa_score': weights {weights!r}: {problem}")
+        if problem := _problem(config, processor, reply):
+            raise ConfigError(f"{source}: {problem}")
         cls = getattr(transformers, _ENCODER_DECODERS.get(config.model_type, "AutoModelForImageTextToText"))
-        model = load_pretrained("vqa_score", cls, folder, revision=revision).to(place.device, place.dtype)
-        probability = _by_encoder_decoder if encoder_decoder else _by_chat_model
+        model = source.load_model(cls).to(place.device, place.dtype)
 
         def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             questions = [template.replace(_TEXT, prompt) for prompt in prompts]
-            return probability(place, model, processor, _pictures(images), questions, reply)
+            pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+            # every model's own processor takes PIL images
+            pictures = [Image.fromarray(picture.numpy()) for picture in pixels]
+            return probability(place, model, processor, pictures, questions, reply)
 
         return score
 
-    return PretrainedReward(place, load)
+    return load
 
 
-def _check_encoder_decoder(config: Any, processor: Any, answer: str) -> str | None:
+def _problem(config: Any, processor: Any, answer: str) -> str | None:
     """Returns the problem of a model or answer; None if both can be used."""
-    if config.use_decoder_only_language_model:
+    chat = config.model_type not in _ENCODER_DECODERS
+    if chat and not getattr(processor, "chat_template", None):
+        return f"a {config.model_type} without a chat template; allowed: {', '.join(_ENCODER_DECODERS)} or chat models"
+    if not chat and config.use_decoder_only_language_model:
         found = config.text_config.model_type
         return f"found a {config.model_type} with {found!r}, expected: one with an encoder-decoder such as Flan-T5"
-    for_images = getattr(processor, "qformer_tokenizer", None)
+    for_images = None if chat else getattr(processor, "qformer_tokenizer", None)
     if for_images is not None and for_images.get_vocab() == processor.tokenizer.get_vocab():
         # transformers takes the language model's tokenizer if this one is missing
         return "no tokenizer in its folder qformer_tokenizer"
-    return None if _tokens(processor, answer) else _unknown(answer)
-
-
-def _check_chat_model(config: Any, processor: Any, answer: str) -> str | None:
-    """Returns the problem of a model or answer; None if both can be used."""
-    if not getattr(processor, "chat_template", None):
-        return f"a {config.model_type} without a chat template; allowed: {', '.join(_ENCODER_DECODERS)} or chat models"
-    tokens = _tokens(processor, answer)
-    if len(tokens) > 1:
+    tokens = processor.tokenizer.encode(answer, add_special_tokens=False)
+    if not tokens or processor.tokenizer.unk_token_id in tokens:
+        # transformers makes an empty tokenizer if its files are missing
+        return f"its tokenizer does not know the answer {answer!r}; are the tokenizer's files there?"
+    if chat and len(tokens) > 1:
         return f"the answer {answer!r} is {len(tokens)} of its tokens, expected: 1"
-    return None if tokens else _unknown(answer)
-
-
-def _tokens(processor: Any, answer: str) -> list[int]:
-    """Returns the answer's tokens, without those that begin or end a text; empty if one is unknown."""
-    tokens: list[int] = processor.tokenizer.encode(answer, add_special_tokens=False)
-    return [] if processor.tokenizer.unk_token_id in tokens else tokens
-
-
-def _unknown(answer: str) -> str:
-    # transformers makes an empty tokenizer if its files are missing
-    return f"its tokenizer does not know the answer {answer!r}; are the tokenizer's files there?"
+    return None
 
 
 def _by_encoder_decoder(
@@ -149,13 +133,5 @@ def _by_chat_model(
     last = inputs["attention_mask"].sum(-1) - 1
     logits = model(**inputs, use_cache=False).logits
     first = logits[torch.arange(len(questions), device=last.device), last]
-    (token,) = _tokens(processor, answer)
+    (token,) = processor.tokenizer.encode(answer, add_special_tokens=False)
     return first.float().softmax(-1)[:, token]
-
-
-def _pictures(images: Tensor) -> list[Any]:
-    """Converts images float32 ``[B, 3, H, W]`` in [0, 1] to PIL images, which every model's own processor takes."""
-    from PIL import Image
-
-    pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    return [Image.fromarray(picture.numpy()) for picture in pixels]
