@@ -1,1 +1,1 @@
-"""What LOOP's page, `loopfast.training.train`, is made of."""
+"""The parts of LOOP's page, `loopfast.training.train`."""
