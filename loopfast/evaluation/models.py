@@ -69,14 +69,22 @@ def find_trained(
     return config, newest_checkpoint(target, display)
 
 
-def with_rollout(config: Config, **changes: float | None) -> Config:
-    """The configuration with other keys of the section ``rollout``; those that are None stay.
+def with_rollout(
+    config: Config,
+    *,
+    steps: float | None = None,
+    eta: float | None = None,
+    noise_level: float | None = None,
+    guidance_scale: float | None = None,
+) -> Config:
+    """Returns the configuration with other keys of the section ``rollout``. None keeps a key.
 
     The rules of a configuration file are for training, and do not hold: sampling may be without noise (``eta: 0``), and
     its number of steps need not suit ``train.steps``.
     """
-    given = {key: value for key, value in changes.items() if value is not None}
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update=given)})
+    keys = {"steps": steps, "eta": eta, "noise_level": noise_level, "guidance_scale": guidance_scale}
+    changes = {key: value for key, value in keys.items() if value is not None}
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update=changes)})
 
 
 def policy_of(config: Config, checkpoint: Checkpoint | None) -> Policy:
