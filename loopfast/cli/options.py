@@ -20,6 +20,8 @@ def _one_config(context: typer.Context, option: str) -> str:
     """Returns the configuration's name, which is the argument or the option."""
     argument = context.params.get("config")
     if argument is not None and option:
+        if "=" in argument:
+            raise ConfigError(f"found {one_line(argument)!r}, allowed: one KEY=VALUE after each --set")
         raise ConfigError(
             f"the configuration is given twice, as {one_line(argument)!r} and as --config {one_line(option)!r}"
         )

@@ -425,6 +425,9 @@ def test_a_configuration_is_an_argument_or_an_option(
     assert main([*command.split(), "tiny", "--config", "mine.yaml"]) == 2
     error = "error: the configuration is given twice, as 'tiny' and as --config 'mine.yaml'\n"
     assert capsys.readouterr().err == error
+    values = ["--set", "run.seed=3", "run.name=b", "run.directory=c"]
+    assert main([*command.split(), "--config", "tiny", *values]) == 2
+    assert capsys.readouterr().err == "error: found 'run.name=b', allowed: one KEY=VALUE after each --set\n"
     assert main(command.split()) == 2
     assert "with or without --config" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
