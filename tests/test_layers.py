@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,10 +39,16 @@ def modules(package: Path) -> dict[str, Path]:
     return found
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Every node of a module's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(name: str, path: Path) -> Iterator[str]:
     """Full names of what a module imports, inside functions and for a type checker alone, too."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -105,8 +112,7 @@ def test_the_kernels_stand_alone(name):
         if root == "loopfast_kernels":
             continue
         assert root in {"torch", "triton"} or root in sys.stdlib_module_names, f"{name} imports {imported}"
-    tree = ast.parse(KERNELS[name].read_text())
-    absolute = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0]
+    absolute = [node for node in nodes(KERNELS[name]) if isinstance(node, ast.ImportFrom) and node.level == 0]
     assert not any((node.module or "").startswith("loopfast") for node in absolute), (
         "imports must be relative"
     )
@@ -118,11 +124,7 @@ WALL_CLOCK = {"loopfast.rewards.http", "loopfast.reporting.report"}
 
 @pytest.mark.parametrize("name", sorted(ENGINE.keys() - WALL_CLOCK))
 def test_durations_are_measured_by_a_clock_that_does_not_jump(name):
-    calls = [
-        ast.unparse(node)
-        for node in ast.walk(ast.parse(ENGINE[name].read_text()))
-        if isinstance(node, ast.Call)
-    ]
+    calls = [ast.unparse(node) for node in nodes(ENGINE[name]) if isinstance(node, ast.Call)]
     assert not {"time.time()", "time()", "datetime.now()"} & set(calls)
 
 
@@ -144,10 +146,10 @@ WHOLE_CONFIGURATION = {
 }
 
 
-def takes_configuration(source: str) -> list[str]:
+def takes_configuration(module: Path) -> list[str]:
     """Returns the functions that have a parameter whose type is the whole configuration."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(module):
         if isinstance(node, ast.FunctionDef):
             parameters = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             types = [part for each in parameters if each.annotation for part in ast.walk(each.annotation)]
@@ -159,12 +161,14 @@ def takes_configuration(source: str) -> list[str]:
 @pytest.mark.parametrize("name", sorted(ENGINE))
 def test_the_whole_configuration_goes_to_few(name):
     allowed = any(name == place or name.startswith(f"{place}.") for place in WHOLE_CONFIGURATION)
-    assert allowed or takes_configuration(ENGINE[name].read_text()) == []
+    assert allowed or takes_configuration(ENGINE[name]) == []
 
 
-def test_a_configuration_is_found_among_parameters():
+def test_a_configuration_is_found_among_parameters(tmp_path):
+    module = tmp_path / "module.py"
     source = "def a(config: Config): ...\ndef b(*, c: str | Config = 1): ...\ndef d(c: ModelConfig) -> Config: ...\n"
-    assert takes_configuration(source) == ["a", "b"]
+    module.write_text(source)
+    assert takes_configuration(module) == ["a", "b"]
 
 
 def test_importing_the_engine_imports_nothing_else():
