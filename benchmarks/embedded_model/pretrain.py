@@ -12,7 +12,6 @@ import copy
 import math
 import platform
 import random
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +22,10 @@ import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.embedded_model.parts import assemble, text_parts
 from benchmarks.embedded_model.tokenizer import MAX_LENGTH, write_tokenizer
 from loopfast.embedded import world
 from loopfast.embedded.detector import exact, score
@@ -136,23 +135,7 @@ def build(recipe: Recipe) -> StableDiffusionPipeline:
         norm_num_groups=8,
         sample_size=32,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary = write_tokenizer(Path(folder))
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            projection_dim=64,
-            bos_token_id=vocabulary["<|startoftext|>"],
-            eos_token_id=vocabulary["<|endoftext|>"],
-            pad_token_id=vocabulary["<|endoftext|>"],
-        )
-    )
+    tokenizer, text_encoder = text_parts(64, MAX_LENGTH)
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -165,24 +148,7 @@ def build(recipe: Recipe) -> StableDiffusionPipeline:
         attention_head_dim=4,  # despite its name, the number of heads
         norm_num_groups=8,
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,  # True would make the last transition deterministic
-        steps_offset=1,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return assemble(vae, tokenizer, text_encoder, unet)
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
-from benchmarks.embedded_model.tokenizer import write_tokenizer
+from benchmarks.embedded_model.parts import assemble, text_parts
 from loopfast.policies.portable import save_portable
 
 TOKENS = 77
@@ -25,23 +23,7 @@ def sd_small(layers: int = 2) -> StableDiffusionPipeline:
         layers: the number of layers in each block; SD 1.5 has 2.
     """
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary = write_tokenizer(Path(folder))
-        tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=TOKENS,
-            projection_dim=TEXT_WIDTH,
-            bos_token_id=vocabulary["<|startoftext|>"],
-            eos_token_id=vocabulary["<|endoftext|>"],
-            pad_token_id=vocabulary["<|endoftext|>"],
-        )
-    )
+    tokenizer, text_encoder = text_parts(TEXT_WIDTH, TOKENS)
     unet = UNet2DConditionModel(
         sample_size=32,
         in_channels=4,
@@ -62,24 +44,7 @@ def sd_small(layers: int = 2) -> StableDiffusionPipeline:
         norm_num_groups=8,
         sample_size=256,
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return assemble(vae, tokenizer, text_encoder, unet)
 
 
 def main() -> None:
