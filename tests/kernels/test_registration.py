@@ -61,3 +61,9 @@ def test_arguments_without_a_gradient_are_named_too(scaled):
 def test_a_schema_says_how_many_arguments_there_are(scaled):
     with pytest.raises(TypeError, match="factor"):
         scaled.directly(torch.ones(2))
+
+
+@torch.inference_mode()
+def test_torch_gives_the_kernel_its_arguments_in_the_schemas_order(scaled):
+    values = torch.tensor([1.0, 2.0])  # in this mode torch skips the gradient and calls the kernel itself
+    assert torch.ops.loopfast.test_scaled(values, 3.0).tolist() == [3.0, 6.0]
