@@ -30,7 +30,9 @@ def scaled() -> Operator:
     """An operator whose gradient is always twice the result's, to tell it from one that autograd makes."""
     return Operator(
         "test_scaled(Tensor values, float factor) -> Tensor",
-        lambda arguments: arguments.values * select(Factor, arguments).factor,
+        lambda arguments: arguments.values.mul(
+            select(Factor, arguments).factor
+        ),  # in another order: no method
         lambda arguments: torch.empty_like(arguments.values),
         Doubled,
     )
